@@ -1,0 +1,83 @@
+"""MATH. Tensors in, tensors out: one file a method, and the exact product that they share.
+
+Every method sees a weight as its *logical* matrix W of shape (out, in), whatever its storage: for
+convolutions `in` is (in_channels / groups) * kernel elements, for an embedding W is the transposed
+table. A block of W is float64; a method changes it in place. Rounding is not done here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from infold.adapters import dora, ia3, lora, trainable_tokens
+from infold.adapters.exact import Index
+from infold.adapters.settings import Settings
+
+__all__ = ["METHODS", "Index", "Method", "Parts", "Prepared", "Settings", "merge"]
+
+Parts = Mapping[str, Tensor]
+
+
+class Prepared(Protocol):
+    """One method with the parts of one module, ready to be applied to blocks of its weight."""
+
+    @property
+    def observes(self) -> bool:
+        """Whether `observe` must see the whole weight before `weight` may be called."""
+
+    def observe(self, x: Tensor, rows: Index, cols: Index) -> None:
+        """See a block of W, unchanged. For each row the columns come in ascending order, in
+        pieces that start at multiples of `exact.LEAF`."""
+
+    def weight(self, x: Tensor, rows: Index, cols: Index) -> None:
+        """Change x = W[rows][:, cols], float64, in place."""
+
+    def bias(self, x: Tensor, rows: Index) -> None:
+        """Change x = bias[rows], float64, in place."""
+
+
+class Method(Protocol):
+    """A way to train an adapter. `PARTS` are its tensors' names in an adapter file."""
+
+    PARTS: tuple[str, ...]
+
+    def prepare(self, parts: Parts, settings: Settings) -> Prepared: ...
+
+
+METHODS: dict[str, Method] = {
+    "ia3": ia3,
+    "lora": lora,
+    "dora": dora,
+    "trainable_tokens": trainable_tokens,
+}
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What `merge` returns: float64, not yet rounded."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+def merge(
+    method: str, weight: Tensor, bias: Tensor | None, parts: Parts, settings: Settings
+) -> Merged:
+    """The whole weight (out, in) and bias (out,) of one module, merged in float64."""
+    prepared = METHODS[method].prepare(parts, settings)
+    weight, bias = (
+        weight.to(torch.float64, copy=True),
+        bias if bias is None else bias.double().clone(),
+    )
+    everything = slice(None)
+    if prepared.observes:
+        prepared.observe(weight, everything, everything)
+    prepared.weight(weight, everything, everything)
+    if bias is not None:
+        prepared.bias(bias, everything)
+    return Merged(weight, bias)

@@ -1,0 +1,130 @@
+"""A matrix product that is the same on every machine, and sums in a fixed order.
+
+A float64 product depends on the order of its sums, so on the BLAS, the threads and the device. So
+make it exact. For B (out, r) and A (r, in), with b = (53 - ceil(log2 r)) // 2 bits:
+
+    unit of row i of B:     u_i = 2^(e_i - b), where 2^(e_i - 1) <= max_k |B_ik| < 2^e_i
+    B1_ik = u_i * round(B_ik / u_i), ties to even;        the same for the columns of A
+
+Each product B1_ik * A1_kj is an integer of at most 2b bits times u_i * v_j, each partial sum an
+integer of at most 2^53 of them: float64 holds all of them, whatever the order or the fusing.
+
+One slice leaves a relative error of about 2^-b of each factor: 24 bits at rank 16, as much as a
+float32 had. With two slices the rest is rounded again, B2 on the grid u_i * 2^-b, and
+
+    B @ A = B1 @ A1 + [B1 B2] @ [A2; A1]                  both products exact, error about 2^-2b.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+__all__ = ["LEAF", "Factors", "Index", "slices_for", "squares"]
+
+Index: TypeAlias = slice | Tensor  # a range of rows or columns, or their numbers (int64)
+
+LEAF = 256  # columns that are summed as one tree; the order across leaves is ascending
+_EAGER = 4 << 20  # elements up to which a factor is kept in float64 as a whole
+_local = threading.local()
+
+
+def bits(rank: int) -> int:
+    """Bits of one slice, so that a sum of `rank` products stays below 2^53."""
+    return (53 - math.ceil(math.log2(max(rank, 1)))) // 2
+
+
+def slices_for(dtype: str, rank: int) -> int:
+    """1 where a slice resolves far more than the stored dtype, else 2."""
+    return 1 if dtype in ("BF16", "F16") and bits(rank) >= 22 else 2
+
+
+def _on_grid(x: Tensor, dim: int, width: int, slices: int) -> tuple[Tensor, ...]:
+    """x (float64) as `slices` terms, each on its grid; one unit per index of the other dimension."""
+    _, exponent = torch.frexp(x.abs().amax(dim, keepdim=True))
+    terms = []
+    for number in range(1, slices + 1):
+        shift = exponent - number * width
+        term = torch.ldexp(torch.round(_ldexp(x, -shift)), shift)
+        terms.append(term)
+        x = x - term
+    return tuple(terms)
+
+
+def _ldexp(x: Tensor, shift: Tensor) -> Tensor:
+    """x * 2^shift in two steps: 2^shift alone can leave float64's range, the result does not."""
+    half = shift.div(2, rounding_mode="floor")
+    return torch.ldexp(torch.ldexp(x, half), shift - half)
+
+
+class _Grid:
+    """One factor, on its grid: whole where it is small, else by the piece that is asked for."""
+
+    def __init__(self, raw: Tensor, dim: int, scale: float, width: int, slices: int) -> None:
+        self.raw, self.dim, self.scale, self.width, self.slices = raw, dim, scale, width, slices
+        self.whole = self._terms(raw) if raw.numel() * slices <= _EAGER else None
+
+    def _terms(self, raw: Tensor) -> tuple[Tensor, ...]:
+        return _on_grid(raw.double() * self.scale, self.dim, self.width, self.slices)
+
+    def take(self, index: Index) -> tuple[Tensor, ...]:
+        if self.whole is None:
+            return self._terms(self.raw[index] if self.dim == 1 else self.raw[:, index])
+        return tuple(t[index] if self.dim == 1 else t[:, index] for t in self.whole)
+
+
+class Factors:
+    """scaling * B @ A for B (out, r) and A (r, in), exact as told above."""
+
+    def __init__(self, a: Tensor, b: Tensor, scaling: float, slices: int) -> None:
+        width = bits(a.shape[0])
+        self.slices = slices
+        self.b = _Grid(b, 1, scaling, width, slices)
+        self.a = _Grid(a, 0, 1.0, width, slices)
+
+    def add_to(self, x: Tensor, rows: Index, cols: Index) -> None:
+        """x += (scaling * B @ A)[rows][:, cols], in place; x is float64 in either memory order."""
+        b, a = self.b.take(rows), self.a.take(cols)
+        if x.stride(0) < x.stride(1):  # stored as (in, out): multiply in the order of the memory
+            x, b, a = x.t(), tuple(t.t() for t in a), tuple(t.t() for t in b)
+        delta = _scratch(x, 0)
+        torch.mm(b[0], a[0], out=delta)
+        if self.slices == 2:
+            cross = _scratch(x, 1)
+            torch.mm(torch.cat(b, 1), torch.cat(a[::-1], 0), out=cross)
+            delta.add_(cross)
+        x.add_(delta)
+
+
+def _scratch(like: Tensor, number: int) -> Tensor:
+    """A float64 buffer of the thread, reused: a fresh one would cost its page faults every time."""
+    if like.device.type != "cpu":
+        return torch.empty(like.shape, dtype=torch.float64, device=like.device)
+    buffers = _local.__dict__.setdefault("buffers", {})
+    buffer = buffers.get(number)
+    if buffer is None or buffer.numel() < like.numel():
+        buffer = buffers[number] = torch.empty(like.numel(), dtype=torch.float64)
+    return buffer[: like.numel()].view(like.shape)  # type: ignore[no-any-return]
+
+
+def squares(x: Tensor, total: Tensor) -> None:
+    """total += the sum of x² over the columns of x (rows, cols), float64, in a fixed order.
+
+    Leaves of LEAF columns are summed as halving trees, then added to `total` from left to right,
+    so any cut at multiples of LEAF gives the same bits.
+    """
+    count = x.shape[1]
+    leaves = -(-count // LEAF)
+    square = x.new_zeros(x.shape[0], leaves * LEAF)
+    torch.mul(x, x, out=square[:, :count])
+    tree = square.view(x.shape[0], leaves, LEAF)
+    width = LEAF
+    while width > 1:
+        width //= 2
+        tree = tree[:, :, :width] + tree[:, :, width : 2 * width]
+    for leaf in range(leaves):
+        total += tree[:, leaf, 0]

@@ -1,0 +1,59 @@
+"""IA³ (Liu et al. 2022, arXiv 2205.05638): learned vectors l that scale activations.
+
+    side "out":   y = l * (W x + b)      W' = diag(l) W,   b' = l * b
+    side "in":    y = W (l * x) + b      W' = W diag(l),   b' = b         (PEFT: feed-forward)
+
+`ia3_l` has one element per output or input channel, in any shape. A convolution's input vector
+repeats over the kernel; with groups, each group of outputs sees its own part of the vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from infold.adapters.exact import Index
+from infold.adapters.settings import Settings
+
+PARTS: tuple[str, ...] = ("ia3_l",)
+
+
+class _Output:
+    observes = False
+
+    def __init__(self, scale: Tensor) -> None:
+        self.scale = scale  # (out,)
+
+    def observe(self, x: Tensor, rows: Index, cols: Index) -> None: ...
+
+    def weight(self, x: Tensor, rows: Index, cols: Index) -> None:
+        x.mul_(self.scale[rows, None])
+
+    def bias(self, x: Tensor, rows: Index) -> None:
+        x.mul_(self.scale[rows])
+
+
+class _Input:
+    observes = False
+
+    def __init__(self, scale: Tensor, settings: Settings) -> None:
+        self.scale = scale.view(settings.groups, -1).repeat_interleave(settings.kernel, 1)
+        self.per_group = settings.out // settings.groups  # outputs that share a row of `scale`
+
+    def observe(self, x: Tensor, rows: Index, cols: Index) -> None: ...
+
+    def weight(self, x: Tensor, rows: Index, cols: Index) -> None:
+        if self.scale.shape[0] == 1:
+            x.mul_(self.scale[0, cols])
+            return
+        outputs = torch.arange(self.per_group * self.scale.shape[0], device=x.device)[rows]
+        x.mul_(self.scale[outputs // self.per_group][:, cols])
+
+    def bias(self, x: Tensor, rows: Index) -> None: ...
+
+
+def prepare(parts: Mapping[str, Tensor], settings: Settings) -> _Output | _Input:
+    scale = parts["ia3_l"].double().flatten()
+    return _Output(scale) if settings.side == "out" else _Input(scale, settings)

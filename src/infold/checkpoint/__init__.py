@@ -1,0 +1,1 @@
+"""BYTES ON DISK: names, dtypes, shapes, offsets. Knows no method and no format."""

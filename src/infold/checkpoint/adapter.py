@@ -1,0 +1,112 @@
+"""An adapter folder in PEFT's layout: adapter_config.json and adapter_model.safetensors (or .bin)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from infold.checkpoint.files import locate, read_object, safe_child
+from infold.checkpoint.safetensors import read_header
+from infold.checkpoint.shards import read_exactly
+from infold.errors import CorruptFile, Refusal, StorageFailure
+
+__all__ = ["TORCH_DTYPES", "Adapter", "AdapterTensor", "open_adapter"]
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PICKLE = "adapter_model.bin"
+TORCH_DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F64": torch.float64,
+}
+_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterTensor:
+    """Header of one tensor of an adapter."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int  # byte offset in the file; 0 for a tensor from a pickle
+    end: int
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A trained adapter. Tensors are read on demand."""
+
+    path: Path
+    config: dict[str, Any]
+    tensors: Mapping[str, AdapterTensor]
+    weights: Path  # the file that holds the tensors
+    _loaded: Mapping[str, torch.Tensor] | None = None  # only for .bin
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor `name`, in its stored dtype and shape, in memory of its own."""
+        if self._loaded is not None:
+            return self._loaded[name].detach().clone().contiguous()
+        info = self.tensors[name]
+        if info.end == info.begin:
+            return torch.empty(info.shape, dtype=TORCH_DTYPES[info.dtype])
+        buffer = bytearray(info.end - info.begin)
+        fd = os.open(self.weights, os.O_RDONLY)
+        try:
+            read_exactly(fd, memoryview(buffer), info.begin, self.weights)
+        finally:
+            os.close(fd)
+        return torch.frombuffer(buffer, dtype=TORCH_DTYPES[info.dtype]).view(info.shape)
+
+
+def open_adapter(name: str | os.PathLike[str]) -> Adapter:
+    """Open a PEFT folder or a Hub id. Raises Refusal for what is no adapter."""
+    path = locate(name, ("adapter_*", "*.json"))
+    if not path.is_dir():
+        raise Refusal(f"{path}: an adapter is a folder with {CONFIG} and {WEIGHTS}")
+    if not (path / CONFIG).exists():
+        hint = " (it looks like a base model)" if (path / "config.json").exists() else ""
+        raise Refusal(f"{path}: no {CONFIG}, so this is not a PEFT adapter{hint}")
+    config = read_object(safe_child(path, CONFIG))
+    if (path / WEIGHTS).exists():
+        file = safe_child(path, WEIGHTS)
+        header = read_header(file)
+        odd = [t for t in header.tensors.values() if t.dtype not in TORCH_DTYPES]
+        if odd:
+            raise Refusal(
+                f"{file}: {t.name}: adapter tensors must be floats, not {t.dtype}" for t in odd
+            )
+        tensors = {
+            t.name: AdapterTensor(t.dtype, t.shape, t.begin, t.end) for t in header.tensors.values()
+        }
+        return Adapter(path, config, tensors, file)
+    if (path / PICKLE).exists():
+        return _open_pickle(path, config)
+    raise Refusal(f"{path}: no {WEIGHTS}; the adapter's weights are missing")
+
+
+def _open_pickle(path: Path, config: dict[str, Any]) -> Adapter:
+    """A .bin adapter, by torch's weights_only unpickler, which runs no code of the file."""
+    file = safe_child(path, PICKLE)
+    try:
+        loaded = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise StorageFailure(f"{file}: {error.strerror}") from error
+    except Exception as error:
+        raise CorruptFile(
+            f"{file}: not a plain pickle of tensors ({type(error).__name__}); "
+            "it is not loaded, since a pickle can run code. Save the adapter as safetensors"
+        ) from None
+    if not isinstance(loaded, dict) or not all(
+        isinstance(k, str) and isinstance(v, torch.Tensor) and v.dtype in _NAMES
+        for k, v in loaded.items()
+    ):
+        raise CorruptFile(f"{file}: must map names to float tensors")
+    tensors = {k: AdapterTensor(_NAMES[v.dtype], tuple(v.shape), 0, 0) for k, v in loaded.items()}
+    return Adapter(path, config, tensors, file, loaded)

@@ -1,0 +1,201 @@
+"""A checkpoint: one safetensors file, or a folder of them with an index; and what lies beside."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from infold.checkpoint.files import locate, read_bytes, read_json, read_object, safe_child
+from infold.checkpoint.safetensors import Header, TensorInfo, parse_json, read_header
+from infold.errors import CorruptFile, Refusal, StorageFailure
+
+__all__ = ["INDEX", "RECEIPT", "SINGLE", "Checkpoint", "Shard", "open_checkpoint", "read_exactly"]
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+RECEIPT = "infold-receipt.json"
+
+# A second copy of the base's weights in another container, or an adapter that a loader would attach
+# on top of the merged model: copying them would undo the merge behind the user's back.
+_STALE = (
+    "pytorch_model*.bin", "pytorch_model*.bin.index.json", "tf_model*.h5", "flax_model*.msgpack",
+    "rust_model.ot", "*.gguf", "consolidated*.pth", "consolidated*.safetensors",
+    "adapter_config.json", "adapter_model.*", RECEIPT, "infold-undo*",
+)  # fmt: skip
+_NOT_CONTENT = (".git", ".cache", "__pycache__")
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One file of a checkpoint."""
+
+    name: str
+    path: Path
+    header: Header
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A base or merged model as it lies on disk. Nothing but headers has been read."""
+
+    path: Path
+    shards: tuple[Shard, ...]
+    index: dict[str, Any] | None  # the parsed index of a sharded checkpoint
+    config: dict[str, Any] | None  # config.json; None for a lone file
+    config_bytes: bytes | None
+    side_files: tuple[str, ...]  # relative paths, copied as bytes
+    left_out: tuple[str, ...]  # relative paths that a merged model must not carry
+    where: Mapping[str, int] = field(repr=False)  # tensor name -> number of its shard
+
+    def info(self, name: str) -> TensorInfo:
+        return self.shards[self.where[name]].header.tensors[name]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(shard.header.file_size for shard in self.shards)
+
+    @property
+    def is_folder(self) -> bool:
+        return self.path.is_dir()
+
+
+def open_checkpoint(name: str | os.PathLike[str]) -> Checkpoint:
+    """Open a folder, a single .safetensors file or a Hub id; read and check every header.
+
+    Raises CorruptFile for broken files, Refusal for what is no checkpoint.
+    """
+    path = locate(name)
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise Refusal(f"{path}: not a .safetensors file; infold reads safetensors checkpoints")
+        return _assemble(path, [Shard(path.name, path, read_header(path))], None)
+    if (path / INDEX).exists():
+        index = read_json(safe_child(path, INDEX))
+        return _assemble(path, _indexed(path, index), index)
+    if (path / SINGLE).exists():
+        file = safe_child(path, SINGLE)
+        return _assemble(path, [Shard(SINGLE, file, read_header(file))], None)
+    lone = sorted(p.name for p in path.glob("*.safetensors"))
+    if len(lone) == 1 and not lone[0].startswith("adapter_model"):
+        file = safe_child(path, lone[0])
+        return _assemble(path, [Shard(lone[0], file, read_header(file))], None)
+    if any(path.glob("pytorch_model*.bin")):
+        raise Refusal(
+            f"{path}: holds PyTorch pickles only; convert it once with transformers' "
+            "from_pretrained(...).save_pretrained(..., safe_serialization=True)"
+        )
+    raise Refusal(f"{path}: no checkpoint: neither {SINGLE} nor {INDEX} is there")
+
+
+def _indexed(path: Path, index: Any) -> list[Shard]:
+    """The shards that the index names, each tensor checked to be where the index says."""
+    where = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(where, dict) or not where:
+        raise CorruptFile(f"{path / INDEX}: weight_map is missing or empty")
+    if not all(isinstance(file, str) for file in where.values()):
+        raise CorruptFile(f"{path / INDEX}: weight_map must map tensor names to file names")
+    names = sorted(set(where.values()))
+    problems, shards = [], []
+    for name in names:
+        file = safe_child(path, name)
+        if not file.exists():
+            problems.append(
+                f"{file}: named by the index, but not there; the download is incomplete"
+            )
+        else:
+            shards.append(Shard(name, file, read_header(file)))
+    if problems:
+        raise CorruptFile(problems)
+    for shard in shards:
+        told = {tensor for tensor, file in where.items() if file == shard.name}
+        found = set(shard.header.tensors)
+        problems += [
+            f"{shard.path}: {t!r} is in the index, not in the file" for t in sorted(told - found)
+        ]
+        problems += [
+            f"{shard.path}: {t!r} is in the file, not in the index" for t in sorted(found - told)
+        ]
+    if problems:
+        raise CorruptFile(problems)
+    return shards
+
+
+def _assemble(path: Path, shards: list[Shard], index: dict[str, Any] | None) -> Checkpoint:
+    where: dict[str, int] = {}
+    for number, shard in enumerate(shards):
+        for name in shard.header.tensors:
+            if name in where:
+                raise CorruptFile(f"{shard.path}: {name!r} is also in {shards[where[name]].path}")
+            where[name] = number
+    config, config_bytes, side, left = None, None, [], []
+    if path.is_dir():
+        side, left = _beside(path, shards)
+        if "config.json" in side:
+            config_bytes = read_bytes(safe_child(path, "config.json"))
+            value = parse_json(config_bytes, str(path / "config.json"))
+            if not isinstance(value, dict):
+                raise CorruptFile(f"{path / 'config.json'}: must hold a JSON object")
+            config = value
+    return Checkpoint(
+        path, tuple(shards), index, config, config_bytes, tuple(side), tuple(left), where
+    )
+
+
+def _beside(path: Path, shards: list[Shard]) -> tuple[list[str], list[str]]:
+    """All other files of the folder, as (to copy, to leave out), in sorted order."""
+    mine = {shard.name for shard in shards} | {INDEX}
+    side: list[str] = []
+    left: list[str] = []
+    for folder, folders, files in os.walk(path):
+        here = Path(folder).relative_to(path)
+        left += [str(here / name) for name in folders if name in _NOT_CONTENT]
+        folders[:] = sorted(name for name in folders if name not in _NOT_CONTENT)
+        for name in folders:
+            if (Path(folder) / name).is_symlink():
+                safe_child(path, str(here / name))
+        for name in sorted(files):
+            relative = str(here / name)
+            if relative in mine:
+                continue
+            file = safe_child(path, relative)
+            if not file.is_file():
+                raise Refusal(f"{file}: neither a file nor a folder, or a dangling link; remove it")
+            top = here == Path(".")
+            stale = any(fnmatch.fnmatchcase(name, pattern) for pattern in _STALE)
+            if top and (stale or _repeats(file, shards)):
+                left.append(relative)
+            else:
+                side.append(relative)
+    return side, left
+
+
+def _repeats(file: Path, shards: list[Shard]) -> bool:
+    """Whether an unlisted safetensors file holds tensors of the checkpoint once more."""
+    if file.suffix != ".safetensors":
+        return False
+    names = read_header(file).tensors.keys()
+    return any(not names.isdisjoint(shard.header.tensors) for shard in shards)
+
+
+def read_exactly(fd: int, view: memoryview, offset: int, path: Path) -> None:
+    """Fill `view` from `offset`; a file that ends early is a CorruptFile, never a short read."""
+    done = 0
+    while done < len(view):
+        try:
+            got = os.preadv(fd, [view[done:]], offset + done)
+        except OSError as error:
+            raise StorageFailure(f"{path}: {error.strerror}") from error
+        if got == 0:
+            raise CorruptFile(
+                f"{path}: ends at byte {offset + done:,}; it changed while it was read"
+            )
+        done += got
+
+
+def read_receipt(path: Path) -> dict[str, Any]:
+    """The receipt of a merged folder."""
+    return read_object(path / RECEIPT)

@@ -1,0 +1,262 @@
+"""The only writer: an output takes its name when it is complete and on the disk, never before.
+
+While a merge runs, everything lies in `.NAME.infold/` beside the output:
+
+    lock      held (flock) by the running merge; the system frees it however the process ends
+    journal   JSON lines: first what is being made, then how far each shard is safely on the disk
+    output/   the future output
+
+Publishing is one rename of `output/`. With --force an existing output is exchanged in one step
+where the system can (Linux). A killed merge leaves only the hidden folder; the next one continues
+from what the journal tells, after checking it, or starts over where base or adapters differ.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from infold.errors import Refusal, StorageFailure
+
+__all__ = ["Progress", "Staging", "copy_range", "storage_errors"]
+
+
+@contextmanager
+def storage_errors(what: str | Path) -> Iterator[None]:
+    """Turn the system's refusals into one line that names the file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StorageFailure(f"{what}: no space left on the disk") from error
+        name = error.filename or what
+        raise StorageFailure(f"{name}: {error.strerror or error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """One journal line: `position` bytes of a shard are on the disk, with the digests so far."""
+
+    position: int
+    base: str  # digest of as many bytes of the base's shard (of all, once the shard is complete)
+    output: str
+
+
+class Staging:
+    """The hidden folder of one merge. Use as `with Staging(...) as staging`.
+
+    An InfoldError removes it; an interruption or a crash leaves it for the next run.
+    """
+
+    def __init__(self, out: Path, identity: str, force: bool) -> None:
+        self.out, self.identity, self.force = out, identity, force
+        self.folder = out.parent / f".{out.name}.infold"
+        self.output = self.folder / "output"
+        self.resumed: dict[str, Progress] = {}
+        self._lock = self._journal = -1
+
+    def __enter__(self) -> Staging:
+        with storage_errors(self.folder):
+            self._acquire()
+            try:
+                self._open()
+            except BaseException:
+                self._release()
+                raise
+        return self
+
+    def _acquire(self) -> None:
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(exist_ok=True)
+        self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._lock)
+            raise Refusal(f"{self.out}: another merge is writing this output right now") from None
+        # the folder may have been removed by the merge that held the lock until now
+        if not (self.folder / "lock").exists():
+            os.close(self._lock)
+            return self._acquire()
+        return None
+
+    def _open(self) -> None:
+        journal = self.folder / "journal"
+        self.resumed = self._read_journal(journal)
+        fresh = not self.resumed
+        if fresh and self.output.exists():
+            shutil.rmtree(self.output)
+        self.output.mkdir(exist_ok=True)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | (os.O_TRUNC if fresh else 0)
+        self._journal = os.open(journal, flags, 0o644)
+        if fresh:
+            self._log({"identity": self.identity})
+
+    def _read_journal(self, path: Path) -> dict[str, Progress]:
+        """What an earlier run of the same merge has finished; empty when it was another merge."""
+        try:
+            lines = path.read_bytes().split(b"\n")
+            if json.loads(lines[0]) != {"identity": self.identity}:
+                return {}
+        except (OSError, ValueError):
+            return {}
+        found = {}
+        for line in lines[1:-1]:  # what follows the last newline was cut off by the kill
+            try:
+                entry = json.loads(line)
+                progress = Progress(
+                    int(entry["position"]), str(entry["base"]), str(entry["output"])
+                )
+                found[str(entry["shard"])] = progress
+            except (ValueError, KeyError, TypeError):
+                break
+        return found
+
+    def _log(self, entry: dict[str, Any]) -> None:
+        os.write(self._journal, json.dumps(entry).encode() + b"\n")
+        os.fdatasync(self._journal)
+
+    def record(self, shard: str, fd: int, progress: Progress) -> None:
+        """Bring the shard's bytes to the disk, then say so in the journal."""
+        with storage_errors(self.output / shard):
+            os.fdatasync(fd)
+            self._log(
+                {
+                    "shard": shard,
+                    "position": progress.position,
+                    "base": progress.base,
+                    "output": progress.output,
+                }
+            )
+
+    def open_file(self, name: str, size: int) -> int:
+        """A descriptor, for reading and writing, of an output file that will have `size` bytes."""
+        path = self.output / name
+        with storage_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            os.ftruncate(fd, size)
+        return fd
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        """A small file, whole and on the disk."""
+        fd = self.open_file(name, 0)
+        with storage_errors(self.output / name):
+            try:
+                write_fully(fd, memoryview(data), 0)
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+
+    def copy_file(self, source: Path, name: str) -> None:
+        """A side file, byte by byte, on the disk."""
+        with storage_errors(source):
+            reader = os.open(source, os.O_RDONLY)
+            try:
+                size = os.fstat(reader).st_size
+                fd = self.open_file(name, size)
+                try:
+                    copy_range(reader, fd, 0, 0, size)
+                    os.fsync(fd)
+                finally:
+                    os.close(fd)
+            finally:
+                os.close(reader)
+
+    def publish(self) -> None:
+        """Give the output its name. After this line returned it survives a power cut."""
+        with storage_errors(self.out):
+            for folder, _, _ in os.walk(self.output):
+                _sync_folder(Path(folder))
+            if not os.path.lexists(self.out):
+                os.rename(self.output, self.out)
+            elif not self.force:
+                raise Refusal(f"{self.out}: appeared while the merge ran; it is left as it is")
+            elif not _exchange(self.output, self.out):
+                os.rename(self.out, self.folder / "replaced")
+                os.rename(self.output, self.out)
+            _sync_folder(self.out.parent)
+            self.discard()
+
+    def discard(self) -> None:
+        """Remove the hidden folder with all that is in it."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _release(self) -> None:
+        for fd in (self._journal, self._lock):
+            if fd >= 0:
+                os.close(fd)
+        self._journal = self._lock = -1
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: Any
+    ) -> None:
+        if isinstance(error, Exception):
+            self.discard()
+        self._release()
+
+
+def write_fully(fd: int, view: memoryview, offset: int) -> None:
+    """pwrite until everything is written."""
+    while len(view):
+        done = os.pwrite(fd, view, offset)
+        view, offset = view[done:], offset + done
+
+
+def copy_range(source: int, target: int, source_offset: int, offset: int, count: int) -> None:
+    """Copy bytes between files in the kernel (sharing blocks where the file system can)."""
+    while count and hasattr(os, "copy_file_range"):
+        try:
+            done = os.copy_file_range(source, target, min(count, 1 << 30), source_offset, offset)
+        except OSError as error:
+            if error.errno in (
+                errno.EXDEV,
+                errno.EINVAL,
+                errno.ENOSYS,
+                errno.EOPNOTSUPP,
+                errno.EBADF,
+            ):
+                break
+            raise
+        if done == 0:
+            break
+        source_offset, offset, count = source_offset + done, offset + done, count - done
+    while count:
+        piece = os.pread(source, min(count, 1 << 20), source_offset)
+        if not piece:
+            raise OSError(errno.EIO, "the source file ended early")
+        write_fully(target, memoryview(piece), offset)
+        source_offset, offset, count = (
+            source_offset + len(piece),
+            offset + len(piece),
+            count - len(piece),
+        )
+
+
+def _sync_folder(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _exchange(one: Path, two: Path) -> bool:
+    """Swap two names in one step; False where the system cannot."""
+    if not sys.platform.startswith("linux"):
+        return False
+    library = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(library, "renameat2"):
+        return False
+    at_cwd, exchange = -100, 2
+    return library.renameat2(at_cwd, os.fsencode(one), at_cwd, os.fsencode(two), exchange) == 0

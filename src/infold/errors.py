@@ -1,0 +1,46 @@
+"""What can go wrong, as types. Each carries the exit code of the process that ends with it.
+
+InfoldError
+├── ProofFailed     1   the merged model is not what base and adapters make
+├── Refusal         2   the input is wrong or not supported; lists every offender; nothing was written
+│   └── CorruptFile 2   a file breaks its format's rules
+└── StorageFailure  3   the operating system said no: space, permission, a file that went away
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+__all__ = ["CorruptFile", "InfoldError", "ProofFailed", "Refusal", "StorageFailure"]
+
+
+class InfoldError(Exception):
+    """The root of all errors that infold raises on purpose."""
+
+    exit_code = 2
+
+
+class ProofFailed(InfoldError):
+    """The merged model differs from what base and adapters make."""
+
+    exit_code = 1
+
+
+class Refusal(InfoldError):
+    """The input cannot be merged rightly. Lists all reasons, each with what, where and what to do."""
+
+    exit_code = 2
+
+    def __init__(self, reasons: str | Iterable[str]) -> None:
+        self.reasons = (reasons,) if isinstance(reasons, str) else tuple(reasons)
+        super().__init__("\n".join(self.reasons))
+
+
+class CorruptFile(Refusal):
+    """A file breaks its format's rules: truncated, overlapping, out of range, not JSON."""
+
+
+class StorageFailure(InfoldError):
+    """Reading or writing failed for a reason outside of the files' contents."""
+
+    exit_code = 3

@@ -1,0 +1,76 @@
+"""Dense storage: F64, F32, F16, BF16. Widening is exact; narrowing rounds once, ties to even.
+
+float64 -> float32 -> 16 bits rounds twice, and is wrong where the first step lands on a midpoint of
+the second. Two ways out, which give the same bits:
+  encode    makes the first step round to odd, so that it never lands on a midpoint by rounding;
+  narrow    takes the two hardware steps, and `midpoints` finds the few elements that were on one.
+            `encode` then settles those. It is the fast way for blocks of bfloat16.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["accepts", "encode", "midpoints", "narrow", "torch_dtype"]
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DROPPED = (1 << 29) - 1  # float64 has 29 more bits of significand than float32
+_MIDPOINT = -(1 << 15)  # the low half of a float32, as int16, halfway between two bfloat16
+
+
+def accepts(dtype: str) -> bool:
+    return dtype in _DTYPES
+
+
+def torch_dtype(dtype: str) -> torch.dtype:
+    return _DTYPES[dtype]
+
+
+def encode(values: Tensor, dtype: str) -> Tensor:
+    """float64 values, rounded once to `dtype`. Overflow gives inf; the caller refuses it."""
+    if dtype in ("F64", "F32"):
+        return values.to(_DTYPES[dtype], copy=True)
+    odd = _round_to_odd(values)
+    if dtype == "F16":
+        return odd.to(torch.float16)  # float32's subnormals lie far below float16's smallest
+    rounded = odd.to(torch.bfloat16)
+    subnormal = values.abs() < 2.0**-126  # for float32 too: its last bit is then no longer sticky
+    if subnormal.any():
+        # bfloat16's subnormals are multiples of 2^-133: round those multiples as integers
+        multiples = torch.round(values * 2.0**133) * 2.0**-133
+        rounded = torch.where(subnormal, multiples.to(torch.bfloat16), rounded)
+    return rounded
+
+
+def _round_to_odd(values: Tensor) -> Tensor:
+    """float32, where an inexact result has its last bit set."""
+    bits = values.contiguous().view(torch.int64)
+    sticky = (bits & _DROPPED) + _DROPPED  # carries into float32's last bit unless all are zero
+    return ((bits | sticky) & ~_DROPPED).view(torch.float64).to(torch.float32)
+
+
+def narrow(values: Tensor, staged: Tensor | None, out: Tensor) -> None:
+    """float64 `values` into `out`. With bfloat16 the float32 step stays in `staged` for `midpoints`.
+
+    Raises no error on overflow: `out` holds inf then.
+    """
+    if out.dtype == torch.bfloat16:
+        assert staged is not None
+        staged.copy_(values)
+        out.copy_(staged)
+    elif out.dtype == torch.float16:
+        out.copy_(_round_to_odd(values))
+    else:
+        out.copy_(values)
+
+
+def midpoints(staged: Tensor) -> tuple[Tensor, Tensor]:
+    """(rows, columns) of the float32 elements that lie halfway between two bfloat16."""
+    halves = staged.view(torch.int16)
+    smallest = torch.amin(halves, 0)[0::2]  # one fast pass over all columns
+    columns = (smallest == _MIDPOINT).nonzero().flatten()
+    if not len(columns):
+        return columns, columns
+    rows, which = (halves[:, 0::2][:, columns] == _MIDPOINT).nonzero(as_tuple=True)
+    return rows, columns[which]

@@ -1,0 +1,1 @@
+"""WHAT IS THERE: describes adapters, checkpoints and merged folders."""

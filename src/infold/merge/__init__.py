@@ -1,0 +1,1 @@
+"""EXECUTION: apply the edits, stream shard by shard, write the receipt."""

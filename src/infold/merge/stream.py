@@ -1,0 +1,473 @@
+"""Shard by shard, block by block, from the base to the staged output.
+
+The output is cut into chunks in file order. Workers take the next chunk, read, compute and write
+it with buffers of their own, then wait for their turn to hash it: digests need the bytes in order,
+nothing else does. Since chunks are taken in order, the worker whose turn it is never waits, so
+memory is bounded by the number of workers alone, and reading, computing, hashing and writing
+overlap. A keeper thread brings finished stretches to the disk and into the journal meanwhile.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from blake3 import blake3
+from torch import Tensor
+
+from infold.checkpoint.adapter import TORCH_DTYPES
+from infold.checkpoint.shards import read_exactly
+from infold.checkpoint.staging import Progress, Staging, copy_range, storage_errors, write_fully
+from infold.merge.apply import Block, EditRun, Workspace, cut
+from infold.plan.edits import BaseTensor, Edit, OutputShard, Plan
+
+__all__ = ["ShardDigests", "Streamed", "stream"]
+
+HASH_PIECE = 1 << 20  # bytes that are read and hashed while they are in the cache
+COPY_PIECE = 32 << 20  # bytes that one kernel copy moves
+KEEP_EVERY = 256 << 20  # bytes of a shard after which it is brought to the disk
+
+
+@dataclass(frozen=True)
+class ShardDigests:
+    """BLAKE3 of one shard of the output and of the base's shard that it came from."""
+
+    base: str
+    output: str
+
+
+class _Files:
+    """Input files, each opened once."""
+
+    def __init__(self) -> None:
+        self._open: dict[Path, int] = {}
+        self._lock = threading.Lock()
+
+    def fd(self, path: Path) -> int:
+        with self._lock, storage_errors(path):
+            if path not in self._open:
+                self._open[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            return self._open[path]
+
+    def close(self) -> None:
+        for fd in self._open.values():
+            os.close(fd)
+
+
+class _Source:
+    """Where the stored values of one edit come from: the base, or a tensor of an adapter."""
+
+    def __init__(self, plan: Plan, edit: Edit, files: _Files, columns: int) -> None:
+        self.files, self.columns = files, columns
+        self.loaded: Tensor | None = None
+        if isinstance(edit.source, BaseTensor):
+            info = plan.base.info(edit.source.name)
+            self.path = plan.base.shards[plan.base.where[edit.source.name]].path
+            self.begin, self.dtype = info.begin, TORCH_DTYPES[info.dtype]
+        else:
+            adapter = plan.adapters[edit.source.adapter]
+            tensor = adapter.tensors[edit.source.key]
+            self.path, self.begin = adapter.weights, tensor.begin
+            self.dtype = TORCH_DTYPES[tensor.dtype]
+            if tensor.end == tensor.begin:  # a pickle is in memory already
+                self.loaded = adapter.read(edit.source.key).view(-1, columns)
+
+    def read(self, block: Block, buffers: _Buffers) -> Tensor:
+        """The stored elements of a block, (rows, columns), in the worker's `in` buffer."""
+        if self.loaded is not None:
+            rows = self.loaded[block.row : block.row + block.rows]
+            return rows[:, block.column : block.column + block.columns]
+        count = block.count * self.dtype.itemsize
+        view = buffers.view("in", count)
+        offset = self.begin + (block.row * self.columns + block.column) * self.dtype.itemsize
+        read_exactly(self.files.fd(self.path), view, offset, self.path)
+        raw = torch.frombuffer(view, dtype=self.dtype, count=block.count)
+        return raw.view(block.rows, block.columns)
+
+
+class _Buffers:
+    """Page-aligned buffers of one worker, kept from chunk to chunk."""
+
+    def __init__(self) -> None:
+        self._maps: dict[str, mmap.mmap] = {}
+
+    def view(self, name: str, count: int) -> memoryview:
+        have = self._maps.get(name)
+        if have is None or len(have) < count:
+            self._maps[name] = have = mmap.mmap(-1, max(count, HASH_PIECE))
+        return memoryview(have)[:count]
+
+
+@dataclass(frozen=True, slots=True)
+class _Copy:
+    """A range of bytes without an edit."""
+
+    source: int  # offset in the base's shard
+    target: int  # offset in the output
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Compute:
+    """A block of an edited tensor."""
+
+    run: EditRun
+    source: _Source
+    block: Block
+    target: int
+    last: bool  # of its edit
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """A chunk with its place in the queue of its shard."""
+
+    chain: _Chain
+    number: int
+    work: _Copy | _Compute
+    end: int  # offset in the output where the chunk ends
+
+
+class _Chain:
+    """One shard of the output: its files, its digests, and whose turn it is to hash.
+
+    In the same layout the base's bytes pass by in order too, and are hashed on the way. Where
+    nothing at all is edited one digest serves for both.
+    """
+
+    def __init__(self, plan: Plan, shard: OutputShard, staging: Staging, files: _Files) -> None:
+        assert shard.source is not None
+        self.shard = shard
+        self.source_path = plan.base.shards[shard.source].path
+        self.source = files.fd(self.source_path)
+        self.target = staging.open_file(shard.name, shard.header.file_size)
+        self.edited = any(name in plan.edits for name in shard.header.tensors)
+        self.in_step = shard.same_layout
+        self.base_hash, self.output_hash = blake3(), blake3()
+        self.turn = 0
+        self.ready = threading.Condition()
+        self.kept = 0  # bytes that the journal tells or will tell
+        self.start = self._resume(staging.resumed.get(shard.name))
+
+    def _resume(self, done: Progress | None) -> int:
+        """Bytes of the output that an earlier run left and that were checked again; at least the
+        header, which is written here where nothing was left."""
+        raw, size = self.shard.header.raw, self.shard.header.file_size
+        if done is not None and len(raw) <= done.position <= size:
+            whole = done.position == size
+            base, output = blake3(), blake3()
+            if self.in_step:
+                _hash_file(self.source, self.source_path, base, done.position)
+            elif whole:
+                _hash_file(self.source, self.source_path, base, os.fstat(self.source).st_size)
+            _hash_file(self.target, self.source_path, output, done.position)
+            checked = base.hexdigest() == done.base and output.hexdigest() == done.output
+            if checked and (self.in_step or whole):
+                self.base_hash, self.output_hash = base, output
+                self.kept = done.position
+                return done.position
+        with storage_errors(self.shard.name):
+            write_fully(self.target, memoryview(raw), 0)
+        self.hash(memoryview(raw), memoryview(raw))
+        return len(raw)
+
+    def hash(self, base: memoryview, output: memoryview) -> None:
+        """The next bytes of both sides; `base` only counts where both are in step."""
+        if self.in_step:
+            self.base_hash.update(base)
+        if self.edited or not self.in_step:
+            self.output_hash.update(output)
+
+    def progress(self, position: int) -> Progress:
+        size = self.shard.header.file_size
+        if not self.in_step and position == size:
+            self.base_hash = blake3()
+            _hash_file(self.source, self.source_path, self.base_hash, os.fstat(self.source).st_size)
+        if not self.edited and self.in_step:
+            self.output_hash = self.base_hash
+        return Progress(position, self.base_hash.hexdigest(), self.output_hash.hexdigest())
+
+    def close(self) -> None:
+        if self.target >= 0:
+            os.close(self.target)
+            self.target = -1
+
+
+def _hash_file(fd: int, path: Path, hasher: blake3, count: int) -> None:
+    buffer = memoryview(bytearray(HASH_PIECE))
+    for offset in range(0, count, HASH_PIECE):
+        piece = buffer[: min(HASH_PIECE, count - offset)]
+        read_exactly(fd, piece, offset, path)
+        hasher.update(piece)
+
+
+class _Stopped(Exception):
+    """Another worker failed or the user interrupted."""
+
+
+class _Keeper(threading.Thread):
+    """Brings finished stretches to the disk, so that little is left to wait for at the end."""
+
+    def __init__(self, staging: Staging) -> None:
+        super().__init__(daemon=True, name="infold-keeper")
+        self.staging = staging
+        self.queue: queue.SimpleQueue[tuple[_Chain, Progress] | None] = queue.SimpleQueue()
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        while (item := self.queue.get()) is not None:
+            chain, progress = item
+            try:
+                if self.error is None:
+                    self.staging.record(chain.shard.name, chain.target, progress)
+            except BaseException as error:
+                self.error = error
+            if progress.position == chain.shard.header.file_size:
+                chain.close()
+
+    def finish(self) -> None:
+        self.queue.put(None)
+        self.join()
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """What `stream` returns: digests by shard, finished edits by tensor, bytes that were resumed."""
+
+    digests: dict[str, ShardDigests]
+    runs: dict[str, EditRun]
+    resumed: int
+
+
+def stream(
+    plan: Plan,
+    staging: Staging,
+    *,
+    threads: int,
+    limit: int,
+    device: torch.device,
+    advance: Callable[[int], None],
+) -> Streamed:
+    """Write every shard of the output. `limit` is the number of elements of a block; `advance` is
+    told the bytes of output that are done.
+    """
+    files = _Files()
+    keeper = _Keeper(staging)
+    pool = _Pool(plan, staging, files, keeper, limit, device, advance)
+    keeper.start()
+    try:
+        pool.run(threads)
+    finally:
+        keeper.finish()
+        for chain in pool.chains:
+            chain.close()
+        files.close()
+    if keeper.error is not None:
+        raise keeper.error
+    return Streamed(pool.digests, pool.runs, pool.resumed)
+
+
+def _chunks(
+    plan: Plan, shard: OutputShard, runs: dict[str, EditRun], files: _Files, limit: int
+) -> Iterator[tuple[int, _Copy | _Compute]]:
+    """(end, work) for every chunk after the header, in file order."""
+    assert shard.source is not None
+    base = plan.base.shards[shard.source].header.tensors
+    source = target = count = 0  # the unedited bytes that were gathered so far
+
+    def flush() -> Iterator[tuple[int, _Copy]]:
+        for offset in range(0, count, COPY_PIECE):
+            piece = min(COPY_PIECE, count - offset)
+            yield target + offset + piece, _Copy(source + offset, target + offset, piece)
+
+    for name, info in shard.header.tensors.items():
+        if name not in plan.edits:
+            begin = base[name].begin
+            if count and source + count == begin and target + count == info.begin:
+                count += info.nbytes
+            else:
+                yield from flush()
+                source, target, count = begin, info.begin, info.nbytes
+            continue
+        yield from flush()
+        count = 0
+        run = runs[name]
+        elements = run.shape[0] * run.shape[1]
+        place = _Source(plan, run.edit, files, run.shape[1]) if elements else None
+        position = info.begin
+        for block in cut(*run.shape, limit):
+            if place is None or not block.count:
+                continue
+            begin, position = position, position + block.count * (info.nbytes // elements)
+            yield position, _Compute(run, place, block, begin, position == info.end)
+    yield from flush()
+
+
+class _Pool:
+    """Workers over the tasks of all shards. The first failure stops all."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        staging: Staging,
+        files: _Files,
+        keeper: _Keeper,
+        limit: int,
+        device: torch.device,
+        advance: Callable[[int], None],
+    ) -> None:
+        self.plan, self.staging, self.files, self.keeper = plan, staging, files, keeper
+        self.limit, self.device, self.advance = limit, device, advance
+        self.runs = {
+            name: EditRun(edit, plan.adapters, device) for name, edit in plan.edits.items()
+        }
+        self.chains: list[_Chain] = []
+        self.digests: dict[str, ShardDigests] = {}
+        self.resumed = 0
+        self.tasks = self._tasks()
+        self.lock = threading.Lock()
+        self.stopped = threading.Event()
+        self.error: BaseException | None = None
+
+    def _tasks(self) -> Iterator[_Task]:
+        """All chunks in file order. A shard is opened when its first chunk is asked for."""
+        for shard in self.plan.shards:
+            chain = _Chain(self.plan, shard, self.staging, self.files)
+            self.chains.append(chain)
+            if chain.kept:
+                self.resumed += chain.kept
+            self.advance(chain.start)
+            todo = [
+                (end, work)
+                for end, work in _chunks(self.plan, shard, self.runs, self.files, self.limit)
+                if end > chain.start
+            ]
+            if todo and not self._starts_at(todo[0], chain.start):
+                # the blocks were cut elsewhere than now: begin this shard anew
+                chain.kept, chain.base_hash, chain.output_hash = 0, blake3(), blake3()
+                self.resumed -= chain.start
+                self.advance(-chain.start)
+                chain.start = chain._resume(None)
+                self.advance(chain.start)
+                todo = list(_chunks(self.plan, shard, self.runs, self.files, self.limit))
+            if not todo:
+                self._finish(chain)
+            for number, (end, work) in enumerate(todo):
+                yield _Task(chain, number, work, end)
+
+    @staticmethod
+    def _starts_at(first: tuple[int, _Copy | _Compute], position: int) -> bool:
+        return first[1].target == position
+
+    def _finish(self, chain: _Chain) -> None:
+        """All of a shard is written and hashed."""
+        size = chain.shard.header.file_size
+        progress = chain.progress(size)
+        self.digests[chain.shard.name] = ShardDigests(progress.base, progress.output)
+        self.keeper.queue.put((chain, progress))
+
+    def run(self, threads: int) -> None:
+        workers = [
+            threading.Thread(target=self._work, daemon=True, name=f"infold-{n}")
+            for n in range(threads)
+        ]
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)  # the workers are the threads; blocks are too small to share
+        try:
+            for worker in workers:
+                worker.start()
+            for worker in workers:
+                while worker.is_alive():
+                    worker.join(0.2)
+        except BaseException:
+            self.stopped.set()
+            for worker in workers:
+                if worker.ident is not None:
+                    worker.join()
+            raise
+        finally:
+            torch.set_num_threads(before)
+        if self.error is not None:
+            raise self.error
+
+    def _work(self) -> None:
+        torch.set_num_threads(1)
+        torch.set_flush_denormal(False)
+        workspace, buffers = Workspace(self.device, self.limit), _Buffers()
+        try:
+            while not self.stopped.is_set():
+                with self.lock:
+                    task = next(self.tasks, None)
+                if task is None:
+                    return
+                if isinstance(task.work, _Copy):
+                    self._copy(task, task.work, buffers)
+                else:
+                    self._compute(task, task.work, workspace, buffers)
+        except _Stopped:
+            pass
+        except BaseException as error:
+            with self.lock:
+                self.error = self.error or error
+            self.stopped.set()
+
+    def _copy(self, task: _Task, work: _Copy, buffers: _Buffers) -> None:
+        chain = task.chain
+        with storage_errors(chain.shard.name):
+            copy_range(chain.source, chain.target, work.source, work.target, work.count)
+        with self._turn(task):
+            for offset in range(0, work.count, HASH_PIECE):
+                piece = buffers.view("in", min(HASH_PIECE, work.count - offset))
+                read_exactly(chain.source, piece, work.source + offset, chain.source_path)
+                chain.hash(piece, piece)
+        self.advance(work.count)
+
+    def _compute(
+        self, task: _Task, work: _Compute, workspace: Workspace, buffers: _Buffers
+    ) -> None:
+        chain, run, block = task.chain, work.run, work.block
+        run.prepare(workspace, lambda piece: work.source.read(piece, buffers), self.limit)
+        raw = work.source.read(block, buffers)
+        dtype = TORCH_DTYPES[run.edit.dtype]
+        written = buffers.view("out", block.count * dtype.itemsize)
+        out = torch.frombuffer(written, dtype=dtype, count=block.count)
+        out = out.view(block.rows, block.columns)
+        run.run(raw.to(self.device), out, block, workspace)
+        with storage_errors(chain.shard.name):
+            write_fully(chain.target, written, work.target)
+        base = buffers.view("in", len(written))
+        if chain.in_step and run.edit.source != BaseTensor(run.edit.tensor):
+            # the values came from elsewhere, but the base's own bytes belong to its digest
+            read_exactly(chain.source, base, work.target, chain.source_path)
+        with self._turn(task):
+            chain.hash(base, written)
+        if work.last:
+            run.release()
+        self.advance(len(written))
+
+    @contextmanager
+    def _turn(self, task: _Task) -> Iterator[None]:
+        """Wait until all chunks before this one are hashed; afterwards let the next one go."""
+        chain = task.chain
+        with chain.ready:
+            while chain.turn != task.number:
+                if self.stopped.is_set():
+                    raise _Stopped
+                chain.ready.wait(0.2)
+        yield
+        size = chain.shard.header.file_size
+        if task.end == size:
+            self._finish(chain)
+        elif chain.in_step and task.end - chain.kept >= KEEP_EVERY:
+            chain.kept = task.end
+            self.keeper.queue.put((chain, chain.progress(task.end)))
+        with chain.ready:
+            chain.turn += 1
+            chain.ready.notify_all()

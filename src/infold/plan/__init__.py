@@ -1,0 +1,1 @@
+"""DECISIONS from headers alone: match keys, layouts, edits, sizes, refusals. Milliseconds."""

@@ -1,0 +1,201 @@
+"""What an adapter_config.json asks for. Every field that changes the result is handled or refused.
+
+Sources: PEFT's LoraConfig, IA3Config and TrainableTokensConfig (0.21). A field that is not in the
+tables below and holds anything but an empty value is refused: silence could mean a wrong merge.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from infold.checkpoint.adapter import Adapter
+
+__all__ = ["AdapterConfig", "read_config"]
+
+# No influence on what a trained adapter does to a weight (or only on how it is trained).
+_HARMLESS = frozenset(
+    "task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode "
+    "target_modules exclude_modules modules_to_save fan_in_fan_out layers_to_transform "
+    "layers_pattern lora_dropout loftq_config eva_config megatron_core qalora_group_size "
+    "runtime_config init_ia3_weights init_weights feedforward_modules unsloth_fixed "
+    "unsloth_version".split()
+)
+_HANDLED = {
+    "LORA": frozenset(
+        "r lora_alpha use_rslora rank_pattern alpha_pattern use_dora lora_bias bias "
+        "init_lora_weights trainable_token_indices ensure_weight_tying".split()
+    ),
+    "IA3": frozenset[str](),
+    "TRAINABLE_TOKENS": frozenset(("token_indices",)),
+}
+_REFUSED = {
+    "alora_invocation_tokens": "activated LoRA depends on the prompt, so it has no merged weight",
+    "use_qalora": "QALoRA pools the inputs; PEFT cannot merge it either",
+    "arrow_config": "Arrow routes between adapters at run time, so it has no merged weight",
+    "layer_replication": "the adapter runs on a model with repeated layers; PEFT merges it wrongly",
+    "kasa_config": "KaSA truncates the base weight by SVD when it is loaded",
+    "target_parameters": "adapters on fused expert tensors are not supported yet",
+    "use_bdlora": "block-diagonal LoRA is not supported",
+    "velora_config": "VeLoRA is not supported",
+    "monteclora_config": "MonteCLoRA is not supported",
+    "megatron_config": "Megatron's parallel layers are not supported",
+    "corda_config": "CorDA changes the base weight when it is loaded",
+    "lora_ga_config": "LoRA-GA changes the base weight when it is loaded",
+}
+# Initialisations of lora_A and lora_B that leave the base weight as it was.
+_PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """The fields of one adapter that a plan needs."""
+
+    peft_type: str
+    fields: Mapping[str, Any]
+
+    @property
+    def method(self) -> str:
+        """The key in METHODS of the adapter's main method."""
+        if self.peft_type == "LORA" and self.fields.get("use_dora"):
+            return "dora"
+        return self.peft_type.lower()
+
+    def rank(self, module: str) -> int:
+        return int(_by_pattern(self.fields.get("rank_pattern"), module, self.fields.get("r", 8)))
+
+    def scaling(self, module: str) -> float:
+        """alpha / r, or alpha / sqrt(r) with rsLoRA, with the patterns for this module."""
+        rank = self.rank(module)
+        alpha = _by_pattern(
+            self.fields.get("alpha_pattern"), module, self.fields.get("lora_alpha", 8)
+        )
+        return float(alpha) / (math.sqrt(rank) if self.fields.get("use_rslora") else rank)
+
+    def is_feedforward(self, module: str) -> bool:
+        """PEFT's test: a full match of a regex, or any listed ending (also within a component)."""
+        wanted = self.fields.get("feedforward_modules") or ()
+        if isinstance(wanted, str):
+            return re.fullmatch(wanted, module) is not None
+        return any(module.endswith(ending) for ending in wanted)
+
+    def tokens(self, module: str) -> tuple[int, ...] | None:
+        """The token numbers that belong to an embedding's `trainable_tokens_delta`."""
+        indices = self.fields.get("trainable_token_indices", self.fields.get("token_indices"))
+        if isinstance(indices, dict):
+            found = [v for k, v in indices.items() if module == k or module.endswith("." + k)]
+            indices = found[0] if len(found) == 1 else None
+        if not isinstance(indices, list) or not all(type(i) is int and i >= 0 for i in indices):
+            return None
+        return tuple(indices)
+
+    def saves(self, module: str) -> bool:
+        """Whether modules_to_save names this module: a plain tensor is then a trained copy."""
+        saved = self.fields.get("modules_to_save") or ()
+        return any(module == s or module.endswith("." + s) for s in saved)
+
+    @property
+    def adds_head(self) -> bool:
+        """Classification tasks train a head that the base model need not have."""
+        return self.fields.get("task_type") in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+
+    @property
+    def ties(self) -> bool:
+        return bool(self.fields.get("ensure_weight_tying"))
+
+
+def _by_pattern(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    """PEFT's rule: the first key that matches as a whole trailing path wins."""
+    for key, value in (pattern or {}).items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return default
+
+
+def _number(value: Any, low: float) -> bool:
+    ok = isinstance(value, int | float) and not isinstance(value, bool)
+    return ok and math.isfinite(value) and value >= low
+
+
+def read_config(adapter: Adapter) -> tuple[AdapterConfig, list[str]]:
+    """The adapter's config, and the reasons why it cannot be merged (none if it can)."""
+    fields = adapter.config
+    where = f"{adapter.path}/adapter_config.json"
+    kind = fields.get("peft_type")
+    if not isinstance(kind, str) or kind not in _HANDLED:
+        known = ", ".join(_HANDLED)
+        return AdapterConfig(str(kind), {}), [
+            f"{where}: peft_type {kind!r} is not supported; infold merges {known}"
+        ]
+    problems = []
+    for name, value in fields.items():
+        if name in _HARMLESS or name in _HANDLED[kind] or not value:
+            continue
+        if name in _REFUSED:
+            problems.append(f"{where}: {name}: {_REFUSED[name]}")
+        else:
+            problems.append(
+                f"{where}: unknown field {name!r} = {_short(value)}; it may change the result. "
+                "Remove it from the file if you know that it does not"
+            )
+    problems += [f"{where}: {problem}" for problem in _invalid(kind, fields)]
+    return AdapterConfig(kind, fields), problems
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 60 else text[:57] + "..."
+
+
+def _invalid(kind: str, fields: Mapping[str, Any]) -> list[str]:
+    problems = []
+    saved = fields.get("modules_to_save")
+    if saved is not None and not _strings(saved):
+        problems.append("modules_to_save must be a list of names")
+    if kind == "IA3":
+        wanted = fields.get("feedforward_modules")
+        if wanted is not None and not isinstance(wanted, str) and not _strings(wanted):
+            problems.append("feedforward_modules must be a list of names or a pattern")
+        if isinstance(wanted, str):
+            problems += _bad_patterns([wanted])
+        return problems
+    if kind != "LORA":
+        return problems
+    if not isinstance(fields.get("r", 8), int) or not _number(fields.get("r", 8), 1):
+        problems.append(f"r = {fields.get('r')!r} must be a positive integer")
+    if not _number(fields.get("lora_alpha", 8), -math.inf):
+        problems.append(f"lora_alpha = {fields.get('lora_alpha')!r} must be a finite number")
+    for name, low in (("rank_pattern", 1.0), ("alpha_pattern", -math.inf)):
+        pattern = fields.get(name) or {}
+        if not isinstance(pattern, dict) or not all(_number(v, low) for v in pattern.values()):
+            problems.append(f"{name} must map module names to numbers")
+        else:
+            problems += _bad_patterns(list(pattern))
+    init = fields.get("init_lora_weights", True)
+    if not any(init is plain or init == plain for plain in _PLAIN_INITS):
+        problems.append(
+            f"init_lora_weights = {init!r} changed the base weight before training. Convert the "
+            "adapter with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
+        )
+    if fields.get("bias", "none") not in ("none", "all", "lora_only"):
+        problems.append(f"bias = {fields['bias']!r} is unknown")
+    if fields.get("use_dora") and fields.get("lora_bias"):
+        problems.append("lora_bias together with use_dora has no defined meaning")
+    return problems
+
+
+def _strings(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(v, str) for v in value)
+
+
+def _bad_patterns(patterns: list[str]) -> list[str]:
+    problems = []
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            problems.append(f"{pattern!r} is not a regular expression: {error}")
+    return problems

@@ -1,0 +1,126 @@
+"""The values that a plan consists of: operations on tensors, files of the output. Frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from infold.adapters import Settings
+from infold.checkpoint.adapter import Adapter
+from infold.checkpoint.safetensors import Header
+from infold.checkpoint.shards import Checkpoint
+
+__all__ = ["BaseTensor", "Edit", "Operation", "OutputShard", "Plan", "Replacement"]
+
+
+@dataclass(frozen=True)
+class BaseTensor:
+    """The values come from this tensor of the base."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """The values come from a tensor of an adapter: a saved module, a bias, a resized embedding."""
+
+    adapter: int
+    key: str
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One method of one adapter on one tensor."""
+
+    method: str  # key in METHODS
+    adapter: int  # number of the adapter, in the order of the command
+    module: str  # its path in memory, as the adapter file spells it
+    parts: Mapping[str, str]  # part name -> key in the adapter file
+    settings: Settings
+    transposed: bool = False  # stored as (in, out): Conv1D, embeddings
+    on_bias: bool = False
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What happens to one tensor of the output. No operation: its source is only copied or cast."""
+
+    tensor: str
+    source: BaseTensor | Replacement
+    dtype: str  # stored dtype of the output
+    shape: tuple[int, ...]
+    operations: tuple[Operation, ...]
+
+
+@dataclass(frozen=True)
+class OutputShard:
+    """One safetensors file of the output. `header` is final before the first tensor is written."""
+
+    name: str
+    header: Header
+    source: int | None  # number of the base's shard with the same name
+    same_layout: bool  # every tensor keeps its place, so unedited ranges move as they are
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a merge will do, decided from headers."""
+
+    base: Checkpoint
+    adapters: tuple[Adapter, ...]
+    edits: Mapping[str, Edit]  # by tensor of the output
+    shards: tuple[OutputShard, ...]
+    rewritten: Mapping[str, bytes]  # side files whose content changes: config.json, the index
+    copied: tuple[str, ...]  # side files copied as bytes
+    notes: tuple[str, ...] = field(default=())  # what the user should know
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the output in bytes, without side files that are only copied."""
+        return sum(s.header.file_size for s in self.shards) + sum(map(len, self.rewritten.values()))
+
+    @property
+    def edited_bytes(self) -> int:
+        return sum(
+            s.header.tensors[e].nbytes
+            for s in self.shards
+            for e in s.header.tensors
+            if e in self.edits
+        )
+
+    def summary(self) -> dict[str, Any]:
+        """The plan as JSON-ready values."""
+        return {
+            "tensors": sum(len(shard.header.tensors) for shard in self.shards),
+            "edited_tensors": len(self.edits),
+            "edited_bytes": self.edited_bytes,
+            "output_bytes": self.nbytes,
+            "shards": [shard.name for shard in self.shards],
+            "notes": list(self.notes),
+            "edits": [describe(edit) for edit in self.edits.values()],
+        }
+
+
+def describe(edit: Edit) -> dict[str, Any]:
+    """One edit as JSON-ready values, as the receipt and --json show it."""
+    operations = []
+    for op in edit.operations:
+        entry: dict[str, Any] = {"method": op.method, "adapter": op.adapter, "module": op.module}
+        if op.method in ("lora", "dora"):
+            entry["scaling"] = op.settings.scaling
+        if op.method == "ia3":
+            entry["side"] = op.settings.side
+        operations.append(entry)
+    source: dict[str, Any] = (
+        {"base": edit.source.name}
+        if isinstance(edit.source, BaseTensor)
+        else {"adapter": edit.source.adapter, "key": edit.source.key}
+    )
+    return {
+        "tensor": edit.tensor,
+        "dtype": edit.dtype,
+        "shape": list(edit.shape),
+        "source": source,
+        "operations": operations,
+    }
