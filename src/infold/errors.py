@@ -2,7 +2,7 @@
 
 InfoldError
 ├── ProofFailed     1   the merged model is not what base and adapters make
-├── Refusal         2   the input is wrong or not supported; lists every offender; nothing was written
+├── Refusal         2   wrong or unsupported input; lists every offender; nothing was written
 │   └── CorruptFile 2   a file breaks its format's rules
 └── StorageFailure  3   the operating system said no: space, permission, a file that went away
 """
@@ -27,7 +27,7 @@ class ProofFailed(InfoldError):
 
 
 class Refusal(InfoldError):
-    """The input cannot be merged rightly. Lists all reasons, each with what, where and what to do."""
+    """The input cannot be merged rightly. Lists all reasons: what, where and what to do."""
 
     exit_code = 2
 

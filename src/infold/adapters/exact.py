@@ -44,7 +44,7 @@ def slices_for(dtype: str, rank: int) -> int:
 
 
 def _on_grid(x: Tensor, dim: int, width: int, slices: int) -> tuple[Tensor, ...]:
-    """x (float64) as `slices` terms, each on its grid; one unit per index of the other dimension."""
+    """x (float64) as `slices` terms, each on its grid. Along `dim` they share a unit."""
     _, exponent = torch.frexp(x.abs().amax(dim, keepdim=True))
     terms = []
     for number in range(1, slices + 1):

@@ -1,7 +1,7 @@
 """Trainable tokens (PEFT): some rows of an embedding are trained; the file holds their new values.
 
 The logical matrix of an embedding is its transposed table, so a token is a column here:
-W'[:, tokens[k]] = trainable_tokens_delta[k]. Despite its name the part is a value, not a difference.
+W'[:, tokens[k]] = trainable_tokens_delta[k]. In spite of its name the part is a value.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""An adapter folder in PEFT's layout: adapter_config.json and adapter_model.safetensors (or .bin)."""
+"""An adapter folder in PEFT's layout: adapter_config.json, adapter_model.safetensors or .bin."""
 
 from __future__ import annotations
 

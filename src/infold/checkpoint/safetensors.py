@@ -150,7 +150,8 @@ def _entry(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
         bits *= n
     if offsets[1] - offsets[0] != bits // 8 or bits % 8:
         raise CorruptFile(
-            f"{where}: {dtype} of shape {shape} needs {bits // 8} bytes, not {offsets[1] - offsets[0]}"
+            f"{where}: {dtype} of shape {shape} needs {bits // 8} bytes, "
+            f"not {offsets[1] - offsets[0]}"
         )
     return TensorInfo(name, dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
 
@@ -158,7 +159,7 @@ def _entry(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
 def build_header(
     tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]
 ) -> Header:
-    """The header for tensors (name, dtype, shape) stored in the order given, data 8-byte aligned."""
+    """The header for tensors (name, dtype, shape) in the order given; data is 8-byte aligned."""
     fields: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     spans: list[tuple[str, str, tuple[int, ...], int, int]] = []
     position = 0

@@ -131,7 +131,9 @@ def _assemble(path: Path, shards: list[Shard], index: dict[str, Any] | None) -> 
             if name in where:
                 raise CorruptFile(f"{shard.path}: {name!r} is also in {shards[where[name]].path}")
             where[name] = number
-    config, config_bytes, side, left = None, None, [], []
+    config, config_bytes = None, None
+    side: list[str] = []
+    left: list[str] = []
     if path.is_dir():
         side, left = _beside(path, shards)
         if "config.json" in side:

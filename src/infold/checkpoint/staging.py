@@ -259,4 +259,5 @@ def _exchange(one: Path, two: Path) -> bool:
     if not hasattr(library, "renameat2"):
         return False
     at_cwd, exchange = -100, 2
-    return library.renameat2(at_cwd, os.fsencode(one), at_cwd, os.fsencode(two), exchange) == 0
+    failed = library.renameat2(at_cwd, os.fsencode(one), at_cwd, os.fsencode(two), exchange)
+    return bool(failed == 0)

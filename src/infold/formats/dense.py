@@ -51,7 +51,7 @@ def _round_to_odd(values: Tensor) -> Tensor:
 
 
 def narrow(values: Tensor, staged: Tensor | None, out: Tensor) -> None:
-    """float64 `values` into `out`. With bfloat16 the float32 step stays in `staged` for `midpoints`.
+    """float64 `values` into `out`. With bfloat16 the float32 step stays in `staged`.
 
     Raises no error on overflow: `out` holds inf then.
     """

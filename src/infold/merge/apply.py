@@ -91,14 +91,14 @@ class Workspace:
         torch.ne(new.view(torch.int16), old.view(torch.int16), out=flags[:count].view(new.shape))
         flags[count : 4 * lanes] = 0
         total = 0
-        for part in self.flags[: 2 * lanes].view(torch.int64).split(1 << 14):
+        for part in torch.split(self.flags[: 2 * lanes].view(torch.int64), 1 << 14):
             packed = int(part.sum())
             total += sum(packed >> shift & 0xFFFF for shift in (0, 16, 32, 48))
         return total
 
 
 class EditRun:
-    """One edit with its parts in memory. Shared by the workers; prepared by the first that comes."""
+    """One edit with its parts in memory, shared by the workers; the first that comes prepares."""
 
     def __init__(self, edit: Edit, adapters: tuple[Adapter, ...], device: torch.device) -> None:
         self.edit, self.adapters, self.device = edit, adapters, device
@@ -169,6 +169,7 @@ class EditRun:
         if isinstance(rows, slice) and isinstance(columns, slice):
             source = raw[_within(block, rows, columns)]
         else:
+            assert isinstance(rows, Tensor) and isinstance(columns, Tensor)
             source = raw[rows - block.row][:, columns - block.column]
         count = source.numel()
         buffer = workspace.values[:count] if count <= workspace.values.numel() else None

@@ -139,7 +139,7 @@ def _check_output(out: Path, plan: Plan, force: bool) -> None:
     real = out.resolve()
     for given in inputs:
         other = given.resolve()
-        if real == other or real in other.parents or other in real.parents and other.is_dir():
+        if real == other or real in other.parents or (other in real.parents and other.is_dir()):
             raise Refusal(f"{out}: lies in or around the input {given}; choose another place")
     if not os.path.lexists(out):
         return
@@ -222,8 +222,8 @@ def _identity(plan: Plan, adapters: list[dict[str, str]]) -> str:
     hasher = blake3(f"infold {__version__}\n".encode())
     for shard in plan.base.shards:
         hasher.update(shard.name.encode() + blake3(shard.header.raw).digest())
-    for shard in plan.shards:
-        hasher.update(blake3(shard.header.raw).digest())
+    for output in plan.shards:
+        hasher.update(blake3(output.header.raw).digest())
     for files in adapters:
         hasher.update(repr(sorted(files.items())).encode())
     hasher.update(repr([describe(edit) for edit in plan.edits.values()]).encode())

@@ -239,7 +239,7 @@ class _Keeper(threading.Thread):
 
 @dataclass(frozen=True)
 class Streamed:
-    """What `stream` returns: digests by shard, finished edits by tensor, bytes that were resumed."""
+    """What `stream` returns. `resumed`: bytes that an earlier run left and that were right."""
 
     digests: dict[str, ShardDigests]
     runs: dict[str, EditRun]

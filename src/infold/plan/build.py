@@ -105,7 +105,8 @@ class _Build:
                 continue
             if format_of(state.dtype) is None:
                 self.reasons.append(
-                    f"{tensor}: stored as {state.dtype}; merging into such weights is not supported yet"
+                    f"{tensor}: stored as {state.dtype}; "
+                    "merging into such weights is not supported yet"
                 )
                 continue
             edits[tensor] = Edit(
@@ -153,8 +154,8 @@ class _Build:
             return False
         if not self.base.is_folder:
             self.reasons.append(
-                f"{self.base.path}: {embedding} and {head} share a tensor and are edited differently, "
-                "which needs a change to config.json: give the folder instead of the file"
+                f"{self.base.path}: {embedding} and {head} share a tensor and are edited "
+                "differently, which needs a change to config.json: give the folder, not the file"
             )
         self.notes.append(
             f"untied: {embedding} and {head} are different now; {head} is written and "
@@ -422,8 +423,8 @@ class _One:
         if transposed is None:
             self.refuse(
                 key,
-                f"{name} is square, and nothing tells whether it is stored as (out, in) or (in, out); "
-                "put the base's config.json beside its weights",
+                f"{name} is square, and nothing tells whether it is stored as (out, in) or "
+                "(in, out); put the base's config.json beside its weights",
             )
         return transposed
 
@@ -468,7 +469,8 @@ class _One:
         if problem:
             self.refuse(
                 key,
-                f"lora_A {list(a)} and lora_B {list(b)} do not make an update of {name} {list(weight)}",
+                f"lora_A {list(a)} and lora_B {list(b)} do not make an update of {name} "
+                f"{list(weight)}",
             )
             return None
         for part in ("lora_magnitude_vector", "lora_bias"):

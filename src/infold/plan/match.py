@@ -80,7 +80,7 @@ class _Ending:
 
 
 class Names:
-    """The tensor names of a base, looked up by their endings. Remembers how it exchanged beginnings."""
+    """The tensor names of a base, by their endings; remembers which beginnings it exchanged."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self.all = set(names)
@@ -123,7 +123,8 @@ class Names:
         known = self._exchanged.setdefault(ours, theirs)
         if known != theirs:
             raise LookupError(
-                f"would be {name}, but elsewhere {ours or 'nothing'!r} became {known or 'nothing'!r}"
+                f"would be {name}, but elsewhere {ours or 'nothing'!r} became "
+                f"{known or 'nothing'!r}"
             )
         return name
 

@@ -1,0 +1,29 @@
+# Each target works alone on a machine that has Python, git and make: it makes .venv when needed.
+PYTHON ?= python3
+BIN := .venv/bin
+# Tests and benchmarks never ask a model hub
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo test lint bench clean
+
+demo: .venv/demo.done
+	$(BIN)/python examples/demo.py
+
+test: .venv/dev.done
+	$(BIN)/python -m pytest -n auto --dist worksteal
+
+lint: .venv/dev.done
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: .venv/dev.done
+	$(BIN)/python benchmarks/merge.py
+
+.venv/%.done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	touch $@
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis

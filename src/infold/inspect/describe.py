@@ -1,0 +1,153 @@
+"""Adapters, checkpoints and merged folders as JSON-ready values."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from infold.checkpoint.adapter import CONFIG, Adapter, open_adapter
+from infold.checkpoint.files import locate
+from infold.checkpoint.shards import RECEIPT, Checkpoint, open_checkpoint, read_receipt
+from infold.errors import Refusal
+from infold.plan.build import plan_merge
+from infold.plan.config import read_config
+from infold.plan.match import group_keys
+
+__all__ = ["describe_path"]
+
+_SETTINGS = (
+    "base_model_name_or_path", "task_type", "r", "lora_alpha", "use_rslora", "use_dora",
+    "lora_bias", "bias", "rank_pattern", "alpha_pattern", "target_modules", "feedforward_modules",
+    "modules_to_save", "trainable_token_indices", "token_indices", "init_lora_weights",
+    "peft_version",
+)  # fmt: skip
+
+
+def describe_path(
+    path: str | os.PathLike[str], base: str | os.PathLike[str] | None = None
+) -> dict[str, Any]:
+    """What lies at `path`, by its `kind`: adapter, checkpoint or merged.
+
+    Raises Refusal when it is none of them, or when `base` is given and the adapter does not fit.
+    """
+    place = locate(path)
+    if place.is_dir() and (place / CONFIG).exists():
+        return _adapter(open_adapter(place), None if base is None else open_checkpoint(base))
+    if base is not None:
+        raise Refusal(f"{path}: --base is for adapters, and this is none")
+    if place.is_dir() and (place / RECEIPT).exists():
+        return {"kind": "merged", "path": str(place), "receipt": read_receipt(place)}
+    return _checkpoint(open_checkpoint(place))
+
+
+def _adapter(adapter: Adapter, base: Checkpoint | None) -> dict[str, Any]:
+    config, problems = read_config(adapter)
+    modules, plain, _ = group_keys(adapter.tensors)
+    targets: dict[str, list[str]] = defaultdict(list)
+    notes = list(problems)
+    found: dict[str, Any] = {}
+    if base is not None:
+        plan = plan_merge(base, [adapter])
+        for edit in plan.edits.values():
+            for op in edit.operations:
+                targets[op.module].append(edit.tensor)
+            if not edit.operations:
+                targets[edit.tensor].append(edit.tensor)
+        notes += plan.notes
+        found["base"] = str(base.path)
+    parameters = sum(math.prod(t.shape) for t in adapter.tensors.values())
+    if base is not None:
+        found["share_of_parameters"] = parameters / max(1, _parameters(base))
+    listed = [
+        {
+            "module": module,
+            "parts": [_part(adapter, part, key) for part, key in parts.items()],
+            **({"edits": targets[module]} if base is not None else {}),
+        }
+        for module, parts in modules.items()
+    ]
+    listed += [
+        {
+            "module": parameter,
+            "parts": [_part(adapter, "value", key)],
+            **({"edits": targets[parameter]} if base is not None else {}),
+        }
+        for parameter, key in plain.items()
+    ]
+    return {
+        "kind": "adapter",
+        "path": str(adapter.path),
+        "method": config.method,
+        "settings": {k: adapter.config[k] for k in _SETTINGS if adapter.config.get(k)},
+        "tensors": len(adapter.tensors),
+        "parameters": parameters,
+        "bytes": adapter.weights.stat().st_size,
+        **found,
+        "modules": listed,
+        "notes": notes,
+    }
+
+
+def _part(adapter: Adapter, part: str, key: str) -> dict[str, Any]:
+    info = adapter.tensors[key]
+    values = adapter.read(key).to(torch.float64)
+    return {
+        "part": part,
+        "key": key,
+        "shape": list(info.shape),
+        "dtype": info.dtype,
+        "statistics": _statistics(part, values),
+    }
+
+
+def _statistics(part: str, values: Tensor) -> dict[str, float]:
+    """Few numbers that tell whether a part was trained, and how far it went."""
+    if not values.numel():
+        return {}
+    if part == "ia3_l":  # what matters is the distance from 1, the identity
+        distance = (values - 1).abs()
+        return {
+            "min": float(values.min()),
+            "max": float(values.max()),
+            "mean": float(values.mean()),
+            "mean|l-1|": float(distance.mean()),
+            "max|l-1|": float(distance.max()),
+        }
+    return {
+        "rms": float(values.square().mean().sqrt()),
+        "max": float(values.abs().max()),
+    }
+
+
+def _parameters(base: Checkpoint) -> int:
+    return sum(math.prod(t.shape) for s in base.shards for t in s.header.tensors.values())
+
+
+def _checkpoint(base: Checkpoint) -> dict[str, Any]:
+    dtypes: dict[str, dict[str, int]] = {}
+    for shard in base.shards:
+        for info in shard.header.tensors.values():
+            entry = dtypes.setdefault(info.dtype, {"tensors": 0, "parameters": 0, "bytes": 0})
+            entry["tensors"] += 1
+            entry["parameters"] += math.prod(info.shape)
+            entry["bytes"] += info.nbytes
+    return {
+        "kind": "checkpoint",
+        "path": str(base.path),
+        "model_type": (base.config or {}).get("model_type"),
+        "tensors": len(base.where),
+        "parameters": _parameters(base),
+        "bytes": base.nbytes,
+        "dtypes": dtypes,
+        "shards": [
+            {"name": s.name, "tensors": len(s.header.tensors), "bytes": s.header.file_size}
+            for s in base.shards
+        ],
+        "side_files": list(base.side_files),
+        "left_out": list(base.left_out),
+    }
