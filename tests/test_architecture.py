@@ -1,0 +1,122 @@
+"""The arrows between the rooms, and the names that hold the registries together."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import infold
+
+ROOT = Path(infold.__file__).parent
+FREE = {"errors", "version"}  # every room may import these
+LEAVES = {"adapters", "formats", "checkpoint"}
+MAY_IMPORT = {
+    "errors": set(),
+    "version": set(),
+    "adapters": set(),
+    "formats": set(),
+    "checkpoint": set(),
+    "plan": LEAVES,
+    "merge": LEAVES | {"plan"},
+    "verify": LEAVES | {"plan"},
+    "inspect": LEAVES | {"plan"},
+    "cli": LEAVES | {"plan", "merge", "verify", "inspect"},
+}
+
+
+def rooms_imported_by(file: Path) -> set[str]:
+    """Rooms of infold that a file imports, also inside functions and for type checking."""
+    rooms = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import; write infold.room"
+            names = [node.module or ""]
+            if node.module == "infold":
+                names = [f"infold.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        rooms |= {name.split(".")[1] for name in names if name.startswith("infold.")}
+    return rooms
+
+
+@pytest.mark.parametrize("room", MAY_IMPORT)
+def test_imports_follow_the_arrows(room: str) -> None:
+    place = ROOT / room
+    files = sorted(place.rglob("*.py")) if place.is_dir() else [place.with_suffix(".py")]
+
+    wrong = {
+        str(file.relative_to(ROOT)): sorted(extra)
+        for file in files
+        if (extra := rooms_imported_by(file) - MAY_IMPORT[room] - FREE - {room})
+    }
+
+    assert wrong == {}
+
+
+def test_every_room_has_its_arrows() -> None:
+    found = {m.name for m in pkgutil.iter_modules([str(ROOT)]) if not m.name.startswith("__")}
+
+    assert found == set(MAY_IMPORT)
+
+
+def test_verify_runs_without_merge_being_loaded() -> None:
+    code = (
+        "import sys, infold.verify.weights;"
+        "print([m for m in sys.modules if m.startswith('infold.merge.')])"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert loaded.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(("room", "registry"), [("adapters", "METHODS"), ("formats", "FORMATS")])
+def test_registry_keys_are_file_names(room: str, registry: str) -> None:
+    table = getattr(importlib.import_module(f"infold.{room}"), registry)
+
+    assert {name: module.__name__ for name, module in table.items()} == {
+        name: f"infold.{room}.{name}" for name in table
+    }
+
+
+@pytest.mark.parametrize("argument", ["--help", "--version"])
+def test_help_loads_no_torch(argument: str) -> None:
+    code = (
+        f"import sys; sys.argv = ['infold', {argument!r}]\n"
+        "from infold.cli.main import app\n"
+        "try: app()\n"
+        "except SystemExit: pass\n"
+        "print('torch' in sys.modules)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert ran.stdout.splitlines()[-1] == "False"
+
+
+def test_the_verbs_stay_callable_when_the_rooms_of_the_same_name_are_loaded() -> None:
+    for name in ("infold.merge.run", "infold.verify.weights", "infold.inspect.describe"):
+        importlib.import_module(name)
+
+    assert all(callable(getattr(infold, verb)) for verb in ("merge", "verify", "inspect"))
+
+
+def test_public_names_exist() -> None:
+    assert [name for name in infold.__all__ if not hasattr(infold, name)] == []
+    assert sorted(infold.__all__) == infold.__all__ or set(infold.__all__) <= set(dir(infold))
+
+
+def test_no_file_grows_beyond_reading() -> None:
+    long = {
+        str(file.relative_to(ROOT)): count
+        for file in ROOT.rglob("*.py")
+        if (count := len(file.read_text().splitlines())) > 600
+    }
+
+    assert long == {}

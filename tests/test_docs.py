@@ -1,0 +1,145 @@
+"""What the documents say is what the program does."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+import typer
+
+from infold.cli.main import app
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "cli.md").read_text()
+README = (ROOT / "README.md").read_text()
+COMMAND = typer.main.get_command(app)
+
+
+def test_every_command_and_option_is_documented() -> None:
+    missing = []
+    for name, command in COMMAND.commands.items():
+        heading = f"## infold {name}"
+        if heading not in PAGE:
+            missing.append(heading)
+            continue
+        section = PAGE.split(heading, 1)[1].split("\n## ", 1)[0]
+        for parameter in command.params:
+            words = parameter.opts if parameter.param_type_name == "option" else [parameter.name]
+            names = [word for word in words if word.startswith("--")]
+            missing += [f"{name} {word}" for word in names if f"`{word}" not in section]
+
+    assert missing == []
+
+
+def test_no_option_is_documented_that_does_not_exist() -> None:
+    for name, command in COMMAND.commands.items():
+        section = PAGE.split(f"## infold {name}", 1)[1].split("\n## ", 1)[0]
+        known = {opt for parameter in command.params for opt in parameter.opts} | {"--help"}
+
+        assert set(re.findall(r"`(--[a-z0-9-]+)", section)) <= known
+
+
+def test_exit_codes_are_documented() -> None:
+    for code in ("0", "1", "2", "3", "130"):
+        assert re.search(rf"^\| {code} \|", PAGE, re.MULTILINE)
+
+
+def readme_blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def readme_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder where the README's names exist: a tiny random base, and an adapter for it."""
+    import torch
+    from peft import IA3Config, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("readme")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(folder / "SmolLM2-135M-Instruct")
+    ia3 = IA3Config(
+        target_modules=["k_proj", "v_proj", "down_proj"],
+        feedforward_modules=["down_proj"],
+        init_ia3_weights=False,
+    )
+    get_peft_model(model, ia3).save_pretrained(folder / "ia3-reviews")
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_readme_commands_run(readme_folder: Path) -> None:
+    lines = [
+        line.removeprefix("$ ")
+        for block in readme_blocks("console")
+        for line in block.splitlines()
+        if line.startswith("$ infold")
+    ]
+
+    assert len(lines) >= 2
+    for line in lines:
+        words = [str(Path(sys.executable).with_name("infold")), *shlex.split(line)[1:]]
+        ran = subprocess.run(words, cwd=readme_folder, capture_output=True, text=True)
+        assert ran.returncode == 0, f"{line}\n{ran.stdout}{ran.stderr}"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_readme_python_runs(readme_folder: Path) -> None:
+    blocks = readme_blocks("python")
+
+    assert blocks
+    for block in blocks:
+        ran = subprocess.run(
+            [sys.executable, "-c", block], cwd=readme_folder, capture_output=True, text=True
+        )
+        assert ran.returncode == 0, f"{block}\n{ran.stderr}"
+
+
+def test_links_between_documents_lead_somewhere() -> None:
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")]
+    broken = [
+        f"{page.name}: {target}"
+        for page in pages
+        for target in re.findall(r"\]\(([^)#\s]+)", page.read_text())
+        if "://" not in target and not (page.parent / target).exists()
+    ]
+
+    assert broken == []
+
+
+def test_the_readme_tree_names_files_that_exist() -> None:
+    tree = next(block for block in readme_blocks("text") if "src/infold/" in block)
+    stack: list[str] = []
+    missing = []
+    for line in tree.splitlines():
+        match = re.match(r"^( *)([\w./-]+)", line)
+        if not match:
+            continue
+        depth = len(match[1]) // 2
+        stack[depth:] = [match[2]]
+        path = ROOT.joinpath(*stack)
+        if not path.exists():
+            missing.append(str(path.relative_to(ROOT)))
+
+    assert missing == []
+
+
+def test_help_of_each_verb_is_plain_words() -> None:
+    for name, command in COMMAND.commands.items():
+        text = command.get_help(click.Context(command, info_name=f"infold {name}"))
+
+        assert "Usage: infold" in text and "TODO" not in text
