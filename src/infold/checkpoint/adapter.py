@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from infold.checkpoint.files import locate, read_object, safe_child
-from infold.checkpoint.safetensors import read_header
+from infold.checkpoint.files import exists, locate, read_object, safe_child
+from infold.checkpoint.safetensors import open_regular, read_header
 from infold.checkpoint.shards import read_exactly
 from infold.errors import CorruptFile, Refusal, StorageFailure
 
@@ -57,7 +57,10 @@ class Adapter:
         if info.end == info.begin:
             return torch.empty(info.shape, dtype=TORCH_DTYPES[info.dtype])
         buffer = bytearray(info.end - info.begin)
-        fd = os.open(self.weights, os.O_RDONLY)
+        try:
+            fd = os.open(self.weights, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise StorageFailure(f"{self.weights}: {error.strerror}") from error
         try:
             read_exactly(fd, memoryview(buffer), info.begin, self.weights)
         finally:
@@ -70,11 +73,11 @@ def open_adapter(name: str | os.PathLike[str]) -> Adapter:
     path = locate(name, ("adapter_*", "*.json"))
     if not path.is_dir():
         raise Refusal(f"{path}: an adapter is a folder with {CONFIG} and {WEIGHTS}")
-    if not (path / CONFIG).exists():
-        hint = " (it looks like a base model)" if (path / "config.json").exists() else ""
+    if not exists(path / CONFIG):
+        hint = " (it looks like a base model)" if exists(path / "config.json") else ""
         raise Refusal(f"{path}: no {CONFIG}, so this is not a PEFT adapter{hint}")
     config = read_object(safe_child(path, CONFIG))
-    if (path / WEIGHTS).exists():
+    if exists(path / WEIGHTS):
         file = safe_child(path, WEIGHTS)
         header = read_header(file)
         odd = [t for t in header.tensors.values() if t.dtype not in TORCH_DTYPES]
@@ -86,7 +89,7 @@ def open_adapter(name: str | os.PathLike[str]) -> Adapter:
             t.name: AdapterTensor(t.dtype, t.shape, t.begin, t.end) for t in header.tensors.values()
         }
         return Adapter(path, config, tensors, file)
-    if (path / PICKLE).exists():
+    if exists(path / PICKLE):
         return _open_pickle(path, config)
     raise Refusal(f"{path}: no {WEIGHTS}; the adapter's weights are missing")
 
@@ -95,18 +98,31 @@ def _open_pickle(path: Path, config: dict[str, Any]) -> Adapter:
     """A .bin adapter, by torch's weights_only unpickler, which runs no code of the file."""
     file = safe_child(path, PICKLE)
     try:
-        loaded = torch.load(file, map_location="cpu", weights_only=True)
+        with open_regular(file) as stream:
+            loaded = torch.load(stream, map_location="cpu", weights_only=True)
     except OSError as error:
         raise StorageFailure(f"{file}: {error.strerror}") from error
+    except CorruptFile:
+        raise
     except Exception as error:
         raise CorruptFile(
             f"{file}: not a plain pickle of tensors ({type(error).__name__}); "
             "it is not loaded, since a pickle can run code. Save the adapter as safetensors"
         ) from None
     if not isinstance(loaded, dict) or not all(
-        isinstance(k, str) and isinstance(v, torch.Tensor) and v.dtype in _NAMES
-        for k, v in loaded.items()
+        isinstance(k, str) and _plain(v) for k, v in loaded.items()
     ):
         raise CorruptFile(f"{file}: must map names to float tensors")
     tensors = {k: AdapterTensor(_NAMES[v.dtype], tuple(v.shape), 0, 0) for k, v in loaded.items()}
     return Adapter(path, config, tensors, file, loaded)
+
+
+def _plain(value: Any) -> bool:
+    """A dense float tensor whose elements are all in memory (none is made up by a stride of 0)."""
+    return (
+        isinstance(value, torch.Tensor)
+        and value.dtype in _NAMES
+        and value.layout is torch.strided
+        and value.device.type == "cpu"
+        and value.nbytes <= value.untyped_storage().nbytes()
+    )

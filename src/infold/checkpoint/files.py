@@ -4,27 +4,41 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from infold.checkpoint.safetensors import parse_json
+from infold.checkpoint.safetensors import open_regular, parse_json
 from infold.errors import CorruptFile, Refusal, StorageFailure
 
-__all__ = ["locate", "read_bytes", "read_json", "read_object", "safe_child"]
+__all__ = ["exists", "locate", "read_bytes", "read_json", "read_object", "safe_child"]
 
-MAX_JSON = 256 << 20  # the largest index in the wild is a few megabytes
+MAX_JSON = 64 << 20  # the largest index in the wild is about 15 MB
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 
 
-def locate(name: str | os.PathLike[str], patterns: Iterable[str] | None = None) -> Path:
+def exists(path: Path) -> bool:
+    """Whether there is anything at `path`; an unreadable folder or an impossible name is told."""
+    try:
+        return path.exists()
+    except (OSError, ValueError) as error:
+        raise StorageFailure(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def locate(
+    name: str | os.PathLike[str],
+    only: Sequence[str] | None = None,
+    never: Sequence[str] | None = None,
+) -> Path:
     """A local path as it is; a Hub id (`org/name`, `org/name@revision`) as its downloaded snapshot.
+
+    `only` and `never` are patterns of file names to download.
 
     An existing path always wins over a Hub id. Raises Refusal for neither, StorageFailure when
     the Hub cannot be reached.
     """
     path = Path(name)
-    if path.exists():
+    if exists(path):
         return path
     text = os.fspath(name)
     if not _HUB_ID.fullmatch(text):
@@ -33,8 +47,14 @@ def locate(name: str | os.PathLike[str], patterns: Iterable[str] | None = None) 
     from huggingface_hub import snapshot_download
 
     try:
-        allow = None if patterns is None else list(patterns)
-        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=allow))
+        return Path(
+            snapshot_download(
+                repo,
+                revision=revision or None,
+                allow_patterns=None if only is None else list(only),
+                ignore_patterns=None if never is None else list(never),
+            )
+        )
     except Exception as error:  # the hub client raises many kinds; all mean the same here
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise StorageFailure(
@@ -51,7 +71,12 @@ def safe_child(root: Path, name: str) -> Path:
     if not name or name.startswith("/") or "\\" in name or ".." in Path(name).parts or "\0" in name:
         raise CorruptFile(f"{root}: {name!r} points outside of the folder")
     path = root / name
-    real, home = path.resolve(), root.resolve()
+    if path.relative_to(root).as_posix() != name:
+        raise CorruptFile(f"{root}: {name!r} is an odd spelling of a file name")
+    try:
+        real, home = path.resolve(), root.resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CorruptFile(f"{root}: {name!r} cannot be followed: {error}") from None
     allowed = [home]
     if home.parent.name == "snapshots" and home.parent.parent.name.startswith("models--"):
         allowed.append(home.parent.parent / "blobs")
@@ -63,7 +88,7 @@ def safe_child(root: Path, name: str) -> Path:
 def read_bytes(path: Path, limit: int = MAX_JSON) -> bytes:
     """The whole file, refused above `limit` bytes."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             if size > limit:
                 raise CorruptFile(f"{path}: {size:,} bytes; the limit for such a file is {limit:,}")

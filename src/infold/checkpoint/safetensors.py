@@ -4,6 +4,7 @@ A file is: 8 bytes little-endian header length N, N bytes of JSON, then the tens
 What MUST hold, and is checked before anything is believed:
   N is at most 100,000,000 and fits the file; the JSON is one object without duplicate keys;
   each entry has exactly dtype, shape and data_offsets; dtype, shape and byte count agree;
+  names are text that can be written as UTF-8; a shape has at most 64 dimensions;
   the ranges cover the data area without overlap and without holes.
 Data is never mapped: readers use pread, so memory stays what the caller allocates.
 """
@@ -11,17 +12,29 @@ Data is never mapped: readers use pread, so memory stays what the caller allocat
 from __future__ import annotations
 
 import json
+import math
 import os
+import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from infold.errors import CorruptFile, StorageFailure
 
-__all__ = ["DTYPE_BITS", "Header", "TensorInfo", "build_header", "parse_json", "read_header"]
+__all__ = [
+    "DTYPE_BITS",
+    "Header",
+    "TensorInfo",
+    "build_header",
+    "open_regular",
+    "parse_json",
+    "read_header",
+]
 
 MAX_HEADER = 100_000_000
+MAX_DIMENSIONS = 64  # what PyTorch's own operations are limited to
+MAX_BYTES = 1 << 62
 DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
     "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64, "C128": 128,
@@ -60,7 +73,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) != len(pairs):
         seen: set[str] = set()
         twice = [key for key, _ in pairs if key in seen or seen.add(key)]  # type: ignore[func-returns-value]
-        raise ValueError(f"key {twice[0]!r} stands twice")
+        raise ValueError(f"key {_short(twice[0])} stands twice")
     return result
 
 
@@ -79,13 +92,22 @@ def parse_json(data: bytes, where: str) -> Any:
         raise CorruptFile(f"{where}: not valid JSON: {reason}") from None
 
 
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file for reading. A FIFO or a device, which might never end, is refused."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise CorruptFile(f"{path}: is not a regular file")
+    return os.fdopen(fd, "rb")
+
+
 def read_header(path: Path) -> Header:
     """Parse and check the header of the safetensors file at `path`.
 
     Raises CorruptFile when a rule of the format is broken, StorageFailure when it cannot be read.
     """
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             prefix = file.read(8)
             if len(prefix) < 8:
@@ -109,7 +131,8 @@ def read_header(path: Path) -> Header:
 def _check(path: Path, raw: bytes, fields: Any, size: int) -> Header:
     if not isinstance(fields, dict):
         raise CorruptFile(f"{path}: header is not a JSON object")
-    metadata = fields.pop("__metadata__", None) or {}
+    metadata = fields.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise CorruptFile(f"{path}: __metadata__ must map strings to strings")
     tensors = [_entry(path, name, entry, len(raw)) for name, entry in fields.items()]
@@ -118,7 +141,7 @@ def _check(path: Path, raw: bytes, fields: Any, size: int) -> Header:
     for tensor in tensors:
         if tensor.begin != position:
             kind = "overlaps the tensor before it" if tensor.begin < position else "leaves a hole"
-            raise CorruptFile(f"{path}: tensor {tensor.name!r} {kind}")
+            raise CorruptFile(f"{path}: tensor {_short(tensor.name)} {kind}")
         position = tensor.end
     if position != size:
         what = (
@@ -135,25 +158,36 @@ def _count(value: Any) -> bool:
 
 
 def _entry(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
-    where = f"{path}: tensor {name!r}"
+    where = f"{path}: tensor {_short(name)}"
+    if any("\ud800" <= c <= "\udfff" for c in name):
+        raise CorruptFile(f"{where}: its name is not text (a lone surrogate)")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise CorruptFile(f"{where}: must have dtype, shape and data_offsets, and nothing else")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise CorruptFile(f"{where}: unknown dtype {dtype!r}")
+        raise CorruptFile(f"{where}: unknown dtype {_short(dtype)}")
     if not isinstance(shape, list) or not all(_count(n) for n in shape):
         raise CorruptFile(f"{where}: shape must be a list of non-negative integers")
+    if len(shape) > MAX_DIMENSIONS:
+        raise CorruptFile(f"{where}: {len(shape):,} dimensions; the limit is {MAX_DIMENSIONS}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_count(n) for n in offsets):
         raise CorruptFile(f"{where}: data_offsets must be two non-negative integers")
-    bits = DTYPE_BITS[dtype]
-    for n in shape:
-        bits *= n
+    # a tensor without elements may not tell an impossible size either: loaders multiply it up
+    if math.prod(n for n in shape if n) > MAX_BYTES:
+        raise CorruptFile(f"{where}: shape {shape} is larger than any file")
+    bits = DTYPE_BITS[dtype] * math.prod(shape)
     if offsets[1] - offsets[0] != bits // 8 or bits % 8:
         raise CorruptFile(
             f"{where}: {dtype} of shape {shape} needs {bits // 8} bytes, "
             f"not {offsets[1] - offsets[0]}"
         )
     return TensorInfo(name, dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
+
+
+def _short(value: Any) -> str:
+    """For a message: what a hostile file may have made very long."""
+    text = repr(value) if isinstance(value, str) else f"of type {type(value).__name__}"
+    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def build_header(

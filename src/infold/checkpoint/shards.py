@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from infold.checkpoint.files import locate, read_bytes, read_json, read_object, safe_child
+from infold.checkpoint.files import exists, locate, read_bytes, read_json, read_object, safe_child
 from infold.checkpoint.safetensors import Header, TensorInfo, parse_json, read_header
 from infold.errors import CorruptFile, Refusal, StorageFailure
 
@@ -68,15 +68,15 @@ def open_checkpoint(name: str | os.PathLike[str]) -> Checkpoint:
 
     Raises CorruptFile for broken files, Refusal for what is no checkpoint.
     """
-    path = locate(name)
+    path = locate(name, never=_STALE)
     if path.is_file():
         if path.suffix != ".safetensors":
             raise Refusal(f"{path}: not a .safetensors file; infold reads safetensors checkpoints")
         return _assemble(path, [Shard(path.name, path, read_header(path))], None)
-    if (path / INDEX).exists():
+    if exists(path / INDEX):
         index = read_json(safe_child(path, INDEX))
         return _assemble(path, _indexed(path, index), index)
-    if (path / SINGLE).exists():
+    if exists(path / SINGLE):
         file = safe_child(path, SINGLE)
         return _assemble(path, [Shard(SINGLE, file, read_header(file))], None)
     lone = sorted(p.name for p in path.glob("*.safetensors"))
@@ -88,7 +88,10 @@ def open_checkpoint(name: str | os.PathLike[str]) -> Checkpoint:
             f"{path}: holds PyTorch pickles only; convert it once with transformers' "
             "from_pretrained(...).save_pretrained(..., safe_serialization=True)"
         )
-    raise Refusal(f"{path}: no checkpoint: neither {SINGLE} nor {INDEX} is there")
+    swapped = ""
+    if exists(path / "adapter_config.json"):
+        swapped = ". It looks like an adapter: the base comes first, then its adapters"
+    raise Refusal(f"{path}: no checkpoint: neither {SINGLE} nor {INDEX} is there{swapped}")
 
 
 def _indexed(path: Path, index: Any) -> list[Shard]:
@@ -98,11 +101,22 @@ def _indexed(path: Path, index: Any) -> list[Shard]:
         raise CorruptFile(f"{path / INDEX}: weight_map is missing or empty")
     if not all(isinstance(file, str) for file in where.values()):
         raise CorruptFile(f"{path / INDEX}: weight_map must map tensor names to file names")
-    names = sorted(set(where.values()))
-    problems, shards = [], []
+    told: dict[str, set[str]] = {}
+    for tensor, file_name in where.items():
+        told.setdefault(file_name, set()).add(tensor)
+    names = sorted(told)
+    # a name such as config.json would be overwritten by a file of the output
+    problems = [
+        f"{path / INDEX}: {name!r} is not the name of a safetensors file"
+        for name in names
+        if not name.endswith(".safetensors") or not name.isprintable()
+    ]
+    if problems:
+        raise CorruptFile(problems)
+    shards = []
     for name in names:
         file = safe_child(path, name)
-        if not file.exists():
+        if not exists(file):
             problems.append(
                 f"{file}: named by the index, but not there; the download is incomplete"
             )
@@ -111,13 +125,12 @@ def _indexed(path: Path, index: Any) -> list[Shard]:
     if problems:
         raise CorruptFile(problems)
     for shard in shards:
-        told = {tensor for tensor, file in where.items() if file == shard.name}
-        found = set(shard.header.tensors)
+        mine, found = told[shard.name], set(shard.header.tensors)
         problems += [
-            f"{shard.path}: {t!r} is in the index, not in the file" for t in sorted(told - found)
+            f"{shard.path}: {t!r} is in the index, not in the file" for t in sorted(mine - found)
         ]
         problems += [
-            f"{shard.path}: {t!r} is in the file, not in the index" for t in sorted(found - told)
+            f"{shard.path}: {t!r} is in the file, not in the index" for t in sorted(found - mine)
         ]
     if problems:
         raise CorruptFile(problems)
@@ -152,13 +165,18 @@ def _beside(path: Path, shards: list[Shard]) -> tuple[list[str], list[str]]:
     mine = {shard.name for shard in shards} | {INDEX}
     side: list[str] = []
     left: list[str] = []
-    for folder, folders, files in os.walk(path):
+
+    def unreadable(error: OSError) -> None:
+        raise StorageFailure(f"{error.filename}: {error.strerror}") from error
+
+    for folder, folders, files in os.walk(path, onerror=unreadable):
         here = Path(folder).relative_to(path)
         left += [str(here / name) for name in folders if name in _NOT_CONTENT]
         folders[:] = sorted(name for name in folders if name not in _NOT_CONTENT)
         for name in folders:
-            if (Path(folder) / name).is_symlink():
+            if (Path(folder) / name).is_symlink():  # its content is copied from where it lies
                 safe_child(path, str(here / name))
+                left.append(str(here / name))
         for name in sorted(files):
             relative = str(here / name)
             if relative in mine:

@@ -21,7 +21,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,9 @@ class Staging:
             self._acquire()
             try:
                 self._open()
-            except BaseException:
+            except BaseException as error:
+                if isinstance(error, Exception):
+                    self.discard()
                 self._release()
                 raise
         return self
@@ -78,29 +80,54 @@ class Staging:
     def _acquire(self) -> None:
         self.out.parent.mkdir(parents=True, exist_ok=True)
         self.folder.mkdir(exist_ok=True)
-        self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        lock = self.folder / "lock"
+        try:
+            self._lock = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError:
+            with suppress(OSError):
+                self.folder.rmdir()  # only where it is empty
+            raise
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(self._lock)
+            # the merge that held the lock until now may have removed the file, and a third one
+            # have made another
+            mine = lock.exists() and os.path.samestat(os.stat(lock), os.fstat(self._lock))
+        except BlockingIOError:
+            self._release()
             raise Refusal(f"{self.out}: another merge is writing this output right now") from None
-        # the folder may have been removed by the merge that held the lock until now
-        if not (self.folder / "lock").exists():
-            os.close(self._lock)
-            return self._acquire()
-        return None
+        except OSError:
+            self._release()
+            raise
+        if not mine:
+            self._release()
+            self._acquire()
 
     def _open(self) -> None:
+        replaced = self.folder / "replaced"
+        if replaced.exists() and not os.path.lexists(self.out):
+            os.rename(replaced, self.out)  # killed between the two renames of `publish`
         journal = self.folder / "journal"
         self.resumed = self._read_journal(journal)
         fresh = not self.resumed
         if fresh and self.output.exists():
             shutil.rmtree(self.output)
         self.output.mkdir(exist_ok=True)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | (os.O_TRUNC if fresh else 0)
-        self._journal = os.open(journal, flags, 0o644)
+        self._remove_strangers()
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+        self._journal = os.open(journal, flags | (os.O_TRUNC if fresh else 0), 0o644)
         if fresh:
             self._log({"identity": self.identity})
+        else:
+            whole = journal.read_bytes().rfind(b"\n") + 1
+            os.ftruncate(self._journal, whole)  # no line that the kill cut off in the middle
+
+    def _remove_strangers(self) -> None:
+        """Keep what the journal vouches for; all else is written anew, or belonged elsewhere."""
+        for folder, _, files in os.walk(self.output):
+            for name in files:
+                file = Path(folder) / name
+                if file.relative_to(self.output).as_posix() not in self.resumed:
+                    file.unlink()
 
     def _read_journal(self, path: Path) -> dict[str, Progress]:
         """What an earlier run of the same merge has finished; empty when it was another merge."""
@@ -144,8 +171,13 @@ class Staging:
         path = self.output / name
         with storage_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            os.ftruncate(fd, size)
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            fd = os.open(path, flags, 0o644)
+            try:
+                os.ftruncate(fd, size)
+            except OSError:
+                os.close(fd)
+                raise
         return fd
 
     def write_bytes(self, name: str, data: bytes) -> None:
@@ -161,13 +193,14 @@ class Staging:
     def copy_file(self, source: Path, name: str) -> None:
         """A side file, byte by byte, on the disk."""
         with storage_errors(source):
-            reader = os.open(source, os.O_RDONLY)
+            reader = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 size = os.fstat(reader).st_size
                 fd = self.open_file(name, size)
                 try:
-                    copy_range(reader, fd, 0, 0, size)
-                    os.fsync(fd)
+                    with storage_errors(self.output / name):
+                        copy_range(reader, fd, 0, 0, size)
+                        os.fsync(fd)
                 finally:
                     os.close(fd)
             finally:
@@ -178,6 +211,8 @@ class Staging:
         with storage_errors(self.out):
             for folder, _, _ in os.walk(self.output):
                 _sync_folder(Path(folder))
+            # from here on the folder must not be continued: after an exchange it holds the old one
+            os.unlink(self.folder / "journal")
             if not os.path.lexists(self.out):
                 os.rename(self.output, self.out)
             elif not self.force:

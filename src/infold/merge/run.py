@@ -224,6 +224,7 @@ def _identity(plan: Plan, adapters: list[dict[str, str]]) -> str:
         hasher.update(shard.name.encode() + blake3(shard.header.raw).digest())
     for output in plan.shards:
         hasher.update(blake3(output.header.raw).digest())
+    hasher.update(repr([plan.copied, sorted(plan.rewritten.items())]).encode())
     for files in adapters:
         hasher.update(repr(sorted(files.items())).encode())
     hasher.update(repr([describe(edit) for edit in plan.edits.values()]).encode())
