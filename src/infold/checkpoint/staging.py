@@ -103,9 +103,7 @@ class Staging:
             self._acquire()
 
     def _open(self) -> None:
-        replaced = self.folder / "replaced"
-        if replaced.exists() and not os.path.lexists(self.out):
-            os.rename(replaced, self.out)  # killed between the two renames of `publish`
+        self._restore()
         journal = self.folder / "journal"
         self.resumed = self._read_journal(journal)
         fresh = not self.resumed
@@ -121,13 +119,31 @@ class Staging:
             whole = journal.read_bytes().rfind(b"\n") + 1
             os.ftruncate(self._journal, whole)  # no line that the kill cut off in the middle
 
+    def _restore(self) -> None:
+        """Put back the old output that a kill between the two renames of `publish` left here."""
+        replaced = self.folder / "replaced"
+        if not replaced.exists():
+            return
+        if os.path.lexists(self.out):
+            shutil.rmtree(replaced)
+            return
+        os.rename(replaced, self.out)
+        if not self.force:
+            raise Refusal(
+                f"{self.out}: exists again: an interrupted merge with --force had set it aside; "
+                "choose another name, or replace it with --force"
+            )
+
     def _remove_strangers(self) -> None:
         """Keep what the journal vouches for; all else is written anew, or belonged elsewhere."""
-        for folder, _, files in os.walk(self.output):
+        for folder, _, files in os.walk(self.output, topdown=False):
             for name in files:
                 file = Path(folder) / name
                 if file.relative_to(self.output).as_posix() not in self.resumed:
                     file.unlink()
+            if Path(folder) != self.output:
+                with suppress(OSError):
+                    os.rmdir(folder)  # only where it is empty
 
     def _read_journal(self, path: Path) -> dict[str, Progress]:
         """What an earlier run of the same merge has finished; empty when it was another merge."""

@@ -300,11 +300,11 @@ def _chunks(
         count = 0
         run = runs[name]
         elements = run.shape[0] * run.shape[1]
-        place = _Source(plan, run.edit, files, run.shape[1]) if elements else None
+        if not elements:  # such a shape may still tell of a very large number of rows
+            continue
+        place = _Source(plan, run.edit, files, run.shape[1])
         position = info.begin
         for block in cut(*run.shape, limit):
-            if place is None or not block.count:
-                continue
             begin, position = position, position + block.count * (info.nbytes // elements)
             yield position, _Compute(run, place, block, begin, position == info.end)
     yield from flush()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from infold.checkpoint.shards import Checkpoint
 
-__all__ = ["HEADS", "INPUT_EMBEDDINGS", "is_conv1d", "is_tied", "numeric"]
+__all__ = ["HEADS", "INPUT_EMBEDDINGS", "is_conv1d", "is_tied", "leaf", "numeric"]
 
 # transformers' Conv1D stores (in, out). model_type -> last components of its Conv1D modules
 _CONV1D = {
@@ -30,6 +30,11 @@ INPUT_EMBEDDINGS = (
 HEADS = ("lm_head", "embed_out")
 
 
+def leaf(parameter: str) -> str:
+    """The last component of a parameter's module: `q_proj` of `...self_attn.q_proj.weight`."""
+    return parameter.rpartition(".")[0].rpartition(".")[2]
+
+
 def numeric(path: str) -> bool:
     """Whether a module path holds a layer number."""
     return any(part.isdigit() for part in path.split("."))
@@ -37,13 +42,13 @@ def numeric(path: str) -> bool:
 
 def is_conv1d(base: Checkpoint, weight: str, fan_in_fan_out: bool) -> bool | None:
     """Whether a square weight is stored as (in, out). None: it cannot be told."""
-    leaf = weight.removesuffix(".weight").rsplit(".", 1)[-1]
+    last = leaf(weight)
     kind = (base.config or {}).get("model_type")
     if kind in _CONV1D:
-        return leaf in _CONV1D[str(kind)]
+        return last in _CONV1D[str(kind)]
     votes = set()
     for name in base.where:
-        if not name.endswith(f".{leaf}.weight"):
+        if not name.endswith(f".{last}.weight"):
             continue
         shape, bias = base.info(name).shape, name.removesuffix("weight") + "bias"
         if len(shape) == 2 and shape[0] != shape[1] and bias in base.where:

@@ -1,0 +1,347 @@
+"""One adapter's tensors -> edits of the draft. Each is consumed, or named in a reason to refuse."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from infold.adapters import Settings
+from infold.adapters.exact import slices_for
+from infold.checkpoint.adapter import Adapter
+from infold.plan.config import AdapterConfig
+from infold.plan.draft import Draft, State
+from infold.plan.edits import Operation, Replacement
+from infold.plan.layouts import HEADS, INPUT_EMBEDDINGS, is_conv1d, leaf
+from infold.plan.match import group_keys, missing_parts
+from infold.plan.output import usual_dtype
+
+__all__ = ["Consumer"]
+
+
+class Consumer:
+    """Turns every tensor of one adapter into an edit of the draft, or into a reason to refuse."""
+
+    def __init__(self, draft: Draft, number: int, adapter: Adapter, config: AdapterConfig) -> None:
+        self.draft, self.number, self.adapter, self.config = draft, number, adapter, config
+
+    def refuse(self, key: str, why: str) -> None:
+        self.draft.reasons.append(f"{self.adapter.path}: {key}: {why}")
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return self.adapter.tensors[key].shape
+
+    def find(self, parameter: str, key: str) -> str | None:
+        """The output tensor for a parameter path; a tied head that is not on disk is found too."""
+        try:
+            name = self.draft.names.find(parameter)
+        except LookupError as error:
+            self.refuse(key, f"{parameter} {error}")
+            return None
+        pair = self.draft.pair
+        if name is None and pair and leaf(parameter) in HEADS and parameter.endswith(".weight"):
+            return pair[1]
+        return name
+
+    def ends(self, name: str, both: bool) -> list[str]:
+        """The tensors that an edit of `name` changes: both of a tied pair, or only itself."""
+        pair = self.draft.pair
+        return list(pair) if both and pair and name in pair else [name]
+
+    # --- plain tensors -----------------------------------------------------------------------
+
+    def replacement(self, parameter: str, key: str) -> None:
+        module = parameter.rpartition(".")[0]
+        before = len(self.draft.reasons)
+        name = self.find(parameter, key)
+        if len(self.draft.reasons) > before:
+            return
+        if name is None:
+            self._new(parameter, module, key)
+            return
+        saved = self.config.saves(module)
+        tied = self.config.ties and not self._has_other_end(name)
+        for end in self.ends(name, both=not saved or tied):
+            state = self.draft.state(end)
+            if state.operations or isinstance(state.source, Replacement):
+                if state.source == Replacement(self.number, key):
+                    continue
+                if not isinstance(state.source, Replacement) or state.source.adapter != self.number:
+                    self.refuse(
+                        key,
+                        f"replaces {end}, which an earlier adapter edits: its work would be lost",
+                    )
+                    continue
+                if end != name:
+                    continue  # the other end has a tensor of its own in this adapter
+            new, old = self.shape(key), state.shape
+            resizes = leaf(name) in (*INPUT_EMBEDDINGS, *HEADS) and new[1:] == old[1:]
+            if new != old and not (resizes and new):
+                self.refuse(key, f"shape {list(new)}, but {end} has {list(old)}")
+                continue
+            state.source, state.shape = Replacement(self.number, key), new
+
+    def _has_other_end(self, name: str) -> bool:
+        """Whether this adapter has a tensor of its own for the other end of the tied pair."""
+        pair = self.draft.pair
+        if not pair or name not in pair:
+            return False
+        other = pair[1] if name == pair[0] else pair[0]
+        modules, plain, _ = group_keys(self.adapter.tensors)
+        return any(
+            self._quietly(path) == other for path in (*plain, *(f"{m}.weight" for m in modules))
+        )
+
+    def _quietly(self, parameter: str) -> str | None:
+        try:
+            name = self.draft.names.find(parameter)
+        except LookupError:
+            return None
+        pair = self.draft.pair
+        if name is None and pair and leaf(parameter) in HEADS:
+            return pair[1]
+        return name
+
+    def _new(self, parameter: str, module: str, key: str) -> None:
+        """A tensor that the base lacks: only a trained head may add one."""
+        draft = self.draft
+        top = module.rpartition(".")[2] if not self.config.saves(module) else module
+        if not (self.config.saves(module) and self.config.adds_head) or module in draft.names.all:
+            self.refuse(key, f"there is no {parameter} in the base{draft.names.nearest(parameter)}")
+            return
+        if parameter in draft.states:
+            self.refuse(key, f"{parameter} was already added by an earlier adapter")
+            return
+        shape = self.shape(key)
+        dtype = usual_dtype(draft.base)
+        draft.states[parameter] = State(Replacement(self.number, key), dtype, shape)
+        if len(shape) == 2 and parameter.endswith(".weight"):
+            draft.notes.append(
+                f"added: {parameter}, a trained head that the base lacks; load the result with the "
+                "class of that task (such as AutoModelForSequenceClassification)"
+            )
+            if top.rpartition(".")[2] in ("classifier", "score", "out_proj", "qa_outputs"):
+                draft.labels = shape[0]
+
+    # --- methods -----------------------------------------------------------------------------
+
+    def operation(self, module: str, parts: dict[str, str]) -> None:
+        key = next(iter(parts.values()))
+        table = "lora_embedding_A" in parts or "lora_embedding_B" in parts
+        if table:
+            parts = {name.replace("lora_embedding_", "lora_"): k for name, k in parts.items()}
+        if "trainable_tokens_delta" in parts and len(parts) > 1:
+            delta = parts.pop("trainable_tokens_delta")
+            self.operation(module, {"trainable_tokens_delta": delta})
+            self.refuse(delta, "trained tokens and another method on one module are not supported")
+            return
+        method = self._method(parts)
+        missing = missing_parts(method, parts)
+        if missing:
+            self.refuse(key, f"{module} lacks {', '.join(missing)} in the adapter file")
+            return
+        before = len(self.draft.reasons)
+        name = self.find(f"{module}.weight", key)
+        if name is None and len(self.draft.reasons) == before:
+            name = self.find(f"{module}.in_proj_weight", key)
+        if len(self.draft.reasons) > before:
+            return
+        if name is None:
+            quantized = (self.draft.base.config or {}).get("quantization_config")
+            why = (
+                "the base is quantized; merging into quantized weights is not supported yet"
+                if quantized
+                else f"there is no module {module} in the base"
+                + self.draft.names.nearest(f"{module}.weight")
+            )
+            for part in parts.values():
+                self.refuse(part, why)
+            return
+        make = {"ia3": self._ia3, "trainable_tokens": self._tokens}.get(method)
+        made = make(module, parts, name) if make else self._lora(method, module, parts, name, table)
+        if made is None:
+            return
+        both = method == "trainable_tokens" or (self.config.ties and not self._has_other_end(name))
+        for end in self.ends(name, both):
+            operation = made
+            if end != name and method != "trainable_tokens":
+                operation = made  # the same update for both ends of the pair
+            self.draft.state(end).operations.append(operation)
+
+    def _method(self, parts: dict[str, str]) -> str:
+        if "ia3_l" in parts:
+            return "ia3"
+        if "trainable_tokens_delta" in parts:
+            return "trainable_tokens"
+        if "lora_magnitude_vector" in parts or self.config.fields.get("use_dora"):
+            return "dora"
+        return "lora"
+
+    def _ia3(self, module: str, parts: dict[str, str], name: str) -> Operation | None:
+        key = parts["ia3_l"]
+        vector, weight = self.shape(key), self.draft.state(name).shape
+        transposed = False
+        if len(weight) == 2:
+            if len(vector) != 2 or 1 not in vector:
+                self.refuse(key, f"shape {list(vector)}; expected (out, 1) or (1, in)")
+                return None
+            side = self._linear_side(module, vector)
+            length = math.prod(vector)
+            fits = [weight[0] == length, weight[1] == length]  # as (rows, columns) of storage
+            if not any(fits):
+                self.refuse(key, f"{length} elements fit neither side of {name} {list(weight)}")
+                return None
+            if weight[0] != weight[1]:
+                transposed = fits[1] if side == "out" else fits[0]
+            elif (square := self._square(name, key)) is None:
+                return None
+            else:
+                transposed = square
+            settings = Settings(side=side, out=weight[1] if transposed else weight[0])
+        elif len(weight) >= 3 and len(vector) == len(weight):
+            found = self._conv_settings(module, key, vector, weight, name)
+            if found is None:
+                return None
+            settings = found
+        else:
+            self.refuse(key, f"shape {list(vector)} does not suit {name} of shape {list(weight)}")
+            return None
+        operation = Operation("ia3", self.number, module, parts, settings, transposed)
+        bias = name.removesuffix("weight") + "bias"
+        if settings.side == "out" and name.endswith(".weight") and bias in self.draft.base.where:
+            if self.draft.state(bias).shape != (settings.out,):
+                shape = list(self.draft.state(bias).shape)
+                self.refuse(key, f"{bias} has shape {shape}, not [{settings.out}]")
+                return None
+            self.draft.state(bias).operations.append(replace(operation, on_bias=True))
+        return operation
+
+    def _linear_side(self, module: str, vector: tuple[int, ...]) -> str:
+        """(out, 1) scales outputs, (1, in) inputs; for (1, 1) the config decides."""
+        if vector == (1, 1):
+            return "in" if self.config.is_feedforward(module) else "out"
+        return "out" if vector[1] == 1 else "in"
+
+    def _conv_settings(
+        self, module: str, key: str, vector: tuple[int, ...], weight: tuple[int, ...], name: str
+    ) -> Settings | None:
+        length = vector[1]
+        if math.prod(vector) != length:
+            self.refuse(key, f"shape {list(vector)}; expected (1, channels, 1, ...)")
+            return None
+        side = "in" if self.config.is_feedforward(module) else "out"
+        kernel = math.prod(weight[2:])
+        if side == "out":
+            if length != weight[0]:
+                self.refuse(key, f"{length} elements, but {name} has {weight[0]} output channels")
+                return None
+            return Settings(side=side, out=weight[0])
+        groups, rest = divmod(length, weight[1]) if weight[1] else (0, 1)
+        if rest or not groups or weight[0] % groups:
+            self.refuse(key, f"{length} input channels do not suit {name} {list(weight)}")
+            return None
+        return Settings(side=side, kernel=kernel, groups=groups, out=weight[0])
+
+    def _square(self, name: str, key: str) -> bool | None:
+        fan = bool(self.config.fields.get("fan_in_fan_out"))
+        transposed = is_conv1d(self.draft.base, name, fan)
+        if transposed is None:
+            self.refuse(
+                key,
+                f"{name} is square, and nothing tells whether it is stored as (out, in) or "
+                "(in, out); put the base's config.json beside its weights",
+            )
+        return transposed
+
+    def _lora(
+        self, method: str, module: str, parts: dict[str, str], name: str, table: bool
+    ) -> Operation | None:
+        key = parts["lora_A"]
+        a, b = self.shape(parts["lora_A"]), self.shape(parts["lora_B"])
+        state = self.draft.state(name)
+        weight = state.shape
+        if len(a) < 2 or len(b) < 2 or len(weight) < 2:
+            self.refuse(
+                key, f"lora_A {list(a)}, lora_B {list(b)} do not suit {name} {list(weight)}"
+            )
+            return None
+        rank = a[0]
+        if not rank or rank != self.config.rank(module):
+            self.refuse(key, f"rank {rank} in the file, {self.config.rank(module)} by the config")
+            return None
+        groups = rank // b[1] if b[1] and rank % b[1] == 0 else 0
+        out, inner = b[0], math.prod(a[1:])
+        transposed = table
+        stored = (weight[0], math.prod(weight[1:]))
+        if len(weight) == 2 and not table:
+            fits = [stored == (out, inner), stored == (inner, out)]
+            if out == inner and any(fits):
+                square = self._square(name, key)
+                if square is None:
+                    return None
+                transposed = square
+            else:
+                transposed = fits[1]
+        logical = stored[::-1] if transposed else stored
+        conv = len(weight) > 2
+        problem = (
+            logical != (out, inner)
+            or (conv and (a[1:] != weight[1:] or math.prod(b[2:]) != 1))
+            or (not conv and (len(a) != 2 or len(b) != 2))
+            or groups < 1
+            or (groups > 1 and (not conv or out % groups))
+        )
+        if problem:
+            self.refuse(
+                key,
+                f"lora_A {list(a)} and lora_B {list(b)} do not make an update of {name} "
+                f"{list(weight)}",
+            )
+            return None
+        for part in ("lora_magnitude_vector", "lora_bias"):
+            if part in parts and math.prod(self.shape(parts[part])) != out:
+                self.refuse(parts[part], f"{part} has not {out} elements")
+                return None
+        if method == "dora" and not self.config.fields.get("use_dora"):
+            self.refuse(parts["lora_magnitude_vector"], "a DoRA magnitude, but use_dora is false")
+            return None
+        settings = Settings(
+            scaling=self.config.scaling(module),
+            slices=slices_for(state.dtype, b[1]),
+            groups=groups,
+            out=out,
+        )
+        if method == "dora" and "lora_bias" in parts:
+            self.refuse(parts["lora_bias"], "a bias of lora_B together with DoRA is not supported")
+            return None
+        operation = Operation(method, self.number, module, parts, settings, transposed)
+        if "lora_bias" in parts and not self._lora_bias(operation, name, out):
+            return None
+        return operation
+
+    def _lora_bias(self, operation: Operation, name: str, out: int) -> bool:
+        bias = name.removesuffix("weight") + "bias"
+        key = operation.parts["lora_bias"]
+        if not self.config.fields.get("lora_bias"):
+            self.refuse(key, "a bias of lora_B, but lora_bias is false")
+            return False
+        if bias not in self.draft.base.where or self.draft.state(bias).shape != (out,):
+            self.refuse(key, f"lora_bias needs a bias in the base, and there is no fitting {bias}")
+            return False
+        self.draft.state(bias).operations.append(replace(operation, on_bias=True))
+        return True
+
+    def _tokens(self, module: str, parts: dict[str, str], name: str) -> Operation | None:
+        key = parts["trainable_tokens_delta"]
+        shape, table = self.shape(key), self.draft.state(name).shape
+        tokens = self.config.tokens(module)
+        if tokens is None:
+            self.refuse(key, f"the config does not tell which tokens of {module} were trained")
+            return None
+        fits = len(table) == 2 and shape == (len(tokens), table[1])
+        if not fits or len(set(tokens)) != len(tokens) or max(tokens, default=0) >= table[0]:
+            self.refuse(
+                key, f"{len(tokens)} tokens, shape {list(shape)}, do not suit {name} {list(table)}"
+            )
+            return None
+        settings = Settings(tokens=tokens, out=table[1])
+        return Operation("trainable_tokens", self.number, module, parts, settings, transposed=True)

@@ -1,0 +1,44 @@
+"""What is known of a plan while adapters are being read: touched tensors, reasons to refuse."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from infold.checkpoint.shards import Checkpoint
+from infold.plan.edits import BaseTensor, Operation, Replacement
+from infold.plan.match import Names
+
+__all__ = ["Draft", "State"]
+
+
+@dataclass
+class State:
+    """What is known so far of one tensor of the output."""
+
+    source: BaseTensor | Replacement
+    dtype: str
+    shape: tuple[int, ...]
+    operations: list[Operation] = field(default_factory=list)
+
+
+class Draft:
+    """Collects the states of all touched tensors, and the reasons to refuse."""
+
+    def __init__(self, base: Checkpoint, pair: tuple[str, str] | None) -> None:
+        self.base = base
+        self.names = Names(base.where)
+        self.states: dict[str, State] = {}
+        self.reasons: list[str] = []
+        self.notes: list[str] = []
+        self.labels: int | None = None  # outputs of a head that is added
+        self.pair = pair  # (embedding, head) that share their values
+
+    def state(self, tensor: str) -> State:
+        """The state of an output tensor, begun from the base where it is new."""
+        if tensor not in self.states:
+            source = tensor
+            if self.pair and tensor == self.pair[1] and tensor not in self.base.where:
+                source = self.pair[0]
+            info = self.base.info(source)
+            self.states[tensor] = State(BaseTensor(source), info.dtype, info.shape)
+        return self.states[tensor]

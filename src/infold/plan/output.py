@@ -1,0 +1,89 @@
+"""The files of the output: headers, index and config.json, decided before anything is written."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+
+from infold.checkpoint.safetensors import Header, build_header
+from infold.checkpoint.shards import Checkpoint
+from infold.formats import format_of
+from infold.plan.edits import Edit, OutputShard
+from infold.plan.layouts import HEADS, INPUT_EMBEDDINGS, leaf
+
+__all__ = ["config_changes", "index_bytes", "output_shards", "usual_dtype", "with_changes"]
+
+
+def usual_dtype(base: Checkpoint) -> str:
+    """The dtype of most of the base's elements, among those that can be written."""
+    count: Counter[str] = Counter()
+    for shard in base.shards:
+        for info in shard.header.tensors.values():
+            if format_of(info.dtype):
+                count[info.dtype] += info.nbytes
+    return count.most_common(1)[0][0] if count else "F32"
+
+
+def output_shards(base: Checkpoint, edits: dict[str, Edit]) -> tuple[OutputShard, ...]:
+    """The output's files: the base's own headers, but where a tensor is added or resized."""
+    added = [name for name in edits if name not in base.where]
+    home = len(base.shards) - 1
+    result = []
+    for number, shard in enumerate(base.shards):
+        header: Header = shard.header
+        resized = any(n in edits and edits[n].shape != t.shape for n, t in header.tensors.items())
+        mine = added if number == home else []
+        if resized or mine:
+            entries = [
+                (n, t.dtype, edits[n].shape if n in edits else t.shape)
+                for n, t in header.tensors.items()
+            ]
+            entries += [(n, edits[n].dtype, edits[n].shape) for n in mine]
+            header = build_header(entries, header.metadata)
+        result.append(OutputShard(shard.name, header, number, header is shard.header))
+    return tuple(result)
+
+
+def index_bytes(base: Checkpoint, shards: tuple[OutputShard, ...]) -> bytes:
+    """The index with the new tensors, and the sizes that it told before brought up to date."""
+    assert base.index is not None
+    tensors = [(n, t, s.name) for s in shards for n, t in s.header.tensors.items()]
+    metadata = dict(base.index.get("metadata") or {})
+    metadata["total_size"] = sum(t.nbytes for _, t, _ in tensors)
+    if "total_parameters" in metadata:
+        metadata["total_parameters"] = sum(math.prod(t.shape) for _, t, _ in tensors)
+    where = {n: s for n, _, s in sorted(tensors, key=lambda item: item[0])}
+    index = {**base.index, "metadata": metadata, "weight_map": where}
+    return (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def config_changes(
+    base: Checkpoint, edits: dict[str, Edit], untied: bool, labels: int | None
+) -> dict[str, object]:
+    """The fields of config.json that the merge must change, so that the result loads as meant."""
+    changes: dict[str, object] = {}
+    if untied:
+        changes["tie_word_embeddings"] = False
+    for name, edit in edits.items():
+        if name not in base.where or leaf(name) not in (*INPUT_EMBEDDINGS, *HEADS):
+            continue
+        if edit.shape[:1] != base.info(name).shape[:1]:
+            changes["vocab_size"] = edit.shape[0]
+    if labels is not None:
+        changes["id2label"] = {str(n): f"LABEL_{n}" for n in range(labels)}
+        changes["label2id"] = {f"LABEL_{n}": n for n in range(labels)}
+    return changes
+
+
+def with_changes(config: dict[str, object], changes: dict[str, object]) -> bytes:
+    """config.json with fields changed where they stand: at the top, in text_config, or in both."""
+    config = dict(config)
+    for key, value in changes.items():
+        text = config.get("text_config")
+        inside = isinstance(text, dict) and key in text
+        if isinstance(text, dict) and inside:
+            config["text_config"] = {**text, key: value}
+        if key in config or not inside:
+            config[key] = value
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,121 @@
+"""Input embedding and output head that share one tensor in memory.
+
+An edit of one end only must untie them; equal edits of both ends leave them tied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from infold.checkpoint.adapter import Adapter
+from infold.checkpoint.shards import Checkpoint
+from infold.plan.draft import Draft, State
+from infold.plan.edits import Operation, Replacement
+from infold.plan.layouts import HEADS, INPUT_EMBEDDINGS, is_tied, leaf
+
+__all__ = ["same_ends", "tied_pair", "unsupported_tie"]
+
+
+def tied_pair(base: Checkpoint) -> tuple[str, str] | None:
+    """(input embedding, head) that share one tensor in memory; the head may be missing on disk."""
+    embeddings = [n for n in base.where if n.endswith(".weight") and leaf(n) in INPUT_EMBEDDINGS]
+    if len(embeddings) != 1 or is_tied(base) is False:
+        return None
+    config = base.config or {}
+    kinds = config.get("architectures") or []
+    generative = [k for k in kinds if isinstance(k, str) and not k.endswith("Model")]
+    if kinds and not any(
+        "CausalLM" in k or "LMHead" in k or "Conditional" in k for k in generative
+    ):
+        return None
+    if config.get("is_encoder_decoder"):
+        return None
+    above = embeddings[0].removesuffix(".weight").split(".")[:-1]
+    for stem in (
+        ["model", "language_model"],
+        ["model"],
+        ["transformer"],
+        ["gpt_neox"],
+        ["decoder"],
+    ):
+        if above[-len(stem) :] == stem:
+            above = above[: -len(stem)]
+            break
+    head = ".".join([*above, "lm_head", "weight"])
+    heads = [n for n in base.where if n.endswith(".weight") and leaf(n) in HEADS]
+    if heads:
+        if is_tied(base) is None or len(heads) > 1:
+            return None  # a head of its own, and no config that ties it
+        head = heads[0]
+    return embeddings[0], head
+
+
+def unsupported_tie(draft: Draft, adapters: tuple[Adapter, ...]) -> list[str]:
+    """Reasons to refuse an edit of an embedding whose other users cannot be untied from it.
+
+    Masked language models tie their decoder, encoder-decoder models several embeddings and often a
+    scale of the logits (T5). A classifier made from such a model does not use the tied head.
+    """
+    config = draft.base.config or {}
+    kinds = [kind for kind in config.get("architectures") or [] if isinstance(kind, str)]
+    if draft.pair or not is_tied(draft.base):
+        return []
+    masked = any("MaskedLM" in kind or "PreTraining" in kind for kind in kinds)
+    if not masked and not config.get("is_encoder_decoder"):
+        return []
+    reasons = []
+    for tensor, state in draft.states.items():
+        if leaf(tensor) not in (*INPUT_EMBEDDINGS, *HEADS, "shared", "decoder"):
+            continue
+        touching = {op.adapter for op in state.operations if op.method != "trainable_tokens"}
+        if isinstance(state.source, Replacement):
+            touching.add(state.source.adapter)
+        tasks = {adapters[number].config.get("task_type") for number in touching}
+        if masked and tasks <= {"SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"}:
+            continue
+        if tensor.endswith(".weight") and touching:
+            reasons.append(
+                f"{tensor}: is tied to other parts of {', '.join(kinds) or 'this model'}, and "
+                "untying them is not supported for this architecture"
+            )
+    return reasons
+
+
+def same_ends(embedding: State, head: State, adapters: tuple[Adapter, ...]) -> bool:
+    """Whether both ends of a tied pair get equal values, so that they can stay tied."""
+    if embedding.shape != head.shape or len(embedding.operations) != len(head.operations):
+        return False
+    ends = [embedding.source, head.source]
+    kinds = {type(end) for end in ends}
+    if len(kinds) > 1:
+        return False
+    if isinstance(ends[0], Replacement) and isinstance(ends[1], Replacement) and ends[0] != ends[1]:
+        one, two = (
+            adapters[end.adapter].read(end.key) for end in ends if isinstance(end, Replacement)
+        )
+        if one.dtype != two.dtype or not torch.equal(one, two):
+            return False
+    return all(map(_same_update(adapters), embedding.operations, head.operations))
+
+
+def _same_update(adapters: tuple[Adapter, ...]) -> Callable[[Operation, Operation], bool]:
+    """Whether two operations make the same change: of equal parts, or of transposed factors."""
+
+    def same(one: Operation, two: Operation) -> bool:
+        if one == two:
+            return True
+        if one.method != two.method or one.settings.scaling != two.settings.scaling:
+            return False
+        if one.method != "lora" or one.transposed == two.transposed:
+            return False
+        read = [
+            {part: adapters[op.adapter].read(op.parts[part]) for part in ("lora_A", "lora_B")}
+            for op in (one, two)
+        ]
+        return torch.equal(read[0]["lora_A"], read[1]["lora_B"].t()) and torch.equal(
+            read[0]["lora_B"], read[1]["lora_A"].t()
+        )
+
+    return same
