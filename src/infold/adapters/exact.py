@@ -49,16 +49,25 @@ def _on_grid(x: Tensor, dim: int, width: int, slices: int) -> tuple[Tensor, ...]
     terms = []
     for number in range(1, slices + 1):
         shift = exponent - number * width
-        term = torch.ldexp(torch.round(_ldexp(x, -shift)), shift)
+        term = _ldexp(torch.round(_ldexp(x, -shift)), shift)
         terms.append(term)
         x = x - term
     return tuple(terms)
 
 
 def _ldexp(x: Tensor, shift: Tensor) -> Tensor:
-    """x * 2^shift in two steps: 2^shift alone can leave float64's range, the result does not."""
+    """x * 2^shift in two steps: 2^shift alone can leave float64's range, the result does not.
+
+    The powers are made of their bits, since `torch.ldexp` takes them from `pow`, which is not
+    correctly rounded on every device, and in older versions is of float32's range.
+    """
     half = shift.div(2, rounding_mode="floor")
-    return torch.ldexp(torch.ldexp(x, half), shift - half)
+    return x * _power(half) * _power(shift - half)
+
+
+def _power(exponent: Tensor) -> Tensor:
+    """2^exponent, float64, for integers that stay within its normal range."""
+    return (exponent.to(torch.int64) + 1023).bitwise_left_shift(52).view(torch.float64)
 
 
 class _Grid:

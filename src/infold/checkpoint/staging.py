@@ -80,6 +80,10 @@ class Staging:
     def _acquire(self) -> None:
         self.out.parent.mkdir(parents=True, exist_ok=True)
         self.folder.mkdir(exist_ok=True)
+        if self.folder.is_symlink():
+            raise Refusal(
+                f"{self.folder}: is a link, not what an interrupted merge left; remove it"
+            )
         lock = self.folder / "lock"
         try:
             self._lock = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)

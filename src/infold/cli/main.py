@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -21,9 +23,24 @@ app = typer.Typer(
     rich_markup_mode=None,
     epilog="Exit codes: 0 ok, 1 proof failed, 2 bad input or refusal, 3 I/O, 130 interrupted.",
 )
-app.command("merge")(merge.merge)
-app.command("inspect")(inspect.inspect)
-app.command("verify")(verify.verify)
+
+
+def _interruptible(verb: Callable[..., None]) -> Callable[..., None]:
+    """A verb that ends with 130 on Ctrl-C; typer would end with 1, as a failed proof does."""
+
+    @functools.wraps(verb)
+    def guarded(*args: object, **kwargs: object) -> None:
+        try:
+            verb(*args, **kwargs)
+        except KeyboardInterrupt:
+            print("infold: interrupted; the same command continues a merge", file=sys.stderr)
+            raise typer.Exit(130) from None
+
+    return guarded
+
+
+for _verb in (merge.merge, inspect.inspect, verify.verify):
+    app.command()(_interruptible(_verb))
 
 
 def _version(wanted: bool) -> None:
@@ -44,7 +61,7 @@ def options(
 def run() -> None:
     """Entry point of the console script. Every expected failure ends in words and its exit code."""
     try:
-        app(standalone_mode=True)
+        app()
     except InfoldError as error:
         reasons = error.reasons if isinstance(error, Refusal) else (str(error),)
         for reason in reasons:
@@ -52,9 +69,6 @@ def run() -> None:
         if len(reasons) > 1:
             print(f"infold: {len(reasons)} problems; nothing was written", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("infold: interrupted; the same command continues the merge", file=sys.stderr)
-        sys.exit(130)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(3)

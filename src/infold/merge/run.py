@@ -10,6 +10,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -115,7 +116,7 @@ def merge_checkpoint(
             threads=workers,
             device=device,
         )
-        staging.write_bytes(RECEIPT, receipt.to_json().encode())
+        staging.write_bytes(RECEIPT, receipt.to_json().encode(errors="backslashreplace"))
         staging.publish()
     return receipt
 
@@ -204,14 +205,14 @@ def _digest(adapter: Adapter) -> dict[str, str]:
 
 def _check_space(out: Path, plan: Plan) -> None:
     parent = out.parent
-    while not parent.exists():
-        parent = parent.parent
     with storage_errors(parent):
+        while not parent.exists():
+            parent = parent.parent
         free = shutil.disk_usage(parent).free
         side = sum((plan.base.path / name).stat().st_size for name in plan.copied)
     needed = plan.nbytes + side
     staged = out.parent / f".{out.name}.infold"
-    if staged.exists():  # an interrupted run has part of it already
+    with suppress(FileNotFoundError):  # an interrupted run has part of it already
         needed -= sum(f.stat().st_blocks * 512 for f in staged.rglob("*") if f.is_file())
     if needed > free:
         raise StorageFailure(f"{out}: needs {needed:,} bytes, but {parent} has only {free:,} free")
@@ -221,7 +222,7 @@ def _identity(plan: Plan, adapters: list[dict[str, str]]) -> str:
     """What an interrupted run must have been doing, for its pieces to be of use."""
     hasher = blake3(f"infold {__version__}\n".encode())
     for shard in plan.base.shards:
-        hasher.update(shard.name.encode() + blake3(shard.header.raw).digest())
+        hasher.update(os.fsencode(shard.name) + blake3(shard.header.raw).digest())
     for output in plan.shards:
         hasher.update(blake3(output.header.raw).digest())
     hasher.update(repr([plan.copied, sorted(plan.rewritten.items())]).encode())

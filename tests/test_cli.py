@@ -1,0 +1,223 @@
+"""The command line as a user meets it: texts, JSON, exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import infold
+
+INFOLD = str(Path(sys.executable).with_name("infold"))
+
+
+def run(*words: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([INFOLD, *map(str, words)], cwd=cwd, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A tiny random base in two dtypes, and an IA³ adapter for it, both written by hand."""
+    folder = tmp_path_factory.mktemp("cli")
+    torch.manual_seed(0)
+    base, adapter = folder / "base", folder / "adapter"
+    base.mkdir()
+    adapter.mkdir()
+    tensors = {
+        "model.layers.0.self_attn.k_proj.weight": torch.randn(16, 32).bfloat16(),
+        "model.layers.0.self_attn.k_proj.bias": torch.randn(16).bfloat16(),
+        "model.layers.0.mlp.down_proj.weight": torch.randn(32, 48).bfloat16(),
+        "model.norm.weight": torch.ones(32),
+    }
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    (base / "config.json").write_text('{"model_type": "llama", "tie_word_embeddings": false}')
+    (base / "tokenizer.json").write_text("{}")
+    parts = {
+        "base_model.model.model.layers.0.self_attn.k_proj.ia3_l": 1 + torch.randn(16, 1) / 10,
+        "base_model.model.model.layers.0.mlp.down_proj.ia3_l": 1 + torch.randn(1, 48) / 10,
+    }
+    save_file(parts, adapter / "adapter_model.safetensors")
+    config = {"peft_type": "IA3", "feedforward_modules": ["down_proj"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    return base, adapter
+
+
+def test_merge_tells_what_it_did(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    ran = run("merge", *pair, "--out", tmp_path / "out")
+
+    assert ran.returncode == 0 and ran.stderr == ""
+    assert "3 edits (ia3)" in ran.stdout and f"output   {tmp_path / 'out'}" in ran.stdout
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+
+
+def test_json_is_one_object_that_equals_the_receipt(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    ran = run("merge", *pair, "--out", tmp_path / "out", "--json", "--sha256")
+    printed = json.loads(ran.stdout)
+
+    assert printed == json.loads((tmp_path / "out" / "infold-receipt.json").read_text())
+    assert len(printed["sha256"]["model.safetensors"]) == 64
+    assert {edit["operations"][0]["side"] for edit in printed["edits"]} == {"in", "out"}
+
+
+def test_dry_run_writes_nothing(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    text = run("merge", *pair, "--out", tmp_path / "out", "--dry-run")
+    plan = run("merge", *pair, "--out", tmp_path / "out", "--dry-run", "--json")
+
+    assert "k_proj.weight" in text.stdout and "nothing was written" in text.stdout
+    assert json.loads(plan.stdout)["edited_tensors"] == 3
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_quiet_is_quiet(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    ran = run("merge", *pair, "--out", tmp_path / "out", "--quiet")
+    proof = run("verify", *pair, tmp_path / "out", "--quiet")
+
+    assert (ran.stdout, ran.stderr, proof.stdout, proof.stderr) == ("", "", "", "")
+
+
+def test_an_existing_output_is_refused_and_replaced_by_force(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    run("merge", *pair, "--out", out)
+    (out / "mine.txt").write_text("mine")
+    refused = run("merge", *pair, "--out", out)
+    kept = (out / "mine.txt").exists()
+    forced = run("merge", *pair, "--out", out, "--force")
+
+    assert refused.returncode == 2 and "--force" in refused.stderr and kept
+    assert forced.returncode == 0 and not (out / "mine.txt").exists()
+
+
+def test_force_spares_a_folder_that_holds_no_model(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.tex").write_text("years")
+    ran = run("merge", *pair, "--out", tmp_path / "precious", "--force")
+
+    assert ran.returncode == 2
+    assert (tmp_path / "precious" / "thesis.tex").read_text() == "years"
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["merge", "nowhere", "{adapter}", "--out", "x"], 2),
+        (["merge", "{base}", "nowhere", "--out", "x"], 2),
+        (["merge", "{adapter}", "{base}", "--out", "x"], 2),
+        (["merge", "{base}", "{adapter}", "--out", "x", "--max-memory", "much"], 2),
+        (["merge", "{base}", "{adapter}", "--out", "x", "--max-memory", "1MiB"], 2),
+        (["merge", "{base}", "{adapter}", "--out", "x", "--device", "abacus"], 2),
+        (["merge", "{base}", "{adapter}", "--out", "/proc/x/y"], 3),
+        (["merge", "{base}"], 2),
+        (["verify", "{base}", "{adapter}"], 2),
+        (["inspect", "nowhere"], 2),
+        (["inspect", "{base}", "--base", "{base}"], 2),
+    ],
+)
+def test_errors_end_in_words_and_their_code(
+    pair: tuple[Path, Path], tmp_path: Path, words: list[str], code: int
+) -> None:
+    filled = [word.format(base=pair[0], adapter=pair[1]) for word in words]
+    ran = run(*filled, cwd=tmp_path)
+
+    assert ran.returncode == code, ran.stderr
+    assert ran.stderr and "Traceback" not in ran.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_verify_exits_1_and_lists_the_offender(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run("merge", *pair, "--out", out)
+    right = run("verify", *pair, out)
+    by_receipt = run("verify", out)
+    file = out / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    wrong = run("verify", *pair, out)
+    as_json = run("verify", *pair, out, "--json")
+
+    assert right.returncode == by_receipt.returncode == 0 and "proven" in right.stdout
+    assert wrong.returncode == 1 and "model." in wrong.stderr
+    assert json.loads(as_json.stdout)["ok"] is False
+
+
+@pytest.mark.parametrize("kind", ["adapter", "checkpoint", "merged"])
+def test_inspect_describes(pair: tuple[Path, Path], tmp_path: Path, kind: str) -> None:
+    run("merge", *pair, "--out", tmp_path / "out")
+    place = {"adapter": pair[1], "checkpoint": pair[0], "merged": tmp_path / "out"}[kind]
+    text, data = run("inspect", place), run("inspect", place, "--json")
+
+    assert text.returncode == 0 and text.stdout.startswith(kind)
+    assert json.loads(data.stdout)["kind"] == kind
+
+
+def test_inspect_shows_what_an_adapter_edits_and_how_far_it_went(pair: tuple[Path, Path]) -> None:
+    found = infold.inspect(pair[1], base=pair[0])
+    by_name = {module["module"]: module for module in found["modules"]}
+    k_proj = by_name["model.layers.0.self_attn.k_proj"]
+
+    assert k_proj["edits"] == [
+        "model.layers.0.self_attn.k_proj.bias",
+        "model.layers.0.self_attn.k_proj.weight",
+    ]
+    assert 0 < k_proj["parts"][0]["statistics"]["mean|l-1|"] < 0.3
+    assert found["parameters"] == 64
+    assert found["share_of_parameters"] == pytest.approx(64 / (16 * 32 + 16 + 32 * 48 + 32))
+
+
+def test_an_interrupt_ends_with_130_and_the_next_run_finishes(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """A patched read makes every block slow, so that the signal comes in the middle."""
+    code = (
+        "import time, sys, infold.merge.stream as s\n"
+        "whole = s.read_exactly\n"
+        "def slow(*a):\n"
+        "    print('reading', flush=True); time.sleep(1); return whole(*a)\n"
+        "s.read_exactly = slow\n"
+        f"inputs = [{str(pair[0])!r}, {str(pair[1])!r}]\n"
+        "sys.argv = ['infold', 'merge', *inputs, '--out', 'out', '-q']\n"
+        "from infold.cli.main import run\n"
+        "run()\n"
+    )
+    started = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert started.stdout is not None and started.stderr is not None
+    started.stdout.readline()
+    time.sleep(0.1)
+    os.kill(started.pid, signal.SIGINT)
+    code_of_exit, message = started.wait(60), started.stderr.read()
+    started.stdout.close()
+    started.stderr.close()
+
+    assert (code_of_exit, message.count("Traceback")) == (130, 0), message
+    assert "interrupted" in message
+    assert not (tmp_path / "out").exists()
+    assert run("merge", *pair, "--out", tmp_path / "out").returncode == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1GiB", 1 << 30), ("512MiB", 512 << 20), ("2G", 2 * 10**9), ("1.5kB", 1500), ("64", 64)],
+)
+def test_sizes_are_read(text: str, value: int) -> None:
+    from infold.cli.options import parse_bytes
+
+    assert parse_bytes(text) == value
