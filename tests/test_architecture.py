@@ -72,7 +72,9 @@ def test_verify_runs_without_merge_being_loaded() -> None:
         "import sys, infold.verify.weights;"
         "print([m for m in sys.modules if m.startswith('infold.merge.')])"
     )
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
 
     assert loaded.stdout.strip() == "[]"
 

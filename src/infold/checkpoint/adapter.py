@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -99,6 +100,8 @@ def _open_pickle(path: Path, config: dict[str, Any]) -> Adapter:
     file = safe_child(path, PICKLE)
     try:
         with open_regular(file) as stream:
+            if _compressed(stream):  # torch never writes one; it could unpack to any size
+                raise CorruptFile(f"{file}: is a compressed archive, which PyTorch does not write")
             loaded = torch.load(stream, map_location="cpu", weights_only=True)
     except OSError as error:
         raise StorageFailure(f"{file}: {error.strerror}") from error
@@ -115,6 +118,15 @@ def _open_pickle(path: Path, config: dict[str, Any]) -> Adapter:
         raise CorruptFile(f"{file}: must map names to float tensors")
     tensors = {k: AdapterTensor(_NAMES[v.dtype], tuple(v.shape), 0, 0) for k, v in loaded.items()}
     return Adapter(path, config, tensors, file, loaded)
+
+
+def _compressed(stream: BinaryIO) -> bool:
+    packed = False
+    if zipfile.is_zipfile(stream):
+        with zipfile.ZipFile(stream) as archive:
+            packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
+    stream.seek(0)
+    return packed
 
 
 def _plain(value: Any) -> bool:

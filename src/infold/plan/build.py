@@ -58,7 +58,8 @@ def _add(draft: Draft, number: int, adapter: Adapter) -> None:
     before = len(draft.reasons)
     for parameter, key in plain.items():
         consumer.replacement(parameter, key)
-    for module, parts in modules.items():
+    # where a tied head has an update of its own, PEFT adds it to the trained tokens
+    for module, parts in sorted(modules.items(), key=lambda m: "trainable_tokens_delta" not in m[1]):
         consumer.operation(module, parts)
     trained_on = config.fields.get("base_model_name_or_path")
     if len(draft.reasons) > before and trained_on:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from infold.adapters import Settings
+from infold.adapters import METHODS, Settings
 from infold.adapters.exact import slices_for
 from infold.checkpoint.adapter import Adapter
 from infold.plan.config import AdapterConfig
@@ -16,6 +16,12 @@ from infold.plan.match import group_keys, missing_parts
 from infold.plan.output import usual_dtype
 
 __all__ = ["Consumer"]
+
+_METHODS_OF = {
+    "LORA": ("lora", "dora", "trainable_tokens"),
+    "IA3": ("ia3",),
+    "TRAINABLE_TOKENS": ("trainable_tokens",),
+}
 
 
 class Consumer:
@@ -80,16 +86,17 @@ class Consumer:
                 continue
             state.source, state.shape = Replacement(self.number, key), new
 
-    def _has_other_end(self, name: str) -> bool:
-        """Whether this adapter has a tensor of its own for the other end of the tied pair."""
+    def _has_other_end(self, name: str, part: str | None = None) -> bool:
+        """Whether this adapter has a tensor (this part) of its own for a tied pair's other end."""
         pair = self.draft.pair
         if not pair or name not in pair:
             return False
         other = pair[1] if name == pair[0] else pair[0]
         modules, plain, _ = group_keys(self.adapter.tensors)
-        return any(
-            self._quietly(path) == other for path in (*plain, *(f"{m}.weight" for m in modules))
-        )
+        paths = [f"{module}.weight" for module, parts in modules.items() if part in (None, *parts)]
+        if part is None:
+            paths += plain
+        return any(self._quietly(path) == other for path in paths)
 
     def _quietly(self, parameter: str) -> str | None:
         try:
@@ -129,12 +136,13 @@ class Consumer:
         table = "lora_embedding_A" in parts or "lora_embedding_B" in parts
         if table:
             parts = {name.replace("lora_embedding_", "lora_"): k for name, k in parts.items()}
-        if "trainable_tokens_delta" in parts and len(parts) > 1:
-            delta = parts.pop("trainable_tokens_delta")
-            self.operation(module, {"trainable_tokens_delta": delta})
-            self.refuse(delta, "trained tokens and another method on one module are not supported")
-            return
         method = self._method(parts)
+        kind = self.config.peft_type
+        odd = [k for part, k in parts.items() if part not in METHODS[method].PARTS]
+        if method not in _METHODS_OF[kind] or odd:
+            for other in odd or parts.values():
+                self.refuse(other, f"{method} on {module} has no such part in a {kind} adapter")
+            return
         missing = missing_parts(method, parts)
         if missing:
             self.refuse(key, f"{module} lacks {', '.join(missing)} in the adapter file")
@@ -160,12 +168,16 @@ class Consumer:
         made = make(module, parts, name) if make else self._lora(method, module, parts, name, table)
         if made is None:
             return
-        both = method == "trainable_tokens" or (self.config.ties and not self._has_other_end(name))
-        for end in self.ends(name, both):
-            operation = made
-            if end != name and method != "trainable_tokens":
-                operation = made  # the same update for both ends of the pair
-            self.draft.state(end).operations.append(operation)
+        for end in self.ends(name, both=self._ties(method, name)):
+            self.draft.state(end).operations.append(made)
+
+    def _ties(self, method: str, name: str) -> bool:
+        """Whether PEFT makes the same update at both ends of a tied pair."""
+        pair = self.draft.pair
+        if method == "trainable_tokens":
+            own = self._has_other_end(name, "trainable_tokens_delta")
+            return pair is not None and name == pair[0] and not own
+        return self.config.ties and not self._has_other_end(name)
 
     def _method(self, parts: dict[str, str]) -> str:
         if "ia3_l" in parts:
@@ -310,9 +322,6 @@ class Consumer:
             groups=groups,
             out=out,
         )
-        if method == "dora" and "lora_bias" in parts:
-            self.refuse(parts["lora_bias"], "a bias of lora_B together with DoRA is not supported")
-            return None
         operation = Operation(method, self.number, module, parts, settings, transposed)
         if "lora_bias" in parts and not self._lora_bias(operation, name, out):
             return None

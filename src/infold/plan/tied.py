@@ -18,38 +18,48 @@ from infold.plan.layouts import HEADS, INPUT_EMBEDDINGS, is_tied, leaf
 __all__ = ["same_ends", "tied_pair", "unsupported_tie"]
 
 
+# Where the stack that holds the embedding is mounted, seen from the place of the head.
+_BODIES = (
+    ("model", "language_model"),
+    ("model", "text_model"),
+    ("model", "decoder"),
+    ("model",),
+    ("transformer",),
+    ("gpt_neox",),
+    ("decoder",),
+)
+
+
 def tied_pair(base: Checkpoint) -> tuple[str, str] | None:
     """(input embedding, head) that share one tensor in memory; the head may be missing on disk."""
     embeddings = [n for n in base.where if n.endswith(".weight") and leaf(n) in INPUT_EMBEDDINGS]
     if len(embeddings) != 1 or is_tied(base) is False:
         return None
-    config = base.config or {}
-    kinds = config.get("architectures") or []
-    generative = [k for k in kinds if isinstance(k, str) and not k.endswith("Model")]
-    if kinds and not any(
-        "CausalLM" in k or "LMHead" in k or "Conditional" in k for k in generative
-    ):
+    kinds = _kinds(base)
+    if (kinds and not _generates(kinds)) or (base.config or {}).get("is_encoder_decoder"):
         return None
-    if config.get("is_encoder_decoder"):
-        return None
-    above = embeddings[0].removesuffix(".weight").split(".")[:-1]
-    for stem in (
-        ["model", "language_model"],
-        ["model"],
-        ["transformer"],
-        ["gpt_neox"],
-        ["decoder"],
-    ):
-        if above[-len(stem) :] == stem:
-            above = above[: -len(stem)]
-            break
-    head = ".".join([*above, "lm_head", "weight"])
     heads = [n for n in base.where if n.endswith(".weight") and leaf(n) in HEADS]
     if heads:
         if is_tied(base) is None or len(heads) > 1:
             return None  # a head of its own, and no config that ties it
-        head = heads[0]
-    return embeddings[0], head
+        return embeddings[0], heads[0]
+    above = tuple(embeddings[0].split(".")[:-2])
+    body = next((body for body in _BODIES if above[-len(body) :] == body), ())
+    above = above[: len(above) - len(body)]
+    if above and not body:
+        return None  # an unknown place: see `unsupported_tie`
+    return embeddings[0], ".".join((*above, "lm_head", "weight"))
+
+
+def _kinds(base: Checkpoint) -> list[str]:
+    kinds = (base.config or {}).get("architectures") or []
+    return [kind for kind in kinds if isinstance(kind, str)]
+
+
+def _generates(kinds: list[str]) -> bool:
+    """Whether a class of the model has a language modelling head."""
+    words = ("CausalLM", "LMHead", "DoubleHeads", "Conditional")
+    return any(word in kind for kind in kinds for word in words)
 
 
 def unsupported_tie(draft: Draft, adapters: tuple[Adapter, ...]) -> list[str]:
@@ -58,12 +68,12 @@ def unsupported_tie(draft: Draft, adapters: tuple[Adapter, ...]) -> list[str]:
     Masked language models tie their decoder, encoder-decoder models several embeddings and often a
     scale of the logits (T5). A classifier made from such a model does not use the tied head.
     """
-    config = draft.base.config or {}
-    kinds = [kind for kind in config.get("architectures") or [] if isinstance(kind, str)]
+    kinds = _kinds(draft.base)
     if draft.pair or not is_tied(draft.base):
         return []
     masked = any("MaskedLM" in kind or "PreTraining" in kind for kind in kinds)
-    if not masked and not config.get("is_encoder_decoder"):
+    several = (draft.base.config or {}).get("is_encoder_decoder")
+    if not masked and not several and not _generates(kinds):
         return []
     reasons = []
     for tensor, state in draft.states.items():
