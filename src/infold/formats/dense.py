@@ -3,8 +3,9 @@
 float64 -> float32 -> 16 bits rounds twice, and is wrong where the first step lands on a midpoint of
 the second. Two ways out, which give the same bits:
   encode    makes the first step round to odd, so that it never lands on a midpoint by rounding;
-  narrow    takes the two hardware steps, and `midpoints` finds the few elements that were on one.
-            `encode` then settles those. It is the fast way for blocks of bfloat16.
+  midpoints finds the few float32 elements that are halfway between two bfloat16, after `narrow`
+            to float32 and before the second step. `encode` then settles those from the float64
+            values. This is the fast way for blocks of bfloat16.
 """
 
 from __future__ import annotations
@@ -50,19 +51,9 @@ def _round_to_odd(values: Tensor) -> Tensor:
     return ((bits | sticky) & ~_DROPPED).view(torch.float64).to(torch.float32)
 
 
-def narrow(values: Tensor, staged: Tensor | None, out: Tensor) -> None:
-    """float64 `values` into `out`. With bfloat16 the float32 step stays in `staged`.
-
-    Raises no error on overflow: `out` holds inf then.
-    """
-    if out.dtype == torch.bfloat16:
-        assert staged is not None
-        staged.copy_(values)
-        out.copy_(staged)
-    elif out.dtype == torch.float16:
-        out.copy_(_round_to_odd(values))
-    else:
-        out.copy_(values)
+def narrow(values: Tensor, out: Tensor) -> None:
+    """float64 `values` into `out` (F64, F32 or F16), rounded once; overflow gives inf."""
+    out.copy_(_round_to_odd(values) if out.dtype == torch.float16 else values)
 
 
 def midpoints(staged: Tensor) -> tuple[Tensor, Tensor]:

@@ -73,10 +73,11 @@ class Workspace:
         self.staged = torch.empty(0, dtype=torch.float32, device=device)
         self.flags = torch.zeros(0, dtype=torch.int64, device=device)
 
-    def stage(self, count: int) -> Tensor:
-        if self.staged.numel() < count:
-            self.staged = torch.empty(count, dtype=torch.float32, device=self.device)
-        return self.staged[:count]
+    def stage(self, block: Block) -> Tensor:
+        """A float32 buffer in the shape of the block."""
+        if self.staged.numel() < block.count:
+            self.staged = torch.empty(block.count, dtype=torch.float32, device=self.device)
+        return self.staged[: block.count].view(block.rows, block.columns)
 
     def count_changed(self, new: Tensor, old: Tensor) -> int:
         """How many elements of two equally typed matrices differ in their bits."""
@@ -137,24 +138,24 @@ class EditRun:
     def run(self, raw: Tensor, out: Tensor, block: Block, workspace: Workspace) -> None:
         """Compute one block: `raw` as it is stored in the source, `out` as it will be stored."""
         assert self._ready is not None
-        staged = workspace.stage(block.count).view(block.rows, block.columns)
         target = out if out.device == self.device else torch.empty_like(out, device=self.device)
-        comparable = raw.dtype == target.dtype
-        changed = 0
+        # bfloat16 is reached through float32, which is kept to find the midpoints in
+        through = workspace.stage(block) if target.dtype == torch.bfloat16 else target
         for rows, columns in _tiles(block, workspace):
             x = self._values(raw, block, rows, columns, workspace, self._ready)
-            here = _within(block, rows, columns)
-            dense.narrow(x, staged[here] if target.dtype == torch.bfloat16 else None, target[here])
-            if comparable:
-                changed += workspace.count_changed(target[here], raw[here])
-        if target.dtype == torch.bfloat16:
-            self._settle(raw, target, staged, block, workspace)
+            dense.narrow(x, through[_within(block, rows, columns)])
+        if through is not target:
+            target.copy_(through)
+            self._settle(raw, target, through, block, workspace)
+        changed = block.count
+        if raw.dtype == target.dtype:
+            changed = workspace.count_changed(target, raw)
         if not math.isfinite(target.sum(dtype=torch.float32).item()):
             self._refuse_non_finite(raw, target, block)
         if target is not out:
             out.copy_(target)
         with self._lock:
-            self.changed += changed if comparable else block.count
+            self.changed += changed
 
     def _values(
         self,

@@ -50,16 +50,18 @@ def _add(draft: Draft, number: int, adapter: Adapter) -> None:
         draft.reasons.append(f"{adapter.weights}: holds no tensors")
     if problems:
         return
-    modules, plain, strange = group_keys(adapter.tensors)
+    keys = group_keys(adapter.tensors)
     draft.reasons += [
-        f"{adapter.path}: {key}: not a tensor name that PEFT writes" for key in strange
+        f"{adapter.path}: {key}: not a tensor name that PEFT writes" for key in keys.strange
     ]
+    draft.notes += [f"not used: {key}, which holds untrained values" for key in keys.unused]
     consumer = Consumer(draft, number, adapter, config)
     before = len(draft.reasons)
-    for parameter, key in plain.items():
-        consumer.replacement(parameter, key)
+    for parameter, key in keys.plain.items():
+        consumer.replacement(parameter, key, keys.copies.get(parameter))
     # where a tied head has an update of its own, PEFT adds it to the trained tokens
-    for module, parts in sorted(modules.items(), key=lambda m: "trainable_tokens_delta" not in m[1]):
+    tokens_first = sorted(keys.modules.items(), key=lambda m: "trainable_tokens_delta" not in m[1])
+    for module, parts in tokens_first:
         consumer.operation(module, parts)
     trained_on = config.fields.get("base_model_name_or_path")
     if len(draft.reasons) > before and trained_on:

@@ -65,11 +65,13 @@ class AdapterConfig:
         return self.peft_type.lower()
 
     def rank(self, module: str) -> int:
+        """The rank of lora_A. What MultiheadAttention holds inside goes by the name of the whole."""
+        module = module.partition(".base_layer")[0]
         return int(_by_pattern(self.fields.get("rank_pattern"), module, self.fields.get("r", 8)))
 
     def scaling(self, module: str) -> float:
         """alpha / r, or alpha / sqrt(r) with rsLoRA, with the patterns for this module."""
-        rank = self.rank(module)
+        module, rank = module.partition(".base_layer")[0], self.rank(module)
         alpha = _by_pattern(
             self.fields.get("alpha_pattern"), module, self.fields.get("lora_alpha", 8)
         )
@@ -93,9 +95,11 @@ class AdapterConfig:
         return tuple(indices)
 
     def saves(self, module: str) -> bool:
-        """Whether modules_to_save names this module: a plain tensor is then a trained copy."""
-        saved = self.fields.get("modules_to_save") or ()
-        return any(module == s or module.endswith("." + s) for s in saved)
+        """Whether modules_to_save names this module, or one around it (PEFT: any ending)."""
+        saved = tuple(self.fields.get("modules_to_save") or ())
+        components = module.split(".")
+        paths = (".".join(components[:count]) for count in range(1, len(components) + 1))
+        return any(path.endswith(saved) for path in paths)
 
     @property
     def adds_head(self) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import torch
+
 from infold.adapters import METHODS, Settings
 from infold.adapters.exact import slices_for
 from infold.checkpoint.adapter import Adapter
@@ -55,8 +57,12 @@ class Consumer:
 
     # --- plain tensors -----------------------------------------------------------------------
 
-    def replacement(self, parameter: str, key: str) -> None:
+    def replacement(self, parameter: str, key: str, copy: str | None = None) -> None:
+        """A whole tensor of the adapter takes the place of the base's. `copy` must be equal."""
         module = parameter.rpartition(".")[0]
+        if copy and not torch.equal(self.adapter.read(key), self.adapter.read(copy)):
+            self.refuse(copy, f"differs from {key}; which of them was trained?")
+            return
         before = len(self.draft.reasons)
         name = self.find(parameter, key)
         if len(self.draft.reasons) > before:
@@ -92,10 +98,10 @@ class Consumer:
         if not pair or name not in pair:
             return False
         other = pair[1] if name == pair[0] else pair[0]
-        modules, plain, _ = group_keys(self.adapter.tensors)
-        paths = [f"{module}.weight" for module, parts in modules.items() if part in (None, *parts)]
+        keys = group_keys(self.adapter.tensors)
+        paths = [f"{module}.weight" for module, p in keys.modules.items() if part in (None, *p)]
         if part is None:
-            paths += plain
+            paths += keys.plain
         return any(self._quietly(path) == other for path in paths)
 
     def _quietly(self, parameter: str) -> str | None:
@@ -148,9 +154,10 @@ class Consumer:
             self.refuse(key, f"{module} lacks {', '.join(missing)} in the adapter file")
             return
         before = len(self.draft.reasons)
-        name = self.find(f"{module}.weight", key)
+        path = module.replace(".base_layer", "")  # the output projection of MultiheadAttention
+        name = self.find(f"{path}.weight", key)
         if name is None and len(self.draft.reasons) == before:
-            name = self.find(f"{module}.in_proj_weight", key)
+            name = self.find(f"{path}.in_proj_weight", key)
         if len(self.draft.reasons) > before:
             return
         if name is None:
@@ -158,8 +165,8 @@ class Consumer:
             why = (
                 "the base is quantized; merging into quantized weights is not supported yet"
                 if quantized
-                else f"there is no module {module} in the base"
-                + self.draft.names.nearest(f"{module}.weight")
+                else f"there is no module {path} in the base"
+                + self.draft.names.nearest(f"{path}.weight")
             )
             for part in parts.values():
                 self.refuse(part, why)

@@ -1,9 +1,11 @@
 """Adapter keys -> modules of the base.
 
-PEFT names modules as they are in memory. On disk the same module can lack a leading component
-(`h.0...` for `transformer.h.0...`), carry one more, or have another one. A module resolves to the
-tensor with the longest equal ending, by whole components, where
+PEFT names modules as they are in memory. On disk the same module can lack leading components
+(`h.0...` for `transformer.h.0...`), carry more, or have them in another order. A module resolves to
+the tensor with the longest equal ending, by whole components, where
   the differing beginnings hold no layer number, so layer 1 never becomes layer 11 or 2;
+  one beginning has all components of the other, so an encoder never becomes a decoder;
+  the base has no such place that only lacks this tensor;
   only one tensor has that longest ending;
   the same beginning is always exchanged for the same other one.
 """
@@ -13,11 +15,11 @@ from __future__ import annotations
 import difflib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from infold.plan.layouts import numeric
 
-__all__ = ["Names", "group_keys"]
+__all__ = ["Grouped", "Names", "group_keys", "missing_parts"]
 
 PREFIX = "base_model.model."
 # ending of a key -> name of the part; an ending that contains another comes first
@@ -33,42 +35,57 @@ _ENDINGS = {
     ".lora_B.bias": "lora_bias",
     ".ia3_l": "ia3_l",
 }
+_WRAPPERS = frozenset(("base_layer", "token_adapter"))  # PEFT's, around a module of the base
+_COPIES = frozenset(("modules_to_save", "original_module"))
 
 
-def group_keys(
-    keys: Iterable[str],
-) -> tuple[dict[str, dict[str, str]], dict[str, str], list[str]]:
-    """Split an adapter's keys.
+@dataclass
+class Grouped:
+    """The keys of an adapter, by what they are."""
 
-    Returns ({module: {part: key}}, {parameter path: key} for plain tensors, keys that are neither).
+    modules: dict[str, dict[str, str]] = field(default_factory=lambda: defaultdict(dict))
+    plain: dict[str, str] = field(default_factory=dict)  # parameter path -> key
+    copies: dict[str, str] = field(default_factory=dict)  # the same values once more
+    unused: list[str] = field(default_factory=list)  # values from before the training
+    strange: list[str] = field(default_factory=list)
+
+
+def group_keys(keys: Iterable[str]) -> Grouped:
+    """Split an adapter's keys into parts of methods, {module: {part: key}}, and plain tensors.
+
+    Where an embedding was resized, PEFT writes all that its wrappers hold: `modules_to_save` a
+    second time, and the `original_module` that it replaces.
     """
-    modules: dict[str, dict[str, str]] = defaultdict(dict)
-    plain: dict[str, str] = {}
-    strange: list[str] = []
+    found = Grouped()
+    doubtful = {}
     for key in sorted(keys):
-        if not key.startswith(PREFIX):
-            strange.append(key)
-            continue
-        path = key[len(PREFIX) :]
-        for ending, part in _ENDINGS.items():
-            if path.endswith(ending):
-                module = path[: -len(ending)]
-                if part in modules[module]:
-                    strange.append(key)
-                modules[module][part] = key
-                break
+        path = key.removeprefix(PREFIX)
+        ending = next((ending for ending in _ENDINGS if path.endswith(ending)), None)
+        components = path.split(".")
+        if path == key or len(components) < 2:
+            found.strange.append(key)
+        elif ending is not None:
+            parts = found.modules[path.removesuffix(ending)]
+            if _ENDINGS[ending] in parts:
+                found.strange.append(key)
+            parts[_ENDINGS[ending]] = key
+        elif any(c.startswith(("lora_", "ia3_")) for c in components):
+            found.strange.append(key)
+        elif not _COPIES.isdisjoint(components):
+            doubtful[key] = ".".join(c for c in components if c not in _WRAPPERS | _COPIES)
         else:
-            components = path.split(".")
-            if any(c.startswith(("lora_", "ia3_")) for c in components) or "." not in path:
-                strange.append(key)
-                continue
-            if len(components) > 2 and components[-2] == "base_layer":
-                del components[-2]
-            parameter = ".".join(components)
-            if parameter in plain:
-                strange.append(key)
-            plain[parameter] = key
-    return dict(modules), plain, strange
+            parameter = ".".join(c for c in components if c not in _WRAPPERS)
+            if parameter in found.plain:
+                found.strange.append(key)
+            found.plain[parameter] = key
+    for key, parameter in doubtful.items():
+        if parameter not in found.plain:
+            found.strange.append(key)
+        elif ".original_module." in key:
+            found.unused.append(key)
+        else:
+            found.copies[parameter] = key
+    return found
 
 
 @dataclass
@@ -86,6 +103,7 @@ class Names:
         self.all = set(names)
         self._root = _Ending({}, [])
         self._exchanged: dict[str, str] = {}
+        self._beginnings: set[tuple[str, ...]] | None = None
         for name in self.all:
             node = self._root
             for component in reversed(name.split(".")):
@@ -109,10 +127,12 @@ class Names:
         if shared < 2:  # `weight` alone says nothing
             return None
         ours = ".".join(components[: len(components) - shared])
+        if numeric(ours) or self._holds(components[: len(components) - shared + 1]):
+            return None
         fitting = []
         for name in node.names:
             theirs = ".".join(name.split(".")[:-shared])
-            if not numeric(ours) and not numeric(theirs):
+            if not numeric(theirs) and _alike(ours, theirs):
                 fitting.append((name, theirs))
         if len(fitting) > 1:
             names = ", ".join(sorted(name for name, _ in fitting))
@@ -128,12 +148,28 @@ class Names:
             )
         return name
 
+    def _holds(self, beginning: list[str]) -> bool:
+        """Whether a tensor's name begins so: the place exists, and it lacks what is looked for."""
+        if self._beginnings is None:
+            self._beginnings = {
+                tuple(components[:count])
+                for components in (name.split(".") for name in self.all)
+                for count in range(1, len(components))
+            }
+        return tuple(beginning) in self._beginnings
+
     def nearest(self, parameter: str) -> str:
         """For a message: the names that look most like this one."""
         leaf = parameter.rsplit(".", 2)[-2] if "." in parameter else parameter
         pool = [n for n in self.all if leaf in n] or sorted(self.all)
         close = difflib.get_close_matches(parameter, pool[:4000], n=2, cutoff=0.3)
         return f"; nearest in the base: {', '.join(close)}" if close else ""
+
+
+def _alike(ours: str, theirs: str) -> bool:
+    """Whether two beginnings may name one place: one has all components of the other."""
+    one, two = set(ours.split(".")) - {""}, set(theirs.split(".")) - {""}
+    return one <= two or two <= one
 
 
 def missing_parts(method: str, parts: Mapping[str, str]) -> list[str]:

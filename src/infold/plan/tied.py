@@ -5,9 +5,8 @@ An edit of one end only must untie them; equal edits of both ends leave them tie
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
+from torch import Tensor
 
 from infold.checkpoint.adapter import Adapter
 from infold.checkpoint.shards import Checkpoint
@@ -97,35 +96,38 @@ def same_ends(embedding: State, head: State, adapters: tuple[Adapter, ...]) -> b
     """Whether both ends of a tied pair get equal values, so that they can stay tied."""
     if embedding.shape != head.shape or len(embedding.operations) != len(head.operations):
         return False
-    ends = [embedding.source, head.source]
-    kinds = {type(end) for end in ends}
-    if len(kinds) > 1:
+    one, two = embedding.source, head.source
+    if isinstance(one, Replacement) and isinstance(two, Replacement):
+        tensors = [adapters[end.adapter].read(end.key) for end in (one, two) if one != two]
+        if tensors and not _equal(*tensors):
+            return False
+    elif type(one) is not type(two):
         return False
-    if isinstance(ends[0], Replacement) and isinstance(ends[1], Replacement) and ends[0] != ends[1]:
-        one, two = (
-            adapters[end.adapter].read(end.key) for end in ends if isinstance(end, Replacement)
-        )
-        if one.dtype != two.dtype or not torch.equal(one, two):
-            return False
-    return all(map(_same_update(adapters), embedding.operations, head.operations))
+    return all(
+        _same_update(a, b, adapters)
+        for a, b in zip(embedding.operations, head.operations, strict=True)
+    )
 
 
-def _same_update(adapters: tuple[Adapter, ...]) -> Callable[[Operation, Operation], bool]:
+def _same_update(one: Operation, two: Operation, adapters: tuple[Adapter, ...]) -> bool:
     """Whether two operations make the same change: of equal parts, or of transposed factors."""
+    if one == two:
+        return True
+    if one.method != two.method or one.parts.keys() != two.parts.keys():
+        return False
+    parts, others = (
+        {part: adapters[op.adapter].read(key) for part, key in op.parts.items()}
+        for op in (one, two)
+    )
+    settings = one.settings, two.settings
+    if one.transposed == two.transposed:
+        return settings[0] == settings[1] and all(_equal(parts[p], others[p]) for p in parts)
+    if one.method != "lora" or settings[0].scaling != settings[1].scaling:
+        return False
+    return _equal(parts["lora_A"], others["lora_B"].t()) and _equal(
+        parts["lora_B"], others["lora_A"].t()
+    )
 
-    def same(one: Operation, two: Operation) -> bool:
-        if one == two:
-            return True
-        if one.method != two.method or one.settings.scaling != two.settings.scaling:
-            return False
-        if one.method != "lora" or one.transposed == two.transposed:
-            return False
-        read = [
-            {part: adapters[op.adapter].read(op.parts[part]) for part in ("lora_A", "lora_B")}
-            for op in (one, two)
-        ]
-        return torch.equal(read[0]["lora_A"], read[1]["lora_B"].t()) and torch.equal(
-            read[0]["lora_B"], read[1]["lora_A"].t()
-        )
 
-    return same
+def _equal(one: Tensor, two: Tensor) -> bool:
+    return one.dtype == two.dtype and torch.equal(one, two)
