@@ -155,7 +155,7 @@ class Staging:
             lines = path.read_bytes().split(b"\n")
             if json.loads(lines[0]) != {"identity": self.identity}:
                 return {}
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return {}
         found = {}
         for line in lines[1:-1]:  # what follows the last newline was cut off by the kill
@@ -165,7 +165,7 @@ class Staging:
                     int(entry["position"]), str(entry["base"]), str(entry["output"])
                 )
                 found[str(entry["shard"])] = progress
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
                 break
         return found
 

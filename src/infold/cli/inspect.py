@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from infold.cli.options import bytes_text
+from infold.cli.options import bytes_text, plural
 
 
 def inspect(
@@ -89,7 +89,7 @@ def _checkpoint(found: dict[str, Any]) -> None:
         print(f"model type  {found['model_type']}")
     print(
         f"size        {found['parameters']:,} parameters in {found['tensors']} tensors, "
-        f"{bytes_text(found['bytes'])} in {len(found['shards'])} shards"
+        f"{bytes_text(found['bytes'])} in {plural('shard', len(found['shards']))}"
     )
     rows = [
         [dtype, str(entry["tensors"]), f"{entry['parameters']:,}", bytes_text(entry["bytes"])]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from infold.cli.options import bytes_text, parse_bytes
+from infold.cli.options import bytes_text, parse_bytes, plural
 from infold.cli.progress import byte_progress
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def merge(
             else ""
         )
         print(
-            f"merged   {len(plan.shards)} {_plural('shard', len(plan.shards))} in "
+            f"merged   {plural('shard', len(plan.shards))} in "
             f"{receipt.seconds:.1f} s, {bytes_text(receipt.bytes / max(receipt.seconds, 1e-3))}/s, "
             f"peak memory {bytes_text(receipt.peak_memory)}{resumed}"
         )
@@ -103,15 +103,11 @@ def merge(
         print(f"output   {out}")
 
 
-def _plural(word: str, count: int) -> str:
-    return word if count == 1 else word + "s"
-
-
 def _summary(plan: Plan) -> str:
     methods = sorted({op.method for edit in plan.edits.values() for op in edit.operations})
     lines = [
         f"planned  {len(plan.edits)} edits ({', '.join(methods) or 'copies'}) in "
-        f"{len(plan.shards)} {_plural('shard', len(plan.shards))}: "
+        f"{plural('shard', len(plan.shards))}: "
         f"{bytes_text(plan.edited_bytes)} of {bytes_text(plan.nbytes)} change"
     ]
     lines += [f"note     {note}" for note in plan.notes]

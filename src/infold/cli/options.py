@@ -6,7 +6,7 @@ import re
 
 import typer
 
-__all__ = ["bytes_text", "parse_bytes"]
+__all__ = ["bytes_text", "parse_bytes", "plural"]
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
@@ -28,3 +28,8 @@ def bytes_text(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} TB"
+
+
+def plural(word: str, count: int) -> str:
+    """`1 shard`, `4 shards`."""
+    return f"{count} {word}" if count == 1 else f"{count} {word}s"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections import defaultdict
 from typing import Any
 
@@ -47,7 +48,7 @@ def describe_path(
 
 def _adapter(adapter: Adapter, base: Checkpoint | None) -> dict[str, Any]:
     config, problems = read_config(adapter)
-    modules, plain, _ = group_keys(adapter.tensors)
+    grouped = group_keys(adapter.tensors)
     targets: dict[str, list[str]] = defaultdict(list)
     notes = list(problems)
     found: dict[str, Any] = {}
@@ -69,7 +70,7 @@ def _adapter(adapter: Adapter, base: Checkpoint | None) -> dict[str, Any]:
             "parts": [_part(adapter, part, key) for part, key in parts.items()],
             **({"edits": targets[module]} if base is not None else {}),
         }
-        for module, parts in modules.items()
+        for module, parts in grouped.modules.items()
     ]
     listed += [
         {
@@ -77,7 +78,7 @@ def _adapter(adapter: Adapter, base: Checkpoint | None) -> dict[str, Any]:
             "parts": [_part(adapter, "value", key)],
             **({"edits": targets[parameter]} if base is not None else {}),
         }
-        for parameter, key in plain.items()
+        for parameter, key in grouped.plain.items()
     ]
     return {
         "kind": "adapter",
@@ -88,9 +89,14 @@ def _adapter(adapter: Adapter, base: Checkpoint | None) -> dict[str, Any]:
         "parameters": parameters,
         "bytes": adapter.weights.stat().st_size,
         **found,
-        "modules": listed,
+        "modules": sorted(listed, key=lambda entry: _natural(entry["module"])),
         "notes": notes,
     }
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """A sort key that puts layer 2 before layer 10."""
+    return [(int(word), "") if word.isdigit() else (-1, word) for word in re.split(r"(\d+)", name)]
 
 
 def _part(adapter: Adapter, part: str, key: str) -> dict[str, Any]:

@@ -145,6 +145,7 @@ class _Chain:
     def __init__(self, plan: Plan, shard: OutputShard, staging: Staging, files: _Files) -> None:
         assert shard.source is not None
         self.shard = shard
+        self.path = staging.output / shard.name
         self.source_path = plan.base.shards[shard.source].path
         self.source = files.fd(self.source_path)
         self.target = staging.open_file(shard.name, shard.header.file_size)
@@ -167,13 +168,13 @@ class _Chain:
                 _hash_file(self.source, self.source_path, base, done.position)
             elif whole:
                 _hash_file(self.source, self.source_path, base, os.fstat(self.source).st_size)
-            _hash_file(self.target, self.source_path, output, done.position)
+            _hash_file(self.target, self.path, output, done.position)
             checked = base.hexdigest() == done.base and output.hexdigest() == done.output
             if checked and (self.in_step or whole):
                 self.base_hash, self.output_hash = base, output
                 self.kept = done.position
                 return done.position
-        with storage_errors(self.shard.name):
+        with storage_errors(self.path):
             write_fully(self.target, memoryview(raw), 0)
         self.hash(memoryview(raw), memoryview(raw))
         return len(raw)
@@ -420,7 +421,7 @@ class _Pool:
 
     def _copy(self, task: _Task, work: _Copy, buffers: _Buffers) -> None:
         chain = task.chain
-        with storage_errors(chain.shard.name):
+        with storage_errors(chain.path):
             copy_range(chain.source, chain.target, work.source, work.target, work.count)
         with self._turn(task):
             for offset in range(0, work.count, HASH_PIECE):
@@ -440,7 +441,7 @@ class _Pool:
         out = torch.frombuffer(written, dtype=dtype, count=block.count)
         out = out.view(block.rows, block.columns)
         run.run(raw.to(self.device), out, block, workspace)
-        with storage_errors(chain.shard.name):
+        with storage_errors(chain.path):
             write_fully(chain.target, written, work.target)
         base = buffers.view("in", len(written))
         if chain.in_step and run.edit.source != BaseTensor(run.edit.tensor):

@@ -65,17 +65,28 @@ class AdapterConfig:
         return self.peft_type.lower()
 
     def rank(self, module: str) -> int:
-        """The rank of lora_A. What MultiheadAttention holds inside goes by the name of the whole."""
+        """The rank of lora_A. A part inside MultiheadAttention goes by the name of the whole."""
         module = module.partition(".base_layer")[0]
         return int(_by_pattern(self.fields.get("rank_pattern"), module, self.fields.get("r", 8)))
 
     def scaling(self, module: str) -> float:
-        """alpha / r, or alpha / sqrt(r) with rsLoRA, with the patterns for this module."""
-        module, rank = module.partition(".base_layer")[0], self.rank(module)
+        """alpha / r, or alpha / sqrt(r) with rsLoRA, with the patterns for this module.
+
+        PEFT up to 0.21 adds the update of MultiheadAttention's output projection twice, in training
+        too (its pull request 3774 tells), so such an adapter has learnt half of its update.
+        """
+        outer, rank = module.partition(".base_layer")[0], self.rank(module)
         alpha = _by_pattern(
-            self.fields.get("alpha_pattern"), module, self.fields.get("lora_alpha", 8)
+            self.fields.get("alpha_pattern"), outer, self.fields.get("lora_alpha", 8)
         )
-        return float(alpha) / (math.sqrt(rank) if self.fields.get("use_rslora") else rank)
+        scaling = float(alpha) / (math.sqrt(rank) if self.fields.get("use_rslora") else rank)
+        return scaling if module == outer else 2 * scaling
+
+    @property
+    def doubles(self) -> bool:
+        """Whether the adapter comes from a PEFT that is known to add that update twice."""
+        version = re.match(r"0\.(\d+)\b", str(self.fields.get("peft_version") or "0.0"))
+        return version is not None and int(version[1]) <= 21
 
     def is_feedforward(self, module: str) -> bool:
         """PEFT's test: a full match of a regex, or any listed ending (also within a component)."""
@@ -89,7 +100,8 @@ class AdapterConfig:
         indices = self.fields.get("trainable_token_indices", self.fields.get("token_indices"))
         if isinstance(indices, dict):
             found = [v for k, v in indices.items() if module == k or module.endswith("." + k)]
-            indices = found[0] if len(found) == 1 else None
+            found = found or list(indices.values())  # the copy of a tied head is not named
+            indices = found[0] if found and all(v == found[0] for v in found) else None
         if not isinstance(indices, list) or not all(type(i) is int and i >= 0 for i in indices):
             return None
         return tuple(indices)

@@ -329,6 +329,15 @@ class Consumer:
             groups=groups,
             out=out,
         )
+        if ".base_layer" in module:
+            if not self.config.doubles:
+                self.refuse(
+                    key,
+                    "was written by a PEFT newer than 0.21; whether it still adds this update twice "
+                    "in training is not known",
+                )
+                return None
+            self.draft.notes.append(f"{name}: PEFT adds this update twice, so the merge does too")
         operation = Operation(method, self.number, module, parts, settings, transposed)
         if "lora_bias" in parts and not self._lora_bias(operation, name, out):
             return None
@@ -339,6 +348,9 @@ class Consumer:
         key = operation.parts["lora_bias"]
         if not self.config.fields.get("lora_bias"):
             self.refuse(key, "a bias of lora_B, but lora_bias is false")
+            return False
+        if ".base_layer" in operation.module or not name.endswith(".weight"):
+            self.refuse(key, "PEFT does not use lora_bias of MultiheadAttention")
             return False
         if bias not in self.draft.base.where or self.draft.state(bias).shape != (out,):
             self.refuse(key, f"lora_bias needs a bias in the base, and there is no fitting {bias}")

@@ -22,7 +22,17 @@ from torch import Tensor
 from infold.errors import Refusal
 from infold.plan.edits import Operation
 
-__all__ = ["Reference", "Sums", "Values", "reference_of", "scaling_of"]
+__all__ = [
+    "STEP",
+    "TINY",
+    "LowRank",
+    "Reference",
+    "Sums",
+    "Values",
+    "alpha_of",
+    "reference_of",
+    "scaling_of",
+]
 
 STEP = 2.0**-52  # two float64 roundings, one on either side
 TINY = 2.0**-1074
@@ -49,7 +59,7 @@ class Values:
         return self.error is None and self.relative == 0.0
 
     def t(self) -> Values:
-        """The same memory, transposed. Bounds that are set on it stay its own: see `share`."""
+        """The same elements, transposed. Its bounds are its own until `share` takes them over."""
         view = Values(self.x.t(), None if self.spare is None else self.spare.t())
         view.error = None if self.error is None else self.error.t()
         view.relative = self.relative
@@ -60,8 +70,8 @@ class Values:
         self.error = None if view.error is None else view.error.t()
         self.relative = view.relative
 
-    def settle_relative(self) -> None:
-        """Make the relative bound an absolute one, before x changes by a sum."""
+    def fix(self) -> None:
+        """Make the relative bound absolute, before x changes other than by a factor."""
         if self.relative:
             self.widen(self.x.abs() * self.relative)
             self.relative = 0.0
@@ -85,7 +95,7 @@ class Values:
     def add(self, delta: Tensor) -> None:
         """x += delta, where delta is the merge's own float64 value."""
         inexact = not self.exact
-        self.settle_relative()
+        self.fix()
         self.x.add_(delta)
         self.relative = STEP if inexact else 0.0
 
@@ -206,7 +216,7 @@ class _Tokens:
     def estimate(self, values: Values, rows: slice, columns: slice) -> None:
         inside = (self.tokens >= columns.start) & (self.tokens < columns.stop)
         here = self.tokens[inside] - columns.start
-        values.settle_relative()
+        values.fix()
         values.x[:, here] = self.delta[inside][:, rows].double().t()
         if values.error is not None:
             values.error[:, here] = 0
@@ -214,7 +224,7 @@ class _Tokens:
     contract = estimate  # one rounding of IEEE arithmetic is the contract
 
     def settle(self, values: Values, i: Tensor, j: Tensor) -> None:
-        values.settle_relative()
+        values.fix()
         place = torch.searchsorted(self.tokens, j).clamp(max=len(self.tokens) - 1)
         hit = self.tokens[place] == j
         values.x[hit] = self.delta[place[hit], i[hit]].double()
@@ -240,7 +250,7 @@ def _exponent(x: Tensor, dim: int) -> Tensor:
     return exponent.clamp(min=-900)  # what lies below has no influence on any stored number
 
 
-class _Factor:
+class Factor:
     """One factor, (out, rank) or (rank, in) by `dim`, the dimension of the rank."""
 
     def __init__(self, raw: Tensor, dim: int, scaling: float, bits: int) -> None:
@@ -295,8 +305,8 @@ class LowRank:
         self.bits = (53 - math.ceil(math.log2(self.rank))) // 2
         self.slices = 1 if dtype in ("BF16", "F16") and self.bits >= 22 else 2
         self.outputs = len(b) // groups  # of one group
-        self.b = _Factor(b, 1, scaling, self.bits)
-        self.a = [_Factor(part, 0, 1.0, self.bits) for part in a.split(self.rank)]  # by group
+        self.b = Factor(b, 1, scaling, self.bits)
+        self.a = [Factor(part, 0, 1.0, self.bits) for part in a.split(self.rank)]  # by group
         self.magnitude = magnitude
         self.factor: Tensor | None = None  # of each output, once the norms are known
         self.doubt = 0.0
@@ -310,11 +320,11 @@ class LowRank:
     # --- whole tiles
 
     def estimate(self, values: Values, rows: slice, columns: slice) -> None:
-        values.settle_relative()
+        values.fix()
         bounds = []
-        for a, mine, part in self._parts(values, rows):
+        for a, mine, x in self._parts(values.x, rows):
             left, right = self.b.take(mine), a.take(columns)
-            part.x.addmm_(left, right)
+            x.addmm_(left, right)
             units = self.b.units_of(mine, left), a.units_of(columns, right)
             bounds.append((units[0] * self._tolerance, units[1]))
         if len(bounds) == 1:
@@ -322,22 +332,25 @@ class LowRank:
         else:
             values.widen(torch.cat([p[:, None] * q for p, q in bounds]))
         values.relative = (self.rank + 4) * 2.0**-53
-        if self.factor is not None:
-            values.multiply(self.factor[rows, None], self.doubt)
+        self._direct(values, rows)
 
     def contract(self, values: Values, rows: slice, columns: slice) -> None:
-        for a, mine, part in self._parts(values, rows):
+        values.fix()
+        for a, mine, x in self._parts(values.x, rows):
             left = self.b.grid(self.b.take(mine), self.slices)
             right = a.grid(a.take(columns), self.slices)
             delta = left[0] @ right[0]  # exact, whatever the order of its sums
             if self.slices == 2:
                 delta += torch.cat(left, 1) @ torch.cat(right[::-1], 0)
-            part.add(delta)
-        if values.exact:
-            pass
-        values.relative = 0.0 if values.exact else STEP
+            x.add_(delta)
+        values.relative = 0.0 if values.error is None else STEP
+        self._direct(values, rows)
+
+    def _direct(self, values: Values, rows: slice | Tensor) -> None:
+        """DoRA, once the norms are known: give each output its length."""
         if self.factor is not None:
-            values.multiply(self.factor[rows, None], self.doubt)
+            factor = self.factor[rows]
+            values.multiply(factor[:, None] if values.x.dim() == 2 else factor, self.doubt)
 
     @property
     def _tolerance(self) -> float:
@@ -351,19 +364,16 @@ class LowRank:
         left_out = 2.0**self.bits + 1 if self.slices == 1 else 2.0
         return self.rank * left_out + 2 * (self.rank + 2) + 2
 
-    def _parts(self, values: Values, rows: slice) -> list[tuple[_Factor, slice, Values]]:
-        """(A, rows, values) of every group that the rows belong to."""
+    def _parts(self, x: Tensor, rows: slice) -> list[tuple[Factor, slice, Tensor]]:
+        """(A, rows, x) of every group that the rows belong to."""
         if len(self.a) == 1:
-            return [(self.a[0], rows, values)]
+            return [(self.a[0], rows, x)]
         found = []
         for group in range(rows.start // self.outputs, -(-rows.stop // self.outputs)):
             start = max(rows.start, group * self.outputs)
             stop = min(rows.stop, (group + 1) * self.outputs)
-            here = slice(start - rows.start, stop - rows.start)
-            part = Values(values.x[here])
-            part.error = None if values.error is None else values.error[here]
-            part.relative = values.relative
-            found.append((self.a[group], slice(start, stop), part))
+            mine = x[start - rows.start : stop - rows.start]
+            found.append((self.a[group], slice(start, stop), mine))
         return found
 
     # --- single elements, by the contract
@@ -379,8 +389,7 @@ class LowRank:
         values.add(delta)
         if either.any():
             values.widen(either.double() * TINY)
-        if self.factor is not None:
-            values.multiply(self.factor[i], self.doubt)
+        self._direct(values, i)
 
     def _delta(self, i: Tensor, j: Tensor) -> Tensor:
         a = self.a[0].pick(j)
@@ -424,45 +433,52 @@ class _LowRankBias:
 
 
 def scaling_of(config: Mapping[str, Any], module: str) -> tuple[int, float]:
-    """(rank, scaling) of a module, by PEFT's rules: alpha / r, with rsLoRA alpha / sqrt(r); of the
-    patterns the first that matches the end of the module's path, at a dot, counts."""
-
-    def choose(field: str, default: str) -> Any:
-        for pattern, value in (config.get(field) or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return value
-        return config.get(default, 8)
-
-    rank, alpha = int(choose("rank_pattern", "r")), float(choose("alpha_pattern", "lora_alpha"))
+    """(rank, scaling) of a module, by PEFT's rules: alpha / r, with rsLoRA alpha / sqrt(r)."""
+    rank = int(_choose(config, "rank_pattern", "r", module))
+    alpha = alpha_of(config, module)
     return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
+def alpha_of(config: Mapping[str, Any], module: str) -> float:
+    return float(_choose(config, "alpha_pattern", "lora_alpha", module))
+
+
+def _choose(config: Mapping[str, Any], patterns: str, default: str, module: str) -> Any:
+    """The first pattern counts that matches the module's path, or the end of it after a dot."""
+    for pattern, value in (config.get(patterns) or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return config.get(default, 8)
+
+
 def reference_of(
-    operation: Operation, config: Mapping[str, Any], parts: Mapping[str, Tensor], dtype: str
-) -> Reference | None:
-    """The formula of one operation. None: this method leaves the bias as it is.
+    operation: Operation,
+    config: Mapping[str, Any],
+    parts: Mapping[str, Tensor],
+    dtype: str,
+    scaling: float | None = None,
+) -> Reference:
+    """The formula of one operation on a tensor that is stored as `dtype`.
 
     Of the plan it takes which tensor, its layout, side, kernel, groups and tokens; the numbers are
-    the adapter's own. Raises Refusal where file and config contradict each other.
+    the adapter's own, `scaling` too unless it is given. Raises Refusal where the adapter's file and
+    config contradict each other.
     """
     settings = operation.settings
     if operation.method == "ia3":
         vector = parts["ia3_l"].double().flatten()
         if settings.side == "out":
             return _OutputScale(vector)
-        if operation.on_bias:
-            return None
         return _InputScale(vector, settings.kernel, settings.groups, settings.out)
     if operation.method == "trainable_tokens":
         return _Tokens(parts["trainable_tokens_delta"], settings.tokens)
-    rank, scaling = scaling_of(config, operation.module)
+    rank, own = scaling_of(config, operation.module)
+    scaling = own if scaling is None else scaling
     if len(parts["lora_A"]) != rank:
         raise Refusal(
             f"{operation.module}: rank {len(parts['lora_A'])} in the adapter, {rank} by its config"
         )
     if operation.on_bias:
-        if operation.method == "dora" or "lora_bias" not in parts:
-            return None
         return _LowRankBias(parts["lora_bias"].double().flatten(), scaling)
     magnitude = None
     if operation.method == "dora":

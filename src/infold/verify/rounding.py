@@ -28,13 +28,18 @@ class Line:
     lowest: int  # exponent of the smallest normal number
 
     @property
+    def integer(self) -> torch.dtype:
+        """The integers as wide as an element."""
+        return _INTEGERS[self.width]
+
+    @property
     def infinity(self) -> int:
         """The place of +inf; finite numbers lie below."""
         return ((1 << (self.width - self.precision)) - 1) << (self.precision - 1)
 
     def stored(self, elements: Tensor) -> Tensor:
         """Places of stored elements; NaN lies beyond infinity."""
-        bits = elements.contiguous().view(_INTEGERS[self.width]).to(torch.int64)
+        bits = elements.contiguous().view(self.integer).to(torch.int64)
         return _ordered(bits & ((1 << (self.width - 1)) - 1), bits < 0)
 
     def rounded(self, values: Tensor) -> Tensor:
@@ -84,7 +89,7 @@ class Line:
         `scratch` is an integer tensor as wide as the elements. Within a binade the distance is half
         of a unit in the last place; toward zero from a power of two it is half of that.
         """
-        bits = elements.view(_INTEGERS[self.width])
+        bits = elements.view(self.integer)
         torch.bitwise_and(bits, (1 << (self.width - 1)) - 1, out=scratch)
         scratch.sub_(1).clamp_(min=0)  # a power of two steps down into the finer binade
         scratch.bitwise_and_(self.infinity)

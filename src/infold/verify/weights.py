@@ -1,0 +1,276 @@
+"""The proof: re-read a merged folder, and tell whether it is what base and adapters make.
+
+Nothing of `merge` is used, and of `adapters` and `formats` no arithmetic: every formula, every
+scaling and every rounding is stated anew in this room. Of the plan it takes which tensor is edited
+from which parts, in which layout, and what the headers and side files must be.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from infold.checkpoint.adapter import Adapter, open_adapter
+from infold.checkpoint.safetensors import read_header
+from infold.checkpoint.shards import RECEIPT, open_checkpoint
+from infold.errors import InfoldError, Refusal
+from infold.plan.build import plan_merge
+from infold.plan.edits import Operation, Plan, Replacement
+from infold.verify.folder import (
+    Claims,
+    Offender,
+    compare_header,
+    extra_files,
+    read_claims,
+    side_files,
+)
+from infold.verify.hints import Wrong, hints
+from infold.verify.reread import Found, digest_of, reread
+from infold.verify.tensors import BaseCheck, EditCheck, Files
+
+__all__ = ["Offender", "Verdict", "verify_checkpoint"]
+
+PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What `verify_checkpoint` found. JSON-ready by `dataclasses.asdict`."""
+
+    ok: bool
+    tensors: int  # that there should be
+    identical: int  # unedited and byte-equal to the base's
+    recomputed: int  # edited and equal to what was computed anew
+    undecided: int  # elements so near to a rounding boundary that either neighbour is right
+    files: int  # side files that are as they must be
+    offenders: tuple[Offender, ...]
+    seconds: float
+
+
+def verify_checkpoint(
+    base: PathLike | None,
+    adapters: Sequence[PathLike],
+    merged: PathLike,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> Verdict:
+    """Check every byte of the folder `merged` against what base and adapters make.
+
+    With base=None and no adapters the receipt names them, and they must have its digests.
+    `progress` is called with (bytes done, bytes in all). Raises Refusal for inputs that cannot be
+    planned or are not there; whatever is wrong with `merged` is an offender of the verdict.
+    """
+    started = time.perf_counter()
+    folder = Path(os.path.abspath(merged))
+    if not os.path.isdir(folder):
+        raise Refusal(f"{merged}: is no folder; infold verifies folders that a merge has made")
+    offenders: list[Offender] = []
+    plan, claims = _open(base, adapters, folder, offenders)
+    files = Files()
+    try:
+        shards = _find_shards(plan, folder, files, base is None, offenders)
+        offenders += extra_files(folder, plan)
+        equal, different = side_files(folder, plan)
+        offenders += different
+        offenders += _unused(plan)
+        output, sources = reread(shards, files, hashed=claims is not None, progress=progress)
+        if claims is not None:
+            offenders += _compare_digests("digest", claims.shards, output, "the output")
+        if claims is not None and base is None:
+            for shard in plan.base.shards:
+                if shard.name not in sources:
+                    sources[shard.name] = digest_of(shard.path)
+            offenders += _compare_digests("base changed", claims.base_shards, sources, "the base")
+        offenders += _wrong_tensors(plan, shards, files)
+    finally:
+        files.close()
+    checks = [check for shard in shards for check in shard.checks.values()]
+    right = [check for check in checks if not check.tally.wrong]
+    return Verdict(
+        ok=not offenders,
+        tensors=sum(len(shard.header.tensors) for shard in plan.shards),
+        identical=sum(isinstance(check, BaseCheck) for check in right),
+        recomputed=sum(isinstance(check, EditCheck) for check in right),
+        undecided=sum(check.tally.undecided for check in checks),
+        files=equal,
+        offenders=tuple(offenders),
+        seconds=round(time.perf_counter() - started, 3),
+    )
+
+
+# --- inputs ------------------------------------------------------------------------------------
+
+
+def _open(
+    base: PathLike | None, adapters: Sequence[PathLike], folder: Path, offenders: list[Offender]
+) -> tuple[Plan, Claims | None]:
+    """The plan, and what the receipt says. What is wrong with the receipt becomes an offender."""
+    if base is not None:
+        claims = None
+        try:
+            claims = read_claims(folder)
+        except InfoldError as error:
+            offenders.append(Offender("receipt", RECEIPT, str(error)))
+        return plan_merge(open_checkpoint(base), [open_adapter(a) for a in adapters]), claims
+    if adapters:
+        raise Refusal("adapters without a base; give both, or only the merged folder")
+    claims = read_claims(folder)
+    if claims is None:
+        raise Refusal(f"{folder}: holds no {RECEIPT}, so give base and adapters too")
+    gone = [
+        n for n in (claims.base, *claims.adapters) if os.path.isabs(n) and not os.path.exists(n)
+    ]
+    if gone:
+        raise Refusal(
+            [
+                *(f"{name}: the receipt names it, and it is not there any more" for name in gone),
+                "give base and adapters by where they are now",
+            ]
+        )
+    opened = [open_adapter(name) for name in claims.adapters]
+    changed = [o for n, adapter in enumerate(opened) for o in _changed(claims, n, adapter)]
+    offenders += changed
+    try:
+        return plan_merge(open_checkpoint(claims.base), opened), claims
+    except Refusal as error:
+        told = [f"{o.where}: changed since the merge" for o in changed]
+        why = "the receipt's inputs no longer make a merge"
+        raise Refusal([*told, *error.reasons, why]) from None
+
+
+def _changed(claims: Claims, number: int, adapter: Adapter) -> list[Offender]:
+    """The files of an adapter that are not those that were merged."""
+    names = {"adapter_config.json", adapter.weights.name}
+    found = {name: digest_of(adapter.path / name) for name in names}
+    told = f"adapter {adapter.path}"
+    return _compare_digests("adapter changed", claims.adapter_files[number], found, told)
+
+
+def _compare_digests(
+    what: str, claimed: Mapping[str, str], found: Mapping[str, str], whose: str
+) -> list[Offender]:
+    """Files whose digest is not the receipt's."""
+    offenders = []
+    for name in sorted({*claimed, *found}):
+        if name not in found:
+            told = f"the receipt tells of this file in {whose}, and it is not there"
+        elif name not in claimed:
+            told = f"the receipt does not tell of this file in {whose}"
+        elif claimed[name] != found[name]:
+            told = f"BLAKE3 in {whose} is {found[name]}, in the receipt {claimed[name]}"
+        else:
+            continue
+        offenders.append(Offender(what, name, told))
+    return offenders
+
+
+# --- tensors -----------------------------------------------------------------------------------
+
+
+def _find_shards(
+    plan: Plan, folder: Path, files: Files, base_hashed: bool, offenders: list[Offender]
+) -> list[Found]:
+    """The shards of the output that can be read, each tensor with its check."""
+    shards = []
+    for planned in plan.shards:
+        found, different = compare_header(folder, planned)
+        offenders += different
+        if found is None:
+            continue
+        path, header = found
+        checks: dict[str, BaseCheck | EditCheck] = {}
+        for name, info in planned.header.tensors.items():
+            there = header.tensors.get(name)
+            if there is None or (there.dtype, there.shape) != (info.dtype, info.shape):
+                continue
+            if name in plan.edits:
+                checks[name] = EditCheck(plan.edits[name], plan.base, plan.adapters, files)
+            else:
+                checks[name] = BaseCheck(plan.base, plan.base.info(name), files)
+        source = None
+        if base_hashed and planned.source is not None and planned.same_layout and not different:
+            source = plan.base.shards[planned.source].path
+        shards.append(Found(planned.name, path, header, checks, source))
+    return shards
+
+
+def _wrong_tensors(plan: Plan, shards: Sequence[Found], files: Files) -> list[Offender]:
+    wrong = {}
+    for shard in shards:
+        for name, check in shard.checks.items():
+            if check.tally.wrong:
+                info = shard.header.tensors[name]
+                wrong[name] = Wrong(check, shard.path, info)
+    told = hints(plan, wrong, files)
+    return [_describe(name, one, told.get(name)) for name, one in wrong.items()]
+
+
+def _describe(name: str, one: Wrong, hint: str | None) -> Offender:
+    tally, shape = one.check.tally, one.info.shape
+    assert tally.first is not None
+    number, stored, expected = tally.first
+    index = []
+    for size in reversed(shape):
+        number, rest = divmod(number, size)
+        index.append(rest)
+    detail = (
+        f"{tally.wrong:,} of {math.prod(shape):,} elements differ, first {index[::-1]}: "
+        f"stored {stored}, expected {expected}"
+    )
+    what = "edited tensor" if isinstance(one.check, EditCheck) else "unedited tensor"
+    return Offender(what, name, f"{detail}; {hint}" if hint else detail)
+
+
+# --- adapters ----------------------------------------------------------------------------------
+
+
+def _unused(plan: Plan) -> list[Offender]:
+    """Tensors of the adapter files, read anew, that no edit uses."""
+    used: set[tuple[int, str]] = set()
+    for edit in plan.edits.values():
+        if isinstance(edit.source, Replacement):
+            used.add((edit.source.adapter, edit.source.key))
+        used |= {
+            (op.adapter, key)
+            for op in edit.operations
+            for part, key in op.parts.items()
+            if part in _parts_used(op)
+        }
+    offenders = []
+    for number, adapter in enumerate(plan.adapters):
+        keys = set(adapter.tensors)
+        if adapter.weights.suffix == ".safetensors":
+            keys = set(read_header(adapter.weights).tensors)
+        mine = [key for n, key in used if n == number]
+        for key in sorted(keys.difference(mine)):
+            if key in adapter.tensors and _repeats(adapter, key, mine):
+                continue  # the other end of a tied pair, which got the same update
+            told = f"{adapter.path}: no edit uses it, so what it was trained for is lost"
+            offenders.append(Offender("unused adapter tensor", key, told))
+    return offenders
+
+
+def _parts_used(operation: Operation) -> tuple[str, ...]:
+    """What enters the formula; the parts of a module are listed with its weight and its bias."""
+    if operation.on_bias:
+        return ("ia3_l", "lora_bias")
+    return ("ia3_l", "lora_A", "lora_B", "lora_magnitude_vector", "trainable_tokens_delta")
+
+
+def _repeats(adapter: Adapter, key: str, used: Sequence[str]) -> bool:
+    """Whether a tensor is equal to one that is used, as it is or transposed."""
+    shape = adapter.tensors[key].shape
+    for other in used:
+        theirs = adapter.tensors[other].shape
+        if theirs == shape and torch.equal(adapter.read(key), adapter.read(other)):
+            return True
+        if len(shape) == 2 and theirs == shape[::-1]:
+            if torch.equal(adapter.read(key), adapter.read(other).t()):
+                return True
+    return False
