@@ -13,7 +13,13 @@ from infold.plan.consume import Consumer
 from infold.plan.draft import Draft
 from infold.plan.edits import BaseTensor, Edit, Plan
 from infold.plan.match import group_keys
-from infold.plan.output import config_changes, index_bytes, output_shards, with_changes
+from infold.plan.output import (
+    config_changes,
+    index_bytes,
+    output_shards,
+    uneven_vocabulary,
+    with_changes,
+)
 from infold.plan.tied import same_ends, tied_pair, unsupported_tie
 
 __all__ = ["plan_merge"]
@@ -31,6 +37,7 @@ def plan_merge(base: Checkpoint, adapters: Sequence[Adapter]) -> Plan:
         _add(draft, number, adapter)
     untied = False if draft.reasons else _settle_ties(draft, tuple(adapters))
     edits = _edits(draft)
+    draft.reasons += uneven_vocabulary(base, edits)
     changes = config_changes(base, edits, untied, draft.labels)
     if changes and base.config is None and not draft.reasons:
         draft.reasons.append(

@@ -333,8 +333,8 @@ class Consumer:
             if not self.config.doubles:
                 self.refuse(
                     key,
-                    "was written by a PEFT newer than 0.21; whether it still adds this update twice "
-                    "in training is not known",
+                    "was written by a PEFT newer than 0.21; whether that adds this update twice "
+                    "in training, as earlier ones do, is not known",
                 )
                 return None
             self.draft.notes.append(f"{name}: PEFT adds this update twice, so the merge does too")
@@ -350,7 +350,7 @@ class Consumer:
             self.refuse(key, "a bias of lora_B, but lora_bias is false")
             return False
         if ".base_layer" in operation.module or not name.endswith(".weight"):
-            self.refuse(key, "PEFT does not use lora_bias of MultiheadAttention")
+            self.refuse(key, "lora_bias of MultiheadAttention, which PEFT uses in part only")
             return False
         if bias not in self.draft.base.where or self.draft.state(bias).shape != (out,):
             self.refuse(key, f"lora_bias needs a bias in the base, and there is no fitting {bias}")

@@ -12,7 +12,14 @@ from infold.formats import format_of
 from infold.plan.edits import Edit, OutputShard
 from infold.plan.layouts import HEADS, INPUT_EMBEDDINGS, leaf
 
-__all__ = ["config_changes", "index_bytes", "output_shards", "usual_dtype", "with_changes"]
+__all__ = [
+    "config_changes",
+    "index_bytes",
+    "output_shards",
+    "uneven_vocabulary",
+    "usual_dtype",
+    "with_changes",
+]
 
 
 def usual_dtype(base: Checkpoint) -> str:
@@ -56,6 +63,22 @@ def index_bytes(base: Checkpoint, shards: tuple[OutputShard, ...]) -> bytes:
     where = {n: s for n, _, s in sorted(tensors, key=lambda item: item[0])}
     index = {**base.index, "metadata": metadata, "weight_map": where}
     return (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def uneven_vocabulary(base: Checkpoint, edits: dict[str, Edit]) -> list[str]:
+    """Reasons to refuse a new number of tokens that not all of embedding and head would have."""
+    old, new = {}, {}
+    for name in base.where:
+        if name.endswith(".weight") and leaf(name) in (*INPUT_EMBEDDINGS, *HEADS):
+            old[name] = base.info(name).shape[0]
+            new[name] = edits[name].shape[0] if name in edits else old[name]
+    resized = {old[name]: new[name] for name in old if new[name] != old[name]}
+    return [
+        f"{name}: has {new[name]} tokens, but the adapter brings {resized[old[name]]} for the other "
+        "end of the model, and no resized values for this one; train it with modules_to_save"
+        for name in old
+        if old[name] in resized and new[name] != resized[old[name]]
+    ]
 
 
 def config_changes(
