@@ -150,7 +150,7 @@ class EditRun:
         changed = block.count
         if raw.dtype == target.dtype:
             changed = workspace.count_changed(target, raw)
-        if not math.isfinite(target.sum(dtype=torch.float32).item()):
+        if not math.isfinite(target.sum().item()):  # inf and NaN survive a sum; see below
             self._refuse_non_finite(raw, target, block)
         if target is not out:
             out.copy_(target)

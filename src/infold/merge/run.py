@@ -29,7 +29,7 @@ from infold.version import __version__
 __all__ = ["DEFAULT_MEMORY", "merge_checkpoint", "open_plan"]
 
 DEFAULT_MEMORY = 1 << 30
-_BLOCK = 1 << 19  # elements of a block: its buffers stay in the last-level cache
+_BLOCK = 1 << 20  # elements of a block: larger ones are not faster
 _SMALLEST_BLOCK = 1 << 16
 _PER_WORKER = 6 << 20  # bytes of tiles and flags
 

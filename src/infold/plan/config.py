@@ -46,6 +46,7 @@ _REFUSED = {
     "corda_config": "CorDA changes the base weight when it is loaded",
     "lora_ga_config": "LoRA-GA changes the base weight when it is loaded",
 }
+_INSIDE = ".base_layer"  # in the path of what MultiheadAttention holds
 # Initialisations of lora_A and lora_B that leave the base weight as it was.
 _PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 
@@ -64,23 +65,33 @@ class AdapterConfig:
             return "dora"
         return self.peft_type.lower()
 
-    def rank(self, module: str) -> int:
-        """The rank of lora_A. A part inside MultiheadAttention goes by the name of the whole."""
-        module = module.partition(".base_layer")[0]
-        return int(_by_pattern(self.fields.get("rank_pattern"), module, self.fields.get("r", 8)))
+    def ranks(self, module: str) -> list[int]:
+        """The ranks that lora_A may have. Where several patterns match, the file tells which."""
+        return [int(r) for r in self._matching("rank_pattern", module, self.fields.get("r", 8))]
 
-    def scaling(self, module: str) -> float:
-        """alpha / r, or alpha / sqrt(r) with rsLoRA, with the patterns for this module.
+    def scalings(self, module: str, rank: int) -> list[float]:
+        """alpha / rank, or alpha / sqrt(rank) with rsLoRA; several where the patterns disagree.
+
+        PEFT takes the first pattern that matches, but sorts them when it saves: which one was the
+        first cannot be told.
 
         PEFT up to 0.21 adds the update of MultiheadAttention's output projection twice, in training
         too (its pull request 3774 tells), so such an adapter has learnt half of its update.
         """
-        outer, rank = module.partition(".base_layer")[0], self.rank(module)
-        alpha = _by_pattern(
-            self.fields.get("alpha_pattern"), outer, self.fields.get("lora_alpha", 8)
-        )
-        scaling = float(alpha) / (math.sqrt(rank) if self.fields.get("use_rslora") else rank)
-        return scaling if module == outer else 2 * scaling
+        alphas = self._matching("alpha_pattern", module, self.fields.get("lora_alpha", 8))
+        divisor = math.sqrt(rank) if self.fields.get("use_rslora") else rank
+        times = 2 if _INSIDE in module else 1
+        return [times * (float(alpha) / divisor) for alpha in dict.fromkeys(alphas)]
+
+    def _matching(self, name: str, module: str, default: Any) -> list[Any]:
+        """The values of all patterns that match as a whole trailing path, else the default.
+
+        A part inside MultiheadAttention goes by the name of the whole.
+        """
+        module = module.partition(_INSIDE)[0]
+        pattern = self.fields.get(name) or {}
+        found = [v for key, v in pattern.items() if re.match(rf"(.*\.)?({key})$", module)]
+        return found or [default]
 
     @property
     def doubles(self) -> bool:
@@ -121,14 +132,6 @@ class AdapterConfig:
     @property
     def ties(self) -> bool:
         return bool(self.fields.get("ensure_weight_tying"))
-
-
-def _by_pattern(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """PEFT's rule: the first key that matches as a whole trailing path wins."""
-    for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return default
 
 
 def _number(value: Any, low: float) -> bool:

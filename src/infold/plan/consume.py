@@ -231,7 +231,9 @@ class Consumer:
                 shape = list(self.draft.state(bias).shape)
                 self.refuse(key, f"{bias} has shape {shape}, not [{settings.out}]")
                 return None
-            self.draft.state(bias).operations.append(replace(operation, on_bias=True))
+            self.draft.state(bias).operations.append(
+                replace(operation, on_bias=True, transposed=False)
+            )
         return operation
 
     def _linear_side(self, module: str, vector: tuple[int, ...]) -> str:
@@ -284,8 +286,12 @@ class Consumer:
             )
             return None
         rank = a[0]
-        if not rank or rank != self.config.rank(module):
-            self.refuse(key, f"rank {rank} in the file, {self.config.rank(module)} by the config")
+        ranks, scalings = self.config.ranks(module), self.config.scalings(module, rank or 1)
+        if not rank or rank not in ranks:
+            self.refuse(key, f"rank {rank} in the file, {ranks[0]} by the config")
+            return None
+        if len(scalings) > 1:
+            self.refuse(key, "several of alpha_pattern match; PEFT lost their order on saving")
             return None
         groups = rank // b[1] if b[1] and rank % b[1] == 0 else 0
         out, inner = b[0], math.prod(a[1:])
@@ -309,6 +315,13 @@ class Consumer:
             or groups < 1
             or (groups > 1 and (not conv or out % groups))
         )
+        if groups > 1 and conv and a[1] == weight[1] * groups:
+            self.refuse(
+                key,
+                f"a convolution of {groups} groups: PEFT trains updates that cross the groups, which "
+                "no weight of it can hold; PEFT cannot merge them either",
+            )
+            return None
         if problem:
             self.refuse(
                 key,
@@ -324,7 +337,7 @@ class Consumer:
             self.refuse(parts["lora_magnitude_vector"], "a DoRA magnitude, but use_dora is false")
             return None
         settings = Settings(
-            scaling=self.config.scaling(module),
+            scaling=scalings[0],
             slices=slices_for(state.dtype, b[1]),
             groups=groups,
             out=out,
@@ -355,7 +368,7 @@ class Consumer:
         if bias not in self.draft.base.where or self.draft.state(bias).shape != (out,):
             self.refuse(key, f"lora_bias needs a bias in the base, and there is no fitting {bias}")
             return False
-        self.draft.state(bias).operations.append(replace(operation, on_bias=True))
+        self.draft.state(bias).operations.append(replace(operation, on_bias=True, transposed=False))
         return True
 
     def _tokens(self, module: str, parts: dict[str, str], name: str) -> Operation | None:

@@ -69,13 +69,14 @@ def uneven_vocabulary(base: Checkpoint, edits: dict[str, Edit]) -> list[str]:
     """Reasons to refuse a new number of tokens that not all of embedding and head would have."""
     old, new = {}, {}
     for name in base.where:
-        if name.endswith(".weight") and leaf(name) in (*INPUT_EMBEDDINGS, *HEADS):
+        table = name.endswith(".weight") and leaf(name) in (*INPUT_EMBEDDINGS, *HEADS)
+        if table and base.info(name).shape:
             old[name] = base.info(name).shape[0]
             new[name] = edits[name].shape[0] if name in edits else old[name]
     resized = {old[name]: new[name] for name in old if new[name] != old[name]}
     return [
-        f"{name}: has {new[name]} tokens, but the adapter brings {resized[old[name]]} for the other "
-        "end of the model, and no resized values for this one; train it with modules_to_save"
+        f"{name}: has {new[name]} tokens, but the adapter brings {resized[old[name]]} for the "
+        "model's other end, and no resized values for this one; train it with modules_to_save"
         for name in old
         if old[name] in resized and new[name] != resized[old[name]]
     ]

@@ -1,4 +1,4 @@
-"""The merged folder around its tensors: headers, side files, what is missing or extra, the receipt."""
+"""The merged folder around its tensors: headers, side files, extra files, the receipt."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Claims:
 
 
 def read_claims(folder: Path) -> Claims | None:
-    """The receipt in a folder, None if there is none. Raises CorruptFile for one of another shape."""
+    """The receipt in a folder, or None. Raises CorruptFile for one that infold does not write."""
     path = folder / RECEIPT
     if not os.path.lexists(path):
         return None

@@ -1,10 +1,10 @@
 """Every method's formula, stated anew from the parts, with a bound on what the merge may differ.
 
-Each formula has a plain form: full factors, an ordinary float64 product, whole tiles, and a bound on
-what the merge may differ. Where that cannot decide, the contract of the exact product is asked, as
-`adapters/exact.py` tells it: for single elements the factors are integers on their grids, multiplied
-and summed as int64. DoRA's norms need whole rows of such values; there the product is float64, which
-is exact on the grid.
+Each formula has a plain form: full factors, an ordinary float64 product, whole tiles, and a bound
+on what the merge may differ. Where that cannot decide, the contract of the exact product is asked,
+as `adapters/exact.py` tells it: for single elements the factors are integers on their grids,
+multiplied and summed as int64. DoRA's norms need whole rows of such values; there the product is
+float64, which is exact on the grid.
 
 Weights are logical matrices (out, in), float64, as in `adapters`.
 """
@@ -24,7 +24,6 @@ from infold.plan.edits import Operation
 
 __all__ = [
     "STEP",
-    "TINY",
     "LowRank",
     "Reference",
     "Sums",
@@ -35,7 +34,6 @@ __all__ = [
 ]
 
 STEP = 2.0**-52  # two float64 roundings, one on either side
-TINY = 2.0**-1074
 
 
 class Values:
@@ -46,12 +44,13 @@ class Values:
     Every bound is first order in float64's roundings; whoever uses it widens it by 2^-10.
     """
 
-    __slots__ = ("error", "relative", "spare", "x")
+    __slots__ = ("error", "relative", "spare", "unsigned", "x")
 
     def __init__(self, x: Tensor, spare: Tensor | None = None) -> None:
         self.x = x
         self.error: Tensor | None = None
         self.relative = 0.0
+        self.unsigned: Tensor | None = None  # single elements: where a zero can have either sign
         self.spare = spare  # memory for `error`, of x's shape, float32 or float64
 
     @property
@@ -228,8 +227,9 @@ class _Tokens:
         place = torch.searchsorted(self.tokens, j).clamp(max=len(self.tokens) - 1)
         hit = self.tokens[place] == j
         values.x[hit] = self.delta[place[hit], i[hit]].double()
-        if values.error is not None:
-            values.error[hit] = 0
+        for bound in (values.error, values.unsigned):
+            if bound is not None:
+                bound[hit] = 0
 
 
 # --- LoRA and DoRA -------------------------------------------------------------------------------
@@ -306,13 +306,13 @@ class LowRank:
         self.slices = 1 if dtype in ("BF16", "F16") and self.bits >= 22 else 2
         self.outputs = len(b) // groups  # of one group
         self.b = Factor(b, 1, scaling, self.bits)
-        self.a = [Factor(part, 0, 1.0, self.bits) for part in a.split(self.rank)]  # by group
+        self.a = [Factor(part, 0, 1.0, self.bits) for part in torch.split(a, self.rank)]  # by group
         self.magnitude = magnitude
         self.factor: Tensor | None = None  # of each output, once the norms are known
         self.doubt = 0.0
 
     def finish(self, sums: Sums, columns: int) -> None:
-        """DoRA: all tiles went through `contract` into `sums`; `columns` is the number of inputs."""
+        """DoRA: `sums` has seen all tiles of the contract's values; `columns` are the inputs."""
         assert self.magnitude is not None
         self.factor = self.magnitude / sums.total.sqrt()
         self.doubt = sums.doubt(columns)
@@ -384,11 +384,12 @@ class LowRank:
         for start in range(0, len(i), step):
             piece = slice(start, start + step)
             delta[piece] = self._delta(i[piece], j[piece])
-        # the sign of a zero product is the BLAS's own, and it shows where W is -0
-        either = (values.x == 0) & values.x.signbit() & (delta == 0)
+        # the sign of a sum of zeros is the BLAS's own, and where W is -0 it stays
+        unsigned = (values.x == 0) & values.x.signbit()
+        if values.unsigned is not None:
+            unsigned |= values.unsigned
+        values.unsigned = unsigned & (delta == 0)
         values.add(delta)
-        if either.any():
-            values.widen(either.double() * TINY)
         self._direct(values, i)
 
     def _delta(self, i: Tensor, j: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,15 +26,16 @@ from infold.checkpoint.safetensors import TensorInfo
 from infold.checkpoint.shards import Checkpoint, read_exactly
 from infold.errors import StorageFailure
 from infold.plan.edits import BaseTensor, Edit
-from infold.verify.reference import STEP, TINY, LowRank, Reference, Sums, Values, reference_of
+from infold.verify.reference import STEP, LowRank, Reference, Sums, Values, reference_of
 from infold.verify.rounding import LINES
 
 __all__ = ["BaseCheck", "EditCheck", "Files", "Tally", "Workspace"]
 
 BLOCK = 1 << 20  # elements that are read at once, but whole rows
 COPIED = 4 << 20  # bytes of an unedited tensor that are compared at once
-TILE = 96 << 10  # elements, so that the buffers of a tile stay in the cache
-TILE_COLUMNS = 1536
+TILE = 192 << 10  # elements; larger ones leave the cache, smaller ones cost more calls
+TILE_COLUMNS = 2048
+JUDGED = 128 << 10  # elements that are decided one by one at once
 WIDER = 1 + 2.0**-10  # for what the bounds leave out, being first order
 
 
@@ -214,6 +216,7 @@ class EditCheck:
             raw = torch.frombuffer(own, dtype=self.kind).view(count, self.columns)
         else:
             raw = self._read(row, count, workspace)
+        doubts = []
         for rows, columns in _tiles(count, self.columns, TILE, TILE_COLUMNS):
             there = slice(row + rows.start, row + rows.stop)
             source, found = raw[rows, columns], stored[rows, columns]
@@ -221,9 +224,9 @@ class EditCheck:
             values = Values(_widen(source, x, workspace), workspace.tile("e", x, self._kind))
             for number, reference in enumerate(references):
                 self._on_logical(number, reference.estimate, values, there, columns)
-            doubtful = self._sieve(values, found, workspace)
-            if len(doubtful):
-                self._judge(references, values, source, found, doubtful, there, columns)
+            doubts.append(self._sieve(values, found, workspace, rows.start, columns.start))
+        for doubt in _pieces(doubts):
+            self._judge(references, doubt, raw, stored, row)
 
     def done(self, count: int) -> None:
         """`count` bytes are checked: after the last of them the parts are forgotten."""
@@ -309,74 +312,82 @@ class EditCheck:
         """The dtype of bounds and distances: float32 resolves them for 16-bit elements."""
         return torch.float32 if self.line.width == 16 else torch.float64
 
-    def _sieve(self, values: Values, found: Tensor, workspace: Workspace) -> Tensor:
-        """Numbers, within the tile, of the elements that are not surely right."""
+    def _sieve(
+        self, values: Values, found: Tensor, workspace: Workspace, row: int, column: int
+    ) -> _Doubt:
+        """The elements of a tile that are not surely right; its place in the block is given."""
         x, precision = values.x, self.line.precision
-        # |x| is less than 2^(precision + 2) times the least distance; WIDER takes another 2^-10
-        margin = 2.0**-9 + values.relative * 2.0 ** (precision + 4)
+        # |x| is less than 2^(precision + 2) times the least distance
+        margin = 2.0**-12 + values.relative * 2.0 ** (precision + 3)
         if margin >= 1:
-            return torch.arange(x.numel())
+            return _doubt(values, torch.arange(x.numel()), row, column)
         distance = _widen(found, workspace.tile("d", x, torch.float64), workspace)
         torch.sub(x, distance, out=distance)
         if self._kind != distance.dtype:
             distance = workspace.tile("t", x, self._kind).copy_(distance)
         distance.abs_()
         if values.error is not None:
-            distance.add_(values.error)
+            distance.add_(values.error, alpha=WIDER)
         limit = workspace.tile("h", x, self._kind)
         scratch = workspace.tile("s", x, self.line.integer)
         self.line.half_spacings(found, scratch, limit)
         limit.mul_(2.0**-precision * (1 - margin))
         # NumPy's comparison and search are several times faster than PyTorch's; NaN is not less
         near = np.less(distance.numpy(), limit.numpy(), out=workspace.flags(x).numpy())
-        return torch.from_numpy(np.flatnonzero(~near))
+        return _doubt(values, torch.from_numpy(np.flatnonzero(~near)), row, column)
 
     def _judge(
         self,
         references: list[Reference],
-        values: Values,
-        source: Tensor,
-        found: Tensor,
-        doubtful: Tensor,
-        rows: slice,
-        columns: slice,
+        doubt: _Doubt,
+        raw: Tensor,
+        stored: Tensor,
+        top: int,
     ) -> None:
-        """Decide single elements of a tile, and tell the tally."""
-        i, j = doubtful // found.shape[1], doubtful % found.shape[1]
-        x, raw, stored = values.x[i, j], source[i, j], self.line.stored(found[i, j])
-        error = None if values.error is None else values.error[i, j]
-        low, high = self._ends(x, error, values.relative)
-        finite = self.line.finite(stored)
-        open_ = ((low <= stored) & (stored <= high) & (low != high) & finite).nonzero().flatten()
+        """Decide the doubtful elements of a block that begins in row `top`; tell the tally."""
+        rows, columns = doubt.i, doubt.j
+        places = self.line.stored(stored[rows, columns])
+        low, high = self._ends(doubt.x, doubt.error, doubt.relative)
+        if doubt.error is not None or doubt.relative:  # only the contract tells the sign of a zero
+            zero = doubt.x == 0
+            low, high = low.where(~zero, low.clamp(max=-1)), high.where(~zero, high.clamp(min=0))
+        finite = self.line.finite(places)
+        open_ = ((low <= places) & (places <= high) & (low != high) & finite).nonzero().flatten()
         if len(open_):
-            exact = self._settled(
-                references, raw[open_], i[open_] + rows.start, j[open_] + columns.start
-            )
-            low[open_], high[open_] = exact
+            i, j = rows[open_], columns[open_]
+            low[open_], high[open_] = exact = self._settled(references, raw[i, j], i + top, j)
             self.tally.add(undecided=int((exact[0] != exact[1]).sum()))
-        wrong = ((stored < low) | (stored > high) | ~finite).nonzero().flatten()
-        if not len(wrong):
-            return
-        places = stored[wrong]
-        nearest = torch.minimum(torch.maximum(places, low[wrong]), high[wrong])
-        same = 0
-        if isinstance(self.edit.source, BaseTensor) and source.dtype == found.dtype:
-            same = int((self.line.stored(raw[wrong]) == places).sum())
-        first = int(wrong[0])
-        row, column = int(i[first]) + rows.start, int(j[first]) + columns.start
-        must = self._settled(
-            references, raw[first : first + 1], torch.tensor([row]), torch.tensor([column])
+        wrong = ((places < low) | (places > high) | ~finite).nonzero().flatten()
+        if len(wrong):
+            i, j = rows[wrong], columns[wrong]
+            self._report(references, raw, stored, i, j, top, low[wrong], high[wrong])
+
+    def _report(
+        self,
+        references: list[Reference],
+        raw: Tensor,
+        stored: Tensor,
+        i: Tensor,
+        j: Tensor,
+        top: int,
+        low: Tensor,
+        high: Tensor,
+    ) -> None:
+        """Tell the tally of the elements [i, j] of a block, which lie outside of low and high."""
+        places = self.line.stored(stored[i, j])
+        nearest = torch.minimum(torch.maximum(places, low), high)
+        like_base = 0
+        if isinstance(self.edit.source, BaseTensor) and raw.dtype == stored.dtype:
+            like_base = int((self.line.stored(raw[i, j]) == places).sum())
+        at = int((i * self.columns + j).argmin())
+        one = slice(at, at + 1)
+        must = self._settled(references, raw[i[one], j[one]], i[one] + top, j[one])[0]
+        first = (
+            (int(i[at]) + top) * self.columns + int(j[at]),
+            repr(self.line.number(int(places[at]))),
+            repr(self.line.number(int(must))),
         )
-        self.tally.add(
-            len(wrong),
-            (
-                row * self.columns + column,
-                repr(self.line.number(int(places[0]))),
-                repr(self.line.number(int(must[0]))),
-            ),
-            same,
-            int((places - nearest).abs().max()),
-        )
+        self.tally.add(len(i), first, like_base, int((places - nearest).abs().max()))
 
     def _settled(
         self, references: list[Reference], raw: Tensor, rows: Tensor, columns: Tensor
@@ -386,17 +397,52 @@ class EditCheck:
         for number, reference in enumerate(references):
             swaps = self._swaps(number)
             reference.settle(values, columns if swaps else rows, rows if swaps else columns)
-        return self._ends(values.x, values.error, values.relative)
+        low, high = self._ends(values.x, values.error, values.relative)
+        if values.unsigned is not None:
+            either = values.unsigned & (values.x == 0)
+            low[either], high[either] = -1, 0
+        return low, high
 
     def _ends(self, x: Tensor, error: Tensor | None, relative: float) -> tuple[Tensor, Tensor]:
         """The places of x less and plus its bound."""
+        place = self.line.rounded(x)
         if error is None and not relative:
-            place = self.line.rounded(x)
             return place, place.clone()
-        bound = x.abs() * (relative * WIDER + STEP) + TINY
-        if error is not None:
-            bound += error.double() * WIDER
-        return self.line.rounded(x - bound), self.line.rounded(x + bound)
+        bound = x.abs() * relative if error is None else x.abs() * relative + error
+        bound = bound * WIDER + x.abs() * STEP  # x -+ bound is rounded too
+        known = bound == 0
+        low, high = self.line.rounded(x - bound), self.line.rounded(x + bound)
+        return torch.where(known, place, low), torch.where(known, place, high)
+
+
+@dataclass(frozen=True)
+class _Doubt:
+    """Elements of a block that one sieve could not decide, with their values and bounds."""
+
+    i: Tensor  # rows and columns, within the block
+    j: Tensor
+    x: Tensor
+    error: Tensor | None
+    relative: float
+
+
+def _doubt(values: Values, numbers: Tensor, row: int, column: int) -> _Doubt:
+    """Elements of a tile by their numbers; they are kept while the next tile takes its buffers."""
+    width = values.x.shape[1]
+    i, j = numbers // width, numbers % width
+    error = None if values.error is None else values.error[i, j]
+    return _Doubt(i + row, j + column, values.x[i, j], error, values.relative)
+
+
+def _pieces(doubts: list[_Doubt]) -> Iterator[_Doubt]:
+    """The doubts of all tiles of a block, at most JUDGED elements at once."""
+    i, j, x = (torch.cat([getattr(d, name) for d in doubts]) for name in ("i", "j", "x"))
+    errors = [doubt.error for doubt in doubts if doubt.error is not None]
+    error = torch.cat(errors) if errors else None  # all tiles have bounds, or none has
+    relative = max(doubt.relative for doubt in doubts)
+    for start in range(0, len(x), JUDGED):
+        part = slice(start, start + JUDGED)
+        yield _Doubt(i[part], j[part], x[part], None if error is None else error[part], relative)
 
 
 def _tiles(rows: int, columns: int, size: int, width: int) -> Iterator[tuple[slice, slice]]:
