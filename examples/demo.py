@@ -52,15 +52,16 @@ def answers(model_folder: Path) -> list[str]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    # On the left, so that every prompt ends where its answer begins.
+    tokenizer = AutoTokenizer.from_pretrained(model_folder, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
-    found = []
-    for review, _ in REVIEWS:
-        prompt = tokenizer(f"Review: {review}\nSentiment:", return_tensors="pt")
-        tokens = model.generate(**prompt, max_new_tokens=4, do_sample=False)
-        text = tokenizer.decode(tokens[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
-        found.append(text.strip().split("\n")[0])
-    return found
+    texts = [f"Review: {review}\nSentiment:" for review, _ in REVIEWS]
+    prompts = tokenizer(texts, padding=True, return_tensors="pt")
+    tokens = model.generate(**prompts, max_new_tokens=4, do_sample=False)
+    said = tokenizer.batch_decode(
+        tokens[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True
+    )
+    return [text.strip().split("\n")[0] for text in said]
 
 
 def show_answers(models: dict[str, Path]) -> None:
