@@ -446,7 +446,10 @@ def main() -> None:
     parser.add_argument("--memory-rounds", type=int, default=3, help="0: no memory section")
     parser.add_argument("--threads", type=int, nargs="*", default=[1, 2], help="numbers to try")
     parser.add_argument(
-        "--touch", type=float, metavar="GB", help="memory to use before each run; 0: none"
+        "--touch",
+        type=float,
+        metavar="GB",
+        help="memory that a child uses before each run; default: the size and a quarter; 0: none",
     )
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder to write to")
     options = parser.parse_args()
@@ -455,7 +458,7 @@ def main() -> None:
     folder = inputs.cache()
     # a process of its own, since torch is large
     subprocess.run([sys.executable, str(HERE / "inputs.py"), options.size], check=True)
-    touch = 5 * size.nbytes // 2 if options.touch is None else int(options.touch * 1e9)
+    touch = 5 * size.nbytes // 4 if options.touch is None else int(options.touch * 1e9)
     bench = Bench(folder, touch)
     cases = merge_cases(options.size, options)
     extra = memory_cases(options.size, options.memory_rounds) if options.memory_rounds else []

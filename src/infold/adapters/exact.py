@@ -7,7 +7,8 @@ make it exact. For B (out, r) and A (r, in), with b = (53 - ceil(log2 r)) // 2 b
     B1_ik = u_i * round(B_ik / u_i), ties to even;        the same for the columns of A
 
 Each product B1_ik * A1_kj is an integer of at most 2b bits times u_i * v_j, each partial sum an
-integer of at most 2^53 of them: float64 holds all of them, whatever the order or the fusing.
+integer of at most 2^53 of them: float64 holds all of them, whatever the order or the fusing. An
+update of zero is +0, so it makes +0 of a weight of -0, and changes no other.
 
 One slice leaves a relative error of about 2^-b of each factor: 24 bits at rank 16, as much as a
 float32 had. With two slices the rest is rounded again, B2 on the grid u_i * 2^-b, and
@@ -100,8 +101,8 @@ class Factors:
         b, a = self.b.take(rows), self.a.take(cols)
         if x.stride(0) < x.stride(1):  # stored as (in, out): multiply in the order of the memory
             x, b, a = x.t(), tuple(t.t() for t in a), tuple(t.t() for t in b)
-        delta = _scratch(x, 0)
-        torch.mm(b[0], a[0], out=delta)
+        # a sum of nothing but -0 is -0 or +0, as the BLAS likes; begun with +0 it is +0
+        delta = _scratch(x, 0).zero_().addmm_(b[0], a[0])
         if self.slices == 2:
             cross = _scratch(x, 1)
             torch.mm(torch.cat(b, 1), torch.cat(a[::-1], 0), out=cross)

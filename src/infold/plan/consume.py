@@ -318,7 +318,7 @@ class Consumer:
         if groups > 1 and conv and a[1] == weight[1] * groups:
             self.refuse(
                 key,
-                f"a convolution of {groups} groups: PEFT trains updates that cross the groups, which "
+                f"a convolution of {groups} groups: PEFT trains updates that cross groups, which "
                 "no weight of it can hold; PEFT cannot merge them either",
             )
             return None

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from infold.checkpoint.safetensors import TensorInfo
-from infold.plan.edits import Plan
+from infold.plan.edits import Operation, Plan
 from infold.verify.reference import alpha_of, scaling_of
 from infold.verify.tensors import BaseCheck, EditCheck, Files, Workspace
 
@@ -47,15 +47,13 @@ def hints(plan: Plan, wrong: Mapping[str, Wrong], files: Files) -> dict[str, str
             found[name] = "these are as in the base: the edit is missing"
         elif scaling := _scaling(plan, name, one, files, workspace):
             found[name] = f"the update is scaled by {scaling}"
-        elif isinstance(one.check, EditCheck) and tally.furthest == 1:
-            found[name] = (
-                "all are next to the right value: rounded more than once, or not merged by infold"
-            )
+        elif tally.neighbours >= _ENOUGH * tally.wrong:
+            found[name] = "next to the right value: rounded more than once, or not by infold"
     return found
 
 
 def _anew(
-    plan: Plan, name: str, files: Files, scalings: Callable[[int, str], float] | None = None
+    plan: Plan, name: str, files: Files, scalings: Callable[[Operation, int], float] | None = None
 ) -> BaseCheck | EditCheck:
     if name in plan.edits:
         return EditCheck(plan.edits[name], plan.base, plan.adapters, files, scalings)
@@ -80,31 +78,30 @@ def _scaling(plan: Plan, name: str, one: Wrong, files: Files, workspace: Workspa
     """Another scaling that fits, where the edit has one."""
     if name not in plan.edits:
         return None
-    ranked = [op for op in plan.edits[name].operations if op.method in ("lora", "dora")]
-    if not ranked:
-        return None
 
-    def configured(adapter: int) -> Mapping[str, Any]:
-        return plan.adapters[adapter].config
+    def config(op: Operation) -> Mapping[str, Any]:
+        return plan.adapters[op.adapter].config
 
-    tried: dict[str, Callable[[int, str], float]] = {
-        "alpha, not alpha / r": lambda a, m: alpha_of(configured(a), m),
-        "alpha / sqrt(r), not alpha / r": lambda a, m: (
-            alpha_of(configured(a), m) / math.sqrt(scaling_of(configured(a), m)[0])
+    def rank(op: Operation) -> int:
+        return plan.adapters[op.adapter].tensors[op.parts["lora_A"]].shape[0]
+
+    def without(*fields: str) -> Callable[[Operation, int], float]:
+        return lambda op, r: scaling_of({**config(op), **dict.fromkeys(fields)}, op.module, r)
+
+    tried: dict[str, Callable[[Operation, int], float]] = {
+        "alpha, not alpha / r": lambda op, r: alpha_of(config(op), op.module),
+        "alpha / r, not alpha / sqrt(r)": without("use_rslora"),
+        "alpha / sqrt(r), not alpha / r": lambda op, r: scaling_of(
+            {**config(op), "use_rslora": True}, op.module, r
         ),
-        "alpha / r, not alpha / sqrt(r)": lambda a, m: (
-            alpha_of(configured(a), m) / scaling_of(configured(a), m)[0]
-        ),
-        "1": lambda a, m: 1.0,
-        "alpha / r without alpha_pattern and rank_pattern": lambda a, m: scaling_of(
-            {**configured(a), "alpha_pattern": {}, "rank_pattern": {}}, m
-        )[1],
+        "lora_alpha, where alpha_pattern has another value": without("alpha_pattern"),
+        "1": lambda op, r: 1.0,
     }
+    ranked = [op for op in plan.edits[name].operations if op.method in ("lora", "dora")]
+    right = [scaling_of(config(op), op.module, rank(op)) for op in ranked]
     for told, scalings in tried.items():
-        same = all(
-            scalings(op.adapter, op.module) == scaling_of(configured(op.adapter), op.module)[1]
-            for op in ranked
-        )
-        if not same and _fits(_anew(plan, name, files, scalings), one, files, workspace):
+        if [scalings(op, rank(op)) for op in ranked] == right:
+            continue
+        if _fits(_anew(plan, name, files, scalings), one, files, workspace):
             return told
     return None

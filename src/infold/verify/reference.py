@@ -44,13 +44,12 @@ class Values:
     Every bound is first order in float64's roundings; whoever uses it widens it by 2^-10.
     """
 
-    __slots__ = ("error", "relative", "spare", "unsigned", "x")
+    __slots__ = ("error", "relative", "spare", "x")
 
     def __init__(self, x: Tensor, spare: Tensor | None = None) -> None:
         self.x = x
         self.error: Tensor | None = None
         self.relative = 0.0
-        self.unsigned: Tensor | None = None  # single elements: where a zero can have either sign
         self.spare = spare  # memory for `error`, of x's shape, float32 or float64
 
     @property
@@ -227,9 +226,8 @@ class _Tokens:
         place = torch.searchsorted(self.tokens, j).clamp(max=len(self.tokens) - 1)
         hit = self.tokens[place] == j
         values.x[hit] = self.delta[place[hit], i[hit]].double()
-        for bound in (values.error, values.unsigned):
-            if bound is not None:
-                bound[hit] = 0
+        if values.error is not None:
+            values.error[hit] = 0
 
 
 # --- LoRA and DoRA -------------------------------------------------------------------------------
@@ -385,10 +383,6 @@ class LowRank:
             piece = slice(start, start + step)
             delta[piece] = self._delta(i[piece], j[piece])
         # the sign of a sum of zeros is the BLAS's own, and where W is -0 it stays
-        unsigned = (values.x == 0) & values.x.signbit()
-        if values.unsigned is not None:
-            unsigned |= values.unsigned
-        values.unsigned = unsigned & (delta == 0)
         values.add(delta)
         self._direct(values, i)
 
@@ -433,23 +427,36 @@ class _LowRankBias:
 # --- from the plan's matching and the adapter's config -------------------------------------------
 
 
-def scaling_of(config: Mapping[str, Any], module: str) -> tuple[int, float]:
-    """(rank, scaling) of a module, by PEFT's rules: alpha / r, with rsLoRA alpha / sqrt(r)."""
-    rank = int(_choose(config, "rank_pattern", "r", module))
-    alpha = alpha_of(config, module)
-    return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+def scaling_of(config: Mapping[str, Any], module: str, rank: int) -> float:
+    """LoRA's factor by PEFT's rules: alpha / r, with rsLoRA alpha / sqrt(r).
+
+    The output projection of a MultiheadAttention, which PEFT keeps in a `base_layer`, is updated
+    twice; see `plan/config.py`.
+    """
+    own = alpha_of(config, module) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return 2 * own if "base_layer" in module.split(".") else own
 
 
 def alpha_of(config: Mapping[str, Any], module: str) -> float:
-    return float(_choose(config, "alpha_pattern", "lora_alpha", module))
+    """The alpha of a module. Raises Refusal where patterns contradict each other."""
+    values = {float(value) for value in _matching(config, "alpha_pattern", "lora_alpha", module)}
+    if len(values) > 1:
+        raise Refusal(f"{module}: alpha_pattern gives {sorted(values)}")
+    return values.pop()
 
 
-def _choose(config: Mapping[str, Any], patterns: str, default: str, module: str) -> Any:
-    """The first pattern counts that matches the module's path, or the end of it after a dot."""
-    for pattern, value in (config.get(patterns) or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return config.get(default, 8)
+def _matching(config: Mapping[str, Any], patterns: str, default: str, module: str) -> list[Any]:
+    """The values of the patterns that match a module's path, or the end of it after a dot.
+
+    PEFT takes the first, but saves them in another order, so all have to be looked at.
+    """
+    path = module.split(".base_layer")[0]
+    found = [
+        value
+        for pattern, value in (config.get(patterns) or {}).items()
+        if re.match(rf"(.*\.)?({pattern})$", path)
+    ]
+    return found or [config.get(default, 8)]
 
 
 def reference_of(
@@ -473,12 +480,11 @@ def reference_of(
         return _InputScale(vector, settings.kernel, settings.groups, settings.out)
     if operation.method == "trainable_tokens":
         return _Tokens(parts["trainable_tokens_delta"], settings.tokens)
-    rank, own = scaling_of(config, operation.module)
-    scaling = own if scaling is None else scaling
-    if len(parts["lora_A"]) != rank:
-        raise Refusal(
-            f"{operation.module}: rank {len(parts['lora_A'])} in the adapter, {rank} by its config"
-        )
+    rank, ranks = len(parts["lora_A"]), _matching(config, "rank_pattern", "r", operation.module)
+    if rank not in ranks:
+        raise Refusal(f"{operation.module}: rank {rank} in the adapter, {ranks[0]} by its config")
+    if scaling is None:
+        scaling = scaling_of(config, operation.module, rank)
     if operation.on_bias:
         return _LowRankBias(parts["lora_bias"].double().flatten(), scaling)
     magnitude = None

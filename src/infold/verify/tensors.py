@@ -25,7 +25,7 @@ from infold.checkpoint.adapter import TORCH_DTYPES, Adapter
 from infold.checkpoint.safetensors import TensorInfo
 from infold.checkpoint.shards import Checkpoint, read_exactly
 from infold.errors import StorageFailure
-from infold.plan.edits import BaseTensor, Edit
+from infold.plan.edits import BaseTensor, Edit, Operation
 from infold.verify.reference import STEP, LowRank, Reference, Sums, Values, reference_of
 from infold.verify.rounding import LINES
 
@@ -91,7 +91,7 @@ class Tally:
         self.wrong = 0
         self.undecided = 0
         self.like_base = 0  # wrong ones that are as in the base
-        self.furthest = 0  # of a wrong one from its value, in units in the last place
+        self.neighbours = 0  # wrong ones that are next to the right value
         self.first: tuple[int, str, str] | None = None  # number of the element, stored, expected
         self._lock = threading.Lock()
 
@@ -100,14 +100,14 @@ class Tally:
         wrong: int = 0,
         first: tuple[int, str, str] | None = None,
         like_base: int = 0,
-        furthest: int = 0,
+        neighbours: int = 0,
         undecided: int = 0,
     ) -> None:
         with self._lock:
             self.wrong += wrong
             self.undecided += undecided
             self.like_base += like_base
-            self.furthest = max(self.furthest, furthest)
+            self.neighbours += neighbours
             if first is not None and (self.first is None or first[0] < self.first[0]):
                 self.first = first
 
@@ -165,7 +165,8 @@ def _show(element: bytes, dtype: str) -> str:
 class EditCheck:
     """An edited tensor: its stored elements against the edit, computed anew.
 
-    `scalings` replaces the scaling of LoRA modules, to find out what went wrong elsewhere.
+    `scalings` tells another scaling of LoRA (of the operation and its rank), to find out what went
+    wrong elsewhere.
     """
 
     def __init__(
@@ -174,7 +175,7 @@ class EditCheck:
         base: Checkpoint,
         adapters: tuple[Adapter, ...],
         files: Files,
-        scalings: Callable[[int, str], float] | None = None,
+        scalings: Callable[[Operation, int], float] | None = None,
     ) -> None:
         self.tally = Tally()
         self.edit, self.adapters, self.files, self.scalings = edit, adapters, files, scalings
@@ -256,7 +257,7 @@ class EditCheck:
                     parts = {part: adapter.read(key) for part, key in operation.parts.items()}
                     scaling = None
                     if self.scalings is not None and operation.method in ("lora", "dora"):
-                        scaling = self.scalings(operation.adapter, operation.module)
+                        scaling = self.scalings(operation, len(parts["lora_A"]))
                     reference = reference_of(
                         operation, adapter.config, parts, self.edit.dtype, scaling
                     )
@@ -387,7 +388,7 @@ class EditCheck:
             repr(self.line.number(int(places[at]))),
             repr(self.line.number(int(must))),
         )
-        self.tally.add(len(i), first, like_base, int((places - nearest).abs().max()))
+        self.tally.add(len(i), first, like_base, int(((places - nearest).abs() == 1).sum()))
 
     def _settled(
         self, references: list[Reference], raw: Tensor, rows: Tensor, columns: Tensor
@@ -397,11 +398,7 @@ class EditCheck:
         for number, reference in enumerate(references):
             swaps = self._swaps(number)
             reference.settle(values, columns if swaps else rows, rows if swaps else columns)
-        low, high = self._ends(values.x, values.error, values.relative)
-        if values.unsigned is not None:
-            either = values.unsigned & (values.x == 0)
-            low[either], high[either] = -1, 0
-        return low, high
+        return self._ends(values.x, values.error, values.relative)
 
     def _ends(self, x: Tensor, error: Tensor | None, relative: float) -> tuple[Tensor, Tensor]:
         """The places of x less and plus its bound."""
