@@ -203,6 +203,19 @@ def test_negative_zeros_without_an_update(bench: Bench) -> None:
     assert not infold.verify(base, given, merged.path).ok
 
 
+def test_biases_halfway_between_two_bfloat16(bench: Bench) -> None:
+    """1 + 3/256 lies in the middle of 1 + 2/256 and 1 + 4/256; the even one is the latter."""
+    tensors = {"a.lin.weight": torch.ones(5, 2), "a.lin.bias": torch.ones(5)}
+    base = bench.write({name: value.bfloat16() for name, value in tensors.items()}, {})
+    adapter = bench.write_adapter(
+        {"base_model.model.a.lin.ia3_l": torch.full((5, 1), 1 + 3 / 256)}, peft_type="IA3"
+    )
+    merged = bench.merge(base, adapter)
+
+    assert infold.verify(base, adapter, merged.path).ok
+    assert merged.tensors["a.lin.bias"].tolist() == [1 + 4 / 256] * 5
+
+
 # --- what is not right ----------------------------------------------------------------------------
 
 

@@ -47,12 +47,11 @@ def slices_for(dtype: str, rank: int) -> int:
 def _on_grid(x: Tensor, dim: int, width: int, slices: int) -> tuple[Tensor, ...]:
     """x (float64) as `slices` terms, each on its grid. Along `dim` they share a unit."""
     _, exponent = torch.frexp(x.abs().amax(dim, keepdim=True))
-    terms = []
+    terms: list[Tensor] = []
     for number in range(1, slices + 1):
         shift = exponent - number * width
-        term = _ldexp(torch.round(_ldexp(x, -shift)), shift)
-        terms.append(term)
-        x = x - term
+        x = x - terms[-1] if terms else x
+        terms.append(_ldexp(_ldexp(x, -shift).round_(), shift))
     return tuple(terms)
 
 

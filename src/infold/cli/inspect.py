@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from infold.cli.options import bytes_text, plural
+from infold.cli.startup import lasting_imports
 
 
 def inspect(
@@ -23,7 +24,8 @@ def inspect(
     ] = False,
 ) -> None:
     """Describe an adapter, a checkpoint or a merged folder."""
-    from infold.inspect.describe import describe_path
+    with lasting_imports():
+        from infold.inspect.describe import describe_path
 
     found = describe_path(path, base)
     if as_json:

@@ -10,6 +10,7 @@ import typer
 
 from infold.cli.options import bytes_text, parse_bytes, plural
 from infold.cli.progress import byte_progress
+from infold.cli.startup import lasting_imports
 
 if TYPE_CHECKING:
     from infold.plan.edits import Plan
@@ -60,7 +61,8 @@ def merge(
     written and all that does not fit is listed.
     """
     memory = parse_bytes(max_memory)
-    from infold.merge.run import merge_checkpoint, open_plan
+    with lasting_imports():
+        from infold.merge.run import merge_checkpoint, open_plan
 
     plan = open_plan(base, adapters)
     if dry_run:

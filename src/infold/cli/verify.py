@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from infold.cli.progress import byte_progress
+from infold.cli.startup import lasting_imports
 from infold.errors import ProofFailed, Refusal
 
 
@@ -33,7 +34,8 @@ def verify(
     """
     if len(paths) == 2:
         raise Refusal("verify takes BASE ADAPTER... MERGED, or MERGED alone")
-    from infold.verify.weights import verify_checkpoint
+    with lasting_imports():
+        from infold.verify.weights import verify_checkpoint
 
     base = paths[0] if len(paths) > 1 else None
     with byte_progress("verifying", quiet or as_json) as progress:

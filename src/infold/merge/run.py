@@ -9,8 +9,8 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -58,10 +58,43 @@ def merge_checkpoint(
 
     Raises Refusal for bad input, StorageFailure for the disk's refusals; then nothing is left.
     """
+    with _one_torch_thread():
+        return _merge(plan, out, max_memory, device, threads, force, sha256, progress, names)
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """PyTorch's own threads spin between small operations, beside workers that compute already."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _processors() -> int:
+    """Those that this process may use, which a container can limit."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _merge(
+    plan: Plan,
+    out: PathLike,
+    max_memory: int,
+    device: str,
+    threads: int | None,
+    force: bool,
+    sha256: bool,
+    progress: Callable[[int, int], None] | None,
+    names: tuple[str, Sequence[str]] | None,
+) -> Receipt:
     started = time.perf_counter()
     path = Path(os.path.abspath(out))
     where = _device(device)
-    workers = threads if threads is not None else min(os.cpu_count() or 1, 8)
+    workers = threads if threads is not None else min(_processors(), 8)
     if workers < 1:
         raise Refusal(f"--threads {workers}: at least 1")
     _check_output(path, plan, force)

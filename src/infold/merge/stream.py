@@ -379,8 +379,6 @@ class _Pool:
             threading.Thread(target=self._work, daemon=True, name=f"infold-{n}")
             for n in range(threads)
         ]
-        before = torch.get_num_threads()
-        torch.set_num_threads(1)  # the workers are the threads; blocks are too small to share
         try:
             for worker in workers:
                 worker.start()
@@ -393,13 +391,11 @@ class _Pool:
                 if worker.ident is not None:
                     worker.join()
             raise
-        finally:
-            torch.set_num_threads(before)
         if self.error is not None:
             raise self.error
 
     def _work(self) -> None:
-        torch.set_num_threads(1)
+        torch.set_num_threads(1)  # the workers are the threads; blocks are too small to share
         torch.set_flush_denormal(False)
         workspace, buffers = Workspace(self.device, self.limit), _Buffers()
         try:
