@@ -184,7 +184,8 @@ class EditRun:
         for number, prepared in enumerate(ready):
             logical, out_index, in_index = self._logical(x, rows, columns, number)
             if self.edit.operations[number].on_bias:
-                prepared.bias(logical[:, 0], out_index)
+                for vector in logical.unbind(1):  # one, but a grid of midpoints repeats it
+                    prepared.bias(vector, out_index)
             else:
                 prepared.weight(logical, out_index, in_index)
         return x

@@ -144,10 +144,9 @@ class Consumer:
             parts = {name.replace("lora_embedding_", "lora_"): k for name, k in parts.items()}
         method = self._method(parts)
         kind = self.config.peft_type
-        odd = [k for part, k in parts.items() if part not in METHODS[method].PARTS]
-        if method not in _METHODS_OF[kind] or odd:
-            for other in odd or parts.values():
-                self.refuse(other, f"{method} on {module} has no such part in a {kind} adapter")
+        if method not in _METHODS_OF[kind] or not parts.keys() <= set(METHODS[method].PARTS):
+            for other in parts.values():
+                self.refuse(other, f"{', '.join(parts)} on one module: no method of type {kind}")
             return
         missing = missing_parts(method, parts)
         if missing:
