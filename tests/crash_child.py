@@ -100,6 +100,8 @@ def merge(request: dict[str, Any], seen: mmap.mmap) -> dict[str, Any]:
         staging._exchange = lambda one, two: False
     if request.get("no_preflight"):
         shutil.disk_usage = lambda path: shutil._ntuple_diskusage(1 << 50, 0, 1 << 50)
+    # a process that was started in the background may have inherited that interrupts are ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     watch = Watch(request, seen)
     watch.install()
     result: dict[str, Any] = {}

@@ -59,6 +59,12 @@ def gpt2(dtype: torch.dtype) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(config).to(dtype)
 
 
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(16, 4)
+
+
 class Convolutions(nn.Module):
     def __init__(self, groups: int) -> None:
         super().__init__()
@@ -100,6 +106,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], list[Any]]] = {
     "several f32": (lambda: llama(torch.float32), [lora(r=2), LLAMA_IA3, lora()]),
     "dora among others": (llama, [lora(), lora(use_dora=True), LLAMA_IA3, lora(r=2)]),
     "convolutions ia3": (lambda: Convolutions(1).bfloat16(), [ia3(["first", "second"], ["first"])]),
+    "multihead attention": (Attention, [lora(target_modules=["attn"])]),
     "grouped ia3": (lambda: Convolutions(4).half(), [ia3(["first", "second"], ["first"])]),
     "convolutions lora": (lambda: Convolutions(1).half(), [lora(target_modules=["first"])]),
     "convolutions dora": (

@@ -239,6 +239,8 @@ def test_a_huge_json_file_is_refused_unread(
 def test_a_broken_json_file_is_refused(
     name: str, content: bytes, sharded: Path, adapter: Path, refused: Refused
 ) -> None:
+    if name == "config.json" and b"NaN" in content:
+        content = b"{"  # some models' configs hold NaN and Infinity; those are let through
     file = (adapter if name.startswith("adapter") else sharded) / name
     file.write_bytes(content)
 

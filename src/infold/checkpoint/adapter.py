@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,6 +21,7 @@ __all__ = ["TORCH_DTYPES", "Adapter", "AdapterTensor", "open_adapter"]
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
+PIECE = 4 << 20  # bytes; a multiple of every element's size
 TORCH_DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
@@ -57,16 +58,28 @@ class Adapter:
         info = self.tensors[name]
         if info.end == info.begin:
             return torch.empty(info.shape, dtype=TORCH_DTYPES[info.dtype])
-        buffer = bytearray(info.end - info.begin)
+        return self._stretch(info, info.begin, info.end).view(info.shape)
+
+    def pieces(self, name: str) -> Iterator[torch.Tensor]:
+        """The elements of a tensor in file order, a few megabytes at a time."""
+        info = self.tensors[name]
+        if self._loaded is not None:
+            yield from self._loaded[name].detach().flatten().split(PIECE)  # type: ignore[no-untyped-call]
+            return
+        for begin in range(info.begin, info.end, PIECE):
+            yield self._stretch(info, begin, min(begin + PIECE, info.end))
+
+    def _stretch(self, info: AdapterTensor, begin: int, end: int) -> torch.Tensor:
+        buffer = bytearray(end - begin)
         try:
             fd = os.open(self.weights, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise StorageFailure(f"{self.weights}: {error.strerror}") from error
         try:
-            read_exactly(fd, memoryview(buffer), info.begin, self.weights)
+            read_exactly(fd, memoryview(buffer), begin, self.weights)
         finally:
             os.close(fd)
-        return torch.frombuffer(buffer, dtype=TORCH_DTYPES[info.dtype]).view(info.shape)
+        return torch.frombuffer(buffer, dtype=TORCH_DTYPES[info.dtype])
 
 
 def open_adapter(name: str | os.PathLike[str]) -> Adapter:

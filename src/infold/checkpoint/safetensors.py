@@ -33,6 +33,7 @@ __all__ = [
 ]
 
 MAX_HEADER = 100_000_000
+MAX_NAME = 1024
 MAX_DIMENSIONS = 64  # what PyTorch's own operations are limited to
 MAX_BYTES = 1 << 62
 DTYPE_BITS = {
@@ -77,15 +78,20 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def parse_json(data: bytes, where: str) -> Any:
-    """JSON of untrusted origin: UTF-8, no duplicate keys, no nesting bomb, no NaN literals."""
+def parse_json(data: bytes, where: str, *, infinity: bool = False) -> Any:
+    """JSON of untrusted origin: UTF-8, no duplicate keys, no nesting bomb, no NaN literals.
+
+    `infinity` lets Infinity and NaN pass: some model configs hold them, though JSON has none.
+    """
 
     def refuse_constant(name: str) -> Any:
         raise ValueError(f"{name} is not JSON")
 
     try:
         return json.loads(
-            data.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=refuse_constant
+            data.decode("utf-8"),
+            object_pairs_hook=_no_duplicates,
+            parse_constant=None if infinity else refuse_constant,
         )
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
@@ -158,6 +164,8 @@ def _count(value: Any) -> bool:
 
 
 def _entry(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
+    if len(name) > MAX_NAME:
+        raise CorruptFile(f"{path}: a tensor name of {len(name):,} characters")
     where = f"{path}: tensor {_short(name)}"
     if any("\ud800" <= c <= "\udfff" for c in name):
         raise CorruptFile(f"{where}: its name is not text (a lone surrogate)")

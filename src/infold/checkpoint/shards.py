@@ -151,7 +151,7 @@ def _assemble(path: Path, shards: list[Shard], index: dict[str, Any] | None) -> 
         side, left = _beside(path, shards)
         if "config.json" in side:
             config_bytes = read_bytes(safe_child(path, "config.json"))
-            value = parse_json(config_bytes, str(path / "config.json"))
+            value = parse_json(config_bytes, str(path / "config.json"), infinity=True)
             if not isinstance(value, dict):
                 raise CorruptFile(f"{path / 'config.json'}: must hold a JSON object")
             config = value

@@ -62,6 +62,7 @@ class Staging:
         self.out, self.identity, self.force = out, identity, force
         self.folder = out.parent / f".{out.name}.infold"
         self.output = self.folder / "output"
+        self.made: list[Path] = []  # folders above the output that were not there, innermost first
         self.resumed: dict[str, Progress] = {}
         self._lock = self._journal = -1
 
@@ -78,7 +79,9 @@ class Staging:
         return self
 
     def _acquire(self) -> None:
+        missing = [p for p in (self.out.parent, *self.out.parent.parents) if not p.exists()]
         self.out.parent.mkdir(parents=True, exist_ok=True)
+        self.made = self.made or missing
         self.folder.mkdir(exist_ok=True)
         if self.folder.is_symlink():
             raise Refusal(
@@ -246,6 +249,9 @@ class Staging:
     def discard(self) -> None:
         """Remove the hidden folder with all that is in it."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        for parent in self.made:  # only those that stay empty go
+            with suppress(OSError):
+                parent.rmdir()
 
     def _release(self) -> None:
         for fd in (self._journal, self._lock):

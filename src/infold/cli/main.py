@@ -72,6 +72,9 @@ def run() -> None:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(3)
+    except OSError as error:
+        print(f"infold: {error}", file=sys.stderr)
+        sys.exit(3)
     except MemoryError:
         print("infold: out of memory; give a smaller --max-memory", file=sys.stderr)
         sys.exit(3)

@@ -98,7 +98,7 @@ def _merge(
     if workers < 1:
         raise Refusal(f"--threads {workers}: at least 1")
     _check_output(path, plan, force)
-    limit = _block_size(plan, max_memory, workers, where)
+    workers, limit = _block_size(plan, max_memory, workers, where, threads is None)
     adapters = [_digest(adapter) for adapter in plan.adapters]
     _check_space(path, plan)
 
@@ -179,28 +179,33 @@ def _check_output(out: Path, plan: Plan, force: bool) -> None:
         return
     if not force:
         raise Refusal(f"{out}: exists already; choose another name, or replace it with --force")
-    known = ("config.json", RECEIPT, "model.safetensors", "model.safetensors.index.json")
     if out.is_symlink() or not out.is_dir():
         raise Refusal(f"{out}: is not a folder, so --force does not replace it")
-    if any(out.iterdir()) and not any((out / name).exists() for name in known):
+    holds_model = (out / RECEIPT).exists() or any(out.glob("*.safetensors"))
+    if any(out.iterdir()) and not holds_model:
         raise Refusal(f"{out}: holds no model, so --force does not replace it; remove it yourself")
 
 
-def _block_size(plan: Plan, budget: int, workers: int, device: torch.device) -> int:
-    """Elements of a block, so that all workers together stay within the budget."""
-    if device.type != "cpu":
-        return 8 * _BLOCK
-    parts = 2 * max((_part_bytes(plan, name) for name in plan.edits), default=0)
-    share = (budget - parts) // workers - _PER_WORKER
+def _block_size(
+    plan: Plan, budget: int, workers: int, device: torch.device, fewer: bool
+) -> tuple[int, int]:
+    """(workers, elements of a block), so that all workers together stay within the budget.
+
+    `fewer`: the number of workers is ours to lower. On a GPU the budget is the host's.
+    """
+    sizes = sorted((_part_bytes(plan, name) for name in plan.edits), reverse=True)
     widest = 12  # bytes an element takes at most: stored, computed, staged
-    limit = min(_BLOCK, share // widest)
-    if limit < _SMALLEST_BLOCK:
-        needed = parts + workers * (_PER_WORKER + _SMALLEST_BLOCK * widest)
-        raise Refusal(
-            f"--max-memory {budget >> 20} MiB is too little: this merge needs "
-            f"{-(-needed >> 20)} MiB with {workers} threads"
-        )
-    return limit
+    needed = 0
+    for count in range(workers, 0, -1) if fewer else (workers,):
+        parts = sum(sizes[: count + 1])  # each worker can be at an edit of its own
+        limit = min(_BLOCK, ((budget - parts) // count - _PER_WORKER) // widest)
+        if limit >= _SMALLEST_BLOCK:
+            return count, limit if device.type == "cpu" else min(8 * limit, 8 * _BLOCK // count)
+        needed = parts + count * (_PER_WORKER + _SMALLEST_BLOCK * widest)
+    raise Refusal(
+        f"--max-memory {budget >> 20} MiB is too little: this merge needs {-(-needed >> 20)} MiB "
+        f"with {1 if fewer else workers} threads"
+    )
 
 
 def _part_bytes(plan: Plan, name: str) -> int:
@@ -219,19 +224,20 @@ def _digest(adapter: Adapter) -> dict[str, str]:
     """BLAKE3 of an adapter's files. Refuses NaN and inf, all of them at once."""
     bad = []
     for key in adapter.tensors:
-        tensor = adapter.read(key)
-        if tensor.numel() and not math.isfinite(tensor.sum(dtype=torch.float64).item()):
-            count = int((~torch.isfinite(tensor)).sum())
-            if count:
-                bad.append(f"{adapter.path}: {key}: {count} elements are NaN or inf")
+        count = 0
+        for piece in adapter.pieces(key):
+            if not math.isfinite(piece.sum().item()):  # most often it is, and needs no second look
+                count += int((~torch.isfinite(piece)).sum())
+        if count:
+            bad.append(f"{adapter.path}: {key}: {count} elements are NaN or inf")
     if bad:
         raise Refusal([*bad, "the training diverged; nothing can be merged from this adapter"])
     digests = {}
     for file in (adapter.path / "adapter_config.json", adapter.weights):
         hasher = blake3()
         with storage_errors(file), open(file, "rb") as stream_:
-            while piece := stream_.read(1 << 20):
-                hasher.update(piece)
+            while data := stream_.read(1 << 20):
+                hasher.update(data)
         digests[file.name] = hasher.hexdigest()
     return digests
 

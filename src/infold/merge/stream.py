@@ -155,7 +155,13 @@ class _Chain:
         self.turn = 0
         self.ready = threading.Condition()
         self.kept = 0  # bytes that the journal tells or will tell
-        self.start = self._resume(staging.resumed.get(shard.name))
+        foreign = any(
+            isinstance(edit.source, BaseTensor)
+            and plan.base.where[edit.source.name] != shard.source
+            for name in shard.header.tensors
+            if (edit := plan.edits.get(name))
+        )  # the digests of this shard do not tell whether that other one is still the same
+        self.start = self._resume(None if foreign else staging.resumed.get(shard.name))
 
     def _resume(self, done: Progress | None) -> int:
         """Bytes of the output that an earlier run left and that were checked again; at least the
@@ -399,7 +405,7 @@ class _Pool:
         torch.set_flush_denormal(False)
         workspace, buffers = Workspace(self.device, self.limit), _Buffers()
         try:
-            while not self.stopped.is_set():
+            while not self.stopped.is_set() and self.keeper.error is None:
                 with self.lock:
                     task = next(self.tasks, None)
                 if task is None:
@@ -455,7 +461,7 @@ class _Pool:
         chain = task.chain
         with chain.ready:
             while chain.turn != task.number:
-                if self.stopped.is_set():
+                if self.stopped.is_set() or self.keeper.error is not None:
                     raise _Stopped
                 chain.ready.wait(0.2)
         yield

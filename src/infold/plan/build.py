@@ -32,7 +32,7 @@ def plan_merge(base: Checkpoint, adapters: Sequence[Adapter]) -> Plan:
     """
     if not adapters:
         raise Refusal("no adapter given")
-    draft = Draft(base, tied_pair(base))
+    draft = Draft(base, tied_pair(base, adapters))
     for number, adapter in enumerate(adapters):
         _add(draft, number, adapter)
     untied = False if draft.reasons else _settle_ties(draft, tuple(adapters))

@@ -135,8 +135,9 @@ class AdapterConfig:
 
 
 def _number(value: Any, low: float) -> bool:
-    ok = isinstance(value, int | float) and not isinstance(value, bool)
-    return ok and math.isfinite(value) and value >= low
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return abs(value) < 1e30 and value >= low  # False for NaN too
 
 
 def read_config(adapter: Adapter) -> tuple[AdapterConfig, list[str]]:
@@ -214,7 +215,7 @@ def _bad_patterns(patterns: list[str]) -> list[str]:
     problems = []
     for pattern in patterns:
         try:
-            re.compile(pattern)
-        except re.error as error:
+            re.compile(rf"(.*\.)?({pattern})$")
+        except (re.error, OverflowError, RecursionError) as error:
             problems.append(f"{pattern!r} is not a regular expression: {error}")
     return problems

@@ -31,12 +31,20 @@ class Consumer:
 
     def __init__(self, draft: Draft, number: int, adapter: Adapter, config: AdapterConfig) -> None:
         self.draft, self.number, self.adapter, self.config = draft, number, adapter, config
+        self.used: dict[tuple[str, str], str] = {}  # (tensor, method) -> key that was there first
 
     def refuse(self, key: str, why: str) -> None:
         self.draft.reasons.append(f"{self.adapter.path}: {key}: {why}")
 
     def shape(self, key: str) -> tuple[int, ...]:
         return self.adapter.tensors[key].shape
+
+    def _twice(self, name: str, method: str, key: str) -> bool:
+        """Whether another key of this adapter came to the same tensor; then it is refused."""
+        first = self.used.setdefault((name, method), key)
+        if first != key:
+            self.refuse(key, f"means {name}, and so does {first}; one of them would be lost")
+        return first != key
 
     def find(self, parameter: str, key: str) -> str | None:
         """The output tensor for a parameter path; a tied head that is not on disk is found too."""
@@ -69,6 +77,8 @@ class Consumer:
             return
         if name is None:
             self._new(parameter, module, key)
+            return
+        if self._twice(name, "replacement", key):
             return
         saved = self.config.saves(module)
         tied = self.config.ties and not self._has_other_end(name)
@@ -117,7 +127,6 @@ class Consumer:
     def _new(self, parameter: str, module: str, key: str) -> None:
         """A tensor that the base lacks: only a trained head may add one."""
         draft = self.draft
-        top = module.rpartition(".")[2] if not self.config.saves(module) else module
         if not (self.config.saves(module) and self.config.adds_head) or module in draft.names.all:
             self.refuse(key, f"there is no {parameter} in the base{draft.names.nearest(parameter)}")
             return
@@ -132,7 +141,7 @@ class Consumer:
                 f"added: {parameter}, a trained head that the base lacks; load the result with the "
                 "class of that task (such as AutoModelForSequenceClassification)"
             )
-            if top.rpartition(".")[2] in ("classifier", "score", "out_proj", "qa_outputs"):
+            if module.rpartition(".")[2] in ("classifier", "score", "out_proj", "qa_outputs"):
                 draft.labels = shape[0]
 
     # --- methods -----------------------------------------------------------------------------
@@ -155,7 +164,7 @@ class Consumer:
         before = len(self.draft.reasons)
         path = module.replace(".base_layer", "")  # the output projection of MultiheadAttention
         name = self.find(f"{path}.weight", key)
-        if name is None and len(self.draft.reasons) == before:
+        if name is None and method == "lora" and len(self.draft.reasons) == before:
             name = self.find(f"{path}.in_proj_weight", key)
         if len(self.draft.reasons) > before:
             return
@@ -169,6 +178,8 @@ class Consumer:
             )
             for part in parts.values():
                 self.refuse(part, why)
+            return
+        if self._twice(name, method, key):
             return
         make = {"ia3": self._ia3, "trainable_tokens": self._tokens}.get(method)
         made = make(module, parts, name) if make else self._lora(method, module, parts, name, table)
@@ -204,17 +215,16 @@ class Consumer:
                 return None
             side = self._linear_side(module, vector)
             length = math.prod(vector)
-            fits = [weight[0] == length, weight[1] == length]  # as (rows, columns) of storage
-            if not any(fits):
-                self.refuse(key, f"{length} elements fit neither side of {name} {list(weight)}")
+            stored = self._transposed(name, key)
+            if stored is None:
                 return None
-            if weight[0] != weight[1]:
-                transposed = fits[1] if side == "out" else fits[0]
-            elif (square := self._square(name, key)) is None:
+            transposed = stored
+            logical = weight[::-1] if transposed else weight
+            expected = logical[0 if side == "out" else 1]
+            if length != expected:
+                self.refuse(key, f"{length} elements, but {name} has {expected} {side}puts")
                 return None
-            else:
-                transposed = square
-            settings = Settings(side=side, out=weight[1] if transposed else weight[0])
+            settings = Settings(side=side, out=logical[0])
         elif len(weight) >= 3 and len(vector) == len(weight):
             found = self._conv_settings(module, key, vector, weight, name)
             if found is None:
@@ -261,7 +271,10 @@ class Consumer:
             return None
         return Settings(side=side, kernel=kernel, groups=groups, out=weight[0])
 
-    def _square(self, name: str, key: str) -> bool | None:
+    def _transposed(self, name: str, key: str) -> bool | None:
+        """How a matrix is stored; a tied head that is not on disk is a Linear."""
+        if name not in self.draft.base.where:
+            return False
         fan = bool(self.config.fields.get("fan_in_fan_out"))
         transposed = is_conv1d(self.draft.base, name, fan)
         if transposed is None:
@@ -297,14 +310,10 @@ class Consumer:
         transposed = table
         stored = (weight[0], math.prod(weight[1:]))
         if len(weight) == 2 and not table:
-            fits = [stored == (out, inner), stored == (inner, out)]
-            if out == inner and any(fits):
-                square = self._square(name, key)
-                if square is None:
-                    return None
-                transposed = square
-            else:
-                transposed = fits[1]
+            layout = self._transposed(name, key)
+            if layout is None:
+                return None
+            transposed = layout
         logical = stored[::-1] if transposed else stored
         conv = len(weight) > 2
         problem = (
@@ -381,6 +390,16 @@ class Consumer:
         if not fits or len(set(tokens)) != len(tokens) or max(tokens, default=0) >= table[0]:
             self.refuse(
                 key, f"{len(tokens)} tokens, shape {list(shape)}, do not suit {name} {list(table)}"
+            )
+            return None
+        state = self.draft.state(name)
+        earlier = {op.adapter for op in state.operations} - {self.number}
+        if isinstance(state.source, Replacement):
+            earlier |= {state.source.adapter} - {self.number}
+        if earlier:
+            self.refuse(
+                key,
+                f"replaces rows of {name}, which an earlier adapter edits: its work would be lost",
             )
             return None
         settings = Settings(tokens=tokens, out=table[1])

@@ -41,11 +41,18 @@ def numeric(path: str) -> bool:
 
 
 def is_conv1d(base: Checkpoint, weight: str, fan_in_fan_out: bool) -> bool | None:
-    """Whether a square weight is stored as (in, out). None: it cannot be told."""
+    """Whether a matrix is stored as (in, out). None: it cannot be told.
+
+    The adapter's shapes have no say: those of a wrong adapter would choose the layout that fits.
+    """
     last = leaf(weight)
     kind = (base.config or {}).get("model_type")
-    if kind in _CONV1D:
-        return last in _CONV1D[str(kind)]
+    if isinstance(kind, str) and kind in _CONV1D:
+        return last in _CONV1D[kind]
+    rows, columns = base.info(weight).shape
+    own = weight.removesuffix("weight") + "bias"
+    if rows != columns:  # Conv1D has a bias always
+        return own in base.where and base.info(own).shape == (columns,)
     votes = set()
     for name in base.where:
         if not name.endswith(f".{last}.weight"):
@@ -61,11 +68,15 @@ def is_conv1d(base: Checkpoint, weight: str, fan_in_fan_out: bool) -> bool | Non
 
 
 def is_tied(base: Checkpoint) -> bool | None:
-    """Whether the output head shares the input embedding's tensor. None: there is no config."""
+    """Whether the output head shares the input embedding's tensor. None: there is no config.
+
+    Where the config and its text_config disagree, transformers mostly takes the one that ties.
+    """
     if base.config is None:
         return None
-    text = base.config.get("text_config")
-    for config in (text if isinstance(text, dict) else {}, base.config):
-        if "tie_word_embeddings" in config:
-            return bool(config["tie_word_embeddings"])
-    return True  # transformers' default where the config is silent
+    flags = [
+        bool(config["tie_word_embeddings"])
+        for config in (base.config, base.config.get("text_config"))
+        if isinstance(config, dict) and "tie_word_embeddings" in config
+    ]
+    return any(flags) if flags else True  # transformers' default where the config is silent

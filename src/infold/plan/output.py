@@ -56,7 +56,8 @@ def index_bytes(base: Checkpoint, shards: tuple[OutputShard, ...]) -> bytes:
     """The index with the new tensors, and the sizes that it told before brought up to date."""
     assert base.index is not None
     tensors = [(n, t, s.name) for s in shards for n, t in s.header.tensors.items()]
-    metadata = dict(base.index.get("metadata") or {})
+    told = base.index.get("metadata")
+    metadata = dict(told) if isinstance(told, dict) else {}
     metadata["total_size"] = sum(t.nbytes for _, t, _ in tensors)
     if "total_parameters" in metadata:
         metadata["total_parameters"] = sum(math.prod(t.shape) for _, t, _ in tensors)

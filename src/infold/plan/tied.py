@@ -5,17 +5,22 @@ An edit of one end only must untie them; equal edits of both ends leave them tie
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from contextlib import ExitStack
+
 import torch
 from torch import Tensor
 
 from infold.checkpoint.adapter import Adapter
-from infold.checkpoint.shards import Checkpoint
+from infold.checkpoint.shards import Checkpoint, read_exactly
 from infold.plan.draft import Draft, State
 from infold.plan.edits import Operation, Replacement
 from infold.plan.layouts import HEADS, INPUT_EMBEDDINGS, is_tied, leaf
 
 __all__ = ["same_ends", "tied_pair", "unsupported_tie"]
 
+
+_PIECE = 1 << 20  # bytes that are compared at a time
 
 # Where the stack that holds the embedding is mounted, seen from the place of the head.
 _BODIES = (
@@ -29,8 +34,21 @@ _BODIES = (
 )
 
 
-def tied_pair(base: Checkpoint) -> tuple[str, str] | None:
-    """(input embedding, head) that share one tensor in memory; the head may be missing on disk."""
+def tied_pair(base: Checkpoint, adapters: Iterable[Adapter]) -> tuple[str, str] | None:
+    """(input embedding, head) that share one tensor in memory; the head may be missing on disk.
+
+    A head that is on disk and differs is not tied, whatever the config tells: transformers 5 sees
+    it so too. The two are compared only if an adapter may touch them.
+    """
+    pair = _pair_by_names(base)
+    if pair is None or pair[1] not in base.where:
+        return pair
+    ends = {*INPUT_EMBEDDINGS, *HEADS}
+    touched = any(not ends.isdisjoint(key.split(".")) for a in adapters for key in a.tensors)
+    return None if touched and not _equal_on_disk(base, *pair) else pair
+
+
+def _pair_by_names(base: Checkpoint) -> tuple[str, str] | None:
     embeddings = [n for n in base.where if n.endswith(".weight") and leaf(n) in INPUT_EMBEDDINGS]
     if len(embeddings) != 1 or is_tied(base) is False:
         return None
@@ -50,8 +68,31 @@ def tied_pair(base: Checkpoint) -> tuple[str, str] | None:
     return embeddings[0], ".".join((*above, "lm_head", "weight"))
 
 
+def _equal_on_disk(base: Checkpoint, one: str, two: str) -> bool:
+    """Whether two tensors of the base have the same bytes."""
+    infos = base.info(one), base.info(two)
+    if (infos[0].dtype, infos[0].shape) != (infos[1].dtype, infos[1].shape):
+        return False
+    with ExitStack() as files:
+        sides = []
+        for name, info in zip((one, two), infos, strict=True):
+            path = base.shards[base.where[name]].path
+            file = files.enter_context(open(path, "rb", buffering=0))
+            sides.append((file.fileno(), info.begin, path, bytearray(_PIECE)))
+        for offset in range(0, infos[0].nbytes, _PIECE):
+            count = min(_PIECE, infos[0].nbytes - offset)
+            views = []
+            for fd, begin, path, buffer in sides:
+                read_exactly(fd, memoryview(buffer)[:count], begin + offset, path)
+                views.append(memoryview(buffer)[:count])
+            if views[0] != views[1]:
+                return False
+    return True
+
+
 def _kinds(base: Checkpoint) -> list[str]:
-    kinds = (base.config or {}).get("architectures") or []
+    kinds = (base.config or {}).get("architectures")
+    kinds = kinds if isinstance(kinds, list) else []
     return [kind for kind in kinds if isinstance(kind, str)]
 
 
@@ -72,7 +113,8 @@ def unsupported_tie(draft: Draft, adapters: tuple[Adapter, ...]) -> list[str]:
         return []
     masked = any("MaskedLM" in kind or "PreTraining" in kind for kind in kinds)
     several = (draft.base.config or {}).get("is_encoder_decoder")
-    if not masked and not several and not _generates(kinds):
+    own_head = any(leaf(name) in HEADS for name in draft.base.where)
+    if not masked and not several and (own_head or not _generates(kinds)):
         return []
     reasons = []
     for tensor, state in draft.states.items():

@@ -382,8 +382,7 @@ class LowRank:
         for start in range(0, len(i), step):
             piece = slice(start, start + step)
             delta[piece] = self._delta(i[piece], j[piece])
-        # the sign of a sum of zeros is the BLAS's own, and where W is -0 it stays
-        values.add(delta)
+        values.add(delta)  # an update of zero is +0, from the integer
         self._direct(values, i)
 
     def _delta(self, i: Tensor, j: Tensor) -> Tensor:

@@ -274,12 +274,11 @@ class EditCheck:
         transposed = self.edit.operations[number].transposed
         sums = Sums(len(dora.magnitude))
         step = self.step // self.row_bytes
-        narrow = self.kind.itemsize == 2
         for row in range(0, self.rows, step):
             raw = self._read(row, min(step, self.rows - row), workspace)
             for rows, columns in _tiles(len(raw), self.columns, 4 * TILE, self.columns):
                 there = slice(row + rows.start, row + rows.stop)
-                values = Values(raw[rows].float().double() if narrow else raw[rows].double())
+                values = Values(raw[rows].double())
                 for n, reference in enumerate(references):
                     self._on_logical(n, reference.contract, values, there, columns)
                 sums.add(values.t() if transposed else values, columns if transposed else there)
@@ -455,7 +454,7 @@ def _tiles(rows: int, columns: int, size: int, width: int) -> Iterator[tuple[sli
 
 
 def _widen(source: Tensor, out: Tensor, workspace: Workspace) -> Tensor:
-    """Stored elements as float64, into `out`. 16 bits by way of float32: that has fast paths."""
-    if source.element_size() == 2:
+    """Stored elements as float64, into `out`. float16 by way of float32, which is faster."""
+    if source.dtype == torch.float16:
         source = workspace.tile("t", source, torch.float32).copy_(source)
     return out.copy_(source)
