@@ -197,6 +197,8 @@ def test_an_interrupt_ends_with_130_and_the_next_run_finishes(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # a test run in the background has SIGINT ignored, and its children inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert started.stdout is not None and started.stderr is not None
     started.stdout.readline()
