@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftConfig, PeftModel
+from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForMaskedLM,
     AutoModelForPreTraining,
     AutoModelForQuestionAnswering,
@@ -34,8 +35,9 @@ from peft_oracle import (
     assert_rounded_once,
     logits,
     read_tensors,
+    shuffle,
 )
-from tiny_models import AUTO, MODELS, model_inputs, new_model, token_ids
+from tiny_models import AUTO, MODELS, VISION_MODELS, model_inputs, new_model, token_ids
 
 # --- single layers -----------------------------------------------------------------------------
 
@@ -268,6 +270,89 @@ def assert_only_edits_differ(base: Path, merged: Merged) -> None:
             assert (merged.path / file.name).read_bytes() == file.read_bytes(), file.name
 
 
+# the adapters' options that change which layers they have, not what a layer does
+OPTIONS: dict[str, dict[str, Any]] = {
+    "some layers": {"layers_to_transform": [1], "layers_pattern": "layers"},
+    "but one": {"exclude_modules": ["q_proj"]},
+    "gaussian": {"init_lora_weights": "gaussian"},
+    "orthogonal": {"init_lora_weights": "orthogonal", "r": 4},
+    "rank 1, negative alpha": {"r": 1, "lora_alpha": -3},
+    "rank above the width": {"r": 40},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_other_options_of_lora_are_harmless(bench: Bench, name: str) -> None:
+    config = LoraConfig(**{"r": 3, "target_modules": ["q_proj", "v_proj"]} | OPTIONS[name])
+    bench.prove(AutoModelForCausalLM, bench.base(new_model("qwen2")), config, model_inputs("qwen2"))
+
+
+@pytest.mark.filterwarnings("ignore:.* changes the base weights of the model:UserWarning")
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_adapter_that_peft_converted_to_plain_lora_is_merged(bench: Bench, init: str) -> None:
+    """PiSSA and OLoRA change the base; PEFT can turn them into LoRA of twice the rank."""
+    base = bench.base(new_model("llama"))
+    config = LoraConfig(r=3, target_modules=["q_proj", "down_proj"], init_lora_weights=init)
+    attached = get_peft_model(bench.load(AutoModelForCausalLM, base), config)
+    start = bench.place("start")
+    attached.peft_config["default"].init_lora_weights = True
+    attached.save_pretrained(start)
+    attached.peft_config["default"].init_lora_weights = init
+    shuffle([(n, p) for n, p in attached.named_parameters() if "lora_A" in n], seed=8)
+    wanted = logits(attached.eval(), model_inputs("llama"))
+    adapter = bench.place("adapter")
+    attached.save_pretrained(adapter, path_initial_model_for_weight_conversion=str(start))
+
+    merged = bench.merge(base, adapter)
+
+    assert_close(
+        logits(bench.load(AutoModelForCausalLM, merged.path), model_inputs("llama")), wanted
+    )
+
+
+def test_an_adapter_in_a_pickle_gives_the_same_bytes(bench: Bench) -> None:
+    base = bench.base(new_model("llama"))
+    attached = bench.attach(bench.load(AutoModelForCausalLM, base), METHODS["lora"]())
+    adapter = bench.save(attached)
+    old = bench.place("adapter")
+    attached.save_pretrained(old, safe_serialization=False)
+    assert (old / "adapter_model.bin").exists()
+    one, two = bench.merge(base, adapter), bench.merge(base, old)
+    assert one.receipt.shards == two.receipt.shards
+
+
+# --- models with a vision tower: in memory other names than on disk ----------------------------
+
+VISION = {
+    "queries": lambda: LoraConfig(r=3, target_modules=["q_proj"]),  # of both towers
+    "head": lambda: LoraConfig(r=3, target_modules=["lm_head"]),
+    "embedding": lambda: LoraConfig(r=3, target_modules=["embed_tokens"]),
+    "ia3": lambda: IA3Config(
+        target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]
+    ),
+    "tokens": lambda: LoraConfig(
+        r=3, target_modules=["v_proj"], trainable_token_indices=list(range(31))
+    ),
+}
+
+
+@pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("name", VISION)
+@pytest.mark.parametrize("model", VISION_MODELS)
+def test_models_with_a_vision_tower(bench: Bench, model: str, name: str, tie: bool) -> None:
+    torch.manual_seed(0)
+    base = bench.base(AutoModelForImageTextToText.from_config(VISION_MODELS[model](tie)))
+
+    merged = bench.prove(
+        AutoModelForImageTextToText, base, VISION[name](), {"input_ids": token_ids()}
+    )
+
+    ends = "head", "embedding"
+    assert merged.config["tie_word_embeddings"] is (tie and name not in ends)
+    on_disk = [key for key in merged.tensors if key.endswith("lm_head.weight")]
+    assert len(on_disk) == (not tie or name in ends)
+
+
 # --- dtypes ------------------------------------------------------------------------------------
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -322,7 +407,13 @@ def assert_merge_rounds_once(
 
 # --- several adapters --------------------------------------------------------------------------
 
+SAVED = {
+    "saved": lambda: LoraConfig(r=3, target_modules=["q_proj"], modules_to_save=["v_proj"]),
+    "biases": lambda: LoraConfig(r=3, target_modules=["q_proj"], bias="all"),
+}
 SEQUENCES = {
+    "saved, ia3": ("saved", "ia3"),
+    "biases, ia3": ("biases", "ia3"),
     "lora, lora": ("lora", "lora"),
     "lora, ia3": ("lora", "ia3"),
     "ia3, lora": ("ia3", "lora"),
@@ -341,7 +432,7 @@ def test_adapters_are_merged_one_after_the_other(bench: Bench, sequence: str, dt
     adapters, steps = [], [read_tensors(base)]
     outputs = [logits(model, model_inputs("qwen2"))]
     for method in SEQUENCES[sequence]:
-        attached = bench.attach(model, METHODS[method]())
+        attached = bench.attach(model, (METHODS | SAVED)[method]())
         outputs.append(logits(attached, model_inputs("qwen2")))
         assert_differs(outputs[-2], outputs[-1])
         adapters.append(bench.save(attached))

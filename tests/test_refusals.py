@@ -367,6 +367,14 @@ def test_overflow_is_a_refusal_not_an_infinity(
     refused(base, adapter, "a.weight[4, 3]", "does not fit")
 
 
+def test_a_trained_copy_that_does_not_fit_the_stored_dtype_is_refused(
+    bench: Bench, refused: Refused
+) -> None:
+    base = bench.write({"a.weight": torch.ones(ROWS, COLUMNS, dtype=torch.float16)})
+    tensors = {f"{PREFIX}a.weight": torch.full((ROWS, COLUMNS), 7e4)}
+    refused(base, bench.write_adapter(tensors, peft_type="IA3"), "a.weight[0, 0]", "does not fit")
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_a_broken_value_of_the_base_is_refused_only_where_it_is_edited(

@@ -146,6 +146,40 @@ def read_file(merged: Merged, file: str) -> set[str]:
     return set(json.loads(header[8 : 8 + int.from_bytes(header[:8], "little")]))
 
 
+# --- both ends on disk -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["head", "embedding", "neither", "embedding, tied by PEFT"])
+def test_a_tied_head_that_is_on_disk_too_is_kept_in_step(bench: Bench, name: str) -> None:
+    """As in checkpoints that were converted from PyTorch's pickles."""
+    model = bench.base(new_model("llama", tie_word_embeddings=True))
+    tensors = read_tensors(model)
+    base = bench.write(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()})
+    (base / "config.json").write_bytes((model / "config.json").read_bytes())
+
+    merged = bench.prove(AutoModelForCausalLM, base, CASES[name].config(), {"input_ids": IDS})
+
+    ends = merged.tensors["lm_head.weight"], merged.tensors["model.embed_tokens.weight"]
+    assert torch.equal(*ends) is CASES[name].stays_tied
+    assert merged.config["tie_word_embeddings"] is CASES[name].stays_tied
+
+
+@pytest.mark.parametrize("name", ["head", "embedding", "tokens of the head", "head saved"])
+def test_a_head_with_values_of_its_own_is_not_tied_whatever_the_config_tells(
+    bench: Bench, name: str
+) -> None:
+    base = bench.base(new_model("llama", tie_word_embeddings=False))
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+
+    merged = bench.prove(AutoModelForCausalLM, base, CASES[name].config(), {"input_ids": IDS})
+
+    assert not merged.receipt.notes
+    edited = {edit["tensor"] for edit in merged.receipt.edits}
+    other = "lm_head.weight" if name == "embedding" else "model.embed_tokens.weight"
+    assert other not in edited or torch.equal(merged.tensors[other], read_tensors(base)[other])
+
+
 # --- another number of tokens ------------------------------------------------------------------
 
 MORE = torch.tensor([[9, 31, 32, 33, 3], [33, 4, 31, 30, 5]])
@@ -230,6 +264,15 @@ def test_a_tie_of_more_than_two_ends_is_refused(
     with pytest.raises(Refusal) as refusal:
         infold.merge(base, adapter, bench.place("merged"))
     assert tensor in str(refusal.value)
+
+
+def test_a_head_of_its_own_is_merged_in_an_encoder_decoder_too(bench: Bench) -> None:
+    """As in T5 1.1. transformers 5 saves no such model any more, but loads it."""
+    model = bench.base(new_model("t5"))
+    config = json.loads((model / "config.json").read_text()) | {"tie_word_embeddings": False}
+    head = 0.2 * torch.randn(31, 16, generator=torch.Generator().manual_seed(7))
+    base = bench.write(read_tensors(model) | {"lm_head.weight": head}, config)
+    bench.prove(AutoModelForSeq2SeqLM, base, lora("lm_head", "q")(), model_inputs("t5"))
 
 
 def test_a_lone_file_cannot_be_untied(bench: Bench) -> None:

@@ -14,14 +14,17 @@ from transformers import (
     BloomConfig,
     FalconConfig,
     Gemma2Config,
+    Gemma3Config,
     Gemma3TextConfig,
     GPT2Config,
     GPTJConfig,
     GPTNeoXConfig,
     LlamaConfig,
+    LlavaConfig,
     OPTConfig,
     PreTrainedConfig,
     Qwen2Config,
+    Qwen2VLConfig,
     RobertaConfig,
     T5Config,
 )
@@ -68,3 +71,41 @@ def new_model(name: str, **options: Any) -> Any:
     torch.manual_seed(0)
     config = MODELS[name].__class__.from_dict(MODELS[name].to_dict() | options)
     return AUTO.get(name, AutoModelForCausalLM).from_config(config)
+
+
+TEXT = GROUPED | {"vocab_size": 64}
+PATCHES = dict(
+    hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+    image_size=16, patch_size=8,
+)  # fmt: skip
+ROPE = {"rope_type": "default", "mrope_section": [1, 1, 0], "rope_theta": 1e4}
+
+
+def gemma3(tie: bool) -> PreTrainedConfig:
+    """The text model's own flag stays true: transformers does not look at it."""
+    return Gemma3Config(
+        text_config=TEXT, vision_config=PATCHES, tie_word_embeddings=tie, mm_tokens_per_image=4,
+        image_token_index=62, boi_token_index=61, eoi_token_index=60,
+    )  # fmt: skip
+
+
+def llava(tie: bool) -> PreTrainedConfig:
+    return LlavaConfig(
+        text_config={"model_type": "llama", "tie_word_embeddings": tie} | TEXT,
+        vision_config={"model_type": "clip_vision_model", "projection_dim": 16} | PATCHES,
+        tie_word_embeddings=tie,
+        image_token_index=62,
+    )
+
+
+def qwen2_vl(tie: bool) -> PreTrainedConfig:
+    text = {key: value for key, value in TEXT.items() if key != "head_dim"}
+    return Qwen2VLConfig(
+        text_config=text | {"rope_parameters": ROPE},
+        vision_config=dict(depth=2, embed_dim=16, hidden_size=16, num_heads=4, patch_size=4),
+        tie_word_embeddings=tie, image_token_id=62, video_token_id=61,
+        vision_start_token_id=60, vision_end_token_id=59,
+    )  # fmt: skip
+
+
+VISION_MODELS = {"gemma3": gemma3, "llava": llava, "qwen2_vl": qwen2_vl}
