@@ -40,9 +40,7 @@ class Watch:
 
     def install(self) -> None:
         for name in PRIMITIVES:
-            # a killed process loses nothing of the page cache, and waiting for a disk takes long
-            real = os.fstat if name in ("fsync", "fdatasync") else getattr(os, name)
-            setattr(os, name, self.wrap(name, real))
+            setattr(os, name, self.wrap(name, getattr(os, name)))
         staging._exchange = self.wrap("exchange", staging._exchange)
 
     def wrap(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
@@ -91,15 +89,25 @@ def _place(name: str, given: Any) -> str:
     return os.fspath(target)
 
 
-def merge(request: dict[str, Any], seen: mmap.mmap) -> dict[str, Any]:
-    """In the forked process: the merge, with small blocks, so that a small base has many."""
-    run._BLOCK = run._SMALLEST_BLOCK = request.get("block", 4096)
-    stream.KEEP_EVERY = request.get("keep", 32 << 10)
-    stream.COPY_PIECE = request.get("copy", 16 << 10)
+def prepare(request: dict[str, Any], put: Callable[[Any, str, Any], None] = setattr) -> None:
+    """Small blocks, so that a small base has many; and what else the request asks for."""
+    put(run, "_BLOCK", request.get("block", 4096))
+    put(run, "_SMALLEST_BLOCK", request.get("block", 4096))
+    put(stream, "KEEP_EVERY", request.get("keep", 32 << 10))
+    put(stream, "COPY_PIECE", request.get("copy", 16 << 10))
     if request.get("no_exchange"):
-        staging._exchange = lambda one, two: False
+        put(staging, "_exchange", lambda one, two: False)
     if request.get("no_preflight"):
-        shutil.disk_usage = lambda path: shutil._ntuple_diskusage(1 << 50, 0, 1 << 50)
+        usage = shutil._ntuple_diskusage(1 << 50, 0, 1 << 50)
+        put(shutil, "disk_usage", lambda path: usage)
+    for name in ("fsync", "fdatasync"):
+        # a killed process loses nothing of the page cache, and waiting for a disk takes long
+        put(os, name, os.fstat)
+
+
+def merge(request: dict[str, Any], seen: mmap.mmap) -> dict[str, Any]:
+    """In the forked process: the merge."""
+    prepare(request)
     # a process that was started in the background may have inherited that interrupts are ignored
     signal.signal(signal.SIGINT, signal.default_int_handler)
     watch = Watch(request, seen)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import handmade
 import infold
+from handmade import digests
 from hostile.conftest import MODULES, Refused
 
 WEIGHTS, PICKLE, CONFIG = (
@@ -281,6 +282,10 @@ def test_a_config_that_is_no_object_is_refused(
         ("r", [4]),
         ("r", 5),
         ("r", 10**30),
+        ("r", 10**400),
+        ("lora_alpha", 10**400),
+        ("rank_pattern", {"q_proj": 10**400}),
+        ("alpha_pattern", {"q_proj": 10**400}),
         ("lora_alpha", "8"),
         ("lora_alpha", None),
         ("lora_alpha", [8]),
@@ -312,6 +317,34 @@ def test_a_config_field_that_makes_no_sense_is_refused_by_name(
 
     told = message.replace(str(adapter), "")
     assert field in told or "by the config" in told or "regular expression" in told
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("architectures", 5),
+        ("architectures", [{}]),
+        ("architectures", {"a": 1}),
+        ("model_type", [1]),
+        ("model_type", {}),
+        ("text_config", [1]),
+        ("text_config", {"model_type": [1]}),
+        ("quantization_config", 3),
+        ("tie_word_embeddings", {}),
+        ("is_encoder_decoder", "x"),
+    ],
+)
+def test_a_config_of_the_base_that_makes_no_sense_does_no_harm(
+    field: str, value: Any, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    """Nothing here needs these fields: the merge is right, or refused, but never a traceback."""
+    infold.merge(base, adapter, tmp_path / "plain")
+    (base / "config.json").write_text(json.dumps({"tie_word_embeddings": False, field: value}))
+
+    infold.merge(base, adapter, tmp_path / "odd")
+
+    plain, odd = (digests(tmp_path / name) for name in ("plain", "odd"))
+    assert plain.pop("config.json") != odd.pop("config.json") and plain == odd
 
 
 def test_an_adapter_that_vanishes_while_the_merge_begins_is_a_storage_failure(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
@@ -96,11 +97,13 @@ def merge(
             f"{receipt.seconds:.1f} s, {bytes_text(receipt.bytes / max(receipt.seconds, 1e-3))}/s, "
             f"peak memory {bytes_text(receipt.peak_memory)}{resumed}"
         )
-        shares = [edit["unchanged"] for edit in receipt.edits if edit["unchanged"] is not None]
-        if shares:
+        merged = [e for e in receipt.edits if e["operations"] and e["unchanged"] is not None]
+        count = sum(math.prod(edit["shape"]) for edit in merged)
+        same = sum(edit["unchanged"] * math.prod(edit["shape"]) for edit in merged)
+        if same:
             print(
-                f"rounding {sum(shares) / len(shares):.1%} of the edited elements stayed as they "
-                "were: their change is under half a unit of the stored dtype"
+                f"rounding {same / count:.1%} of the edited elements stayed as they were: "
+                "their change is zero or under half a unit of the stored dtype"
             )
         print(f"output   {out}")
 
