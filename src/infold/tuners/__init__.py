@@ -1,0 +1,1 @@
+"""TRAINING: adapters on a transformers model, their data and the training run."""
