@@ -1,4 +1,4 @@
-"""Training data: JSONL, JSON, CSV, TSV or Parquet rows become examples, or one refusal tells why not.
+"""Training data: the rows of JSON, CSV or Parquet files become examples, or one refusal says why.
 
 The shape of a data set is decided by the fields of its first row, in this order:
 
@@ -80,7 +80,7 @@ class Offences:
 
 @dataclass(frozen=True)
 class DataSet:
-    """Checked rows of one shape. `digest` is BLAKE3, in hex, over the bytes of the files in order."""
+    """Checked rows of one shape. `digest` is BLAKE3, in hex, over the files in order."""
 
     name: str  # as it was given
     shape: str  # a key of SHAPES
@@ -327,7 +327,7 @@ def _bytes(file: Path) -> bytes:
 
 
 def _files(name: str) -> list[Path]:
-    """The files of a data set: itself, those of a folder, or the training split of a Hub data set."""
+    """A data set's files: itself, those of a folder, or the training split of a Hub data set."""
     path = Path(name)
     if not exists(path):
         path = _download(name)

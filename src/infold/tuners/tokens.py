@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ Segment = tuple[str, bool]  # text, whether it is learnt
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """One row: `labels` has the ids' length, or is a class number. `starts` are packed examples'."""
+    """One row. `labels` has the length of `ids`, or is a class. `starts`: where examples begin."""
 
     ids: list[int]
     labels: list[int] | int
@@ -219,8 +220,8 @@ def _turns(messages: Sequence[Any], tokenizer: Any) -> list[Segment]:
         begin, end = render(number, True), render(number + 1, False)
         if not (whole.startswith(begin) and whole.startswith(end) and len(begin) >= done):
             raise ValueError(
-                f"it renders messages[{number}] differently inside of the whole chat, so its tokens "
-                "cannot be found; split the row so that each ends with one answer"
+                f"it renders messages[{number}] differently inside of the whole chat, so its "
+                "tokens cannot be found; split the row so that each ends with one answer"
             )
         segments += [(whole[done : len(begin)], False), (whole[len(begin) : len(end)], True)]
         done = len(end)
@@ -246,7 +247,8 @@ def _joined(parts: Sequence[Sequence[Segment]], tokenizer: Any) -> list[Tokens]:
     long as their ids agree, the borders are known; from the first that does not, the segments are
     tokenised one by one.
     """
-    texts, spans = [], []
+    texts: list[str] = []
+    spans = []
     for segments in parts:
         text, start = "", len(texts)
         for piece, _ in segments:
@@ -258,7 +260,8 @@ def _joined(parts: Sequence[Sequence[Segment]], tokenizer: Any) -> list[Tokens]:
     for segments, (start, stop) in zip(parts, spans, strict=True):
         prefixes = ids[start:stop]
         whole = prefixes[-1] if prefixes else []
-        row, labels = [], []
+        row: list[int] = []
+        labels: list[int] = []
         agree = True
         for (piece, learnt), prefix in zip(segments, prefixes, strict=True):
             agree = agree and whole[: len(prefix)] == prefix and len(prefix) >= len(row)
@@ -359,8 +362,4 @@ class Collator:
 
 def _positions(row: Tokens, width: int) -> list[int]:
     borders = [*row.starts, len(row.ids), width]
-    return [
-        position
-        for begin, end in zip(borders, borders[1:], strict=False)
-        for position in range(end - begin)
-    ]
+    return [position for begin, end in pairwise(borders) for position in range(end - begin)]
