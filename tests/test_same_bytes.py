@@ -22,6 +22,8 @@ from safetensors.torch import load_file, save_file
 import handmade
 import infold
 from handmade import digests
+from infold.edit import steps
+from infold.edit.blocks import Block
 from infold.merge import apply, run, stream
 
 MIB = 1 << 20
@@ -163,7 +165,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
 class Seen:
     """What a merge did."""
 
-    blocks: list[apply.Block] = field(default_factory=list)
+    blocks: list[Block] = field(default_factory=list)
     tiles: int = 0
     threads: set[str] = field(default_factory=set)
 
@@ -173,9 +175,9 @@ def watched(monkeypatch: pytest.MonkeyPatch, together: bool = False) -> Iterator
     """Note the blocks and tiles that are computed, and by whom. `together`: let no worker go on
     before a second one has a block too."""
     seen, lock, company = Seen(), threading.Lock(), threading.Event()
-    real_run, real_values = apply.EditRun.run, apply.EditRun._values
+    real_run, real_values = apply.EditRun.run, steps._values
 
-    def counted_run(self: Any, raw: Any, out: Any, block: apply.Block, workspace: Any) -> None:
+    def counted_run(self: Any, raw: Any, out: Any, block: Block, workspace: Any) -> None:
         with lock:
             seen.blocks.append(block)
             seen.threads.add(threading.current_thread().name)
@@ -185,14 +187,14 @@ def watched(monkeypatch: pytest.MonkeyPatch, together: bool = False) -> Iterator
             assert company.wait(20)
         real_run(self, raw, out, block, workspace)
 
-    def counted_values(self: Any, *given: Any) -> torch.Tensor:
+    def counted_values(*given: Any) -> torch.Tensor:
         with lock:
             seen.tiles += 1
-        return real_values(self, *given)
+        return real_values(*given)
 
     with monkeypatch.context() as patch:
         patch.setattr(apply.EditRun, "run", counted_run)
-        patch.setattr(apply.EditRun, "_values", counted_values)
+        patch.setattr(steps, "_values", counted_values)
         yield seen
 
 
@@ -244,7 +246,7 @@ def test_blocks_and_tiles_of_odd_sizes_give_the_same_bytes(
     name: str, cases: dict[str, Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = cases[name]
-    whole = (1 << 19, apply.TILE, apply.TILE_COLUMNS)
+    whole = (1 << 19, steps.TILE, steps.TILE_COLUMNS)
     sizes = (
         (70_001, 5_003, 301),  # blocks, tiles, columns of a tile
         (9_999, 1_000_000, 1_000_000),
@@ -255,8 +257,8 @@ def test_blocks_and_tiles_of_odd_sizes_give_the_same_bytes(
     counts = set()
     for number, (block, tile, columns) in enumerate((whole, *sizes)):
         blocks_of(monkeypatch, block)
-        monkeypatch.setattr(apply, "TILE", tile)
-        monkeypatch.setattr(apply, "TILE_COLUMNS", columns)
+        monkeypatch.setattr(steps, "TILE", tile)
+        monkeypatch.setattr(steps, "TILE_COLUMNS", columns)
         with watched(monkeypatch) as seen:
             infold.merge(case.base, case.adapters, tmp_path / str(number), threads=2)
 
@@ -270,7 +272,7 @@ def test_the_smallest_blocks_and_tiles_give_the_same_bytes(
     name: str, cases: dict[str, Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     blocks_of(monkeypatch, 1_301)  # a row and a bit; a long row in pieces of five leaves
-    monkeypatch.setattr(apply, "TILE", 499)
+    monkeypatch.setattr(steps, "TILE", 499)
     monkeypatch.setattr(stream, "COPY_PIECE", 1_001)
     monkeypatch.setattr(stream, "HASH_PIECE", 997)
     with watched(monkeypatch) as seen:
