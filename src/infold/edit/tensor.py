@@ -33,8 +33,8 @@ def _on(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:
 class _Crew:
     """Threads that live as long as the process, each with buffers that it keeps (8 MB or so).
 
-    They do the work even where one is enough: autocast, grad and inference mode, and the default
-    device belong to the caller's thread, and must not reach the arithmetic.
+    They do the work even where one is enough: autocast, grad mode and the default device belong to
+    the caller's thread, and must not reach the arithmetic.
     """
 
     def __init__(self) -> None:
@@ -63,7 +63,8 @@ class _Crew:
 
         def loop() -> None:
             try:
-                with torch.no_grad(), _on(stream):
+                # here tensors of inference mode may be changed too, such as the steps' sums
+                with torch.inference_mode(), _on(stream):
                     workspace = self.workspace(device)
                     while not stopped.is_set():
                         with lock:
