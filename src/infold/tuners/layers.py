@@ -156,7 +156,8 @@ class Adapted(nn.Module):
 
     def plain(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base's own output."""
-        return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
+        y: Tensor = super().forward(x, *args, **kwargs)
+        return y
 
     def _mixed(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Each row through its own adapter."""
@@ -288,7 +289,8 @@ class AdaptedConv(Adapted):
 
     def map(self, x: Tensor, weight: Tensor) -> Tensor:
         module = cast(nn.Conv2d, self)
-        return module._conv_forward(x.to(weight.dtype), weight, None)
+        y: Tensor = module._conv_forward(x.to(weight.dtype), weight, None)
+        return y
 
     def add(self, y: Tensor, h: Tensor, weight: Tensor, scale: float) -> Tensor:
         mix = (F.conv1d, F.conv2d, F.conv3d)[weight.dim() - 3]

@@ -12,7 +12,6 @@ from torch import nn
 from infold.errors import Refusal
 from infold.tuners.config import IA3Config, LoraConfig, Names, TunerConfig
 from infold.tuners.layers import KINDS, Adapted, kind_of
-from infold.tuners.targets import find_targets
 
 __all__ = ["Selection", "matches", "modules_of", "select"]
 
@@ -96,6 +95,8 @@ def _with_targets(
     model: nn.Module, modules: dict[str, nn.Module], config: TunerConfig
 ) -> TunerConfig:
     """The config with targets, feed-forward modules and trained heads filled in."""
+    from infold.tuners.targets import find_targets
+
     if config.task_type in ("SEQ_CLS", "TOKEN_CLS"):
         heads = [h for h in _HEADS if any(matches([h], path) for path in modules)]
         saved = list(config.modules_to_save or [])
@@ -107,14 +108,14 @@ def _with_targets(
             config = replace(config, feedforward_modules=list(found.feedforward))
         return config
     if config.target_modules == "all-linear":
-        heads = _output_heads(model, modules)
+        output = _output_heads(model, modules)
         paths = [
             path
             for path, module in modules.items()
             if kind_of(module) is not None
             and not isinstance(module, nn.Embedding | nn.MultiheadAttention)
             and not _is_conv(module)
-            and path not in heads
+            and path not in output
             and not matches(config.modules_to_save, path)
         ]
         config = replace(config, target_modules=_shortest(paths, modules))
@@ -232,5 +233,3 @@ def _unfit(model: nn.Module, path: str, module: nn.Module, config: TunerConfig) 
         if config.lora_bias and getattr(module, "bias", None) is None:
             return [f"{path}: lora_bias needs a layer with a bias, to merge into"]
     return []
-
-
