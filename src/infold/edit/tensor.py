@@ -23,6 +23,7 @@ __all__ = ["edit_tensor"]
 _BLOCK = 1 << 20  # elements of a block: larger ones are not faster
 _SMALLEST_BLOCK = 1 << 16
 _GPU_BLOCK = 8 << 20
+_KEPT = 128 << 20  # bytes of a second tensor that are kept for the next edit in place
 
 
 def _on(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:
@@ -33,6 +34,8 @@ def _on(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:
 class _Crew:
     """Threads that live as long as the process, each with buffers that it keeps (8 MB or so).
 
+    Fresh memory costs as much in page faults as a third of the arithmetic.
+
     They do the work even where one is enough: autocast, grad mode and the default device belong to
     the caller's thread, and must not reach the arithmetic.
     """
@@ -41,6 +44,7 @@ class _Crew:
         self.lock = threading.Lock()  # one edit at a time has all the cores
         self.pool = ThreadPoolExecutor(64, "infold-edit", take_one_core)
         self.own = threading.local()
+        self.second = torch.empty(0, dtype=torch.uint8)  # where edits in place are computed
 
     def workspace(self, device: torch.device) -> Workspace:
         if device.type != "cpu":  # its memory is scarce, and PyTorch's allocator keeps it anyway
@@ -49,6 +53,14 @@ class _Crew:
             self.own.workspace = Workspace(device, _BLOCK)
         kept: Workspace = self.own.workspace
         return kept
+
+    def like(self, raw: Tensor) -> Tensor:
+        """Memory for a second `raw`, until the lock is given back."""
+        if raw.device.type != "cpu" or raw.nbytes > _KEPT:
+            return _empty(raw)
+        if self.second.numel() < raw.nbytes:
+            self.second = torch.empty(raw.nbytes, dtype=torch.uint8)
+        return self.second[: raw.nbytes].view(raw.dtype).view(raw.shape)
 
     def spread(
         self,
@@ -83,6 +95,10 @@ class _Crew:
         finally:  # also when the user interrupts
             stopped.set()
             wait(futures)
+
+
+def _empty(raw: Tensor) -> Tensor:
+    return torch.empty(raw.shape, dtype=raw.dtype, device=raw.device)
 
 
 _crew: _Crew | None = None
@@ -132,16 +148,15 @@ def edit_tensor(
         raise ValueError(f"{name}: out must have the shape, dtype and device of the stored tensor")
     if threads is not None and threads < 1:
         raise ValueError(f"threads = {threads}: at least 1")
-    with torch.inference_mode(False), torch.no_grad():
-        raw = stored.detach().reshape(matrix(stored.shape))
-        merged = torch.empty(raw.shape, dtype=raw.dtype, device=raw.device)
-        if raw.numel():
-            _run(raw, merged, steps, target, threads or usual_threads())
-    merged = merged.view(stored.shape)
-    if out is None:
-        return merged
-    with torch.no_grad():
-        return out.copy_(merged)
+    crew, count = _the_crew(), threads or usual_threads()
+    with crew.lock, torch.no_grad():
+        with torch.inference_mode(False):
+            raw = stored.detach().reshape(matrix(stored.shape))
+            merged = _empty(raw) if out is None else crew.like(raw)
+            if raw.numel():
+                _run(crew, raw, merged, steps, target, count)
+        merged = merged.view(stored.shape)
+        return merged if out is None else out.copy_(merged)
 
 
 def _target(stored: Tensor, name: str) -> Target:
@@ -153,9 +168,11 @@ def _target(stored: Tensor, name: str) -> Target:
     return Target(name, dtype, form)
 
 
-def _run(raw: Tensor, merged: Tensor, steps: Sequence[Step], target: Target, threads: int) -> None:
+def _run(
+    crew: _Crew, raw: Tensor, merged: Tensor, steps: Sequence[Step], target: Target, threads: int
+) -> None:
     """Fill `merged` from `raw`, both (rows, columns)."""
-    crew, device = _the_crew(), raw.device
+    device = raw.device
     shape = (raw.shape[0], raw.shape[1])
     limit = min(_BLOCK, max(_SMALLEST_BLOCK, raw.numel() // (4 * threads)))
     if device.type != "cpu":
@@ -169,7 +186,7 @@ def _run(raw: Tensor, merged: Tensor, steps: Sequence[Step], target: Target, thr
     def fill(block: Block, workspace: Workspace) -> None:
         compute(steps, part(raw, block), part(merged, block), block, target, workspace)
 
-    with crew.lock, one_torch_thread():
+    with one_torch_thread():
         for step, before in observers(steps):
 
             def see(
