@@ -20,6 +20,7 @@ from infold.version import __version__
 
 if TYPE_CHECKING:
     from infold.merge.receipt import Receipt
+    from infold.tuners.record import Training
     from infold.verify.weights import Verdict
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "__version__",
     "inspect",
     "merge",
+    "train",
     "verify",
 ]
 
@@ -102,6 +104,40 @@ def verify(
     from infold.verify.weights import verify_checkpoint
 
     return verify_checkpoint(base, _listed(adapters), merged, progress=progress)
+
+
+def train(
+    base: PathLike,
+    data: PathLike,
+    out: PathLike,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    progress: Callable[[int, int, float | None], None] | None = None,
+    **settings: Any,
+) -> Training:
+    """Train an adapter of `base` on `data`, into the new folder `out`.
+
+    data: JSONL, JSON, CSV, TSV or Parquet, a folder of them, or a Hub data set id.
+    settings: the fields of `infold.tuners.settings.TrainSettings`, which are the command line's
+    options: method="ia3", epochs=1, eval_split=0.1, ...
+    resume: continue an interrupted training. force: start anew, replacing an adapter at `out`.
+    progress: called with (steps done, steps in all, last loss).
+    Raises Refusal (bad data or settings; lists all offenders; nothing was trained), StorageFailure,
+    or TypeError for a setting that does not exist.
+    """
+    from infold.tuners.settings import TrainSettings
+    from infold.tuners.train import train_adapter
+
+    return train_adapter(
+        base,
+        data,
+        out,
+        TrainSettings.of(settings),
+        resume=resume,
+        force=force,
+        progress=progress,
+    )
 
 
 def _listed(adapters: PathLike | Sequence[PathLike]) -> list[PathLike]:

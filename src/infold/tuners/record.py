@@ -48,7 +48,7 @@ class Training:
 def loss_picture(entries: Sequence[Mapping[str, Any]]) -> bytes | None:
     """A PNG of the losses over the steps; None where matplotlib is not installed."""
     try:
-        from matplotlib.figure import Figure
+        from matplotlib.figure import Figure  # type: ignore[import-not-found,unused-ignore]
     except ImportError:
         return None
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")

@@ -30,7 +30,8 @@ class TrainSettings:
     of all steps). rank, alpha (None: twice the rank), dropout: of LoRA and DoRA.
     targets: endings of module paths; None: found from the model's structure. feedforward: for
     ia3, those of the targets whose inputs are scaled.
-    max_length: None: what the model takes (with packing at most 2,048). too_long: refuse, cut, drop.
+    max_length: None: what the model takes, with packing at most 2,048. too_long: what happens to
+    longer rows: refuse, cut (at the end) or drop.
     eval_split: a fraction of the rows, or a file. eval_every: steps; None: after each epoch.
     fields: our field -> the data's field. labels: names of the classes. template: the prompt of
     a text/label row when the label is generated.
@@ -141,10 +142,11 @@ class TrainSettings:
 
 def _fraction_or_file(value: Any) -> float | str | None:
     if isinstance(value, str | Path):
+        text = str(value)
         try:
-            return str(value) if Path(value).exists() else float(value)
+            return text if Path(text).exists() else float(text)
         except ValueError:
-            return str(value)
+            return text
     return None if value is None else float(value)
 
 

@@ -1,4 +1,4 @@
-"""transformers' Trainer for adapters: small checkpoints that are whole or not there, a loss journal.
+"""transformers' Trainer for adapters: checkpoints that are small and whole, and a loss journal.
 
 The loop, the distribution over devices and the optimizer are the Trainer's and accelerate's. What
 differs: a checkpoint holds the adapter, not the base, also under FSDP2; it is written under another
@@ -93,23 +93,30 @@ class AdapterTrainer(Trainer):
         if not self.is_fsdp_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        state = get_optimizer_state_dict(self.model, self.optimizer.optimizer, options=_FULL)
+        model, optimizer, scheduler = self._parts()
+        state = get_optimizer_state_dict(model, optimizer, options=_FULL)
         if self.args.should_save:
             torch.save(state, Path(output_dir) / "optimizer.pt")
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+            torch.save(scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if not self.is_fsdp_enabled or checkpoint is None:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         state = torch.load(Path(checkpoint) / "optimizer.pt", weights_only=True)
-        set_optimizer_state_dict(self.model, self.optimizer.optimizer, state, options=_FULL)
-        scheduler = torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True)
-        self.lr_scheduler.load_state_dict(scheduler)
+        model, optimizer, scheduler = self._parts()
+        set_optimizer_state_dict(model, optimizer, state, options=_FULL)
+        scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
+
+    def _parts(self) -> tuple[nn.Module, torch.optim.Optimizer, Any]:
+        """Model, optimizer and schedule, without what accelerate put around them."""
+        optimizer: Any = self.optimizer
+        assert self.model is not None
+        return self.model, optimizer.optimizer, self.lr_scheduler
 
 
 class Journal(TrainerCallback):
-    """Writes `loss.jsonl` while the training runs, shows progress, stops at a loss that is no number.
+    """Writes `loss.jsonl` as the training runs, shows progress, stops where a loss is no number.
 
     progress: called with (steps done, steps in all, last loss).
     """
