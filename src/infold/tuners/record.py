@@ -11,6 +11,8 @@ from typing import Any
 __all__ = ["RECORD", "Training", "loss_picture"]
 
 RECORD = "infold-training.json"
+# What may differ between an interrupted training and the one that continues it.
+FREE = frozenset({"save_every"})
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,18 @@ class Training:
     resumed_step: int | None
     seconds: float  # of this run, loading included
     notes: list[str]
-    identity: dict[str, Any]  # what a repetition must have in common
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What two trainings must have in common to give the same adapter."""
+        return {
+            "infold": self.infold,
+            "base": self.base["digest"],
+            "data": self.data["digest"],
+            "eval_data": self.data["eval_digest"],
+            "processes": self.processes,
+            **{key: value for key, value in self.settings.items() if key not in FREE},
+        }
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"

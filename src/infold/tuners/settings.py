@@ -15,8 +15,6 @@ __all__ = ["TrainSettings"]
 METHODS = ("lora", "dora", "ia3")
 TASKS = ("CAUSAL_LM", "SEQ_CLS")
 LR = {"lora": 2e-4, "dora": 2e-4, "ia3": 3e-3}  # IA³'s is the one of its paper (2205.05638)
-# What may differ between an interrupted training and the one that continues it.
-_FREE = frozenset({"save_every"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,10 +123,6 @@ class TrainSettings:
         elif self.alpha is None:
             found["alpha"] = 2 * self.rank
         return {k: list(v) if isinstance(v, tuple) else v for k, v in found.items()}
-
-    def identity(self) -> dict[str, Any]:
-        """What an interrupted training must have in common with its continuation."""
-        return {key: value for key, value in self.to_dict().items() if key not in _FREE}
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> TrainSettings:

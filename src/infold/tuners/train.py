@@ -72,13 +72,13 @@ def train_adapter(
     _check_libraries()
     _check_output(path, resume, force)
     ready = prepare(base, data, settings)
-    identity = _identity(ready, settings)
+    draft = _draft(base, path, ready, settings)
     if resume and exists(path):
-        return _finished(path, identity)
+        return _finished(path, draft)
     if prepared:
         prepared(ready)
-    with _run_folder(path, identity, resume, force, main) as run:
-        return _train(base, path, settings, ready, identity, run, force, progress, started)
+    with _run_folder(path, draft.identity, resume, force, main) as run:
+        return _train(base, path, settings, ready, draft, run, force, progress, started)
 
 
 # --- before the model is loaded -------------------------------------------------------------------
@@ -113,16 +113,28 @@ def _check_output(path: Path, resume: bool, force: bool) -> None:
         )
 
 
-def _identity(ready: Prepared, settings: TrainSettings) -> dict[str, Any]:
-    """What two runs must have in common to give the same adapter."""
-    return {
-        "infold": __version__,
-        "base": _base_digest(ready.folder),
-        "data": ready.data["digest"],
-        "eval_data": ready.data["eval_digest"],
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
-        **settings.identity(),
-    }
+def _draft(base: PathLike, path: Path, ready: Prepared, settings: TrainSettings) -> Training:
+    """The record as far as it is known before the training."""
+    return Training(
+        infold=__version__,
+        out=str(path),
+        base={"path": _told(base), "digest": _base_digest(ready.folder)},
+        data=ready.data,
+        task=ready.task,
+        settings=settings.to_dict(),
+        classes=ready.classes,
+        parameters=0,
+        all_parameters=0,
+        steps=0,
+        epochs=0.0,
+        losses={},
+        versions=_versions(),
+        device="",
+        processes=int(os.environ.get("WORLD_SIZE", "1")),
+        resumed_step=None,
+        seconds=0.0,
+        notes=ready.notes,
+    )
 
 
 def _base_digest(folder: Path) -> str:
@@ -134,12 +146,12 @@ def _base_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _finished(path: Path, identity: dict[str, Any]) -> Training:
+def _finished(path: Path, draft: Training) -> Training:
     """The record of a training that is complete: there is nothing to continue."""
     if not exists(path / RECORD):
         raise Refusal(f"{path}: exists already and is no training of infold; choose another name")
     record = Training.from_json(read_object(path / RECORD))
-    _same(path, record.identity, identity, "was trained with")
+    _same(path, record.identity, draft.identity, "was trained with")
     return replace(record, notes=[*record.notes, "was complete already; nothing was trained"])
 
 
@@ -219,7 +231,7 @@ def _train(
     path: Path,
     settings: TrainSettings,
     ready: Prepared,
-    identity: dict[str, Any],
+    draft: Training,
     run: Path,
     force: bool,
     progress: Progress | None,
@@ -258,26 +270,16 @@ def _train(
             history = entries(trainer.state.log_history)
         trainer.save_model(str(run / "adapter"))
         trainer.accelerator.wait_for_everyone()
-    record = Training(
-        infold=__version__,
-        out=str(path),
-        base={"path": _told(base), "digest": identity["base"]},
-        data=ready.data,
-        task=ready.task,
-        settings=settings.to_dict(),
-        classes=ready.classes,
+    record = replace(
+        draft,
         parameters=trainable,
         all_parameters=total,
         steps=trainer.state.global_step,
         epochs=round(float(trainer.state.epoch or 0), 4),
         losses=_losses(history),
-        versions=_versions(),
         device=args.device.type,
-        processes=args.world_size,
         resumed_step=int(checkpoint.name.rpartition("-")[2]) if checkpoint else None,
         seconds=round(time.monotonic() - started, 3),
-        notes=ready.notes,
-        identity=json.loads(json.dumps(identity)),
     )
     if trainer.args.should_save:
         record = _publish(path, run, record, history, force)
