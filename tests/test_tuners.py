@@ -187,6 +187,20 @@ def test_what_is_not_finite_is_refused_and_nothing_changes(
     assert model.get_parameter(last).requires_grad
 
 
+def test_a_refused_merge_leaves_what_was_merged_before(calm: None) -> None:
+    model = tuned("llama", IA3Config(), torch.float16)
+    attach(model, LoraConfig(r=2), "broken")
+    with torch.no_grad():
+        model.model.layers[1].self_attn.v_proj.adapters["broken"].lora_B[0] = torch.nan
+    model.merge_adapter(["default"])
+    before = weights(model)
+
+    with pytest.raises(Refusal, match="v_proj"):
+        model.merge_adapter(["broken"])
+
+    assert_same_bits(weights(model), before)
+
+
 def test_merging_one_end_of_a_tie_unties_it(bench: Bench) -> None:
     from transformers import AutoModelForCausalLM
 
