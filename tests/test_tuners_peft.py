@@ -1,4 +1,4 @@
-"""The tuners against PEFT's: the same numbers, from each other's files, before and after training."""
+"""The tuners against PEFT's: the same numbers, from each other's files, also in training."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_merged_and_unmerged_are_the_same_model_and_unmerging_is_exact(
 
 
 @pytest.mark.parametrize(
-    "name", ["linear-both", "linear-dora", "embedding", "conv2d", "mha", "linear-saved"]
+    "name", ["linear-both", "linear-dora", "embedding", "conv2d", "linear-saved"]
 )
 def test_twenty_steps_of_lora_have_the_losses_of_peft(bench: Bench, name: str) -> None:
     assert_same_training(bench, "lora", name)
@@ -175,7 +175,7 @@ def test_architectures_with_default_targets_agree_with_peft(
     model.set_adapter("theirs")
 
     assert_close(model(**inputs).logits, theirs(**inputs).logits, 1e-6)
-    assert count == theirs.get_nb_trainable_parameters()[:1] + (count[1],)
+    assert count == (theirs.get_nb_trainable_parameters()[0], count[1])
     assert type(model).__name__ == type(base).__name__
     own = {n for n, _ in model.named_parameters() if ".adapters." not in n}
     assert own == {n for n, _ in base.named_parameters()}
@@ -193,5 +193,26 @@ def test_a_folder_from_here_is_what_peft_writes(tmp_path: Path, calm: None) -> N
     two = load_file(tmp_path / "theirs" / "adapter_model.safetensors")
     assert {k: v.shape for k, v in one.items()} == {k: v.shape for k, v in two.items()}
     ours_again = LoraConfig.from_pretrained(tmp_path / "theirs")
+    ours_again.target_modules.sort()  # PEFT writes a set
     assert ours_again == LoraConfig(**fields, inference_mode=True)
     assert PeftLora.from_pretrained(tmp_path / "ours").rank_pattern == fields["rank_pattern"]
+
+
+def test_the_gradient_in_attention_is_that_of_what_runs(calm: None) -> None:
+    """PEFT adds out_proj's update twice, and lets the gradient through one of them only."""
+    base, x, fields = case("lora", "mha")
+    model = attach(base.double(), LoraConfig(**fields))
+    shuffle(trained(model), 2)
+    x = x.double()
+
+    for name, parameter in trained(model):
+        model(x).square().sum().backward()
+        slope = parameter.grad.flatten()[0].item()
+        with torch.no_grad():
+            values = []
+            for step in (1e-6, -2e-6):
+                parameter.view(-1)[0] += step
+                values.append(model(x).square().sum().item())
+            parameter.view(-1)[0] += 1e-6
+        model.zero_grad()
+        assert slope == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-5, abs=1e-7), name
