@@ -78,7 +78,7 @@ def test_a_killed_training_continues_to_the_same_bytes(
 
     assert ran.returncode == -signal.SIGKILL, ran.stderr
     assert not out.exists() and (tmp_path / ".out.training").exists()
-    with pytest.raises(Refusal, match="interrupted training of it is in .*--resume"):
+    with pytest.raises(Refusal, match=r"interrupted training of it is in .*--resume"):
         infold.train(base, data, out, **options)
     with pytest.raises(Refusal, match=r"other settings(.|\n)*seed: 0 there, 1 now"):
         infold.train(base, data, out, **options, seed=1, resume=True)
@@ -365,16 +365,14 @@ def test_bad_data_ends_with_2_and_one_message(base: Path, tmp_path: Path) -> Non
 
 
 def parallel(kind: str) -> tuple[str, ...]:
-    words = ("accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-             "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0")  # fmt: skip
-    fsdp = (
-        "--use_fsdp",
-        "--fsdp_version",
-        "2",
-        "--fsdp_auto_wrap_policy",
-        "TRANSFORMER_BASED_WRAP",
-    )
-    return (*words, *(fsdp if kind == "fsdp" else ()), "-m")
+    """accelerate launch for two processes; ACCELERATE_USE_CPU keeps them off any GPU."""
+    shared = "--num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+    kinds = {
+        "ddp": "--multi_gpu",
+        "fsdp": "--use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP",
+    }
+    words = f"accelerate.commands.launch {shared} --main_process_port 0 {kinds[kind]} -m"
+    return tuple(words.split())
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])

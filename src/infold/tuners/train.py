@@ -19,7 +19,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -244,7 +244,7 @@ def _train(
     checkpoints = run / "checkpoints"
     checkpoint = last_checkpoint(checkpoints)
     with _quiet_transformers():
-        args = _arguments(settings, ready, checkpoints)
+        args = _arguments(settings, ready, checkpoints, fresh=checkpoint is None)
         with args.main_process_first():  # an interrupted training was checked by then
             pass
         set_seed(settings.seed)
@@ -288,7 +288,7 @@ def _train(
     return record
 
 
-def _arguments(settings: TrainSettings, ready: Prepared, folder: Path) -> Any:
+def _arguments(settings: TrainSettings, ready: Prepared, folder: Path, *, fresh: bool) -> Any:
     from transformers import TrainingArguments
 
     every = settings.eval_every
@@ -312,6 +312,7 @@ def _arguments(settings: TrainSettings, ready: Prepared, folder: Path) -> Any:
         warmup_steps=round(settings.warmup * steps),
         weight_decay=settings.weight_decay,
         seed=settings.seed,
+        use_cpu=_on_cpu(),
         bf16=settings.bf16,
         torch_compile=settings.compile,
         logging_steps=1,
@@ -320,7 +321,7 @@ def _arguments(settings: TrainSettings, ready: Prepared, folder: Path) -> Any:
         save_steps=settings.save_every or 500,
         eval_strategy="no" if not ready.eval_rows else "steps" if every else "epoch",
         eval_steps=every,
-        eval_on_start=bool(ready.eval_rows),
+        eval_on_start=bool(ready.eval_rows) and fresh,  # the base's loss
         prediction_loss_only=ready.task != "SEQ_CLS",
         label_names=["labels"],
         remove_unused_columns=False,
@@ -334,6 +335,11 @@ def _arguments(settings: TrainSettings, ready: Prepared, folder: Path) -> Any:
 
 
 _NOT_REENTRANT = {"use_reentrant": False}  # the other kind needs inputs that require a gradient
+
+
+def _on_cpu() -> bool:
+    asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    return asked or not (torch.cuda.is_available() or torch.backends.mps.is_available())
 
 
 def _steps(settings: TrainSettings, rows: int) -> int:
@@ -350,17 +356,20 @@ def _model(
     from infold.tuners import IA3Config, LoraConfig, attach, load
 
     folder = locate(base, (*SMALL, "*.safetensors", "*.bin"))
+    new: list[str] = []
     dtype = torch.bfloat16 if settings.bf16 else torch.float32
     if ready.task == "SEQ_CLS":
         names = dict(enumerate(ready.classes))
-        model = AutoModelForSequenceClassification.from_pretrained(
+        model, report = AutoModelForSequenceClassification.from_pretrained(
             folder,
             dtype=dtype,
             num_labels=len(names),
             id2label=names,
             label2id={name: number for number, name in names.items()},
+            output_loading_info=True,
         )
         model.config.pad_token_id = ready.pad_id
+        new = _new_modules(model, report["missing_keys"])
     else:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     model.config._name_or_path = model.name_or_path = os.fspath(base)
@@ -370,6 +379,7 @@ def _model(
     common: dict[str, Any] = {
         "task_type": ready.task,
         "target_modules": list(settings.targets) if settings.targets else None,
+        "modules_to_save": new or None,
     }
     if settings.method == "ia3":
         inner = list(settings.feedforward) if settings.feedforward else None
@@ -382,6 +392,25 @@ def _model(
         **common,
     )
     return attach(model, config)
+
+
+def _new_modules(model: Any, missing: Iterable[str]) -> list[str]:
+    """The modules that the base does not have, such as a head, or the pooler below it.
+
+    They begin with random values, so they are trained and saved whole: without them the adapter
+    would mean nothing on another random pooler.
+    """
+    absent = set(missing)
+    there = {name for name in model.state_dict() if name not in absent}
+    found = set()
+    for name in absent:
+        path, _, _ = name.rpartition(".")
+        while (above := path.rpartition(".")[0]) and not any(
+            n.startswith(f"{above}.") for n in there
+        ):
+            path = above
+        found.add(path)
+    return sorted(found)
 
 
 @torch.no_grad()
