@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Llam
 
 import infold
 from infold.errors import Refusal
-from infold.tuners import IA3Config, LoraConfig, attach
+from infold.tuners import IA3Config, LoraConfig, attach, load
 from infold.tuners.data import read_data
 from infold.tuners.tokens import Collator, Tokens, encode, pack
 from training import save_base, sums, write_jsonl
@@ -234,23 +234,26 @@ def test_a_causal_model_learns_to_write_the_label(base: Path, tmp_path: Path) ->
     assert record.losses["eval_last"] < record.losses["eval_first"]
 
 
-def test_another_model_gets_a_head_that_peft_loads(tmp_path: Path) -> None:
+def test_another_model_gets_a_head_that_loads_anywhere(tmp_path: Path) -> None:
+    """BERT's language model has no pooler: the head is worth nothing without the one it learnt."""
     bert = save_base(tmp_path / "bert", "bert")
     data = write_jsonl(tmp_path / "r.jsonl", REVIEWS)
-    options: dict[str, Any] = dict(epochs=8, batch_size=8, lr=2e-2, eval_split=0.25)
+    options: dict[str, Any] = dict(steps=75, batch_size=8, lr=1e-2, eval_split=0.25)
 
     record = infold.train(bert, data, tmp_path / "out", **options, labels=("bad", "good"))
 
     assert record.task == "SEQ_CLS" and record.losses["eval_accuracy"] == 1.0
-    model = AutoModelForSequenceClassification.from_pretrained(bert, num_labels=2)
-    model = PeftModel.from_pretrained(model, tmp_path / "out").eval()
-    batch = AutoTokenizer.from_pretrained(bert)(
-        [row["text"] for row in REVIEWS], padding=True, return_tensors="pt"
-    )
+    texts = [row["text"] for row in REVIEWS]
+    batch = AutoTokenizer.from_pretrained(bert)(texts, padding=True, return_tensors="pt")
     batch.pop("token_type_ids", None)
-    with torch.no_grad():
-        found = model(**batch).logits.argmax(-1).tolist()
-    assert found == [row["label"] for row in REVIEWS]
+    logits = []
+    for attached in (load, PeftModel.from_pretrained):
+        torch.manual_seed(len(logits))  # another pooler and head each time
+        model = AutoModelForSequenceClassification.from_pretrained(bert, num_labels=2)
+        with torch.no_grad():
+            logits.append(attached(model, tmp_path / "out").eval()(**batch).logits)
+    assert torch.allclose(*logits, atol=1e-5)
+    assert logits[0].argmax(-1).tolist() == [row["label"] for row in REVIEWS]
 
 
 def test_tasks_that_do_not_fit_are_refused(base: Path, data: Path, tmp_path: Path) -> None:
@@ -327,9 +330,12 @@ def test_a_loss_that_is_no_number_stops_the_training(
 
 
 def run(*words: str | Path, launch: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
     command = [sys.executable, "-m", *launch, "infold", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, env=environment())
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
 
 
 def test_the_command_line_trains(base: Path, data: Path, tmp_path: Path) -> None:
@@ -376,19 +382,39 @@ def parallel(kind: str) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_two_processes_train_what_one_does(
-    kind: str, base: Path, data: Path, tmp_path: Path
-) -> None:
-    common = ("train", base, data, "--steps", "4", "--lr", "1e-2", "--json")
-    options = ("--batch-size", "4", "--save-every", "2")
+def test_two_processes_train_what_one_does(kind: str, base: Path, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "d.jsonl", sums(24))  # three steps of 8 rows an epoch
+    words = ("train", base, data, "--lr", "1e-3", "--epochs", "1", "--batch-size", "4", "--json")
 
-    ran = run(*common, *options, "--out", tmp_path / "two", launch=parallel(kind))
+    ran = run(*words, "--out", tmp_path / "two", launch=parallel(kind))
     assert ran.returncode == 0, ran.stderr[-3000:]
-    one = infold.train(base, data, tmp_path / "one", steps=4, lr=1e-2, batch_size=8)
+    one = infold.train(base, data, tmp_path / "one", lr=1e-3, epochs=1, batch_size=8)
 
     record = json.loads(ran.stdout.splitlines()[-1])
-    assert record["processes"] == 2 and one.processes == 1
+    assert (record["processes"], record["steps"]) == (2, one.steps) and one.processes == 1
+    assert record["losses"] == pytest.approx(one.losses, rel=1e-5)
     mine, theirs = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("one", "two"))
     assert mine.keys() == theirs.keys()
     for key, value in mine.items():
         assert torch.allclose(value, theirs[key], atol=1e-5), key
+
+
+def test_a_sharded_training_that_was_killed_continues_to_the_same_bytes(
+    base: Path, data: Path, tmp_path: Path
+) -> None:
+    options = {"steps": 6, "batch_size": 2, "save_every": 2, "dropout": 0.2}
+    child = (str(HERE / "train_child.py"), str(base), str(data))
+    launch = parallel("fsdp")[:-1]  # a script, not a module
+
+    def train(out: str, killed: int, **more: Any) -> int:
+        words = (*child, str(tmp_path / out), json.dumps(options | more), str(killed))
+        command = [sys.executable, "-m", *launch, *words]
+        return subprocess.run(command, capture_output=True, env=environment()).returncode
+
+    assert train("out", 5) != 0 and not (tmp_path / "out").exists()
+    assert train("out", 0, resume=True) == 0
+    assert train("whole", 0) == 0
+
+    record = json.loads((tmp_path / "out" / "infold-training.json").read_text())
+    assert record["resumed_step"] == 4
+    assert adapter_bytes(tmp_path / "out") == adapter_bytes(tmp_path / "whole")
