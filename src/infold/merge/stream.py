@@ -27,6 +27,7 @@ from infold.checkpoint.shards import read_exactly
 from infold.checkpoint.staging import Progress, Staging, copy_range, storage_errors, write_fully
 from infold.merge.apply import Block, EditRun, Workspace, cut
 from infold.plan.edits import BaseTensor, Edit, OutputShard, Plan
+from infold.workers import Worker, run_all
 
 __all__ = ["ShardDigests", "Streamed", "stream"]
 
@@ -161,7 +162,11 @@ class _Chain:
             for name in shard.header.tensors
             if (edit := plan.edits.get(name))
         )  # the digests of this shard do not tell whether that other one is still the same
-        self.start = self._resume(None if foreign else staging.resumed.get(shard.name))
+        try:
+            self.start = self._resume(None if foreign else staging.resumed.get(shard.name))
+        except BaseException:
+            self.close()
+            raise
 
     def _resume(self, done: Progress | None) -> int:
         """Bytes of the output that an earlier run left and that were checked again; at least the
@@ -219,16 +224,16 @@ class _Stopped(Exception):
     """Another worker failed or the user interrupted."""
 
 
-class _Keeper(threading.Thread):
+class _Keeper:
     """Brings finished stretches to the disk, so that little is left to wait for at the end."""
 
     def __init__(self, staging: Staging) -> None:
-        super().__init__(daemon=True, name="infold-keeper")
         self.staging = staging
+        self.thread = Worker(self._work, "infold-keeper")
         self.queue: queue.SimpleQueue[tuple[_Chain, Progress] | None] = queue.SimpleQueue()
         self.error: BaseException | None = None
 
-    def run(self) -> None:
+    def _work(self) -> None:
         while (item := self.queue.get()) is not None:
             chain, progress = item
             try:
@@ -241,7 +246,11 @@ class _Keeper(threading.Thread):
 
     def finish(self) -> None:
         self.queue.put(None)
-        self.join()
+        try:
+            self.thread.wait()
+        except BaseException:  # an interrupt: still, its descriptors are closed after its last use
+            self.thread.wait()
+            raise
 
 
 @dataclass(frozen=True)
@@ -268,8 +277,8 @@ def stream(
     files = _Files()
     keeper = _Keeper(staging)
     pool = _Pool(plan, staging, files, keeper, limit, device, advance)
-    keeper.start()
     try:
+        keeper.thread.start()
         pool.run(threads)
     finally:
         keeper.finish()
@@ -381,22 +390,7 @@ class _Pool:
         self.keeper.queue.put((chain, progress))
 
     def run(self, threads: int) -> None:
-        workers = [
-            threading.Thread(target=self._work, daemon=True, name=f"infold-{n}")
-            for n in range(threads)
-        ]
-        try:
-            for worker in workers:
-                worker.start()
-            for worker in workers:
-                while worker.is_alive():
-                    worker.join(0.2)
-        except BaseException:
-            self.stopped.set()
-            for worker in workers:
-                if worker.ident is not None:
-                    worker.join()
-            raise
+        run_all([Worker(self._work, f"infold-{n}") for n in range(threads)], self.stopped.set)
         if self.error is not None:
             raise self.error
 

@@ -11,7 +11,6 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,7 +23,6 @@ from infold.plan.build import plan_merge
 from infold.plan.edits import Operation, Plan, Replacement
 from infold.verify.folder import (
     Claims,
-    Offender,
     compare_header,
     extra_files,
     read_claims,
@@ -33,24 +31,11 @@ from infold.verify.folder import (
 from infold.verify.hints import Wrong, hints
 from infold.verify.reread import Found, digest_of, reread
 from infold.verify.tensors import BaseCheck, EditCheck, Files
+from infold.verify.verdict import Offender, Verdict
 
-__all__ = ["Offender", "Verdict", "verify_checkpoint"]
+__all__ = ["verify_checkpoint"]
 
 PathLike = str | os.PathLike[str]
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What `verify_checkpoint` found. JSON-ready by `dataclasses.asdict`."""
-
-    ok: bool
-    tensors: int  # that there should be
-    identical: int  # unedited and byte-equal to the base's
-    recomputed: int  # edited and equal to what was computed anew
-    undecided: int  # elements so near to a rounding boundary that either neighbour is right
-    files: int  # side files that are as they must be
-    offenders: tuple[Offender, ...]
-    seconds: float
 
 
 def verify_checkpoint(
