@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 __all__ = ["Worker", "run_all"]
 
@@ -21,6 +23,10 @@ class Worker(threading.Thread):
         self._work = work
         self._over = threading.Event()
 
+    def start(self) -> None:
+        with _interrupts_later():  # else it could run, and not be known to run
+            super().start()
+
     def run(self) -> None:
         try:
             self._work()
@@ -31,6 +37,24 @@ class Worker(threading.Thread):
         """Until its work is over; at once where it was never started."""
         if self.ident is not None:
             self._over.wait()
+            self.join()
+
+
+@contextmanager
+def _interrupts_later() -> Iterator[None]:
+    """Hold Ctrl-C back until the block is done. Only the main thread is ever interrupted."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: held.append(number))
+    try:
+        yield
+    finally:
+        # None: it was not set from Python, and cannot be set again from here
+        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
+        if held:
+            signal.raise_signal(signal.SIGINT)
 
 
 def run_all(workers: Sequence[Worker], stop: Callable[[], None]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import re
 import sys
 import traceback
@@ -92,17 +91,8 @@ def _together(reasons: Sequence[str]) -> list[str]:
     lines = []
     for (place, why), group in groupby(map(split, reasons), lambda parts: parts[:2]):
         keys = [key for _, _, key in group]
-        start = os.path.commonprefix(keys)
-        end = os.path.commonprefix([key[len(start) :][::-1] for key in keys])[::-1]
-        if not place:
-            lines += [why] * len(keys)
-            continue
-        if 1 < len(keys) <= 3:
-            middles = [key[len(start) : len(key) - len(end)] for key in keys]
-            told = f"{start}{{{','.join(middles)}}}{end}"
-        else:
-            told = keys[0] + (f" and {len(keys) - 1:,} more" if len(keys) > 1 else "")
-        lines.append(f"{place}: {told}: {why}")
+        more = f" and {len(keys) - 1:,} more" if len(keys) > 1 else ""
+        lines += [f"{place}: {keys[0]}{more}: {why}"] if place else [why] * len(keys)
     return lines
 
 

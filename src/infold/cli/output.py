@@ -10,7 +10,10 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import TextIO, TypeVar
+from typing import TYPE_CHECKING, TextIO, TypeVar
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer as Buffer
 
 __all__ = ["complain", "entry", "finish", "fold", "plural", "protect_streams", "table"]
 
@@ -20,11 +23,11 @@ Row = TypeVar("Row")
 class _Pipe(io.FileIO):
     """A stream whose reader may leave, as `head` does: the verb does its work all the same."""
 
-    def write(self, data: bytes) -> int:  # type: ignore[override]
+    def write(self, data: Buffer, /) -> int:
         try:
             return super().write(data)
         except BrokenPipeError:
-            return len(memoryview(data))
+            return memoryview(data).nbytes
 
 
 def protect_streams() -> None:
@@ -55,7 +58,8 @@ def finish() -> OSError | None:
 
 def complain(text: str) -> None:
     """One line on standard error."""
-    print(f"infold: {text}", file=sys.stderr)
+    if sys.stderr is not None:
+        print(f"infold: {text}", file=sys.stderr)
 
 
 def _width() -> int | None:
@@ -81,13 +85,17 @@ def entry(label: str, text: str, column: int = 9) -> str:
 
 
 def table(rows: Iterable[Sequence[str]]) -> str:
-    """Rows in columns, two spaces apart, indented by two. Nothing is cut."""
+    """Rows in columns, two spaces apart, indented by two. Nothing is cut: where a terminal is too
+    narrow, the first column has lines of its own."""
     listed = [list(row) for row in rows]
     widths = [max(map(len, column)) for column in zip(*listed, strict=True)]
-    return "\n".join(
-        "  " + "  ".join(map(str.ljust, row, widths)).rstrip()  # pad
-        for row in listed
-    )
+    screen = _width()
+    if screen is not None and sum(widths) + 2 * len(widths) > screen:
+        rests = ["  ".join(filter(None, row[1:])) for row in listed]
+        return "\n".join(
+            f"  {row[0]}\n{entry('', rest, 6)}" for row, rest in zip(listed, rests, strict=True)
+        )
+    return "\n".join("  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in listed)
 
 
 def plural(word: str, count: int) -> str:
@@ -98,7 +106,7 @@ def plural(word: str, count: int) -> str:
 def fold(
     rows: Iterable[Row], name: Callable[[Row], str], alike: Callable[[Row], Hashable]
 ) -> list[tuple[str, list[Row]]]:
-    """Rows that are alike and whose names differ by numbers alone, under one name: `layers.0-29.mlp`.
+    """Rows that are alike and whose names differ by numbers alone, as one: `layers.0-29.mlp`.
 
     Numbers in two places are folded where every combination is there: all experts of all layers.
     """
