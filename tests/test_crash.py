@@ -112,8 +112,10 @@ class Place:
         """An output of an earlier merge, with one file that the new one will not have."""
         if not self.old.exists():
             other = handmade.lora(self.root / "other", EDITED, seed=9)
+            extra = self.base / "extra.txt"
+            extra.write_text("of the old output")
             infold.merge(self.base, other, self.old)
-            (self.old / "extra.txt").write_text("of the old output")
+            extra.unlink()
         shutil.copytree(self.old, self.out)
 
     def clear(self) -> None:

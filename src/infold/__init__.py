@@ -14,12 +14,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from infold.errors import CorruptFile, InfoldError, ProofFailed, Refusal, StorageFailure
-from infold.merge.receipt import Receipt
-from infold.verify.verdict import Offender, Verdict
 from infold.version import __version__
+
+if TYPE_CHECKING:
+    from infold.merge.receipt import Receipt
+    from infold.verify.verdict import Offender, Verdict
 
 __all__ = [
     "CorruptFile",
@@ -40,6 +42,8 @@ __all__ = [
 # do that now (the rooms' __init__ import nothing), and let the functions below take the names.
 for _room in ("merge", "verify", "inspect"):
     import_module(f"infold.{_room}")
+
+_TYPES = {"Offender": "verify.verdict", "Receipt": "merge.receipt", "Verdict": "verify.verdict"}
 
 PathLike = str | os.PathLike[str]
 Progress = Callable[[int, int], None]
@@ -167,6 +171,13 @@ def verify(
     if merged is None:
         raise TypeError("verify takes (merged) or (base, adapters, merged)")
     return verify_checkpoint(base, given, merged, progress=progress)
+
+
+def __getattr__(name: str) -> Any:
+    """The types of results, loaded when they are asked for."""
+    if name not in _TYPES:
+        raise AttributeError(f"module 'infold' has no attribute {name!r}")
+    return getattr(import_module(f"infold.{_TYPES[name]}"), name)
 
 
 def _listed(adapters: PathLike | Sequence[PathLike]) -> list[PathLike]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -130,4 +131,5 @@ def run() -> None:
     if (unwritten := finish()) is not None:
         complain(f"standard output: {unwritten.strerror}")
         code = code or 3
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is told: the exit code is the work's
     sys.exit(code)

@@ -13,10 +13,10 @@ from infold.cli.edits import edits_text
 from infold.cli.output import entry, plural
 from infold.cli.progress import byte_progress
 from infold.cli.startup import lasting_imports
-from infold.merge.receipt import Receipt
 from infold.sizes import bytes_text
 
 if TYPE_CHECKING:
+    from infold.merge.receipt import Receipt
     from infold.plan.edits import Plan
 
 
