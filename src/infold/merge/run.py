@@ -205,7 +205,8 @@ def _execute(
             device=str(prepared.device),
         )
         staging.write_bytes(RECEIPT, receipt.to_json().encode(errors="backslashreplace"))
-        _check_output(path, plan, prepared.force)  # what came meanwhile is not lost either
+        if prepared.force:
+            _check_output(path, plan, True)  # what came meanwhile is not lost either
         staging.publish()
     return receipt
 
