@@ -33,9 +33,10 @@ def origin_notes(base: Checkpoint, adapters: Sequence[Adapter]) -> list[str]:
                 "fit, but is it the same model?"
             )
     places = [adapter.path.resolve() for adapter in adapters]
-    for place in dict.fromkeys(places):
-        if (count := places.count(place)) > 1:
-            notes.append(f"{place} is given {count} times, so its change is made {count} times")
+    for number, place in enumerate(places):
+        if (count := places.count(place)) > 1 and places.index(place) == number:
+            path = adapters[number].path
+            notes.append(f"{path} is given {count} times, so its change is made {count} times")
     return notes
 
 
