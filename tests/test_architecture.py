@@ -14,21 +14,23 @@ import pytest
 import infold
 
 ROOT = Path(infold.__file__).parent
-FREE = {"errors", "version", "sizes", "workers"}  # every room may import these
+FREE = {"errors", "version", "dtypes", "sizes", "workers"}  # every room may import these
 LEAVES = {"adapters", "formats", "checkpoint"}
 MAY_IMPORT = {
     "errors": set(),
     "version": set(),
     "sizes": set(),
     "workers": set(),
+    "dtypes": set(),
     "adapters": set(),
     "formats": set(),
     "checkpoint": set(),
     "plan": LEAVES,
-    "merge": LEAVES | {"plan"},
+    "edit": {"adapters", "formats"},
+    "merge": LEAVES | {"plan", "edit"},
     "verify": LEAVES | {"plan"},
     "inspect": LEAVES | {"plan"},
-    "cli": LEAVES | {"plan", "merge", "verify", "inspect"},
+    "cli": LEAVES | {"plan", "edit", "merge", "verify", "inspect"},
 }
 
 
@@ -72,7 +74,7 @@ def test_every_room_has_its_arrows() -> None:
 def test_verify_runs_without_merge_being_loaded() -> None:
     code = (
         "import sys, infold.verify.weights;"
-        "print([m for m in sys.modules if m.startswith('infold.merge.')])"
+        "print([m for m in sys.modules if m.startswith(('infold.merge.', 'infold.edit'))])"
     )
     loaded = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True

@@ -1,0 +1,301 @@
+"""An adapter of a model in memory <-> a folder in PEFT's layout."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from infold.checkpoint.adapter import Adapter as AdapterFile
+from infold.checkpoint.adapter import open_adapter
+from infold.errors import Refusal
+from infold.tuners.config import IA3Config, LoraConfig, TunerConfig, read_config
+from infold.tuners.layers import Adapted, AdaptedEmbedding, kind_of
+from infold.tuners.select import Selection, matches, modules_of
+
+if TYPE_CHECKING:
+    from infold.tuners.model import AdaptedModel
+
+__all__ = ["load", "save"]
+
+PREFIX = "base_model.model."
+WEIGHTS = "adapter_model.safetensors"
+_ENDINGS = {
+    "lora_A": ".lora_A.weight",
+    "lora_B": ".lora_B.weight",
+    "lora_bias": ".lora_B.bias",
+    "lora_magnitude_vector": ".lora_magnitude_vector",
+    "ia3_l": ".ia3_l",
+}
+_TABLE_ENDINGS = _ENDINGS | {"lora_A": ".lora_embedding_A", "lora_B": ".lora_embedding_B"}
+_INSIDE = ".base_layer.out_proj"  # PEFT's path of what MultiheadAttention holds
+
+
+# --- saving --------------------------------------------------------------------------------------
+
+
+def save(
+    model: AdaptedModel,
+    folder: str | os.PathLike[str],
+    names: Sequence[str],
+    state: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write adapters: "default" into the folder, each other one into a folder of its name."""
+    for name in names:
+        place = Path(folder) / ("" if name == "default" else name)
+        place.mkdir(parents=True, exist_ok=True)
+        draft = place / f".{WEIGHTS}.{os.getpid()}"
+        tensors = tensors_of(model, name, state)
+        safetensors.torch.save_file(tensors, draft, metadata={"format": "pt"})
+        with draft.open("rb") as file:
+            os.fsync(file.fileno())
+        draft.replace(place / WEIGHTS)
+        _as_saved(model, model._attached.configs[name]).save_pretrained(place)
+
+
+def tensors_of(
+    model: AdaptedModel, name: str, state: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """What an adapter's file holds: key -> tensor on the CPU."""
+    attached = model._attached
+    found: dict[str, Tensor] = {}
+
+    def put(key: str, parameter: str, own: Tensor) -> None:
+        value = own if state is None or parameter not in state else state[parameter]
+        found[PREFIX + key] = value.detach().to("cpu").contiguous().clone()
+
+    for path, layer in attached.layers.items():
+        if name not in layer.adapters:
+            continue
+        endings = _TABLE_ENDINGS if isinstance(layer, AdaptedEmbedding) else _ENDINGS
+        for part, value in cast(Any, layer.adapters[name]).parts.items():
+            put(
+                key_path(attached.layers, path) + endings[part],
+                f"{path}.adapters.{name}.{part}",
+                value,
+            )
+    for path, module in attached.whole.items():
+        if name in module.adapters:
+            for part, value in module.adapters[name].state_dict().items():
+                put(f"{path}.{part}", f"{path}.adapters.{name}.{part}", value)
+    biases = attached.biases.get(name)
+    for path in biases.parameters if biases else ():
+        assert biases is not None
+        module_path = path.rpartition(".")[0]
+        wrapped = ".base_layer" if module_path in attached.layers else ""
+        value = biases.parameters[path].data if biases.on else biases.others[path]
+        put(f"{module_path}{wrapped}.bias" if path.endswith(".bias") else path, path, value)
+    return found
+
+
+def key_path(layers: Mapping[str, nn.Module], path: str) -> str:
+    """A layer's path as PEFT writes it."""
+    parent, _, last = path.rpartition(".")
+    inner = last == "out_proj" and isinstance(layers.get(parent), nn.MultiheadAttention)
+    return parent + _INSIDE if inner else path
+
+
+def _as_saved(model: nn.Module, config: TunerConfig) -> TunerConfig:
+    """The config for the file: the base's name, and patterns that PEFT reads as we do."""
+    base = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    config = replace(
+        config,
+        base_model_name_or_path=config.base_model_name_or_path or base,
+        inference_mode=True,
+    )
+    if isinstance(config, IA3Config) and isinstance(config.feedforward_modules, list):
+        targets = [p for p in modules_of(model) if matches(config.target_modules, p)]
+        inner = tuple(config.feedforward_modules)
+        if any(p.endswith(inner) != matches(config.feedforward_modules, p) for p in targets):
+            # PEFT takes `v` for an ending of `kv` too; of a pattern it asks a full match
+            pattern = "|".join(inner).replace(".", r"\.")
+            config = replace(config, target_modules=_pattern(config.target_modules))
+            config.feedforward_modules = rf"(.*\.)?({pattern})"
+    return config
+
+
+def _pattern(names: Any) -> Any:
+    if isinstance(names, list):
+        return r"(.*\.)?({})".format("|".join(names).replace(".", r"\."))
+    return names
+
+
+# --- loading -------------------------------------------------------------------------------------
+
+
+def load(
+    model: AdaptedModel, path: str | os.PathLike[str], name: str, trainable: bool = False
+) -> None:
+    """Add the adapter of a folder or Hub id. Raises Refusal for any tensor without a place."""
+    from infold.tuners.model import insert
+
+    file = open_adapter(path)
+    config = read_config(file.config, f"{file.path}/adapter_config.json")
+    config = replace(config, inference_mode=not trainable)
+    modules = modules_of(model)
+    parts, plain = _group(file)
+    problems: list[str] = []
+    layers: dict[str, nn.Module] = {}
+    inner: set[str] = set()
+    for place, keys in parts.items():
+        problem = _misfit(place, keys, modules, file, config)
+        if problem:
+            problems.append(f"{file.path}: {next(iter(keys.values()))}: {problem}")
+            continue
+        layers[place] = modules[place]
+        if "ia3_l" in keys and _side(place, file.tensors[keys["ia3_l"]].shape, config) == "in":
+            inner.add(place)
+    whole = {p: m for p, m in modules.items() if matches(config.modules_to_save, p)}
+    biased = isinstance(config, LoraConfig) and config.bias != "none"
+    parameters = dict(model.named_parameters())
+    copies: dict[str, str] = {}
+    biases: dict[str, str] = {}
+    for key in plain:
+        target = key.removeprefix(PREFIX).replace(".base_layer", "")
+        owner = next((p for p in whole if target.startswith(f"{p}.")), None)
+        if owner is not None:
+            copies[key] = target
+        elif biased and target.endswith("bias") and target in parameters:
+            biases[key] = target
+        else:
+            problems.append(
+                f"{file.path}: {key}: has no place in the model{_near(target, modules)}"
+            )
+    if not parts and not problems:
+        problems.append(f"{file.path}: holds no adapter tensors")
+    if problems:
+        raise Refusal(problems)
+    selection = Selection(
+        config,
+        {p: m for p, m in layers.items() if not _is_inner(p, modules)},
+        frozenset(inner),
+        whole,
+    )
+    loaded = {
+        place: {part: file.read(key) for part, key in keys.items()} for place, keys in parts.items()
+    }
+    insert(model, name, selection, loaded)
+    _fill(model, name, file, copies, biases)
+
+
+def _fill(
+    model: AdaptedModel,
+    name: str,
+    file: AdapterFile,
+    copies: dict[str, str],
+    biases: dict[str, str],
+) -> None:
+    """Put the plain tensors of the file into copies of modules and into trained biases."""
+    attached = model._attached
+    with torch.no_grad():
+        for key, target in copies.items():
+            owner = next(p for p in attached.whole if target.startswith(f"{p}."))
+            state = attached.whole[owner].adapters[name].state_dict()
+            own = state.get(target.removeprefix(f"{owner}."))
+            value = file.read(key)
+            if own is None or own.shape != value.shape:
+                shape = "none" if own is None else list(own.shape)
+                model.delete_adapter(name)
+                raise Refusal(
+                    f"{file.path}: {key}: shape {list(value.shape)}, the model has {shape}"
+                )
+            own.copy_(value)
+        for key, target in biases.items():
+            record = attached.biases[name]
+            own = record.parameters[target].data if record.on else record.others[target]
+            own.copy_(file.read(key))
+
+
+def _group(file: AdapterFile) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """The keys of a file: {module path: {part: key}}, and those of plain tensors."""
+    parts: dict[str, dict[str, str]] = {}
+    plain: list[str] = []
+    endings = {
+        ending: part for table in (_TABLE_ENDINGS, _ENDINGS) for part, ending in table.items()
+    } | {".lora_magnitude_vector.weight": "lora_magnitude_vector"}
+    for key in file.tensors:
+        ending = next((e for e in endings if key.endswith(e)), None)
+        if ending is None or not key.startswith(PREFIX):
+            plain.append(key)
+            continue
+        place = key.removeprefix(PREFIX).removesuffix(ending).replace(".base_layer", "")
+        parts.setdefault(place, {})[endings[ending]] = key
+    return parts, plain
+
+
+def _is_inner(path: str, modules: Mapping[str, nn.Module]) -> bool:
+    return isinstance(modules.get(path.rpartition(".")[0]), nn.MultiheadAttention)
+
+
+def _misfit(
+    place: str,
+    keys: Mapping[str, str],
+    modules: Mapping[str, nn.Module],
+    file: AdapterFile,
+    config: TunerConfig,
+) -> str | None:
+    """Why the tensors for one module do not suit the model."""
+    module = modules.get(place)
+    kind = None if module is None else kind_of(module)
+    if module is None:
+        return f"the model has no module {place}{_near(place, modules)}"
+    if kind is None:
+        return f"{place} is a {type(module).__name__}, which takes no adapter"
+    method = getattr(config, "method", config.METHOD)
+    if method not in kind.METHODS:
+        return f"{method} does not exist for a {type(module).__name__}"
+    wanted = {
+        "ia3": {"ia3_l"},
+        "lora": {"lora_A", "lora_B"},
+        "dora": {"lora_A", "lora_B", "lora_magnitude_vector"},
+    }[method]
+    if isinstance(config, LoraConfig) and config.lora_bias:
+        wanted = wanted | {"lora_bias"}
+    if set(keys) != wanted:
+        return f"{place} has {', '.join(sorted(keys))}; {method} needs {', '.join(sorted(wanted))}"
+    geometry = kind.geometry(cast(Adapted, module))
+    shapes = {part: file.tensors[key].shape for part, key in keys.items()}
+    if "ia3_l" in shapes:
+        side = _side(place, shapes["ia3_l"], config)
+        length = geometry.outputs if side == "out" else geometry.inputs
+        if math.prod(shapes["ia3_l"]) != length:
+            return f"shape {list(shapes['ia3_l'])} for {length} {side}puts of {place}"
+        return None
+    assert isinstance(config, LoraConfig)
+    named = place.rpartition(".")[0] if _is_inner(place, modules) else place
+    rank = config.rank(named)
+    ones = tuple(1 for _ in geometry.kernel)
+    expected = {
+        "lora_A": (rank, geometry.inputs, *geometry.kernel),
+        "lora_B": (geometry.outputs, rank, *ones),
+    }
+    for part, shape in expected.items():
+        if shapes[part] != shape:
+            return f"{part} has shape {list(shapes[part])}; {place} needs {list(shape)}"
+    for part in ("lora_magnitude_vector", "lora_bias"):
+        if part in shapes and math.prod(shapes[part]) != geometry.outputs:
+            return f"{part} has not {geometry.outputs} elements"
+    return None
+
+
+def _side(place: str, shape: tuple[int, ...], config: TunerConfig) -> str:
+    """(out, 1) scales outputs, (1, in) inputs; where that says nothing, PEFT's own test does."""
+    if len(shape) == 2 and shape != (1, 1):
+        return "out" if shape[1] == 1 else "in"
+    wanted = getattr(config, "feedforward_modules", None) or []
+    if isinstance(wanted, str):
+        return "in" if matches(wanted, place) else "out"
+    return "in" if place.endswith(tuple(wanted)) else "out"
+
+
+def _near(path: str, modules: Mapping[str, nn.Module]) -> str:
+    close = difflib.get_close_matches(path, list(modules)[:4000], n=2, cutoff=0.5)
+    return f"; near it: {', '.join(close)}" if close else ""

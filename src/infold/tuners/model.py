@@ -1,0 +1,545 @@
+"""An adapted model: the same object, with the habits that people have from PEFT.
+
+The model keeps its class by name, its modules, and its parameters under their names; its class
+becomes a subclass, made here, that adds the methods below.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from infold.adapters import METHODS, Settings
+from infold.adapters.exact import slices_for
+from infold.dtypes import NAMES
+from infold.errors import Refusal
+from infold.tuners import files, merging
+from infold.tuners.config import IA3Config, LoraConfig, TunerConfig
+from infold.tuners.layers import Adapted, Adapter, Rows, Stage, adapt, restore
+from infold.tuners.select import Selection, select
+from infold.tuners.whole import Whole, add_whole, restore_whole
+
+__all__ = ["AdaptedModel", "Attached", "attach", "insert", "load"]
+
+BASE = "__base__"  # in adapter_names: a row that no adapter changes
+
+
+@dataclass
+class Biases:
+    """The biases of the base that one adapter trains. `others` are the values not in force."""
+
+    parameters: dict[str, nn.Parameter]
+    others: dict[str, Tensor]
+    on: bool = False
+
+    def switch(self, on: bool) -> None:
+        if on == self.on:
+            return
+        for name, parameter in self.parameters.items():
+            parameter.data, self.others[name] = self.others[name], parameter.data
+        self.on = on
+
+
+@dataclass
+class Attached:
+    """What a model knows of its adapters."""
+
+    frozen: dict[str, bool]  # parameter -> whether it was trainable before
+    configs: dict[str, TunerConfig] = field(default_factory=dict)
+    active: tuple[str, ...] = ()
+    enabled: bool = True
+    layers: dict[str, Adapted] = field(default_factory=dict)
+    whole: dict[str, Whole] = field(default_factory=dict)
+    biases: dict[str, Biases] = field(default_factory=dict)
+    rows: Rows = field(default_factory=Rows)
+    merged: merging.Merged = field(default_factory=lambda: merging.Merged())
+
+
+def attach(model: nn.Module, config: TunerConfig, name: str = "default") -> Any:
+    """Give a model an adapter, ready to be trained: `model` itself, with new methods.
+
+    All parameters of the base are frozen; those of the adapter are float32 where the base has 16
+    bits, and alone require a gradient. A second call adds a second adapter and makes it active.
+    Raises Refusal where the config does not suit the model, which is then unchanged.
+    """
+    if isinstance(model, AdaptedModel):
+        _check_name(model._attached, name)
+        selection = select(model, config)
+    else:
+        _check_name(None, name)
+        selection = select(model, config)
+        _become(model)
+    attached = cast(AdaptedModel, model)._attached
+    try:
+        insert(model, name, selection)
+    except BaseException:
+        if not attached.configs:
+            cast(AdaptedModel, model).unload()
+        raise
+    cast(AdaptedModel, model).set_adapter(name)
+    return model
+
+
+def load(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    name: str = "default",
+    trainable: bool = False,
+) -> Any:
+    """Attach a saved adapter, from a folder in PEFT's layout or the Hub, and make it active.
+
+    Raises Refusal for any tensor that has no place in the model, which is then unchanged.
+    """
+    fresh = not isinstance(model, AdaptedModel)
+    _check_name(None if fresh else cast(AdaptedModel, model)._attached, name)
+    if fresh:
+        _become(model)
+    adapted = cast(AdaptedModel, model)
+    try:
+        files.load(adapted, path, name, trainable)
+    except BaseException:
+        if fresh:
+            adapted.unload()
+        raise
+    adapted.set_adapter(name)
+    return model
+
+
+def _check_name(attached: Attached | None, name: str) -> None:
+    if not name or "." in name or name == BASE:
+        raise Refusal(f"an adapter cannot be called {name!r}: give a name without dots")
+    if attached is not None and name in attached.configs:
+        raise Refusal(f"there is an adapter {name!r} already; delete_adapter({name!r}) removes it")
+
+
+_classes: dict[type, type[nn.Module]] = {}
+
+
+def _class_for(cls: type[nn.Module]) -> type[nn.Module]:
+    """A subclass of a model's class, of the same name, with the methods of AdaptedModel."""
+    if cls in _classes:
+        return _classes[cls]
+    namespace: dict[str, Any] = {
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "_plain": cls,
+    }
+    for name in ("forward", "generate"):
+        if hasattr(cls, name):
+            namespace[name] = _by_rows(cls, name)
+    made = _classes[cls] = type(cls.__name__, (AdaptedModel, cls), namespace)
+    return made
+
+
+def _by_rows(cls: type[nn.Module], name: str) -> Any:
+    """A method of a model that also takes `adapter_names`."""
+    plain = getattr(cls, name)
+
+    @functools.wraps(plain)  # the Trainer reads forward's signature
+    def method(self: AdaptedModel, *args: Any, **kwargs: Any) -> Any:
+        names = kwargs.pop("adapter_names", None)
+        if names is None:
+            return plain(self, *args, **kwargs)
+        with self._each_row(names, args, kwargs):
+            return plain(self, *args, **kwargs)
+
+    return method
+
+
+def _become(model: nn.Module) -> None:
+    """Make a model an AdaptedModel without adapters."""
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    model.requires_grad_(False)
+    model.__class__ = _class_for(type(model))
+    cast(AdaptedModel, model)._attached = Attached(before)
+    if getattr(model, "is_gradient_checkpointing", False):
+        model.enable_input_require_grads()  # type: ignore[operator]
+
+
+def insert(
+    model: nn.Module,
+    name: str,
+    selection: Selection,
+    loaded: Mapping[str, Mapping[str, Tensor]] | None = None,
+) -> None:
+    """Add an adapter's parts to the layers of a selection; `loaded`: {path: {part: values}}."""
+    attached = cast(AdaptedModel, model)._attached
+    config = selection.config
+    if isinstance(config, LoraConfig) and config.bias != "none" and attached.biases:
+        other = next(iter(attached.biases))
+        raise Refusal(f"bias={config.bias!r}: the adapter {other!r} trains biases already")
+    for path, module in layers_of(selection).items():
+        layer = adapt(module, attached.rows)
+        attached.layers[path] = layer
+        settings, method = settings_of(config, path, layer, path in selection.feedforward)
+        own = _own_parameter(layer)
+        if loaded is not None:
+            parts = {part: value.clone() for part, value in loaded[path].items()}
+        else:
+            with torch.device("meta" if own.is_meta else "cpu"), torch.no_grad():
+                before = Stage(layer, layer._runs, (), {})
+                parts = METHODS[method].init(layer.geometry(), settings, before)
+        dtype = own.dtype if own.dtype in (torch.float32, torch.float64) else torch.float32
+        parts = {part: value.to(own.device, dtype) for part, value in parts.items()}
+        dropout = config.lora_dropout if isinstance(config, LoraConfig) else 0.0
+        layer.adapters[name] = Adapter(method, parts, settings, dropout)
+        layer.adapters[name].train(layer.training)
+        _keep_off_fast_path(model, path, layer)
+    for path, module in selection.whole.items():
+        attached.whole[path] = add_whole(module, name, attached.rows)
+    if isinstance(config, LoraConfig) and config.bias != "none":
+        attached.biases[name] = _biases(model, config, selection)
+    attached.configs[name] = config
+
+
+def layers_of(selection: Selection) -> dict[str, nn.Module]:
+    """Path -> module that holds an adapter: MultiheadAttention also has one on its out_proj."""
+    found = {}
+    for path, module in selection.layers.items():
+        found[path] = module
+        if isinstance(module, nn.MultiheadAttention):
+            found[f"{path}.out_proj"] = module.out_proj
+    return found
+
+
+def settings_of(
+    config: TunerConfig, path: str, layer: Adapted, feedforward: bool
+) -> tuple[Settings, str]:
+    """The settings and the method of one layer, the same as the merge of checkpoints takes."""
+    geometry = layer.geometry()
+    if isinstance(config, IA3Config):
+        side = "in" if feedforward else "out"
+        settings = Settings(
+            side=side,
+            kernel=math.prod(geometry.kernel) if side == "in" else 1,
+            groups=int(getattr(layer, "groups", 1)) if side == "in" and geometry.kernel else 1,
+            out=geometry.outputs,
+            start=config.init_ia3_weights,
+        )
+        return settings, "ia3"
+    assert isinstance(config, LoraConfig)
+    # PEFT up to 0.21 adds the update of MultiheadAttention's out_proj twice, in training too
+    inner = isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear)
+    times, named = (2, path.rpartition(".")[0]) if inner else (1, path)
+    rank = config.rank(named)
+    stored = NAMES.get(_own_parameter(layer).dtype, "F32")
+    settings = Settings(
+        scaling=times * config.scaling(named),
+        slices=slices_for(stored, rank),
+        out=geometry.outputs,
+        rank=rank,
+        start=config.init_lora_weights,
+        with_bias=config.lora_bias,
+    )
+    return settings, config.method
+
+
+def _own_parameter(layer: nn.Module) -> Tensor:
+    """The weight of a layer, or whatever it has that tells its device and dtype."""
+    for name in ("weight", "in_proj_weight"):
+        weight = getattr(layer, name, None)
+        if isinstance(weight, Tensor):
+            return weight
+    own = (*layer.parameters(recurse=False), *layer.buffers(recurse=False))
+    return own[0] if own else torch.empty(0)
+
+
+def _keep_off_fast_path(model: nn.Module, path: str, layer: nn.Module) -> None:
+    """nn.TransformerEncoderLayer can read weights without calling the layers; hooks forbid it."""
+    while path:
+        path = path.rpartition(".")[0]
+        if isinstance(model.get_submodule(path), nn.TransformerEncoderLayer):
+            if not layer._forward_pre_hooks:
+                layer.register_forward_pre_hook(_nothing)
+            return
+
+
+def _nothing(module: nn.Module, args: Any) -> None: ...
+
+
+def _take_hook(layer: nn.Module) -> None:
+    for key, hook in list(layer._forward_pre_hooks.items()):
+        if hook is _nothing:
+            del layer._forward_pre_hooks[key]
+
+
+def _biases(model: nn.Module, config: LoraConfig, selection: Selection) -> Biases:
+    own = {
+        path: parameter
+        for path, parameter in model.named_parameters()
+        if path.endswith("bias")
+        and ".adapters." not in path
+        and (config.bias == "all" or path.rpartition(".")[0] in selection.layers)
+    }
+    return Biases(own, {name: parameter.detach().clone() for name, parameter in own.items()})
+
+
+class AdaptedModel(nn.Module):
+    """What an adapted model's class has before the class that it was."""
+
+    _attached: Attached
+
+    # --- which adapters are in force ---------------------------------------------------------
+
+    @property
+    def peft_config(self) -> dict[str, TunerConfig]:
+        """Adapter name -> its config."""
+        return self._attached.configs
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return list(self._attached.active)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        active = self.active_adapters
+        return active[0] if len(active) == 1 else active
+
+    def add_adapter(self, adapter_name: str, peft_config: TunerConfig) -> None:
+        """Add an adapter without making it active."""
+        active = self.active_adapters
+        attach(self, peft_config, adapter_name)
+        self.set_adapter(active or adapter_name)
+
+    def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
+        """Put these adapters in force, in this order, and make them the ones that are trained."""
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        self._known(names)
+        self._attached.active = tuple(dict.fromkeys(names))
+        self._refresh()
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Inside of the `with`, the model is the base, bit for bit."""
+        attached = self._attached
+        was = attached.enabled
+        attached.enabled = False
+        self._refresh()
+        try:
+            yield
+        finally:
+            attached.enabled = was
+            self._refresh()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; one that is merged is taken out of the weights first."""
+        self._known([adapter_name])
+        attached = self._attached
+        if adapter_name in attached.merged.names:
+            self.unmerge_adapter([adapter_name])
+        if adapter_name in attached.biases:
+            attached.biases.pop(adapter_name).switch(False)
+        for path, layer in list(attached.layers.items()):
+            if adapter_name in layer.adapters:
+                del layer.adapters[adapter_name]
+            if not len(layer.adapters):
+                _take_hook(layer)
+                restore(layer)
+                del attached.layers[path]
+        for path, module in list(attached.whole.items()):
+            if adapter_name in module.adapters:
+                del module.adapters[adapter_name]
+            if not len(module.adapters):
+                restore_whole(module)
+                del attached.whole[path]
+        del attached.configs[adapter_name]
+        attached.active = tuple(name for name in attached.active if name != adapter_name)
+        self._refresh()
+
+    def _known(self, names: Sequence[str]) -> None:
+        strangers = [name for name in names if name not in self._attached.configs]
+        if strangers:
+            known = ", ".join(self._attached.configs) or "none"
+            raise Refusal(f"there is no adapter {', '.join(strangers)}; there are: {known}")
+
+    def _refresh(self) -> None:
+        """Bring layers, biases, weights and gradients in line with what is active."""
+        attached = self._attached
+        attached.merged.show(attached.enabled)
+        running = [n for n in attached.active if n not in attached.merged.names]
+        for layer in attached.layers.values():
+            adapters = {n: cast(Adapter, layer.adapters[n]) for n in layer.adapters}
+            layer._runs = tuple(adapters[n] for n in running if n in adapters and attached.enabled)
+            for name, adapter in adapters.items():
+                adapter.requires_grad_(self._trains(name))
+        for module in attached.whole.values():
+            own = [n for n in attached.active if n in module.adapters]
+            module._in_force = own[-1] if own and attached.enabled else None
+            for name in module.adapters:
+                module.adapters[name].requires_grad_(self._trains(name))
+        for name, biases in attached.biases.items():
+            biases.switch(attached.enabled and name in attached.active)
+            for parameter in biases.parameters.values():
+                parameter.requires_grad_(self._trains(name))
+
+    def _trains(self, name: str) -> bool:
+        config = self._attached.configs[name]
+        return name in self._attached.active and not config.inference_mode
+
+    # --- one adapter for each row ------------------------------------------------------------
+
+    @contextmanager
+    def _each_row(
+        self, names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Iterator[None]:
+        attached = self._attached
+        self._known([name for name in dict.fromkeys(names) if name != BASE])
+        if attached.merged.names:
+            merged = ", ".join(attached.merged.names)
+            raise Refusal(f"adapter_names: {merged} is merged into the weights; unmerge it first")
+        if not attached.enabled:
+            raise Refusal("adapter_names inside of disable_adapter()")
+        if attached.biases:
+            raise Refusal("adapter_names: an adapter that trains biases has them in every row")
+        inputs = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim())
+        first = next(inputs, None)
+        if first is not None and len(first) != len(names):
+            raise Refusal(f"{len(names)} adapter_names for a batch of {len(first)}")
+        used = tuple(dict.fromkeys(name for name in names if name != BASE))
+        places = {name: number for number, name in enumerate(used)} | {BASE: len(used)}
+        rows = attached.rows
+        was = (rows.names, rows.index)
+        rows.names, rows.index = used, torch.tensor([places[name] for name in names])
+        try:
+            yield
+        finally:
+            rows.names, rows.index = was
+
+    # --- merging -----------------------------------------------------------------------------
+
+    def merge_adapter(
+        self, adapter_names: Sequence[str] | None = None, safe_merge: bool = True
+    ) -> None:
+        """Merge adapters (default: the active ones) into the weights, as `infold merge` would.
+
+        The base's tensors are kept beside, so that unmerge_adapter restores them bit for bit.
+        Raises Refusal, with the model unchanged, where a value would not be finite. safe_merge is
+        there for PEFT's sake: that check is always made.
+        """
+        names = self.active_adapters if adapter_names is None else list(adapter_names)
+        self._known(names)
+        attached = self._attached
+        new = [name for name in names if name not in attached.merged.names]
+        attached.merged = merging.merged(self, attached.merged, (*attached.merged.names, *new))
+        self._refresh()
+
+    def unmerge_adapter(self, adapter_names: Sequence[str] | None = None) -> None:
+        """Take adapters (default: all that are merged) out of the weights again, exactly."""
+        attached = self._attached
+        gone = attached.merged.names if adapter_names is None else adapter_names
+        self._known(gone)
+        left = tuple(name for name in attached.merged.names if name not in gone)
+        attached.merged = merging.merged(self, attached.merged, left)
+        self._refresh()
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = True,
+        adapter_names: Sequence[str] | None = None,
+        dequantize: torch.dtype | None = None,
+    ) -> Any:
+        """Merge adapters (default: the active ones) for good: the plain model, in its own class.
+
+        dequantize: a dtype for 4 and 8 bit layers that an adapter changes; without it a Refusal.
+        The result has the bytes that `infold merge` writes. Raises Refusal as merge_adapter.
+        """
+        names = self.active_adapters if adapter_names is None else list(adapter_names)
+        self._known(names)
+        attached = self._attached
+        attached.merged = merging.merged(
+            self, attached.merged, tuple(names), keep=False, dequantize=dequantize
+        )
+        for module in attached.whole.values():
+            own = [n for n in names if n in module.adapters]
+            module._in_force = own[-1] if own else None
+        for name, biases in attached.biases.items():
+            biases.switch(name in names)
+        return self._plain_again(keep=True)
+
+    def unload(self) -> Any:
+        """Remove all adapters: the base again, bit for bit, in its own class."""
+        attached = self._attached
+        attached.merged = merging.merged(self, attached.merged, ())
+        for module in attached.whole.values():
+            module._in_force = None
+        for biases in attached.biases.values():
+            biases.switch(False)
+        return self._plain_again(keep=False)
+
+    def _plain_again(self, keep: bool) -> nn.Module:
+        attached = self._attached
+        attached.merged.commit(self)
+        for layer in attached.layers.values():
+            _take_hook(layer)
+            restore(layer)
+        for module in attached.whole.values():
+            restore_whole(module, keep)
+        del self._attached
+        self.__class__ = type(self)._plain  # type: ignore[attr-defined]
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(attached.frozen.get(name, False))
+        return self
+
+    # --- files and figures -------------------------------------------------------------------
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        selected_adapters: Sequence[str] | None = None,
+        state_dict: Mapping[str, Tensor] | None = None,
+        is_main_process: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """Write the adapters in PEFT's layout: `default` into the folder, others into folders in
+        it. state_dict: where the values come from, if not from the model (FSDP gathers one)."""
+        names = list(self._attached.configs if selected_adapters is None else selected_adapters)
+        self._known(names)
+        if is_main_process:
+            files.save(self, save_directory, names, state_dict)
+
+    def load_adapter(
+        self,
+        model_id: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Add a saved adapter, from a folder or the Hub, without making it active."""
+        _check_name(self._attached, adapter_name)
+        files.load(self, model_id, adapter_name, is_trainable)
+        self._refresh()
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trainable, all) parameters; two 4-bit weights share a byte."""
+        sizes = []
+        for parameter in self.parameters():
+            packed = type(parameter).__name__ == "Params4bit"
+            bytes_each = getattr(getattr(parameter, "quant_storage", None), "itemsize", 1)
+            count = parameter.numel() * (2 * bytes_each if packed else 1)
+            sizes.append((count if parameter.requires_grad else 0, count))
+        return sum(one for one, _ in sizes), sum(count for _, count in sizes)
+
+    def print_trainable_parameters(self) -> None:
+        trainable, total = self.get_nb_trainable_parameters()
+        share = 100 * trainable / max(total, 1)
+        print(
+            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}"
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuild, (type(self)._plain,), self.__dict__  # type: ignore[attr-defined]
+
+
+def _rebuild(cls: type[nn.Module]) -> nn.Module:
+    made = _class_for(cls)
+    return made.__new__(made)

@@ -1,0 +1,98 @@
+"""modules_to_save: modules that an adapter trains whole, such as the head of a classifier.
+
+As with adapted layers, the module stays what it is; its class becomes a subclass whose `forward`
+goes to the copy that the active adapter trains, if it has one.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from infold.errors import Refusal
+from infold.tuners.layers import Rows
+
+__all__ = ["Whole", "add_whole", "restore_whole"]
+
+
+class Whole(nn.Module):
+    """What such a module's class has before the class that it was."""
+
+    adapters: nn.ModuleDict
+    _in_force: str | None  # the adapter whose copy runs
+    _rows: Rows
+
+    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._rows.index is not None:
+            return self._mixed(x, args, kwargs)
+        if self._in_force is not None:
+            return self.adapters[self._in_force](x, *args, **kwargs)
+        return super().forward(x, *args, **kwargs)
+
+    def _mixed(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Each row through its own adapter's copy."""
+        y = cast(Tensor, super().forward(x, *args, **kwargs))
+        index = self._rows.spread(x.shape[0], x.device)
+        for number, name in enumerate(self._rows.names):
+            if name in self.adapters:
+                rows = (index == number).nonzero().flatten()
+                y = y.index_copy(0, rows, self.adapters[name](x[rows], *args, **kwargs))
+        return y
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuild, (type(self)._plain,), self.__dict__  # type: ignore[attr-defined]
+
+
+_classes: dict[type, type[nn.Module]] = {}
+
+
+def _class_for(cls: type[nn.Module]) -> type[nn.Module]:
+    made = _classes.get(cls)
+    if made is None:
+        namespace = {"__module__": __name__, "_plain": cls}
+        made = _classes[cls] = type(f"Whole{cls.__name__}", (Whole, cls), namespace)
+    return made
+
+
+def _rebuild(cls: type[nn.Module]) -> nn.Module:
+    made = _class_for(cls)
+    return made.__new__(made)
+
+
+def add_whole(module: nn.Module, name: str, rows: Rows) -> Whole:
+    """Give a module a copy that the adapter `name` trains."""
+    if not isinstance(module, Whole):
+        if hasattr(module, "adapters"):
+            raise Refusal(f"modules_to_save: a {type(module).__name__} has an adapter already")
+        own = copy.deepcopy(module)
+        module.__class__ = _class_for(type(module))
+        whole = cast(Whole, module)
+        whole.adapters, whole._in_force, whole._rows = nn.ModuleDict(), None, rows
+    else:
+        whole = module
+        own = _base_of(whole)
+    own.requires_grad_(True)
+    whole.adapters[name] = own
+    return whole
+
+
+def _base_of(module: Whole) -> nn.Module:
+    """A copy of the module as it was."""
+    own = copy.deepcopy(module)
+    restore_whole(own)
+    return own
+
+
+def restore_whole(module: Whole, keep: bool = False) -> nn.Module:
+    """The module as it was; with `keep`, with the parameters of the copy in force."""
+    inner = module.adapters[module._in_force] if keep and module._in_force else None
+    plain = type(module)._plain  # type: ignore[attr-defined]
+    del module.adapters
+    del module._in_force, module._rows
+    module.__class__ = plain
+    if inner is not None:
+        module._parameters, module._buffers = inner._parameters, inner._buffers
+        module._modules = inner._modules
+    return module
