@@ -12,6 +12,7 @@ from torch import nn
 from infold.errors import Refusal
 from infold.tuners.config import IA3Config, LoraConfig, Names, TunerConfig
 from infold.tuners.layers import KINDS, Adapted, kind_of
+from infold.tuners.targets import find_targets
 
 __all__ = ["Selection", "matches", "modules_of", "select"]
 
@@ -95,8 +96,6 @@ def _with_targets(
     model: nn.Module, modules: dict[str, nn.Module], config: TunerConfig
 ) -> TunerConfig:
     """The config with targets, feed-forward modules and trained heads filled in."""
-    from infold.tuners.targets import find_targets
-
     if config.task_type in ("SEQ_CLS", "TOKEN_CLS"):
         heads = [h for h in _HEADS if any(matches([h], path) for path in modules)]
         saved = list(config.modules_to_save or [])

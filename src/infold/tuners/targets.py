@@ -1,0 +1,407 @@
+"""Which modules an adapter goes on when the caller names none.
+
+IA³ scales keys, values and the inner activations of the feed-forward network (Liu et al. 2022,
+section 3.3); LoRA updates the query and value projections (Hu et al. 2021, section 4.2). Both are
+found from the module tree, so a new architecture needs no entry here:
+
+  attention      linear children of one module whose names say key and value (`k_proj`, `linear_k`,
+                 `key`, `kv_b_proj`, `qkv`), or the widening child of an attention module (`c_attn`)
+  feed-forward   in a numbered block, outside of its attention, a layer h -> i before one i -> h
+
+All towers of a model are meant: of a vision-language model also the vision encoder. State-space
+mixers, convolution modules, projectors between towers, embeddings and output heads are not.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence, Set
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import nn
+
+from infold.errors import Refusal
+
+__all__ = ["Targets", "find_targets"]
+
+# What PEFT's defaults do beyond the structure: an adapter must fit what others trained.
+_IA3_ROLES = dict.fromkeys(
+    (
+        "bart",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "gpt_neo",
+        "gptj",
+        "llama4",
+        "phi",
+        "qwen2",
+        "qwen3",
+    ),
+    frozenset("qv"),
+) | {"opt": frozenset("qk")}
+_ENDINGS = {
+    ("ia3", "mt5"): ("k", "v", "wi_1"),  # wi_1 as a layer whose outputs are scaled
+    ("lora", "phi"): ("q_proj", "v_proj", "fc1", "fc2"),
+    ("lora", "nemotron_h"): ("q_proj", "k_proj", "v_proj", "o_proj"),
+    ("lora", "rwkv"): ("key", "value", "receptance", "output"),
+}
+_LANGUAGE_ONLY = {("lora", "blip-2"), ("lora", "gemma4")}
+_TEXT_FEEDFORWARD_ONLY = {("ia3", "llama4")}
+
+_ROLES = {word: role for role, words in {
+    "q": "q query queries wq", "k": "k key keys wk", "v": "v value values wv",
+    "qk": "qk", "kv": "kv wkv", "qkv": "qkv wqkv qkvz",
+}.items() for word in words.split()}  # fmt: skip
+# A name with one of these is not what attention compares or mixes, whatever else it says.
+_OTHER_ROLES = frozenset(("pos", "position", "rel", "relative", "sine", "gate", "bias", "index"))
+_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+_FEEDFORWARD = re.compile(r"mlp|ffn?\b|feed_?forward|expert|intermediate", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Trailing paths of modules, by whole components, as PEFT's config fields take them.
+
+    modules:     `target_modules`, for example ("down_proj", "k_proj", "v_proj")
+    feedforward: `feedforward_modules`: those of `modules` whose inputs IA³ scales; () for LoRA
+    """
+
+    modules: tuple[str, ...]
+    feedforward: tuple[str, ...]
+
+
+def find_targets(model: nn.Module, method: str) -> Targets:
+    """Where adapters of a method ("ia3" or "lora", which DoRA shares) go by default.
+
+    Reads the module tree, no values: a model on the meta device will do. For the model types that
+    PEFT 0.21 has defaults for, the modules hit are the same as PEFT's.
+
+    Warns (UserWarning) when a part that the method adapts is not made of modules: experts fused
+    into 3-D parameters, attention with its projections in one parameter; and when there is none.
+    Raises Refusal when nothing fits; it lists the endings of all linear-like modules.
+    """
+    if method not in ("ia3", "lora"):
+        raise Refusal(f"no default targets for the method {method!r}: give target_modules")
+    tree = _Tree(model)
+    kind = str(getattr(getattr(model, "config", None), "model_type", ""))
+    fixed = tuple(ending for ending in _ENDINGS.get((method, kind), ()) if tree.hits(ending))
+    if fixed:
+        return Targets(tuple(sorted(fixed)), ())
+    attention = _attention(tree)
+    pairs = _feedforward(tree, attention)
+    if (method, kind) in _TEXT_FEEDFORWARD_ONLY:
+        pairs = [pair for pair in pairs if "language_model" in pair.second]
+    roles = _IA3_ROLES.get(kind, frozenset("kv")) if method == "ia3" else frozenset("qv")
+    modules = {path for path, said in attention.roles.items() if said & roles}
+    feedforward: set[str] = set()
+    if method == "ia3":
+        feedforward = {pair.second for pair in pairs}
+    elif not modules:
+        modules = {path for pair in pairs for path in (*pair.first, pair.second)}
+    if (method, kind) in _LANGUAGE_ONLY:
+        modules = {path for path in modules if "language_model" in path.split(".")}
+    missing = list(_out_of_reach(tree, attention, method, bool(modules), bool(feedforward)))
+    if not modules and not feedforward:
+        raise Refusal(_nothing_fits(tree, type(model).__name__, missing))
+    for sentence in missing:
+        warnings.warn(f"{type(model).__name__}: {sentence}", UserWarning, stacklevel=2)
+    inner = tree.endings(feedforward, also=attention.outputs)
+    return Targets(tuple(sorted({*tree.endings(modules), *inner})), tuple(sorted(inner)))
+
+
+class _Size(NamedTuple):
+    """Features or channels of a linear-like module."""
+
+    inputs: int
+    outputs: int
+
+
+class _Tree:
+    """A model's modules by path, and the sizes of the linear-like ones."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = {path: module for path, module in model.named_modules() if path}
+        sizes = ((path, _size(module)) for path, module in self.modules.items())
+        self.linear = {path: size for path, size in sizes if size is not None}
+        self.children: dict[str, list[str]] = defaultdict(list)
+        self._hits: dict[str, set[str]] = defaultdict(set)
+        for path in self.modules:
+            self.children[_parent(path)].append(path)
+            for ending in _suffixes(path):
+                self._hits[ending].add(path)
+
+    def linear_children(self, path: str) -> list[str]:
+        return [child for child in self.children[path] if child in self.linear]
+
+    def hits(self, ending: str) -> Set[str]:
+        """The modules that an ending in `target_modules` selects."""
+        return self._hits.get(ending, frozenset())
+
+    def kind(self, path: str) -> str:
+        """The name and the class of a module: what its author says that it is."""
+        return f"{_leaf(path)} {type(self.modules[path]).__name__}" if path else ""
+
+    def endings(self, meant: Set[str], also: Set[str] = frozenset()) -> set[str]:
+        """The shortest endings that select what is meant and nothing else.
+
+        Where only a layer's number would part the meant ones from `also`, both are selected: so
+        does PEFT with BERT's `output.dense`, of the feed-forward network and of the attention.
+        """
+        found = set()
+        for path in meant:
+            suffixes = list(_suffixes(path))
+            plain = [s for s in suffixes if not any(map(str.isdigit, s.split(".")[:-1]))]
+            for choice, allowed in ((plain, meant), (plain, meant | also), (suffixes, meant)):
+                fitting = next((s for s in choice if self.hits(s) <= allowed), None)
+                if fitting is not None:
+                    found.add(fitting)
+                    break
+        return found
+
+
+def _size(module: nn.Module) -> _Size | None:
+    """Of nn.Linear and what quantization makes of it, nn.Conv1d/2d/3d, transformers' Conv1D."""
+    for names in (("in_features", "out_features"), ("in_channels", "out_channels"), ("nx", "nf")):
+        inputs, outputs = (getattr(module, name, None) for name in names)
+        if isinstance(inputs, int) and isinstance(outputs, int):
+            return _Size(inputs, outputs)
+    return None
+
+
+def _leaf(path: str) -> str:
+    return path.rpartition(".")[2]
+
+
+def _parent(path: str) -> str:
+    return path.rpartition(".")[0]
+
+
+def _suffixes(path: str) -> Iterator[str]:
+    """Trailing paths, the shortest first."""
+    parts = path.split(".")
+    return (".".join(parts[start:]) for start in reversed(range(len(parts))))
+
+
+def _numbered(path: str) -> bool:
+    return any(map(str.isdigit, path.split(".")))
+
+
+def _block(path: str) -> str:
+    """A path up to its last number: the innermost repeated block that holds it."""
+    parts = path.split(".")
+    while parts and not parts[-1].isdigit():
+        parts.pop()
+    return ".".join(parts)
+
+
+def _words(name: str) -> list[str]:
+    return [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+|\d+", name)]
+
+
+def _roles(name: str) -> frozenset[str]:
+    """Which of q, k and v a module's name says that it makes."""
+    words = _words(name)
+    if not _OTHER_ROLES.isdisjoint(words):
+        return frozenset()
+    return frozenset("".join(_ROLES.get(word, "") for word in words))
+
+
+@dataclass
+class _Attention:
+    """What attention consists of: projections with their roles, the rest, and what is no module."""
+
+    roles: dict[str, frozenset[str]] = field(default_factory=dict)
+    outputs: set[str] = field(default_factory=set)
+    tops: set[str] = field(default_factory=set)
+    parameters: set[str] = field(default_factory=set)  # modules that hold q, k, v as parameters
+
+
+def _attention(tree: _Tree) -> _Attention:
+    found = _Attention()
+    for path, module in tree.modules.items():
+        if isinstance(module, nn.MultiheadAttention) or _has_projection_parameters(module):
+            found.parameters.add(path)
+            found.tops.add(_top(tree, path))
+        elif group := _projections(tree, path) or _fused(tree, path):
+            found.roles |= group
+            found.tops.add(_top(tree, path))
+    inside = (path for path in tree.linear if _is_inside(path, found.tops))
+    found.outputs = {path for path in inside if path not in found.roles}
+    return found
+
+
+def _has_projection_parameters(module: nn.Module) -> bool:
+    """XLNet's q, k, v are parameters (h, heads, d), not modules."""
+    own = {name for name, value in module.named_parameters(recurse=False) if value.dim() == 3}
+    return {"k", "v"} <= own
+
+
+def _projections(tree: _Tree, path: str) -> dict[str, frozenset[str]]:
+    """The linear children of one module that together make key and value, if they do."""
+    group = {}
+    names = set(map(_leaf, tree.children[path]))
+    for child in tree.children[path]:
+        name = _leaf(child)
+        said = _roles(name)
+        if not said or re.sub(r"_a(_|$).*", "_b_proj", name) in names - {name}:
+            continue  # of a low-rank pair, as in DeepSeek, `b` makes the heads' vectors
+        if child in tree.linear:
+            group[child] = said
+        elif len(inner := tree.linear_children(child)) == 1:  # a linear in a wrapper
+            group[inner[0]] = said
+    if not {"k", "v"} <= frozenset().union(*group.values()):
+        return {}
+    keys = [tree.linear[child] for child, said in group.items() if said == {"k"}]
+    values = [tree.linear[child] for child, said in group.items() if said == {"v"}]
+    if any(key == value[::-1] != value for key in keys for value in values):
+        return {}  # RWKV names the two layers of its feed-forward network key and value
+    return group
+
+
+def _fused(tree: _Tree, path: str) -> dict[str, frozenset[str]]:
+    """The widening child of an attention module whose names say nothing of q, k, v: `c_attn`."""
+    if not _ATTENTION.search(tree.kind(path)):
+        return {}
+    children = tree.linear_children(path)
+    wide = [child for child in children if tree.linear[child].outputs > tree.linear[child].inputs]
+    inputs = {tree.linear[child].inputs for child in children}
+    if len(wide) != 1 or tree.linear[wide[0]].outputs in inputs:
+        return {}
+    return {wide[0]: frozenset("qkv")}
+
+
+def _top(tree: _Tree, path: str) -> str:
+    """The outermost module around `path` that still calls itself attention."""
+    while _ATTENTION.search(tree.kind(_parent(path))):
+        path = _parent(path)
+    return path
+
+
+def _is_inside(path: str, tops: Set[str]) -> bool:
+    while path := _parent(path):
+        if path in tops:
+            return True
+    return False
+
+
+class _Pair(NamedTuple):
+    """The layers of a feed-forward network: h -> i (two when gated) and i -> h."""
+
+    first: tuple[str, ...]
+    second: str
+
+
+def _feedforward(tree: _Tree, attention: _Attention) -> list[_Pair]:
+    beside = {_parent(top) for top in attention.tops}
+    candidates = [
+        path
+        for path in tree.linear
+        if not _is_inside(path, attention.tops)
+        and path not in attention.roles
+        and (attention.tops or not hasattr(tree.modules[path], "kernel_size"))
+        and not _is_mixer(tree, _parent(path))
+    ]
+    siblings: dict[str, list[str]] = defaultdict(list)
+    for path in candidates:
+        siblings[_parent(path)].append(path)
+    found = [pair for paths in siblings.values() for pair in _pairs(tree, paths)]
+    paired = {_parent(pair.second) for pair in found}
+    cousins: dict[str, list[str]] = defaultdict(list)
+    for path in candidates:  # BERT's intermediate.dense and output.dense
+        between = _parent(path)
+        if between not in paired and not _leaf(between).isdigit():
+            cousins[_parent(between)].append(path)
+    for paths in cousins.values():
+        found += _pairs(tree, paths)
+    found = [
+        pair
+        for pair in found
+        if _numbered(_parent(pair.second)) or _parent(_parent(pair.second)) in beside
+    ]
+    widest = Counter[str]()
+    for pair in found:
+        block = _block(_parent(pair.second))
+        widest[block] = max(widest[block], tree.linear[pair.second].inputs)
+    # Adapters, per-layer inputs and other bottlenecks stand beside a wider network in a block.
+    return [
+        pair
+        for pair in found
+        if tree.linear[pair.second].inputs == widest[block := _block(_parent(pair.second))]
+        or _FEEDFORWARD.search(pair.second.removeprefix(block))
+        or _FEEDFORWARD.search(type(tree.modules[_parent(pair.second)]).__name__)
+    ]
+
+
+def _pairs(tree: _Tree, paths: Sequence[str]) -> list[_Pair]:
+    """Layers h -> i (or 2i, gate and up in one) with the i -> h that comes after them."""
+    found: list[_Pair] = []
+    first: list[str] = []
+    for path in paths:
+        inner, outer = tree.linear[path]
+        partners = [f for f in first if tree.linear[f] in ((outer, inner), (outer, 2 * inner))]
+        if partners:
+            found.append(_Pair(tuple(partners), path))
+        else:
+            first.append(path)
+    square = [pair for pair in found if len(set(tree.linear[pair.second])) == 1]
+    if len(square) > 1:  # of gate, up and down that are all h -> h, down comes last
+        last = square[-1]
+        between = tuple(pair.second for pair in square[:-1])
+        found = [pair for pair in found if pair not in square]
+        found.append(_Pair(last.first + between, last.second))
+    return found
+
+
+def _is_mixer(tree: _Tree, path: str) -> bool:
+    """Whether a module convolves over time, each channel alone: state spaces, short convolutions.
+
+    Its in_proj and out_proj have the shapes of a feed-forward network and are none.
+    """
+    convolutions = (tree.modules.get(child) for child in tree.children[path])
+    return any(isinstance(c, nn.Conv1d) and 1 < c.groups == c.in_channels for c in convolutions)
+
+
+def _out_of_reach(
+    tree: _Tree, attention: _Attention, method: str, modules: bool, feedforward: bool
+) -> Iterator[str]:
+    """Sentences about what the method adapts and no module path can name."""
+    if attention.parameters:
+        yield (
+            f"query, key and value of {_places(attention.parameters)} are parameters, not modules "
+            "of their own; they get no adapter"
+        )
+    elif not attention.roles:
+        yield "no key and value projections found; attention gets no adapter"
+    if method == "lora" and modules:
+        return
+    experts = {path for path, module in tree.modules.items() if _holds_experts(path, module)}
+    if experts:
+        yield (
+            f"the experts in {_places(experts)} are 3-D parameters, not modules; "
+            "their feed-forward networks get no adapter"
+        )
+    elif not feedforward:
+        yield "no feed-forward network found; none gets an adapter"
+
+
+def _holds_experts(path: str, module: nn.Module) -> bool:
+    stacks = [v for v in module.parameters(recurse=False) if v.dim() == 3 and v.shape[0] > 1]
+    return bool(stacks) and bool(re.search("expert|moe", f"{path} {type(module).__name__}", re.I))
+
+
+def _places(paths: Set[str]) -> str:
+    """Paths with N for each number, so that a layer stands for all."""
+    return ", ".join(sorted({re.sub(r"(?<=\.)\d+(?=\.|$)", "N", path) for path in paths}))
+
+
+def _nothing_fits(tree: _Tree, name: str, missing: Sequence[str]) -> str:
+    endings = Counter(_leaf(path) for path in tree.linear)
+    listed = ", ".join(f"{ending} ({count})" for ending, count in sorted(endings.items()))
+    return (
+        f"{name}: no default targets: {'; '.join(missing)}. Give target_modules; "
+        f"the linear-like modules end in {listed or '(there are none)'}"
+    )
