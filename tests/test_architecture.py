@@ -92,6 +92,23 @@ def test_registry_keys_are_file_names(room: str, registry: str) -> None:
     }
 
 
+def test_the_facts_of_the_methods_fit_together() -> None:
+    from infold.adapters import METHODS, methods_of
+
+    meaning: dict[str, str] = {}
+    for name, method in METHODS.items():
+        assert {*method.REQUIRED, *method.ON_BIAS} == set(method.PARTS), name
+        assert {method.TABLE.get(p, p) for p in method.KEYS.values()} == set(method.PARTS), name
+        assert set(method.TABLE.values()) <= set(method.PARTS), name
+        for key, part in method.KEYS.items():
+            assert key.startswith(".") and meaning.setdefault(key, part) == part, key
+        for kind in method.PEFT_TYPES:
+            chosen = {"use_dora": name == "dora"}
+            owners = [n for n, m in methods_of(kind).items() if m.owns(method.REQUIRED, chosen)]
+            assert owners == [name], "no two methods claim the same module"
+    assert not methods_of("UNKNOWN")
+
+
 @pytest.mark.parametrize("argument", ["--help", "--version"])
 def test_help_loads_no_torch(argument: str) -> None:
     code = (

@@ -247,6 +247,12 @@ BAD_TENSORS: dict[str, tuple[dict[str, Tensor], dict[str, Any], tuple[str, ...]]
         lora("m.a") | ia3("m.a", ROWS, 1), {},
         ("m.a.ia3_l:", "m.a.lora_A.weight:", "m.a.lora_B.weight:", "no method of type LORA"),
     ),
+    "a layer's and an embedding's factors on one module": (
+        {k.replace("B.weight", "embedding_B"): v for k, v in lora("m.a").items()}
+        | lora("m.b") | {f"{PREFIX}m.b.lora_embedding_A": torch.ones(2, 4)}, {},
+        ("m.a.lora_A.weight:", "m.a.lora_embedding_B:", "m.b.lora_A.weight:", "m.b.lora_B.weight:",
+         "m.b.lora_embedding_A:", "no method of type LORA"),
+    ),
     "lora in an ia3 adapter": (
         ia3("m.a", ROWS, 1) | lora("m.b"), {"peft_type": "IA3"},
         ("m.b.lora_A.weight", "m.b.lora_B.weight", "no method of type IA3"),

@@ -1,8 +1,8 @@
 """The proof: re-read a merged folder, and tell whether it is what base and adapters make.
 
-Nothing of `merge` is used, and of `adapters` and `formats` no arithmetic: every formula, every
-scaling and every rounding is stated anew in this room. Of the plan it takes which tensor is edited
-from which parts, in which layout, and what the headers and side files must be.
+Nothing of `merge` is used, and of `adapters` and `formats` facts only, no arithmetic: every
+formula, every scaling and every rounding is stated anew in this room. Of the plan it takes
+which tensor is edited from which parts, in which layout, and what headers and side files must be.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from infold.adapters import METHODS
 from infold.checkpoint.adapter import Adapter, open_adapter
 from infold.checkpoint.safetensors import read_header
 from infold.checkpoint.shards import RECEIPT, open_checkpoint
@@ -263,9 +264,8 @@ def _unused(plan: Plan) -> list[Offender]:
 
 def _parts_used(operation: Operation) -> tuple[str, ...]:
     """What enters the formula; the parts of a module are listed with its weight and its bias."""
-    if operation.on_bias:
-        return ("ia3_l", "lora_bias")
-    return ("ia3_l", "lora_A", "lora_B", "lora_magnitude_vector", "trainable_tokens_delta")
+    method = METHODS[operation.method]
+    return method.ON_BIAS if operation.on_bias else method.REQUIRED
 
 
 def _repeats(adapter: Adapter, key: str, used: Sequence[str]) -> bool:
