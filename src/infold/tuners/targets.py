@@ -137,6 +137,9 @@ class _Tree:
     def linear_children(self, path: str) -> list[str]:
         return [child for child in self.children[path] if child in self.linear]
 
+    def is_convolution(self, path: str) -> bool:
+        return hasattr(self.modules[path], "kernel_size")
+
     def hits(self, ending: str) -> Set[str]:
         """The modules that an ending in `target_modules` selects."""
         return self._hits.get(ending, frozenset())
@@ -226,7 +229,12 @@ def _attention(tree: _Tree) -> _Attention:
         if isinstance(module, nn.MultiheadAttention) or _has_projection_parameters(module):
             found.parameters.add(path)
             found.tops.add(_top(tree, path))
-        elif group := _projections(tree, path) or _fused(tree, path):
+        elif group := _projections(tree, path):
+            found.roles |= group
+            found.tops.add(_top(tree, path))
+    holding = {_parent(path) for path in found.roles} | found.tops
+    for path in tree.modules:
+        if path not in holding and (group := _fused(tree, path)):
             found.roles |= group
             found.tops.add(_top(tree, path))
     inside = (path for path in tree.linear if _is_inside(path, found.tops))
@@ -253,6 +261,8 @@ def _projections(tree: _Tree, path: str) -> dict[str, frozenset[str]]:
             group[child] = said
         elif len(inner := tree.linear_children(child)) == 1:  # a linear in a wrapper
             group[inner[0]] = said
+    if not all(map(tree.is_convolution, group)):  # those only mix over time what linears made
+        group = {child: said for child, said in group.items() if not tree.is_convolution(child)}
     if not {"k", "v"} <= frozenset().union(*group.values()):
         return {}
     keys = [tree.linear[child] for child, said in group.items() if said == {"k"}]
@@ -297,13 +307,14 @@ class _Pair(NamedTuple):
 
 def _feedforward(tree: _Tree, attention: _Attention) -> list[_Pair]:
     beside = {_parent(top) for top in attention.tops}
+    attending = {block for top in attention.tops if (block := _block(top))}
     candidates = [
         path
         for path in tree.linear
         if not _is_inside(path, attention.tops)
         and path not in attention.roles
-        and (attention.tops or not hasattr(tree.modules[path], "kernel_size"))
         and not _is_mixer(tree, _parent(path))
+        and (not tree.is_convolution(path) or _block(path) in attending)
     ]
     siblings: dict[str, list[str]] = defaultdict(list)
     for path in candidates:
