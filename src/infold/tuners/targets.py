@@ -57,8 +57,11 @@ _ROLES = {word: role for role, words in {
     "qk": "qk", "kv": "kv wkv", "qkv": "qkv wqkv qkvz",
 }.items() for word in words.split()}  # fmt: skip
 # A name with one of these is not what attention compares or mixes, whatever else it says.
-_OTHER_ROLES = frozenset(("pos", "position", "rel", "relative", "sine", "gate", "bias", "index"))
+_OTHER_ROLES = frozenset(
+    ("pos", "position", "rel", "relative", "sine", "gate", "bias", "index", "conv", "sconv")
+)
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+_BETWEEN = re.compile("PredictionHead|Projector|Merger")  # classes of heads and tower joints
 _FEEDFORWARD = re.compile(r"mlp|ffn?\b|feed_?forward|expert|intermediate", re.IGNORECASE)
 
 
@@ -140,6 +143,9 @@ class _Tree:
     def is_convolution(self, path: str) -> bool:
         return hasattr(self.modules[path], "kernel_size")
 
+    def is_square(self, path: str) -> bool:
+        return self.linear[path].inputs == self.linear[path].outputs
+
     def hits(self, ending: str) -> Set[str]:
         """The modules that an ending in `target_modules` selects."""
         return self._hits.get(ending, frozenset())
@@ -157,7 +163,7 @@ class _Tree:
         found = set()
         for path in meant:
             suffixes = list(_suffixes(path))
-            plain = [s for s in suffixes if not any(map(str.isdigit, s.split(".")[:-1]))]
+            plain = [s for s in suffixes if not s[0].isdigit() and not _numbered(_parent(s))]
             for choice, allowed in ((plain, meant), (plain, meant | also), (suffixes, meant)):
                 fitting = next((s for s in choice if self.hits(s) <= allowed), None)
                 if fitting is not None:
@@ -225,16 +231,20 @@ class _Attention:
 
 def _attention(tree: _Tree) -> _Attention:
     found = _Attention()
+    classes: set[type[nn.Module]] = set()
     for path, module in tree.modules.items():
         if isinstance(module, nn.MultiheadAttention) or _has_projection_parameters(module):
             found.parameters.add(path)
             found.tops.add(_top(tree, path))
-        elif group := _projections(tree, path):
+        elif _makes_keys_and_values(tree, group := _projections(tree, path)):
             found.roles |= group
             found.tops.add(_top(tree, path))
-    holding = {_parent(path) for path in found.roles} | found.tops
-    for path in tree.modules:
-        if path not in holding and (group := _fused(tree, path)):
+            classes.add(type(module))
+    for path, module in tree.modules.items():
+        if path in found.tops:
+            continue
+        # A layer that takes keys and values from another one makes only queries.
+        if group := _projections(tree, path) if type(module) in classes else _fused(tree, path):
             found.roles |= group
             found.tops.add(_top(tree, path))
     inside = (path for path in tree.linear if _is_inside(path, found.tops))
@@ -249,7 +259,7 @@ def _has_projection_parameters(module: nn.Module) -> bool:
 
 
 def _projections(tree: _Tree, path: str) -> dict[str, frozenset[str]]:
-    """The linear children of one module that together make key and value, if they do."""
+    """The linear children of one module whose names say query, key or value."""
     group = {}
     names = set(map(_leaf, tree.children[path]))
     for child in tree.children[path]:
@@ -261,20 +271,23 @@ def _projections(tree: _Tree, path: str) -> dict[str, frozenset[str]]:
             group[child] = said
         elif len(inner := tree.linear_children(child)) == 1:  # a linear in a wrapper
             group[inner[0]] = said
-    if not all(map(tree.is_convolution, group)):  # those only mix over time what linears made
-        group = {child: said for child, said in group.items() if not tree.is_convolution(child)}
+    return group
+
+
+def _makes_keys_and_values(tree: _Tree, group: dict[str, frozenset[str]]) -> bool:
     if not {"k", "v"} <= frozenset().union(*group.values()):
-        return {}
+        return False
     keys = [tree.linear[child] for child, said in group.items() if said == {"k"}]
     values = [tree.linear[child] for child, said in group.items() if said == {"v"}]
-    if any(key == value[::-1] != value for key in keys for value in values):
-        return {}  # RWKV names the two layers of its feed-forward network key and value
-    return group
+    # RWKV names the two layers of its feed-forward network key and value.
+    return not any(key == value[::-1] != value for key in keys for value in values)
 
 
 def _fused(tree: _Tree, path: str) -> dict[str, frozenset[str]]:
     """The widening child of an attention module whose names say nothing of q, k, v: `c_attn`."""
     if not _ATTENTION.search(tree.kind(path)):
+        return {}
+    if any(_roles(_leaf(child)) & {"k", "v"} for child in tree.children[path]):
         return {}
     children = tree.linear_children(path)
     wide = [child for child in children if tree.linear[child].outputs > tree.linear[child].inputs]
@@ -285,9 +298,11 @@ def _fused(tree: _Tree, path: str) -> dict[str, frozenset[str]]:
 
 
 def _top(tree: _Tree, path: str) -> str:
-    """The outermost module around `path` that still calls itself attention."""
-    while _ATTENTION.search(tree.kind(_parent(path))):
-        path = _parent(path)
+    """The outermost module around `path` that calls itself attention and holds nothing else."""
+    while _ATTENTION.search(tree.kind(above := _parent(path))) and not any(
+        _FEEDFORWARD.search(tree.kind(child)) for child in tree.children[above]
+    ):
+        path = above
     return path
 
 
@@ -327,24 +342,27 @@ def _feedforward(tree: _Tree, attention: _Attention) -> list[_Pair]:
         if between not in paired and not _leaf(between).isdigit():
             cousins[_parent(between)].append(path)
     for paths in cousins.values():
-        found += _pairs(tree, paths)
+        found += [pair for pair in _pairs(tree, paths) if not tree.is_square(pair.second)]
     found = [
         pair
         for pair in found
-        if _numbered(_parent(pair.second)) or _parent(_parent(pair.second)) in beside
+        if (_numbered(_parent(pair.second)) or _parent(_parent(pair.second)) in beside)
+        and not (tree.is_square(pair.second) and tree.is_convolution(pair.second))
+        and not _BETWEEN.search(type(tree.modules[_parent(pair.second)]).__name__)
     ]
-    widest = Counter[str]()
+    widest: dict[str, int] = defaultdict(int)
     for pair in found:
         block = _block(_parent(pair.second))
         widest[block] = max(widest[block], tree.linear[pair.second].inputs)
-    # Adapters, per-layer inputs and other bottlenecks stand beside a wider network in a block.
-    return [
-        pair
-        for pair in found
-        if tree.linear[pair.second].inputs == widest[block := _block(_parent(pair.second))]
-        or _FEEDFORWARD.search(pair.second.removeprefix(block))
-        or _FEEDFORWARD.search(type(tree.modules[_parent(pair.second)]).__name__)
-    ]
+
+    def is_main(second: str) -> bool:
+        """Adapters, per-layer inputs and the like stand beside a wider network in a block."""
+        scope = _parent(second)
+        block = _block(scope)
+        said = f"{second.removeprefix(block)} {type(tree.modules[scope]).__name__}"
+        return tree.linear[second].inputs == widest[block] or bool(_FEEDFORWARD.search(said))
+
+    return [pair for pair in found if is_main(pair.second)]
 
 
 def _pairs(tree: _Tree, paths: Sequence[str]) -> list[_Pair]:
@@ -358,7 +376,7 @@ def _pairs(tree: _Tree, paths: Sequence[str]) -> list[_Pair]:
             found.append(_Pair(tuple(partners), path))
         else:
             first.append(path)
-    square = [pair for pair in found if len(set(tree.linear[pair.second])) == 1]
+    square = [pair for pair in found if tree.is_square(pair.second)]
     if len(square) > 1:  # of gate, up and down that are all h -> h, down comes last
         last = square[-1]
         between = tuple(pair.second for pair in square[:-1])
