@@ -61,7 +61,7 @@ _OTHER_ROLES = frozenset(
     ("pos", "position", "rel", "relative", "sine", "gate", "bias", "index", "conv", "sconv")
 )
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
-_BETWEEN = re.compile("PredictionHead|Projector|Merger")  # classes of heads and tower joints
+_BETWEEN = re.compile("bbox|PredictionHead|Projector|Merger")  # heads, and joints of towers
 _FEEDFORWARD = re.compile(r"mlp|ffn?\b|feed_?forward|expert|intermediate", re.IGNORECASE)
 
 
@@ -153,6 +153,11 @@ class _Tree:
     def kind(self, path: str) -> str:
         """The name and the class of a module: what its author says that it is."""
         return f"{_leaf(path)} {type(self.modules[path]).__name__}" if path else ""
+
+    def said(self, path: str) -> str:
+        """A module's path, and the class that it is a part of."""
+        above = self.modules.get(_parent(path))
+        return f"{path} {type(above).__name__}"
 
     def endings(self, meant: Set[str], also: Set[str] = frozenset()) -> set[str]:
         """The shortest endings that select what is meant and nothing else.
@@ -348,7 +353,7 @@ def _feedforward(tree: _Tree, attention: _Attention) -> list[_Pair]:
         for pair in found
         if (_numbered(_parent(pair.second)) or _parent(_parent(pair.second)) in beside)
         and not (tree.is_square(pair.second) and tree.is_convolution(pair.second))
-        and not _BETWEEN.search(type(tree.modules[_parent(pair.second)]).__name__)
+        and not _BETWEEN.search(tree.said(pair.second))
     ]
     widest: dict[str, int] = defaultdict(int)
     for pair in found:
@@ -357,9 +362,8 @@ def _feedforward(tree: _Tree, attention: _Attention) -> list[_Pair]:
 
     def is_main(second: str) -> bool:
         """Adapters, per-layer inputs and the like stand beside a wider network in a block."""
-        scope = _parent(second)
-        block = _block(scope)
-        said = f"{second.removeprefix(block)} {type(tree.modules[scope]).__name__}"
+        block = _block(_parent(second))
+        said = tree.said(second).removeprefix(block)
         return tree.linear[second].inputs == widest[block] or bool(_FEEDFORWARD.search(said))
 
     return [pair for pair in found if is_main(pair.second)]

@@ -1,0 +1,285 @@
+"""Default targets: the modules of each architecture, read from its paper and its module tree.
+
+In the table, `k_proj:2` is an ending and the number of modules that it must hit. Models are on the
+meta device: few layers, the widths of their default configurations.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import transformers
+from peft.utils import constants
+from torch import nn
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+from infold.errors import Refusal
+from infold.tuners.targets import Targets, find_targets
+from tiny_models import VISION_MODELS
+
+CAUSAL, MASKED, SEQ2SEQ = "AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSeq2SeqLM"
+IMAGE, CTC, SPEECH = (
+    "AutoModelForImageClassification",
+    "AutoModelForCTC",
+    "AutoModelForSpeechSeq2Seq",
+)
+IMAGE_TEXT, BARE = "AutoModelForImageTextToText", "AutoModel"
+LAYERS = {"num_hidden_layers": 2}
+N_LAYERS = {"n_layer": 2}
+BOTH = {"encoder_layers": 2, "decoder_layers": 2}
+T5 = {"num_layers": 2, "num_decoder_layers": 2}
+PATCH_TREE = {"hidden_sizes": [8, 16], "depths": [1, 1]}
+
+
+class Case(NamedTuple):
+    auto: str
+    options: dict[str, Any]
+    ia3: str  # outputs are scaled: key, value
+    feedforward: str  # inputs are scaled: the second projection
+    lora: str
+    warning: str = ""  # a part of the sentence, under ia3
+
+
+LLAMA = ("k_proj:2 v_proj:2", "down_proj:2", "q_proj:2 v_proj:2")
+QWEN = ("q_proj:2 v_proj:2", "down_proj:2", "q_proj:2 v_proj:2")  # as PEFT: q instead of k
+OPT = ("k_proj:2 v_proj:2", "fc2:2", "q_proj:2 v_proj:2")
+GPT2 = ("c_attn:2", "mlp.c_proj:2", "c_attn:2")
+NEOX = ("query_key_value:2", "dense_4h_to_h:2", "query_key_value:2")
+# BERT's layer has output.dense, its attention too: one ending, four modules, as PEFT has it.
+BERT = ("key:2 value:2", "output.dense:4", "query:2 value:2")
+# The encoder has self-attention, the decoder has both: 2 + 2 + 2.
+BART = ("k_proj:6 v_proj:6", "fc2:4", "q_proj:6 v_proj:6")
+EXPERTS = "mlp.experts are 3-D parameters"
+NO_ATTENTION = "no key and value projections found"
+
+CASES: dict[str, Case] = {
+    # decoders
+    "llama": Case(CAUSAL, LAYERS, *LLAMA),
+    "mistral": Case(CAUSAL, LAYERS, *LLAMA),
+    "olmo2": Case(CAUSAL, LAYERS, *LLAMA),
+    "granite": Case(CAUSAL, LAYERS, *LLAMA),
+    "cohere": Case(CAUSAL, LAYERS, *LLAMA),
+    "stablelm": Case(CAUSAL, LAYERS, *LLAMA),
+    "glm4": Case(CAUSAL, LAYERS, *LLAMA),  # gate_up_proj in one
+    "smollm3": Case(CAUSAL, LAYERS, *LLAMA),
+    "qwen2": Case(CAUSAL, LAYERS, *QWEN),
+    "qwen3": Case(CAUSAL, LAYERS, *QWEN),
+    "gemma": Case(CAUSAL, LAYERS, *QWEN),
+    "gemma2": Case(CAUSAL, LAYERS, *QWEN),
+    "gemma3_text": Case(CAUSAL, LAYERS, *QWEN),
+    "phi": Case(CAUSAL, LAYERS, "q_proj:2 v_proj:2", "fc2:2", "q_proj:2 v_proj:2 fc1:2 fc2:2"),
+    "phi3": Case(CAUSAL, LAYERS, "qkv_proj:2", "down_proj:2", "qkv_proj:2"),
+    "starcoder2": Case(CAUSAL, LAYERS, "k_proj:2 v_proj:2", "c_proj:2", "q_proj:2 v_proj:2"),
+    "gpt2": Case(CAUSAL, N_LAYERS, *GPT2),
+    "gpt_bigcode": Case(CAUSAL, N_LAYERS, *GPT2),  # one key and value for all heads
+    "openai-gpt": Case(CAUSAL, N_LAYERS, *GPT2),
+    "gpt_neo": Case(
+        CAUSAL, {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
+        "q_proj:2 v_proj:2", "c_proj:2", "q_proj:2 v_proj:2",
+    ),
+    "gptj": Case(CAUSAL, N_LAYERS, "q_proj:2 v_proj:2", "fc_out:2", "q_proj:2 v_proj:2"),
+    "gpt_neox": Case(CAUSAL, LAYERS, *NEOX),
+    "bloom": Case(CAUSAL, N_LAYERS, *NEOX),
+    "falcon": Case(CAUSAL, LAYERS, *NEOX),
+    "mpt": Case(CAUSAL, {"n_layers": 2}, "Wqkv:2", "down_proj:2", "Wqkv:2"),
+    "codegen": Case(CAUSAL, N_LAYERS, "qkv_proj:2", "fc_out:2", "qkv_proj:2"),
+    "ctrl": Case(CAUSAL, N_LAYERS, "Wk:2 Wv:2", "ffn.2:2", "Wq:2 Wv:2"),
+    "opt": Case(CAUSAL, LAYERS, "q_proj:2 k_proj:2", "fc2:2", "q_proj:2 v_proj:2"),
+    "xglm": Case(CAUSAL, {"num_layers": 2}, *OPT),
+    "biogpt": Case(CAUSAL, LAYERS, *OPT),
+    "deepseek_v3": Case(  # one dense layer, one of experts with a shared one; low-rank attention
+        CAUSAL, LAYERS | {"first_k_dense_replace": 1},
+        "kv_b_proj:2", "down_proj:2", "q_b_proj:2 kv_b_proj:2", EXPERTS,
+    ),
+    "xlnet": Case(
+        CAUSAL, N_LAYERS, "", "layer_2:2", "layer_1:2 layer_2:2",
+        "query, key and value of transformer.layer.N.rel_attn are parameters",
+    ),
+    # experts in 3-D parameters
+    "mixtral": Case(CAUSAL, LAYERS, "k_proj:2 v_proj:2", "", "q_proj:2 v_proj:2", EXPERTS),
+    "qwen3_moe": Case(CAUSAL, LAYERS, "k_proj:2 v_proj:2", "", "q_proj:2 v_proj:2", EXPERTS),
+    "gpt_oss": Case(CAUSAL, LAYERS, "k_proj:2 v_proj:2", "", "q_proj:2 v_proj:2", EXPERTS),
+    "granitemoe": Case(
+        CAUSAL, LAYERS, "k_proj:2 v_proj:2", "", "q_proj:2 v_proj:2",
+        "block_sparse_moe.experts are 3-D parameters",
+    ),
+    "qwen2_moe": Case(CAUSAL, LAYERS, *LLAMA, EXPERTS),  # shared_expert.down_proj
+    # state spaces and attention
+    "falcon_h1": Case(CAUSAL, LAYERS, *LLAMA),
+    "jamba": Case(  # attention in the second layer, experts too
+        CAUSAL, LAYERS | {"attn_layer_period": 2, "attn_layer_offset": 1},
+        "k_proj:1 v_proj:1", "down_proj:1", "q_proj:1 v_proj:1",
+        "feed_forward.experts are 3-D parameters",
+    ),
+    "qwen3_next": Case(  # a gated delta net: query, key, value and gate in one
+        CAUSAL, LAYERS, "in_proj_qkvz:2", "shared_expert.down_proj:2", "in_proj_qkvz:2", EXPERTS,
+    ),
+    "rwkv": Case(  # key and value stand in the feed-forward network too
+        CAUSAL, LAYERS, "attention.key:2 attention.value:2", "feed_forward.value:2",
+        "key:4 value:4 receptance:4 output:2",
+    ),
+    # encoders
+    "bert": Case(MASKED, LAYERS, *BERT),
+    "roberta": Case(MASKED, LAYERS, *BERT),
+    "xlm-roberta": Case(MASKED, LAYERS, *BERT),
+    "electra": Case(MASKED, LAYERS, *BERT),
+    "layoutlm": Case(MASKED, LAYERS, *BERT),
+    "longformer": Case(
+        MASKED, LAYERS | {"attention_window": [8, 8]},
+        "key:2 value:2 key_global:2 value_global:2", "output.dense:4",
+        "query:2 value:2 query_global:2 value_global:2",
+    ),
+    "mobilebert": Case(  # per layer: three networks in `ffn`, one of its own, the attention
+        MASKED, LAYERS, "key:2 value:2", "output.dense:10", "query:2 value:2"
+    ),
+    "albert": Case(MASKED, LAYERS, "key:1 value:1", "ffn_output:1", "query:1 value:1"),
+    "distilbert": Case(MASKED, {"n_layers": 2}, "k_lin:2 v_lin:2", "lin2:2", "q_lin:2 v_lin:2"),
+    "flaubert": Case(
+        "AutoModelWithLMHead", {"n_layers": 2}, "k_lin:2 v_lin:2", "lin2:2", "q_lin:2 v_lin:2"
+    ),
+    "deberta": Case(MASKED, LAYERS, "in_proj:2", "output.dense:4", "in_proj:2"),
+    "deberta-v2": Case(
+        MASKED, LAYERS, "key_proj:2 value_proj:2", "output.dense:4", "query_proj:2 value_proj:2"
+    ),
+    "modernbert": Case(MASKED, LAYERS, "Wqkv:2", "mlp.Wo:2", "Wqkv:2"),  # attn.Wo is not meant
+    "mpnet": Case(MASKED, LAYERS, "k:2 v:2", "output.dense:2", "q:2 v:2"),
+    "squeezebert": Case(MASKED, LAYERS, "key:2 value:2", "output.conv1d:2", "query:2 value:2"),
+    "funnel": Case(
+        MASKED, {"block_sizes": [1, 1], "num_decoder_layers": 1},
+        "k_head:3 v_head:3", "linear_2:3", "q_head:3 v_head:3",
+    ),
+    # encoder and decoder
+    "t5": Case(SEQ2SEQ, T5, "k:6 v:6", "wo:4", "q:6 v:6"),
+    "mt5": Case(SEQ2SEQ, T5, "k:6 v:6 wi_1:4", "", "q:6 v:6"),
+    "switch_transformers": Case(
+        SEQ2SEQ, T5 | {"num_sparse_encoder_layers": 0, "num_sparse_decoder_layers": 0},
+        "k:6 v:6", "wo:4", "q:6 v:6",
+    ),
+    "bart": Case(SEQ2SEQ, BOTH, "q_proj:6 v_proj:6", "fc2:4", "q_proj:6 v_proj:6"),
+    "pegasus": Case(SEQ2SEQ, BOTH, *BART),
+    "m2m_100": Case(SEQ2SEQ, BOTH, *BART),
+    "prophetnet": Case(
+        SEQ2SEQ, {"num_encoder_layers": 2, "num_decoder_layers": 2},
+        "key_proj:6 value_proj:6", "output:4", "query_proj:6 value_proj:6",
+    ),
+    # speech
+    "whisper": Case(SPEECH, BOTH, *BART),
+    "wav2vec2": Case(CTC, LAYERS, "k_proj:2 v_proj:2", "output_dense:2", "q_proj:2 v_proj:2"),
+    "hubert": Case(CTC, LAYERS, "k_proj:2 v_proj:2", "output_dense:2", "q_proj:2 v_proj:2"),
+    "wav2vec2-conformer": Case(  # a network before and one after the attention
+        CTC, LAYERS, "linear_k:2 linear_v:2", "output_dense:4", "linear_q:2 linear_v:2"
+    ),
+    "fastspeech2_conformer": Case(  # the feed-forward networks are convolutions
+        BARE, {"encoder_layers": 1, "decoder_layers": 1},
+        "linear_k:2 linear_v:2", "conv2:4", "linear_q:2 linear_v:2",
+    ),
+    # vision
+    "vit": Case(IMAGE, LAYERS, *OPT),
+    "beit": Case(IMAGE, LAYERS, *OPT),
+    "deit": Case(IMAGE, LAYERS, *OPT),
+    "dinov2": Case(IMAGE, LAYERS, *OPT),
+    "siglip_vision_model": Case(
+        BARE, LAYERS, "k_proj:2 v_proj:2", "fc2:3", "q_proj:2 v_proj:2",
+        "query, key and value of head.attention are parameters",
+    ),
+    "swin": Case(IMAGE, {"depths": [1, 1], "num_heads": [3, 6]}, *OPT),
+    "segformer": Case(IMAGE, {"num_encoder_blocks": 2, "depths": [1, 1]}, *OPT),
+    "cvt": Case(
+        IMAGE, {"depth": [1, 1, 1]},
+        "projection_key:3 projection_value:3", "output.dense:6",
+        "projection_query:3 projection_value:3",
+    ),
+    "convnext": Case(IMAGE, PATCH_TREE | {"num_stages": 2}, "", "pwconv2:2", "pwconv1:2 pwconv2:2",
+                     NO_ATTENTION),
+    # several towers
+    "clip": Case(BARE, {"text_config": LAYERS, "vision_config": LAYERS},
+                 "k_proj:4 v_proj:4", "fc2:4", "q_proj:4 v_proj:4"),
+    "llava": Case(  # the language model gated, CLIP not; the projector between them is not hit
+        IMAGE_TEXT, {}, "k_proj:4 v_proj:4", "down_proj:2 fc2:2", "q_proj:4 v_proj:4"
+    ),
+    "qwen2_vl": Case(
+        IMAGE_TEXT, {}, "qkv:2 k_proj:2 v_proj:2", "fc2:2 down_proj:2", "qkv:2 q_proj:2 v_proj:2"
+    ),
+    "gemma3": Case(
+        IMAGE_TEXT, {}, "k_proj:4 v_proj:4", "fc2:3 down_proj:2", "q_proj:4 v_proj:4",
+        "query, key and value of model.vision_tower.head.attention are parameters",
+    ),
+}  # fmt: skip
+
+# Nothing to scale: no attention, and no feed-forward network of h -> i -> h. The projections of a
+# state-space mixer are neither, and its kernels read out_proj's weight past any adapter.
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "mamba": (CAUSAL, LAYERS, r"dt_proj \(2\), in_proj \(2\), lm_head \(1\), out_proj \(2\)"),
+    "mamba2": (CAUSAL, LAYERS, r"in_proj \(2\), lm_head \(1\), out_proj \(2\)"),
+    "falcon_mamba": (CAUSAL, LAYERS, r"in_proj \(2\)"),
+    "resnet": (IMAGE, {}, r"convolution \(\d+\)"),
+    "mobilenet_v1": (IMAGE, {}, r"convolution \(27\)"),
+    "mobilenet_v2": (IMAGE, {}, r"convolution \(\d+\)"),
+    "regnet": (IMAGE, {}, r"convolution \(\d+\)"),
+}
+
+
+def build(kind: str, auto: str, options: dict[str, Any]) -> nn.Module:
+    config: PreTrainedConfig
+    config = (
+        VISION_MODELS[kind](False) if kind in VISION_MODELS else CONFIG_MAPPING[kind](**options)
+    )
+    with torch.device("meta"):
+        if auto == "AutoModelWithLMHead":
+            return transformers.FlaubertWithLMHeadModel(config)
+        model: nn.Module = getattr(transformers, auto).from_config(config)
+        return model
+
+
+def hits(model: nn.Module, endings: Any) -> set[str]:
+    """The modules that PEFT's rules select: a regular expression for all, or endings."""
+    paths = [path for path, _ in model.named_modules()]
+    if isinstance(endings, str):
+        return {path for path in paths if re.fullmatch(endings, path)}
+    return {p for p in paths if any(p == e or p.endswith(f".{e}") for e in endings)}
+
+
+def counts(model: nn.Module, endings: tuple[str, ...]) -> dict[str, int]:
+    return {ending: len(hits(model, [ending])) for ending in endings}
+
+
+def table(text: str) -> dict[str, int]:
+    return {name: int(count) for name, _, count in (e.partition(":") for e in text.split())}
+
+
+def found(model: nn.Module, method: str) -> tuple[Targets, list[str]]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        targets = find_targets(model, method)
+    return targets, [str(one.message) for one in caught]
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_each_architecture_has_these_targets(kind: str) -> None:
+    case = CASES[kind]
+    model = build(kind, case.auto, case.options)
+
+    ia3, sentences = found(model, "ia3")
+    lora, _ = found(model, "lora")
+
+    assert counts(model, ia3.feedforward) == table(case.feedforward)
+    assert counts(model, ia3.modules) == table(case.ia3) | table(case.feedforward)
+    assert counts(model, lora.modules) == table(case.lora)
+    assert lora.feedforward == ()
+    assert len(sentences) == bool(case.warning)
+    assert all(case.warning in sentence for sentence in sentences)
+
+
+@pytest.mark.parametrize("method", ["ia3", "lora"])
+@pytest.mark.parametrize("kind", REFUSED)
+def test_no_targets_is_a_refusal_that_lists_the_endings(kind: str, method: str) -> None:
+    auto, options, listed = REFUSED[kind]
+
+    with pytest.raises(Refusal, match=listed) as refusal:
+        find_targets(build(kind, auto, options), method)
+
+    assert "Give target_modules" in str(refusal.value)
