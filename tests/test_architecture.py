@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "plan": LEAVES,
     "merge": LEAVES | {"plan"},
     "verify": LEAVES | {"plan"},
+    "tuners": LEAVES,
     "inspect": LEAVES | {"plan"},
     "cli": LEAVES | {"plan", "merge", "verify", "inspect"},
 }

@@ -116,7 +116,7 @@ CASES: dict[str, Case] = {
         "feed_forward.experts are 3-D parameters",
     ),
     "qwen3_next": Case(  # a gated delta net: query, key, value and gate in one
-        CAUSAL, LAYERS, "in_proj_qkvz:2", "shared_expert.down_proj:2", "in_proj_qkvz:2", EXPERTS,
+        CAUSAL, LAYERS, "in_proj_qkvz:2", "down_proj:2", "in_proj_qkvz:2", EXPERTS,
     ),
     "rwkv": Case(  # key and value stand in the feed-forward network too
         CAUSAL, LAYERS, "attention.key:2 attention.value:2", "feed_forward.value:2",
@@ -155,9 +155,10 @@ CASES: dict[str, Case] = {
     # encoder and decoder
     "t5": Case(SEQ2SEQ, T5, "k:6 v:6", "wo:4", "q:6 v:6"),
     "mt5": Case(SEQ2SEQ, T5, "k:6 v:6 wi_1:4", "", "q:6 v:6"),
-    "switch_transformers": Case(
-        SEQ2SEQ, T5 | {"num_sparse_encoder_layers": 0, "num_sparse_decoder_layers": 0},
-        "k:6 v:6", "wo:4", "q:6 v:6",
+    "switch_transformers": Case(  # in both stacks one dense network and three experts
+        SEQ2SEQ,
+        T5 | {"num_experts": 3, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1},
+        "k:6 v:6", "wo:8", "q:6 v:6",
     ),
     "bart": Case(SEQ2SEQ, BOTH, "q_proj:6 v_proj:6", "fc2:4", "q_proj:6 v_proj:6"),
     "pegasus": Case(SEQ2SEQ, BOTH, *BART),
@@ -171,7 +172,8 @@ CASES: dict[str, Case] = {
     "wav2vec2": Case(CTC, LAYERS, "k_proj:2 v_proj:2", "output_dense:2", "q_proj:2 v_proj:2"),
     "hubert": Case(CTC, LAYERS, "k_proj:2 v_proj:2", "output_dense:2", "q_proj:2 v_proj:2"),
     "wav2vec2-conformer": Case(  # a network before and one after the attention
-        CTC, LAYERS, "linear_k:2 linear_v:2", "output_dense:4", "linear_q:2 linear_v:2"
+        CTC, LAYERS | {"vocab_size": 32},
+        "linear_k:2 linear_v:2", "output_dense:4", "linear_q:2 linear_v:2",
     ),
     "fastspeech2_conformer": Case(  # the feed-forward networks are convolutions
         BARE, {"encoder_layers": 1, "decoder_layers": 1},
@@ -180,7 +182,7 @@ CASES: dict[str, Case] = {
     # vision
     "vit": Case(IMAGE, LAYERS, *OPT),
     "beit": Case(IMAGE, LAYERS, *OPT),
-    "deit": Case(IMAGE, LAYERS, *OPT),
+    "deit": Case(BARE, LAYERS, *OPT),
     "dinov2": Case(IMAGE, LAYERS, *OPT),
     "siglip_vision_model": Case(
         BARE, LAYERS, "k_proj:2 v_proj:2", "fc2:3", "q_proj:2 v_proj:2",
@@ -189,9 +191,9 @@ CASES: dict[str, Case] = {
     "swin": Case(IMAGE, {"depths": [1, 1], "num_heads": [3, 6]}, *OPT),
     "segformer": Case(IMAGE, {"num_encoder_blocks": 2, "depths": [1, 1]}, *OPT),
     "cvt": Case(
-        IMAGE, {"depth": [1, 1, 1]},
-        "projection_key:3 projection_value:3", "output.dense:6",
-        "projection_query:3 projection_value:3",
+        IMAGE, {"depth": [1, 2, 10]},
+        "projection_key:13 projection_value:13", "output.dense:26",
+        "projection_query:13 projection_value:13",
     ),
     "convnext": Case(IMAGE, PATCH_TREE | {"num_stages": 2}, "", "pwconv2:2", "pwconv1:2 pwconv2:2",
                      NO_ATTENTION),
@@ -283,3 +285,153 @@ def test_no_targets_is_a_refusal_that_lists_the_endings(kind: str, method: str) 
         find_targets(build(kind, auto, options), method)
 
     assert "Give target_modules" in str(refusal.value)
+
+
+IA3 = constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
+IA3_FEEDFORWARD = constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
+LORA = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+NOT_IN_TRANSFORMERS = {"RefinedWeb", "RefinedWebModel", "btlm", "chatglm", "rwkv7"}
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {  # of PEFT's, those that CASES lacks
+    "llama4": (IMAGE_TEXT, {"text_config": LAYERS | {"num_experts": 2}, "vision_config": LAYERS}),
+    "gemma4": (IMAGE_TEXT, {"text_config": LAYERS, "vision_config": LAYERS}),
+    "nemotron_h": (CAUSAL, {}),
+    "blip-2": (IMAGE_TEXT, {"text_config": {"model_type": "opt"} | LAYERS}),
+}
+
+
+def test_all_of_peft_s_model_types_are_compared() -> None:
+    assert set(IA3) | set(LORA) == {*CASES, *OTHERS, *NOT_IN_TRANSFORMERS} & (set(IA3) | set(LORA))
+    assert not NOT_IN_TRANSFORMERS & set(CONFIG_MAPPING)
+
+
+def peft_model(kind: str) -> nn.Module:
+    auto, options = CASES[kind][:2] if kind in CASES else OTHERS[kind]
+    return build(kind, auto, options)
+
+
+@pytest.mark.parametrize("kind", sorted(set(IA3) - NOT_IN_TRANSFORMERS))
+def test_ia3_modules_are_those_of_peft(kind: str) -> None:
+    model = peft_model(kind)
+    theirs = hits(model, IA3[kind])
+
+    ours, _ = found(model, "ia3")
+
+    assert theirs
+    assert hits(model, ours.modules) == theirs
+    # PEFT's own rule: no component boundary
+    assert hits(model, ours.feedforward) == {
+        path for path in theirs if path.endswith(tuple(IA3_FEEDFORWARD[kind]))
+    }
+
+
+@pytest.mark.parametrize("kind", sorted(set(LORA) - NOT_IN_TRANSFORMERS))
+def test_lora_modules_are_those_of_peft(kind: str) -> None:
+    model = peft_model(kind)
+    theirs = hits(model, LORA[kind])
+
+    ours, _ = found(model, "lora")
+
+    assert theirs
+    assert hits(model, ours.modules) == theirs
+
+
+VARIANTS: list[tuple[str, str, dict[str, Any]]] = [
+    ("gpt2", CAUSAL, N_LAYERS | {"add_cross_attention": True}),
+    ("t5", SEQ2SEQ, T5 | {"feed_forward_proj": "gated-gelu"}),
+    ("mt5", SEQ2SEQ, T5 | {"feed_forward_proj": "relu"}),
+    ("opt", "AutoModelForSequenceClassification", LAYERS),
+    ("bert", "AutoModelForTokenClassification", LAYERS),
+    ("bert", CAUSAL, LAYERS | {"is_decoder": True, "add_cross_attention": True}),
+    ("falcon", CAUSAL, LAYERS | {"multi_query": False, "new_decoder_architecture": True}),
+    ("gpt_bigcode", CAUSAL, N_LAYERS | {"multi_query": False}),
+    ("llama", CAUSAL, LAYERS | {"intermediate_size": 4096}),  # gate, up and down all square
+    ("llama", CAUSAL, LAYERS | {"intermediate_size": 37}),
+    ("bart", CAUSAL, BOTH),
+    ("phi", CAUSAL, LAYERS | {"qk_layernorm": True}),
+]
+
+
+@pytest.mark.parametrize(("kind", "auto", "options"), VARIANTS)
+def test_variants_have_peft_s_modules_too(kind: str, auto: str, options: dict[str, Any]) -> None:
+    model = build(kind, auto, options)
+
+    ia3, lora = found(model, "ia3")[0], found(model, "lora")[0]
+
+    assert hits(model, ia3.modules) == hits(model, IA3[kind])
+    assert hits(model, lora.modules) == hits(model, LORA[kind])
+
+
+def test_blip_2_with_t5_has_peft_s_modules() -> None:
+    model = build("blip-2", IMAGE_TEXT, {"text_config": {"model_type": "t5"} | T5})
+
+    assert hits(model, found(model, "lora")[0].modules) == hits(model, LORA["blip-2"])
+
+
+def test_mixtral_says_that_experts_are_out_of_reach_and_lora_does_not_care() -> None:
+    model = build("mixtral", CAUSAL, LAYERS)
+
+    with pytest.warns(UserWarning, match=r"model\.layers\.N\.mlp\.experts are 3-D parameters"):
+        find_targets(model, "ia3")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        find_targets(model, "lora")
+
+
+def test_only_fused_parameters_are_a_refusal_that_says_so() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up_proj = nn.Parameter(torch.zeros(2, 8, 4))
+            self.down_proj = nn.Parameter(torch.zeros(2, 4, 8))
+            self.router = nn.Linear(4, 2)
+
+    with pytest.raises(Refusal, match=r"experts in experts\.N are 3-D.*end in router \(1\)"):
+        find_targets(nn.ModuleDict({"experts": nn.ModuleList([Experts()])}), "ia3")
+
+
+class Quantized(nn.Module):
+    """As the linear layers of quantization libraries: packed weights, sizes as attributes."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = inputs, outputs
+        self.register_buffer("qweight", torch.zeros(inputs * outputs // 2, dtype=torch.uint8))
+
+
+def test_quantized_layers_and_models_without_a_config_are_read_too() -> None:
+    attention = nn.ModuleDict({name: Quantized(8, 8) for name in ("wq", "wk", "wv", "wo")})
+    # Out of order, and w3 has the shape that would follow w2.
+    network = nn.ModuleDict(
+        {"w1": Quantized(8, 12), "w2": Quantized(12, 8), "w3": Quantized(8, 12)}
+    )
+    router = nn.ModuleDict({"down": Quantized(8, 2), "up": Quantized(2, 8)})
+    layer = nn.ModuleDict({"attention": attention, "network": network, "router": router})
+    model = nn.ModuleDict({"layers": nn.ModuleList([layer]), "head": Quantized(8, 31)})
+
+    assert find_targets(model, "ia3") == Targets(("w2", "wk", "wv"), ("w2",))
+    assert find_targets(model, "lora") == Targets(("wq", "wv"), ())
+
+
+def test_endings_match_whole_components_and_lengthen_only_where_they_must() -> None:
+    def layer() -> nn.ModuleDict:
+        attention = {name: nn.Linear(8, 8) for name in ("q", "k", "v", "out")}
+        return nn.ModuleDict(
+            {
+                "attn": nn.ModuleDict(attention),
+                "ff": nn.ModuleDict({"in": nn.Linear(8, 32), "out": nn.Linear(32, 8)}),
+            }
+        )
+
+    model = nn.ModuleDict(
+        {"layers": nn.ModuleList([layer(), layer()]), "kv": nn.Linear(8, 8), "k": nn.Linear(8, 8)}
+    )
+
+    targets = find_targets(model, "ia3")
+
+    assert targets == Targets(("attn.k", "ff.out", "v"), ("ff.out",))
+    assert "kv" not in hits(model, targets.modules)
+
+
+def test_an_unknown_method_is_a_refusal() -> None:
+    with pytest.raises(Refusal, match="'vera': give target_modules"):
+        find_targets(nn.Linear(2, 2), "vera")
