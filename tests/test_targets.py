@@ -432,6 +432,38 @@ def test_endings_match_whole_components_and_lengthen_only_where_they_must() -> N
     assert "kv" not in hits(model, targets.modules)
 
 
+class Attention(nn.Module):
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        for name in names:
+            self.add_module(name, nn.Linear(8, 8))
+
+
+def test_queries_count_in_layers_that_take_keys_and_values_from_another() -> None:
+    layers = [Attention("q_proj", "k_proj", "v_proj", "o_proj"), Attention("q_proj", "o_proj")]
+    model = nn.ModuleDict({"layers": nn.ModuleList(layers), "pool": nn.Linear(8, 8)})
+
+    targets, _ = found(model, "lora")
+
+    assert targets.modules == ("q_proj", "v_proj")
+    assert hits(model, targets.modules) == {
+        "layers.0.q_proj", "layers.0.v_proj", "layers.1.q_proj"
+    }  # fmt: skip
+
+
+def test_a_bottleneck_beside_the_feed_forward_network_is_none() -> None:
+    layer = {
+        "attn": Attention("query", "key", "value"),
+        "up": nn.Linear(8, 32),
+        "down": nn.Linear(32, 8),
+        "squeeze": nn.Linear(8, 2),
+        "expand": nn.Linear(2, 8),
+    }
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict(layer)])})
+
+    assert find_targets(model, "ia3") == Targets(("down", "key", "value"), ("down",))
+
+
 def test_an_unknown_method_is_a_refusal() -> None:
     with pytest.raises(Refusal, match="'vera': give target_modules"):
         find_targets(nn.Linear(2, 2), "vera")

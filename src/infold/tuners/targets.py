@@ -1,12 +1,13 @@
 """Which modules an adapter goes on when the caller names none.
 
 IA³ scales keys, values and the inner activations of the feed-forward network (Liu et al. 2022,
-section 3.3); LoRA updates the query and value projections (Hu et al. 2021, section 4.2). Both are
-found from the module tree, so a new architecture needs no entry here:
+section 3.3); LoRA updates the query and value projections (Hu et al. 2021, section 4.2), and where
+no attention is to be found, both layers of the feed-forward network. All are found from the module
+tree, so a new architecture needs no entry here:
 
   attention      linear children of one module whose names say key and value (`k_proj`, `linear_k`,
                  `key`, `kv_b_proj`, `qkv`), or the widening child of an attention module (`c_attn`)
-  feed-forward   in a numbered block, outside of its attention, a layer h -> i before one i -> h
+  feed-forward   in a numbered block or beside attention, a layer h -> i before one i -> h
 
 All towers of a model are meant: of a vision-language model also the vision encoder. State-space
 mixers, convolution modules, projectors between towers, embeddings and output heads are not.
@@ -28,29 +29,18 @@ from infold.errors import Refusal
 __all__ = ["Targets", "find_targets"]
 
 # What PEFT's defaults do beyond the structure: an adapter must fit what others trained.
-_IA3_ROLES = dict.fromkeys(
-    (
-        "bart",
-        "gemma",
-        "gemma2",
-        "gemma3_text",
-        "gpt_neo",
-        "gptj",
-        "llama4",
-        "phi",
-        "qwen2",
-        "qwen3",
-    ),
-    frozenset("qv"),
-) | {"opt": frozenset("qk")}
+_QUERY_FOR_KEY = frozenset(  # IA³ on query and value
+    "bart gemma gemma2 gemma3_text gpt_neo gptj llama4 phi qwen2 qwen3".split()
+)
+_QUERY_FOR_VALUE = frozenset(("opt",))
 _ENDINGS = {
     ("ia3", "mt5"): ("k", "v", "wi_1"),  # wi_1 as a layer whose outputs are scaled
     ("lora", "phi"): ("q_proj", "v_proj", "fc1", "fc2"),
     ("lora", "nemotron_h"): ("q_proj", "k_proj", "v_proj", "o_proj"),
     ("lora", "rwkv"): ("key", "value", "receptance", "output"),
 }
-_LANGUAGE_ONLY = {("lora", "blip-2"), ("lora", "gemma4")}
-_TEXT_FEEDFORWARD_ONLY = {("ia3", "llama4")}
+_LORA_ON_LANGUAGE_ONLY = frozenset(("blip-2", "gemma4"))
+_FEEDFORWARD_OF_LANGUAGE_ONLY = frozenset(("llama4",))
 
 _ROLES = {word: role for role, words in {
     "q": "q query queries wq", "k": "k key keys wk", "v": "v value values wv",
@@ -78,7 +68,7 @@ class Targets:
 
 
 def find_targets(model: nn.Module, method: str) -> Targets:
-    """Where adapters of a method ("ia3" or "lora", which DoRA shares) go by default.
+    """Where adapters of a method ("ia3", or "lora", which serves DoRA too) go by default.
 
     Reads the module tree, no values: a model on the meta device will do. For the model types that
     PEFT 0.21 has defaults for, the modules hit are the same as PEFT's.
@@ -96,17 +86,23 @@ def find_targets(model: nn.Module, method: str) -> Targets:
         return Targets(tuple(sorted(fixed)), ())
     attention = _attention(tree)
     pairs = _feedforward(tree, attention)
-    if (method, kind) in _TEXT_FEEDFORWARD_ONLY:
-        pairs = [pair for pair in pairs if "language_model" in pair.second]
-    roles = _IA3_ROLES.get(kind, frozenset("kv")) if method == "ia3" else frozenset("qv")
-    modules = {path for path, said in attention.roles.items() if said & roles}
     feedforward: set[str] = set()
     if method == "ia3":
+        roles = {"k", "v"}
+        if kind in _QUERY_FOR_KEY:
+            roles = {"q", "v"}
+        elif kind in _QUERY_FOR_VALUE:
+            roles = {"q", "k"}
+        modules = {path for path, said in attention.roles.items() if said & roles}
         feedforward = {pair.second for pair in pairs}
-    elif not modules:
-        modules = {path for pair in pairs for path in (*pair.first, pair.second)}
-    if (method, kind) in _LANGUAGE_ONLY:
-        modules = {path for path in modules if "language_model" in path.split(".")}
+        if kind in _FEEDFORWARD_OF_LANGUAGE_ONLY:
+            feedforward = _of_language(feedforward)
+    else:
+        modules = {path for path, said in attention.roles.items() if said & {"q", "v"}}
+        if not modules:
+            modules = {path for pair in pairs for path in (*pair.first, pair.second)}
+        if kind in _LORA_ON_LANGUAGE_ONLY:
+            modules = _of_language(modules)
     missing = list(_out_of_reach(tree, attention, method, bool(modules), bool(feedforward)))
     if not modules and not feedforward:
         raise Refusal(_nothing_fits(tree, type(model).__name__, missing))
@@ -114,6 +110,10 @@ def find_targets(model: nn.Module, method: str) -> Targets:
         warnings.warn(f"{type(model).__name__}: {sentence}", UserWarning, stacklevel=2)
     inner = tree.endings(feedforward, also=attention.outputs)
     return Targets(tuple(sorted({*tree.endings(modules), *inner})), tuple(sorted(inner)))
+
+
+def _of_language(paths: Set[str]) -> set[str]:
+    return {path for path in paths if "language_model" in path.split(".")}
 
 
 class _Size(NamedTuple):
@@ -131,11 +131,11 @@ class _Tree:
         sizes = ((path, _size(module)) for path, module in self.modules.items())
         self.linear = {path: size for path, size in sizes if size is not None}
         self.children: dict[str, list[str]] = defaultdict(list)
-        self._hits: dict[str, set[str]] = defaultdict(set)
+        self._named: dict[str, list[str]] = defaultdict(list)
+        self._hits: dict[str, frozenset[str]] = {}
         for path in self.modules:
             self.children[_parent(path)].append(path)
-            for ending in _suffixes(path):
-                self._hits[ending].add(path)
+            self._named[_leaf(path)].append(path)
 
     def linear_children(self, path: str) -> list[str]:
         return [child for child in self.children[path] if child in self.linear]
@@ -148,7 +148,10 @@ class _Tree:
 
     def hits(self, ending: str) -> Set[str]:
         """The modules that an ending in `target_modules` selects."""
-        return self._hits.get(ending, frozenset())
+        if ending not in self._hits:
+            named = self._named.get(_leaf(ending), ())
+            self._hits[ending] = frozenset(p for p in named if f".{p}".endswith(f".{ending}"))
+        return self._hits[ending]
 
     def kind(self, path: str) -> str:
         """The name and the class of a module: what its author says that it is."""
@@ -156,8 +159,7 @@ class _Tree:
 
     def said(self, path: str) -> str:
         """A module's path, and the class that it is a part of."""
-        above = self.modules.get(_parent(path))
-        return f"{path} {type(above).__name__}"
+        return f"{path} {type(self.modules.get(_parent(path))).__name__}"
 
     def endings(self, meant: Set[str], also: Set[str] = frozenset()) -> set[str]:
         """The shortest endings that select what is meant and nothing else.
