@@ -335,6 +335,7 @@ def test_lora_modules_are_those_of_peft(kind: str) -> None:
     assert hits(model, ours.modules) == theirs
 
 
+RELATIVE = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]}
 VARIANTS: list[tuple[str, str, dict[str, Any]]] = [
     ("gpt2", CAUSAL, N_LAYERS | {"add_cross_attention": True}),
     ("t5", SEQ2SEQ, T5 | {"feed_forward_proj": "gated-gelu"}),
@@ -347,6 +348,8 @@ VARIANTS: list[tuple[str, str, dict[str, Any]]] = [
     ("llama", CAUSAL, LAYERS | {"intermediate_size": 4096}),  # gate, up and down all square
     ("llama", CAUSAL, LAYERS | {"intermediate_size": 37}),
     ("bart", CAUSAL, BOTH),
+    ("deberta", MASKED, LAYERS | RELATIVE),  # pos_q_proj is no query
+    ("deberta-v2", MASKED, LAYERS | RELATIVE | {"share_att_key": False}),
     ("phi", CAUSAL, LAYERS | {"qk_layernorm": True}),
 ]
 
