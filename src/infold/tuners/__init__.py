@@ -1,0 +1,1 @@
+"""TRAINING. Adapters as they are made: attached, trained, saved, combined."""
