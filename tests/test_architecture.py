@@ -14,19 +14,21 @@ import pytest
 import infold
 
 ROOT = Path(infold.__file__).parent
-FREE = {"errors", "version"}  # every room may import these
+FREE = {"errors", "version", "dtypes"}  # every room may import these
 LEAVES = {"adapters", "formats", "checkpoint"}
 MAY_IMPORT = {
     "errors": set(),
     "version": set(),
+    "dtypes": set(),
     "adapters": set(),
     "formats": set(),
     "checkpoint": set(),
     "plan": LEAVES,
-    "merge": LEAVES | {"plan"},
+    "edit": {"adapters", "formats"},
+    "merge": LEAVES | {"plan", "edit"},
     "verify": LEAVES | {"plan"},
     "inspect": LEAVES | {"plan"},
-    "cli": LEAVES | {"plan", "merge", "verify", "inspect"},
+    "cli": LEAVES | {"plan", "edit", "merge", "verify", "inspect"},
 }
 
 

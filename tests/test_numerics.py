@@ -21,8 +21,9 @@ import infold
 from infold import adapters
 from infold.adapters import Settings
 from infold.adapters.exact import LEAF, Factors, bits, slices_for, squares
+from infold.edit import steps
 from infold.formats import dense
-from infold.merge import apply, run
+from infold.merge import run
 
 # dtype: (bits of significand, smallest normal exponent, largest exponent)
 FORMATS = {"F32": (24, -126, 127), "F16": (11, -14, 15), "BF16": (8, -126, 127)}
@@ -254,7 +255,7 @@ def test_a_merge_rounds_a_few_hidden_midpoints_rightly(
 
     assert torch.equal(merged[0], plain_right) and torch.equal(merged[1], -plain_right)
     if dtype == "BF16":
-        assert 0 < max(settled) <= apply._FEW
+        assert 0 < max(settled) <= steps._FEW
 
 
 @pytest.mark.parametrize("dtype", FORMATS)

@@ -1,5 +1,6 @@
 """The output's SHA-256 depends on base and adapters alone: not on threads, memory, block and tile
-sizes, the split into shards, the BLAS, the processor's instructions, or the process's settings."""
+sizes, the split into shards, the BLAS, the processor's instructions, or the process's settings.
+The tensors of a model in memory get the same bytes."""
 
 from __future__ import annotations
 
@@ -22,6 +23,10 @@ from safetensors.torch import load_file, save_file
 import handmade
 import infold
 from handmade import digests
+from infold.adapters import METHODS
+from infold.edit import Step, edit_tensor, steps
+from infold.edit import tensor as in_memory
+from infold.edit.blocks import Block
 from infold.merge import apply, run, stream
 
 MIB = 1 << 20
@@ -163,7 +168,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
 class Seen:
     """What a merge did."""
 
-    blocks: list[apply.Block] = field(default_factory=list)
+    blocks: list[Block] = field(default_factory=list)
     tiles: int = 0
     threads: set[str] = field(default_factory=set)
 
@@ -173,9 +178,9 @@ def watched(monkeypatch: pytest.MonkeyPatch, together: bool = False) -> Iterator
     """Note the blocks and tiles that are computed, and by whom. `together`: let no worker go on
     before a second one has a block too."""
     seen, lock, company = Seen(), threading.Lock(), threading.Event()
-    real_run, real_values = apply.EditRun.run, apply.EditRun._values
+    real_run, real_values = apply.EditRun.run, steps._values
 
-    def counted_run(self: Any, raw: Any, out: Any, block: apply.Block, workspace: Any) -> None:
+    def counted_run(self: Any, raw: Any, out: Any, block: Block, workspace: Any) -> None:
         with lock:
             seen.blocks.append(block)
             seen.threads.add(threading.current_thread().name)
@@ -185,14 +190,14 @@ def watched(monkeypatch: pytest.MonkeyPatch, together: bool = False) -> Iterator
             assert company.wait(20)
         real_run(self, raw, out, block, workspace)
 
-    def counted_values(self: Any, *given: Any) -> torch.Tensor:
+    def counted_values(*given: Any) -> torch.Tensor:
         with lock:
             seen.tiles += 1
-        return real_values(self, *given)
+        return real_values(*given)
 
     with monkeypatch.context() as patch:
         patch.setattr(apply.EditRun, "run", counted_run)
-        patch.setattr(apply.EditRun, "_values", counted_values)
+        patch.setattr(steps, "_values", counted_values)
         yield seen
 
 
@@ -244,7 +249,7 @@ def test_blocks_and_tiles_of_odd_sizes_give_the_same_bytes(
     name: str, cases: dict[str, Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = cases[name]
-    whole = (1 << 19, apply.TILE, apply.TILE_COLUMNS)
+    whole = (1 << 19, steps.TILE, steps.TILE_COLUMNS)
     sizes = (
         (70_001, 5_003, 301),  # blocks, tiles, columns of a tile
         (9_999, 1_000_000, 1_000_000),
@@ -255,8 +260,8 @@ def test_blocks_and_tiles_of_odd_sizes_give_the_same_bytes(
     counts = set()
     for number, (block, tile, columns) in enumerate((whole, *sizes)):
         blocks_of(monkeypatch, block)
-        monkeypatch.setattr(apply, "TILE", tile)
-        monkeypatch.setattr(apply, "TILE_COLUMNS", columns)
+        monkeypatch.setattr(steps, "TILE", tile)
+        monkeypatch.setattr(steps, "TILE_COLUMNS", columns)
         with watched(monkeypatch) as seen:
             infold.merge(case.base, case.adapters, tmp_path / str(number), threads=2)
 
@@ -270,7 +275,7 @@ def test_the_smallest_blocks_and_tiles_give_the_same_bytes(
     name: str, cases: dict[str, Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     blocks_of(monkeypatch, 1_301)  # a row and a bit; a long row in pieces of five leaves
-    monkeypatch.setattr(apply, "TILE", 499)
+    monkeypatch.setattr(steps, "TILE", 499)
     monkeypatch.setattr(stream, "COPY_PIECE", 1_001)
     monkeypatch.setattr(stream, "HASH_PIECE", 997)
     with watched(monkeypatch) as seen:
@@ -454,3 +459,70 @@ def test_cuda_gives_the_same_bytes_as_the_cpu(
         out = tmp_path / str(threads)
         infold.merge(cases[name].base, cases[name].adapters, out, device="cuda", threads=threads)
         assert digests(out) == cases[name].expected
+
+
+# --- in memory -----------------------------------------------------------------------------------
+
+
+def edited(case: Case, device: str = "cpu", threads: int | None = None) -> dict[str, torch.Tensor]:
+    """The tensors that a merge edits, edited in memory."""
+    plan = run.open_plan(case.base, case.adapters)
+    base = load_file(case.base / "model.safetensors")
+    result = {}
+    for name, edit in plan.edits.items():
+        prepared = []
+        for op in edit.operations:
+            parts = {p: plan.adapters[op.adapter].read(k).to(device) for p, k in op.parts.items()}
+            method = METHODS[op.method].prepare(parts, op.settings)
+            prepared.append(Step(method, op.transposed, op.on_bias))
+        stored = base[name].to(device)
+        result[name] = edit_tensor(stored, prepared, name, threads=threads).cpu()
+        assert torch.equal(_bits(stored.cpu()), _bits(base[name])), "the input stays as it was"
+    return result
+
+
+def assert_merged(case: Case, found: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    base = load_file(case.base / "model.safetensors")
+    infold.merge(case.base, case.adapters, tmp_path / "on-disk")
+    merged = load_file(tmp_path / "on-disk" / "model.safetensors")
+    assert found and digests(tmp_path / "on-disk") == case.expected
+    for name, value in found.items():
+        assert torch.equal(_bits(value), _bits(merged[name])), name
+    assert any(not torch.equal(_bits(value), _bits(base[name])) for name, value in found.items())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_tensors_in_memory_get_the_bytes_of_the_merged_checkpoint(
+    name: str, cases: dict[str, Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert_merged(cases[name], edited(cases[name]), tmp_path / "whole")
+    monkeypatch.setattr(in_memory, "_BLOCK", 9_999)
+    monkeypatch.setattr(in_memory, "_SMALLEST_BLOCK", 777)
+    monkeypatch.setattr(in_memory, "_crew", in_memory._Crew())  # whose buffers are of that size
+    monkeypatch.setattr(steps, "TILE", 1_999)
+    with watched(monkeypatch) as seen:
+        assert_merged(cases[name], edited(cases[name], threads=5), tmp_path / "cut")
+    assert seen.tiles > 20
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
+@pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN")
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_the_settings_of_the_process_do_not_change_the_bytes_in_memory(
+    setting: str, cases: dict[str, Case], tmp_path: Path
+) -> None:
+    for name in ("lora r=64", "dora Linear F64", "three"):
+        with SETTINGS[setting]():
+            found = edited(cases[name], threads=2)
+        assert_merged(cases[name], found, tmp_path / name)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_cuda_gives_the_same_bytes_in_memory(
+    name: str, cases: dict[str, Case], tmp_path: Path
+) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("this PyTorch sees no CUDA device")
+    assert_merged(cases[name], edited(cases[name], "cuda"), tmp_path)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        assert_merged(cases[name], edited(cases[name], "cuda"), tmp_path / "other")

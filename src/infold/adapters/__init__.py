@@ -16,9 +16,20 @@ from torch import Tensor
 
 from infold.adapters import dora, ia3, lora, trainable_tokens
 from infold.adapters.exact import Index
+from infold.adapters.layer import Base, Dropout, Geometry
 from infold.adapters.settings import Settings
 
-__all__ = ["METHODS", "Index", "Method", "Parts", "Prepared", "Settings", "merge"]
+__all__ = [
+    "METHODS",
+    "Base",
+    "Geometry",
+    "Index",
+    "Method",
+    "Parts",
+    "Prepared",
+    "Settings",
+    "merge",
+]
 
 Parts = Mapping[str, Tensor]
 
@@ -46,7 +57,21 @@ class Method(Protocol):
 
     PARTS: tuple[str, ...]
 
-    def prepare(self, parts: Parts, settings: Settings) -> Prepared: ...
+    def prepare(self, parts: Parts, settings: Settings) -> Prepared:
+        """The weight side, for merging."""
+
+    def init(self, geometry: Geometry, settings: Settings, base: Base) -> dict[str, Tensor]:
+        """Parts to begin a training with, float32 on the CPU, that change nothing as a rule."""
+
+    def forward(
+        self,
+        x: Tensor,
+        base: Base,
+        parts: Parts,
+        settings: Settings,
+        dropout: Dropout | None = None,
+    ) -> Tensor:
+        """The activation side: what the layer with the merged weight would make of x."""
 
 
 METHODS: dict[str, Method] = {

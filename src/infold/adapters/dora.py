@@ -13,7 +13,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from infold.adapters import lora
 from infold.adapters.exact import Index, squares
+from infold.adapters.layer import Base, Dropout, Geometry
 from infold.adapters.lora import LowRank
 from infold.adapters.settings import Settings
 
@@ -45,3 +47,48 @@ class _Directed(LowRank):
 
 def prepare(parts: Mapping[str, Tensor], settings: Settings) -> _Directed:
     return _Directed(parts, settings)
+
+
+def init(geometry: Geometry, settings: Settings, base: Base) -> dict[str, Tensor]:
+    """LoRA's factors, and as magnitude the length that the rows have, so that nothing changes."""
+    parts = lora.init(geometry, settings, base)
+    length = _lengths(base, parts, settings).to("cpu")
+    shape = (1, -1, *(1 for _ in geometry.kernel)) if geometry.kernel else (-1,)
+    parts["lora_magnitude_vector"] = length.view(shape)
+    return parts
+
+
+def forward(
+    x: Tensor,
+    base: Base,
+    parts: Mapping[str, Tensor],
+    settings: Settings,
+    dropout: Dropout | None = None,
+) -> Tensor:
+    """y = base(x) - W d + f * (W d + s B A d) with f = m / ||W + s B A|| and d the dropped-out x.
+
+    The norm is a constant for the gradient, as in section 4.3 of the paper.
+    """
+    y, bias = base(x), base.bias()
+    factor = parts["lora_magnitude_vector"].flatten() / _lengths(base, parts, settings)
+    kept = x if dropout is None else dropout(x)
+    plain = y if kept is x else base(kept)
+    if bias is not None:
+        plain = base.add_vector(plain, -bias)
+    hidden = base.map(kept, parts["lora_A"])
+    changed = base.add(
+        plain if kept is x else plain.clone(), hidden, parts["lora_B"], settings.scaling
+    )
+    changed = base.scale_outputs(changed, factor)
+    if kept is not x:
+        return y - plain + changed
+    return changed if bias is None else base.add_vector(changed, bias)
+
+
+@torch.no_grad()
+def _lengths(base: Base, parts: Mapping[str, Tensor], settings: Settings) -> Tensor:
+    """||W + s B A|| of each row, (out,), float32."""
+    weight = base.matrix()
+    update = lora.update({name: part.to(weight.device) for name, part in parts.items()}, settings)
+    lengths: Tensor = torch.linalg.vector_norm(weight.to(update.dtype) + update, dim=1)
+    return lengths

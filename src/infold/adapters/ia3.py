@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from infold.adapters.exact import Index
+from infold.adapters.layer import Base, Dropout, Geometry
 from infold.adapters.settings import Settings
 
 PARTS: tuple[str, ...] = ("ia3_l",)
@@ -57,3 +58,27 @@ class _Input:
 def prepare(parts: Mapping[str, Tensor], settings: Settings) -> _Output | _Input:
     scale = parts["ia3_l"].double().flatten()
     return _Output(scale) if settings.side == "out" else _Input(scale, settings)
+
+
+def init(geometry: Geometry, settings: Settings, base: Base) -> dict[str, Tensor]:
+    """Ones, which change nothing; standard normal with `start=False` (PEFT's init_ia3_weights)."""
+    out = settings.side == "out"
+    length = geometry.outputs if out else geometry.inputs
+    if geometry.kernel:
+        shape: tuple[int, ...] = (1, length, *(1 for _ in geometry.kernel))
+    else:
+        shape = (length, 1) if out else (1, length)
+    return {"ia3_l": torch.ones(shape) if settings.start else torch.randn(shape)}
+
+
+def forward(
+    x: Tensor,
+    base: Base,
+    parts: Mapping[str, Tensor],
+    settings: Settings,
+    dropout: Dropout | None = None,
+) -> Tensor:
+    vector = parts["ia3_l"].flatten()
+    if settings.side == "out":
+        return base.scale_outputs(base(x), vector)
+    return base(base.scale_inputs(x, vector))

@@ -10,12 +10,14 @@ and `lora_embedding_B` (out, r) of the transposed table. A grouped convolution h
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from infold.adapters.exact import Factors, Index
+from infold.adapters.layer import Base, Dropout, Geometry
 from infold.adapters.settings import Settings
 
 PARTS: tuple[str, ...] = ("lora_A", "lora_B", "lora_bias")
@@ -61,3 +63,47 @@ def _groups(parts: Mapping[str, Tensor], settings: Settings) -> list[Factors]:
 
 def prepare(parts: Mapping[str, Tensor], settings: Settings) -> LowRank:
     return LowRank(parts, settings)
+
+
+def init(geometry: Geometry, settings: Settings, base: Base) -> dict[str, Tensor]:
+    """An update of zero: one factor is random, the other 0.
+
+    start=True: A is Kaiming-uniform (a = sqrt 5), as PEFT's and Microsoft's; "gaussian": normal of
+    deviation 1 / r. Embeddings: B is standard normal. start=False: no factor is 0 (for tests).
+    """
+    rank, start = settings.rank, settings.start
+    a = torch.empty(rank, geometry.inputs, *geometry.kernel)
+    b = torch.zeros(geometry.outputs, rank, *(1 for _ in geometry.kernel))
+    if geometry.table:
+        a.zero_() if start else a.normal_()
+        b.normal_()
+    else:
+        if start == "gaussian":
+            a.normal_(std=1 / rank)
+        else:
+            torch.nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        if not start:
+            torch.nn.init.kaiming_uniform_(b, a=math.sqrt(5))
+    parts = {"lora_A": a, "lora_B": b}
+    if settings.with_bias:
+        parts["lora_bias"] = torch.zeros(geometry.outputs)
+    return parts
+
+
+def forward(
+    x: Tensor,
+    base: Base,
+    parts: Mapping[str, Tensor],
+    settings: Settings,
+    dropout: Dropout | None = None,
+) -> Tensor:
+    y = base(x)
+    hidden = base.map(x if dropout is None else dropout(x), parts["lora_A"])
+    y = base.add(y, hidden, parts["lora_B"], settings.scaling)
+    bias = parts.get("lora_bias")
+    return y if bias is None else base.add_vector(y, bias * settings.scaling)
+
+
+def update(parts: Mapping[str, Tensor], settings: Settings) -> Tensor:
+    """s B A, (out, in * kernel), in the factors' dtype and rounded as a product of it is."""
+    return settings.scaling * (parts["lora_B"].flatten(1) @ parts["lora_A"].flatten(1))

@@ -18,3 +18,6 @@ class Settings:
     groups: int = 1  # convolutions
     out: int = 0  # output channels, where groups > 1 need it
     tokens: tuple[int, ...] = ()  # trainable tokens: the rows that are replaced
+    rank: int = 0  # LoRA, DoRA: for `init` alone, as are the two below
+    start: bool | str = True  # how `init` fills the parts: True is the method's own way
+    with_bias: bool = False  # LoRA: also a bias of lora_B

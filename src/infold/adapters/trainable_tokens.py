@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from infold.adapters.exact import Index
+from infold.adapters.layer import Base, Dropout, Geometry
 from infold.adapters.settings import Settings
 
 PARTS: tuple[str, ...] = ("trainable_tokens_delta",)
@@ -43,3 +44,24 @@ class _Rows:
 
 def prepare(parts: Mapping[str, Tensor], settings: Settings) -> _Rows:
     return _Rows(parts["trainable_tokens_delta"], settings.tokens)
+
+
+def init(geometry: Geometry, settings: Settings, base: Base) -> dict[str, Tensor]:
+    """The values that the base has."""
+    columns = base.matrix()[:, list(settings.tokens)]
+    return {"trainable_tokens_delta": columns.t().to("cpu", torch.float32).contiguous()}
+
+
+def forward(
+    x: Tensor,
+    base: Base,
+    parts: Mapping[str, Tensor],
+    settings: Settings,
+    dropout: Dropout | None = None,
+) -> Tensor:
+    """x: token numbers (...). As a map of inputs that is: look up, and replace where it is ours."""
+    y, values = base(x), parts["trainable_tokens_delta"]
+    tokens = torch.tensor(settings.tokens, device=x.device)
+    mine = x[..., None] == tokens  # (..., tokens)
+    number = mine.to(torch.uint8).argmax(-1)
+    return torch.where(mine.any(-1, keepdim=True), base.lookup(number, values).to(y.dtype), y)

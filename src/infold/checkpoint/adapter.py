@@ -14,21 +14,15 @@ import torch
 from infold.checkpoint.files import exists, locate, read_object, safe_child
 from infold.checkpoint.safetensors import open_regular, read_header
 from infold.checkpoint.shards import read_exactly
+from infold.dtypes import NAMES, TORCH_DTYPES
 from infold.errors import CorruptFile, Refusal, StorageFailure
 
-__all__ = ["TORCH_DTYPES", "Adapter", "AdapterTensor", "open_adapter"]
+__all__ = ["Adapter", "AdapterTensor", "open_adapter"]
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 PIECE = 4 << 20  # bytes; a multiple of every element's size
-TORCH_DTYPES = {
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F64": torch.float64,
-}
-_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +123,7 @@ def _open_pickle(path: Path, config: dict[str, Any]) -> Adapter:
         isinstance(k, str) and _plain(v) for k, v in loaded.items()
     ):
         raise CorruptFile(f"{file}: must map names to float tensors")
-    tensors = {k: AdapterTensor(_NAMES[v.dtype], tuple(v.shape), 0, 0) for k, v in loaded.items()}
+    tensors = {k: AdapterTensor(NAMES[v.dtype], tuple(v.shape), 0, 0) for k, v in loaded.items()}
     return Adapter(path, config, tensors, file, loaded)
 
 
@@ -146,7 +140,7 @@ def _plain(value: Any) -> bool:
     """A dense float tensor whose elements are all in memory (none is made up by a stride of 0)."""
     return (
         isinstance(value, torch.Tensor)
-        and value.dtype in _NAMES
+        and value.dtype in NAMES
         and value.layout is torch.strided
         and value.device.type == "cpu"
         and value.nbytes <= value.untyped_storage().nbytes()

@@ -13,25 +13,34 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["accepts", "encode", "midpoints", "narrow", "torch_dtype"]
+from infold.dtypes import TORCH_DTYPES
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+__all__ = [
+    "accepts",
+    "encode",
+    "finish",
+    "midpoints",
+    "narrow",
+    "staging",
+    "torch_dtype",
+]
+
 _DROPPED = (1 << 29) - 1  # float64 has 29 more bits of significand than float32
 _MIDPOINT = -(1 << 15)  # the low half of a float32, as int16, halfway between two bfloat16
 
 
 def accepts(dtype: str) -> bool:
-    return dtype in _DTYPES
+    return dtype in TORCH_DTYPES
 
 
 def torch_dtype(dtype: str) -> torch.dtype:
-    return _DTYPES[dtype]
+    return TORCH_DTYPES[dtype]
 
 
 def encode(values: Tensor, dtype: str) -> Tensor:
     """float64 values, rounded once to `dtype`. Overflow gives inf; the caller refuses it."""
     if dtype in ("F64", "F32"):
-        return values.to(_DTYPES[dtype], copy=True)
+        return values.to(TORCH_DTYPES[dtype], copy=True)
     odd = _round_to_odd(values)
     if dtype == "F16":
         return odd.to(torch.float16)  # float32's subnormals lie far below float16's smallest
@@ -51,9 +60,20 @@ def _round_to_odd(values: Tensor) -> Tensor:
     return ((bits | sticky) & ~_DROPPED).view(torch.float64).to(torch.float32)
 
 
+def staging(dtype: str) -> torch.dtype:
+    """bfloat16 is reached through float32, which is kept to find the midpoints in."""
+    return torch.float32 if dtype == "BF16" else TORCH_DTYPES[dtype]
+
+
 def narrow(values: Tensor, out: Tensor) -> None:
     """float64 `values` into `out` (F64, F32 or F16), rounded once; overflow gives inf."""
     out.copy_(_round_to_odd(values) if out.dtype == torch.float16 else values)
+
+
+def finish(staged: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 `staged` into bfloat16 `out`; returns the (rows, columns) of midpoints."""
+    out.copy_(staged)
+    return midpoints(staged)
 
 
 def midpoints(staged: Tensor) -> tuple[Tensor, Tensor]:

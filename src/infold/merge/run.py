@@ -9,16 +9,18 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from blake3 import blake3
 
-from infold.checkpoint.adapter import TORCH_DTYPES, Adapter, open_adapter
+from infold.checkpoint.adapter import Adapter, open_adapter
 from infold.checkpoint.shards import RECEIPT, open_checkpoint
 from infold.checkpoint.staging import Staging, storage_errors
+from infold.dtypes import TORCH_DTYPES
+from infold.edit.threads import one_torch_thread, usual_threads
 from infold.errors import Refusal, StorageFailure
 from infold.merge.receipt import Receipt
 from infold.merge.stream import Streamed, stream
@@ -58,26 +60,8 @@ def merge_checkpoint(
 
     Raises Refusal for bad input, StorageFailure for the disk's refusals; then nothing is left.
     """
-    with _one_torch_thread():
+    with one_torch_thread():
         return _merge(plan, out, max_memory, device, threads, force, sha256, progress, names)
-
-
-@contextmanager
-def _one_torch_thread() -> Iterator[None]:
-    """PyTorch's own threads spin between small operations, beside workers that compute already."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _processors() -> int:
-    """Those that this process may use, which a container can limit."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _merge(
@@ -94,7 +78,7 @@ def _merge(
     started = time.perf_counter()
     path = Path(os.path.abspath(out))
     where = _device(device)
-    workers = threads if threads is not None else min(_processors(), 8)
+    workers = threads if threads is not None else usual_threads()
     if workers < 1:
         raise Refusal(f"--threads {workers}: at least 1")
     _check_output(path, plan, force)

@@ -22,10 +22,13 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
-from infold.checkpoint.adapter import TORCH_DTYPES
 from infold.checkpoint.shards import read_exactly
 from infold.checkpoint.staging import Progress, Staging, copy_range, storage_errors, write_fully
-from infold.merge.apply import Block, EditRun, Workspace, cut
+from infold.dtypes import TORCH_DTYPES
+from infold.edit.blocks import Block, cut
+from infold.edit.steps import Workspace
+from infold.edit.threads import take_one_core
+from infold.merge.apply import EditRun
 from infold.plan.edits import BaseTensor, Edit, OutputShard, Plan
 
 __all__ = ["ShardDigests", "Streamed", "stream"]
@@ -401,8 +404,7 @@ class _Pool:
             raise self.error
 
     def _work(self) -> None:
-        torch.set_num_threads(1)  # the workers are the threads; blocks are too small to share
-        torch.set_flush_denormal(False)
+        take_one_core()
         workspace, buffers = Workspace(self.device, self.limit), _Buffers()
         try:
             while not self.stopped.is_set() and self.keeper.error is None:
@@ -438,9 +440,8 @@ class _Pool:
         chain, run, block = task.chain, work.run, work.block
         run.prepare(workspace, lambda piece: work.source.read(piece, buffers), self.limit)
         raw = work.source.read(block, buffers)
-        dtype = TORCH_DTYPES[run.edit.dtype]
-        written = buffers.view("out", block.count * dtype.itemsize)
-        out = torch.frombuffer(written, dtype=dtype, count=block.count)
+        written = buffers.view("out", block.count * run.stored.itemsize)
+        out = torch.frombuffer(written, dtype=run.stored, count=block.count)
         out = out.view(block.rows, block.columns)
         run.run(raw.to(self.device), out, block, workspace)
         with storage_errors(chain.path):

@@ -21,9 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from infold.checkpoint.adapter import TORCH_DTYPES, Adapter
+from infold.checkpoint.adapter import Adapter
 from infold.checkpoint.safetensors import TensorInfo
 from infold.checkpoint.shards import Checkpoint, read_exactly
+from infold.dtypes import TORCH_DTYPES
 from infold.errors import StorageFailure
 from infold.plan.edits import BaseTensor, Edit, Operation
 from infold.verify.reference import STEP, LowRank, Reference, Sums, Values, reference_of

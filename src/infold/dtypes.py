@@ -1,0 +1,15 @@
+"""The float dtypes of weights and adapters, by the names that safetensors gives them."""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["NAMES", "TORCH_DTYPES"]
+
+TORCH_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}

@@ -1,0 +1,198 @@
+"""The steps of one edit on a block: decode, float64, each step in order, round once.
+
+Tiles of the block stay in the processor's cache, and all buffers are reused: fresh ones would cost
+as much in page faults as the arithmetic.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from infold.adapters import Prepared
+from infold.adapters.exact import Index
+from infold.edit.blocks import Block, strips, tiles, within
+from infold.errors import Refusal
+from infold.formats import Format
+
+__all__ = ["Step", "Target", "Workspace", "compute", "observers", "show"]
+
+TILE = 192 << 10  # elements; smaller ones cost more in calls than they gain in the cache
+TILE_COLUMNS = 1536
+_FEW = 64  # doubtful elements of a block that are settled one by one; more: a pattern in the data
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One prepared method, and how the tensor it changes is stored."""
+
+    prepared: Prepared
+    transposed: bool = False  # stored as (in, out): Conv1D, embeddings
+    on_bias: bool = False  # the tensor is the bias (out,), seen as a column
+
+    def logical(self, x: Tensor, rows: Index, columns: Index) -> tuple[Tensor, Index, Index]:
+        """A stored block as a block of the method's logical (out, in) matrix."""
+        return (x.t(), columns, rows) if self.transposed else (x, rows, columns)
+
+    def change(self, x: Tensor, rows: Index, columns: Index) -> None:
+        """Change stored rows and columns, float64, in place."""
+        x, outputs, inputs = self.logical(x, rows, columns)
+        if not self.on_bias:
+            self.prepared.weight(x, outputs, inputs)
+            return
+        for vector in x.unbind(1):  # one, but a grid of doubtful elements repeats it
+            self.prepared.bias(vector, outputs)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What is computed: the tensor's name for messages, its stored dtype and that one's format."""
+
+    name: str
+    dtype: str
+    form: Format
+
+
+class Workspace:
+    """The buffers of one worker. `limit` is the number of elements of its largest block."""
+
+    def __init__(self, device: torch.device, limit: int) -> None:
+        self.device = device
+        self.tile = TILE if device.type == "cpu" else limit
+        self.tile_columns = TILE_COLUMNS if device.type == "cpu" else limit
+        self.values = torch.empty(self.tile, dtype=torch.float64, device=device)
+        self.staged = torch.empty(0, dtype=torch.float32, device=device)
+        self.flags = torch.zeros(0, dtype=torch.int64, device=device)
+
+    def stage(self, block: Block, dtype: torch.dtype) -> Tensor:
+        """A buffer in the shape of the block."""
+        if self.staged.numel() < block.count or self.staged.dtype != dtype:
+            self.staged = torch.empty(block.count, dtype=dtype, device=self.device)
+        return self.staged[: block.count].view(block.rows, block.columns)
+
+    def floats(self, shape: torch.Size) -> Tensor:
+        """A float64 buffer of any shape; one that is larger than a tile is not kept."""
+        count = shape.numel()
+        if count > self.values.numel():
+            return torch.empty(shape, dtype=torch.float64, device=self.device)
+        return self.values[:count].view(shape)
+
+    def count_changed(self, new: Tensor, old: Tensor) -> int:
+        """How many elements of two equally typed matrices differ in their bits."""
+        if new.element_size() != 2:
+            return int(torch.count_nonzero(new != old))
+        # comparing into 16-bit flags, and adding four of them at a time, is several times faster
+        count = new.numel()
+        lanes = -(-count // 4)
+        if self.flags.numel() < lanes:
+            self.flags = torch.zeros(lanes, dtype=torch.int64, device=self.device)
+        flags = self.flags.view(torch.int16)
+        torch.ne(new.view(torch.int16), old.view(torch.int16), out=flags[:count].view(new.shape))
+        flags[count : 4 * lanes] = 0
+        total = 0
+        for start in range(0, lanes, 0xFFFF):  # so that no sixteen bits overflow
+            packed = int(self.flags[start : min(start + 0xFFFF, lanes)].sum())
+            total += sum(packed >> shift & 0xFFFF for shift in (0, 16, 32, 48))
+        return total
+
+
+def observers(steps: Sequence[Step]) -> Iterator[tuple[Step, Sequence[Step]]]:
+    """The steps that must see the whole weight first, each with the steps before it.
+
+    In this order, and before any block is computed, the whole weight is to be passed to `show`.
+    """
+    for number, step in enumerate(steps):
+        if step.prepared.observes and not step.on_bias:
+            yield step, steps[:number]
+
+
+def show(
+    step: Step, before: Sequence[Step], raw: Tensor, block: Block, workspace: Workspace
+) -> None:
+    """Let a step observe one block of the stored tensor, as the steps before it leave it.
+
+    Blocks that share outputs come in the order of their inputs, cut at multiples of LEAF there.
+    """
+    for rows, columns in strips(block, workspace.tile, workspace.tile_columns):
+        x = _values(before, raw[within(block, rows, columns)], rows, columns, workspace)
+        step.prepared.observe(*step.logical(x, rows, columns))
+
+
+def compute(
+    steps: Sequence[Step],
+    raw: Tensor,
+    out: Tensor,
+    block: Block,
+    target: Target,
+    workspace: Workspace,
+) -> None:
+    """Compute one block: `raw` (rows, columns) as it is stored, into `out` of the same shape.
+
+    Raises Refusal where a value of `out` is not finite.
+    """
+    form = target.form
+    staging = form.staging(target.dtype)
+    through = out if staging == out.dtype else workspace.stage(block, staging)
+    for rows, columns in tiles(block, workspace.tile, workspace.tile_columns):
+        here = within(block, rows, columns)
+        form.narrow(_values(steps, raw[here], rows, columns, workspace), through[here])
+    if through is not out:
+        doubtful = form.finish(through, out)
+        if len(doubtful[0]):
+            _settle(steps, raw, out, block, doubtful, target, workspace)
+    if not math.isfinite(out.sum().item()):  # inf and NaN survive a sum; see below
+        _refuse_non_finite(raw, out, block, target)
+
+
+def _values(
+    steps: Sequence[Step], stored: Tensor, rows: Index, columns: Index, workspace: Workspace
+) -> Tensor:
+    """float64 values of the rows and columns (numbered in the tensor) after the steps."""
+    x = workspace.floats(stored.shape)
+    x.copy_(stored)
+    for step in steps:
+        step.change(x, rows, columns)
+    return x
+
+
+def _settle(
+    steps: Sequence[Step],
+    raw: Tensor,
+    out: Tensor,
+    block: Block,
+    doubtful: tuple[Tensor, Tensor],
+    target: Target,
+    workspace: Workspace,
+) -> None:
+    """Encode the elements anew that the way through `staging` may have rounded twice."""
+    rows, columns = doubtful
+    encode = target.form.encode
+    if len(rows) > _FEW:
+        for span in tiles(block, workspace.tile, workspace.tile_columns):
+            here = within(block, *span)
+            out[here] = encode(_values(steps, raw[here], *span, workspace), target.dtype)
+        return
+    stored = raw[rows][:, columns]
+    grid = _values(steps, stored, rows + block.row, columns + block.column, workspace)
+    out[rows, columns] = encode(grid.diagonal(), target.dtype)
+
+
+def _refuse_non_finite(raw: Tensor, out: Tensor, block: Block, target: Target) -> None:
+    bad = ~torch.isfinite(out)
+    if not bad.any():
+        return  # only the sum overflowed
+    row, column = bad.nonzero()[0].tolist()
+    was = float(raw[row, column])
+    why = (
+        f"the base holds {was} there"
+        if not math.isfinite(was)
+        else f"the merged value does not fit {target.dtype}"
+    )
+    where = f"{target.name}[{block.row + row}, {block.column + column}]"
+    raise Refusal(
+        f"{where}: {why}, so nothing was merged; check the adapter's scale, or use a base in F32"
+    )

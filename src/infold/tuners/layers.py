@@ -1,0 +1,427 @@
+"""The kinds of layers that an adapter can sit on: what each makes of a method's few operations.
+
+An adapted layer stays the module that it was: same object, same parameters under the same names.
+Only its class becomes a subclass, made here, of the class it had (as FSDP2 does it), whose
+`forward` puts the adapters after one another. The adapters are a child, `adapters.<name>`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from infold.adapters import METHODS, Geometry, Settings, lora, merge
+from infold.errors import Refusal
+from infold.tuners.quantized import dequantized, is_quantized
+
+__all__ = ["KINDS", "Adapted", "Adapter", "Rows", "adapt", "kind_of", "plain_class", "restore"]
+
+
+class Adapter(nn.Module):
+    """The parts of one method at one layer, as parameters that have the parts' names."""
+
+    def __init__(
+        self, method: str, parts: dict[str, Tensor], settings: Settings, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.method, self.settings = method, settings
+        for name, value in parts.items():
+            self.register_parameter(name, nn.Parameter(value))
+        self.dropout = nn.Dropout(dropout) if dropout else None
+
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        return cast("dict[str, Tensor]", self._parameters)
+
+    def extra_repr(self) -> str:
+        shapes = ", ".join(f"{name} {list(part.shape)}" for name, part in self.parts.items())
+        return f"{self.method}: {shapes}"
+
+
+@dataclass
+class Rows:
+    """Which adapter each row of the running batch uses; shared by all layers of a model.
+
+    names: the adapters in use. index: for each row a place in `names`, or len(names): the base.
+    """
+
+    names: tuple[str, ...] = ()
+    index: Tensor | None = None
+
+    def spread(self, count: int, device: torch.device) -> Tensor:
+        """The index for `count` rows of activations: beams and tokens repeat a row in place."""
+        assert self.index is not None
+        if self.index.device != device:
+            self.index = self.index.to(device)
+        if count == len(self.index):
+            return self.index
+        if count % len(self.index):
+            raise Refusal(
+                f"adapter_names has {len(self.index)} entries, but a layer sees {count} rows; "
+                "give one name for each row of the batch"
+            )
+        return self.index.repeat_interleave(count // len(self.index))
+
+
+class Stage:
+    """A layer's output after some of its adapters: what a method sees as its base."""
+
+    __slots__ = ("args", "kwargs", "layer", "runs")
+
+    def __init__(
+        self,
+        layer: Adapted,
+        runs: Sequence[Adapter],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        self.layer, self.runs, self.args, self.kwargs = layer, runs, args, kwargs
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not self.runs:
+            return self.layer.plain(x, *self.args, **self.kwargs)
+        last = self.runs[-1]
+        before = Stage(self.layer, self.runs[:-1], self.args, self.kwargs)
+        return METHODS[last.method].forward(x, before, last.parts, last.settings, last.dropout)
+
+    def map(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self.layer.map(x, weight)
+
+    def add(self, y: Tensor, h: Tensor, weight: Tensor, scale: float) -> Tensor:
+        return self.layer.add(y, h, weight, scale)
+
+    def add_vector(self, y: Tensor, vector: Tensor) -> Tensor:
+        return (y + self.layer.broadcast(vector)).to(y.dtype)
+
+    def scale_outputs(self, y: Tensor, vector: Tensor) -> Tensor:
+        return (y * self.layer.broadcast(vector)).to(y.dtype)
+
+    def scale_inputs(self, x: Tensor, vector: Tensor) -> Tensor:
+        return (x * self.layer.broadcast(vector)).to(x.dtype)
+
+    def lookup(self, numbers: Tensor, table: Tensor) -> Tensor:
+        return self.layer.lookup(numbers, table)
+
+    def matrix(self) -> Tensor:
+        return self._merged()[0]
+
+    def bias(self) -> Tensor | None:
+        return self._merged()[1]
+
+    @torch.no_grad()
+    def _merged(self) -> tuple[Tensor, Tensor | None]:
+        weight = self.layer.matrix()
+        bias = getattr(self.layer, "bias", None)
+        for run in self.runs:
+            done = merge(run.method, weight, bias, run.parts, run.settings)
+            weight, bias = done.weight, done.bias
+        return weight, bias
+
+
+class _Known(Stage):
+    """A stage whose output for one input is already there."""
+
+    __slots__ = ("x", "y")
+
+    def __init__(self, layer: Adapted, x: Tensor, y: Tensor) -> None:
+        super().__init__(layer, (), (), {})
+        self.x, self.y = x, y
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.y if x is self.x else super().__call__(x)
+
+
+class Adapted(nn.Module):
+    """What an adapted layer's class has before the class that it was."""
+
+    METHODS: tuple[str, ...] = ("ia3", "lora", "dora")
+    transposed = False  # whether the weight is stored as (in, out[, ...])
+
+    adapters: nn.ModuleDict
+    _runs: tuple[Adapter, ...]  # those in force, in order; empty: as the base
+    _rows: Rows
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self._rows.index is not None:
+            return self._mixed(x, args, kwargs)
+        if not self._runs:
+            return super().forward(x, *args, **kwargs)
+        return Stage(self, self._runs, args, kwargs)(x)
+
+    def plain(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base's own output."""
+        return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
+
+    def _mixed(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Each row through its own adapter."""
+        index = self._rows.spread(self.row_count(x), x.device)
+        used = {
+            name: cast(Adapter, self.adapters[name])
+            for name in self._rows.names
+            if name in self.adapters
+        }
+        vectors = {n: a.parts["ia3_l"] for n, a in used.items() if a.method == "ia3"}
+        inputs = {n: v for n, v in vectors.items() if used[n].settings.side == "in"}
+        outputs = {n: v for n, v in vectors.items() if used[n].settings.side == "out"}
+        scaled = x
+        if inputs:
+            scaled = (x * self.broadcast_rows(self._table(inputs, "in")[index], x)).to(x.dtype)
+        y = self.plain(scaled, *args, **kwargs)
+        if outputs:
+            y = (y * self.broadcast_rows(self._table(outputs, "out")[index], y)).to(y.dtype)
+        for name, adapter in used.items():
+            if name in vectors:
+                continue
+            rows = (index == self._rows.names.index(name)).nonzero().flatten()
+            part = x[rows]
+            known = _Known(self, part, y[rows])
+            method = METHODS[adapter.method]
+            own = method.forward(part, known, adapter.parts, adapter.settings, adapter.dropout)
+            y = y.index_copy(0, rows, own.to(y.dtype))
+        return y
+
+    def _table(self, vectors: dict[str, Tensor], side: str) -> Tensor:
+        """A row for each of the batch's adapters, and one of ones for the base: (names + 1, n)."""
+        key = (self._rows.names, *((id(v), v._version) for v in vectors.values()))
+        kept = self.__dict__.get(f"_table_{side}")
+        if kept is not None and kept[0] == key and not torch.is_grad_enabled():
+            return cast(Tensor, kept[1])
+        first = next(iter(vectors.values()))
+        ones = torch.ones_like(first).flatten()
+        table = torch.stack(
+            [*(vectors[n].flatten() if n in vectors else ones for n in self._rows.names), ones]
+        )
+        if not torch.is_grad_enabled():
+            self.__dict__[f"_table_{side}"] = (key, table)
+        return table
+
+    # --- what the kinds differ in; these are of Linear -----------------------------------------
+
+    def geometry(self) -> Geometry:
+        return Geometry(int(self.out_features), int(self.in_features))  # type: ignore[arg-type]
+
+    def matrix(self) -> Tensor:
+        """The logical weight (out, in * kernel)."""
+        return cast(Tensor, self.weight)
+
+    def map(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x.to(weight.dtype), weight)
+
+    def add(self, y: Tensor, h: Tensor, weight: Tensor, scale: float) -> Tensor:
+        if y.dtype == h.dtype == weight.dtype and not torch.is_autocast_enabled(y.device.type):
+            flat = y.reshape(-1, y.shape[-1])
+            h = h.reshape(-1, h.shape[-1])
+            return torch.addmm(flat, h, weight.t(), alpha=scale).view(y.shape)
+        return (y + scale * F.linear(h, weight.to(h.dtype))).to(y.dtype)
+
+    def broadcast(self, vector: Tensor) -> Tensor:
+        """A vector over channels, in a shape that multiplies activations."""
+        return vector
+
+    def broadcast_rows(self, table: Tensor, like: Tensor) -> Tensor:
+        """A vector for each row of a batch (rows, channels), in a shape that multiplies `like`."""
+        return table.view(len(table), *(1 for _ in like.shape[2:]), table.shape[1])
+
+    def lookup(self, numbers: Tensor, table: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def row_count(self, x: Tensor) -> int:
+        return x.shape[0]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:  # the class is made here, so pickle must too
+        return _rebuild, (plain_class(self), kind_of(self)), self.__dict__
+
+
+class AdaptedLinear(Adapted):
+    """torch.nn.Linear."""
+
+
+class AdaptedConv1D(Adapted):
+    """transformers' Conv1D: a Linear that stores (in, out)."""
+
+    transposed = True
+
+    def geometry(self) -> Geometry:
+        return Geometry(int(self.nf), int(self.nx))  # type: ignore[arg-type]
+
+    def matrix(self) -> Tensor:
+        return cast(Tensor, self.weight).t()
+
+
+class AdaptedEmbedding(Adapted):
+    """torch.nn.Embedding; its logical weight is the transposed table."""
+
+    METHODS = ("lora", "dora", "trainable_tokens")
+    transposed = True
+
+    def geometry(self) -> Geometry:
+        rows, width = cast(Tensor, self.weight).shape
+        return Geometry(width, rows, table=True)
+
+    def matrix(self) -> Tensor:
+        return cast(Tensor, self.weight).t()
+
+    def map(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self.lookup(x, weight.t())
+
+    def lookup(self, numbers: Tensor, table: Tensor) -> Tensor:
+        found = F.embedding(numbers, table)
+        scale = getattr(self, "embed_scale", None)  # Gemma and others scale what they look up
+        return found if scale is None else found * scale
+
+
+class AdaptedConv(Adapted):
+    """torch.nn.Conv1d, Conv2d, Conv3d."""
+
+    def geometry(self) -> Geometry:
+        module = cast(nn.Conv2d, self)
+        return Geometry(module.out_channels, module.in_channels, tuple(module.kernel_size))
+
+    def matrix(self) -> Tensor:
+        return cast(Tensor, self.weight).flatten(1)
+
+    def map(self, x: Tensor, weight: Tensor) -> Tensor:
+        module = cast(nn.Conv2d, self)
+        return module._conv_forward(x.to(weight.dtype), weight, None)
+
+    def add(self, y: Tensor, h: Tensor, weight: Tensor, scale: float) -> Tensor:
+        mix = (F.conv1d, F.conv2d, F.conv3d)[weight.dim() - 3]
+        return (y + scale * mix(h, weight)).to(y.dtype)
+
+    def broadcast(self, vector: Tensor) -> Tensor:
+        return vector.view(-1, *(1 for _ in cast(nn.Conv2d, self).kernel_size))
+
+    def broadcast_rows(self, table: Tensor, like: Tensor) -> Tensor:
+        return table.view(*table.shape, *(1 for _ in cast(nn.Conv2d, self).kernel_size))
+
+    def row_count(self, x: Tensor) -> int:
+        return x.shape[0] if x.dim() == 2 + len(cast(nn.Conv2d, self).kernel_size) else 1
+
+
+class AdaptedOpaque(Adapted):
+    """A linear layer whose weight is stored in a way of its own: 4 or 8 bits, GPTQ, AWQ, FP8."""
+
+    METHODS = ("ia3", "lora")
+
+    def matrix(self) -> Tensor:
+        weight = dequantized(self)
+        if weight is None:
+            raise Refusal(f"the weight of a {plain_class(self).__name__} cannot be read as numbers")
+        return weight
+
+
+class AdaptedAttention(Adapted):
+    """torch.nn.MultiheadAttention, whose weights go into one function, so that they must change.
+
+    Its own adapter is that of in_proj; out_proj is a layer beside it, whose forward never runs.
+    """
+
+    METHODS = ("lora",)
+
+    def geometry(self) -> Geometry:
+        width = int(self.embed_dim)  # type: ignore[arg-type]
+        return Geometry(3 * width, width)
+
+    def matrix(self) -> Tensor:
+        return cast(Tensor, self.in_proj_weight)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._rows.index is not None:
+            raise Refusal("adapter_names is not supported by MultiheadAttention")
+        inner = cast(Adapted, self.out_proj)
+        places = ((self, "in_proj_weight"), (inner, "weight"))
+        for layer, name in places:
+            weight = cast(Tensor, getattr(layer, name))
+            for run in layer._runs:
+                weight = (weight + lora.update(run.parts, run.settings)).to(weight.dtype)
+            layer.__dict__[name] = weight  # found before the parameter, which stays where it is
+        try:
+            return super(Adapted, self).forward(*args, **kwargs)
+        finally:
+            for layer, name in places:
+                del layer.__dict__[name]
+
+
+def _is_dense(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.dtype in _DENSE
+
+
+def _is_opaque(module: nn.Module) -> bool:
+    return all(isinstance(getattr(module, n, None), int) for n in ("in_features", "out_features"))
+
+
+_DENSE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+# The first that accepts a module is its kind.
+KINDS: tuple[tuple[type[Adapted], Callable[[nn.Module], bool]], ...] = (
+    (AdaptedAttention, lambda m: isinstance(m, nn.MultiheadAttention)),
+    (AdaptedConv1D, lambda m: isinstance(m, Conv1D)),
+    (AdaptedEmbedding, lambda m: isinstance(m, nn.Embedding)),
+    (
+        AdaptedConv,
+        lambda m: isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d),
+    ),
+    (AdaptedLinear, lambda m: isinstance(m, nn.Linear) and not is_quantized(m) and _is_dense(m)),
+    (AdaptedOpaque, _is_opaque),
+)
+
+
+def kind_of(module: nn.Module) -> type[Adapted] | None:
+    """The kind of layer that a module is, or None."""
+    if isinstance(module, Adapted):
+        return next(kind for kind, _ in KINDS if isinstance(module, kind))
+    return next((kind for kind, accepts in KINDS if accepts(module)), None)
+
+
+_classes: dict[tuple[type, type], type[nn.Module]] = {}
+
+
+def adapted_class(cls: type[nn.Module], kind: type[Adapted]) -> type[nn.Module]:
+    """`cls` with the adapted forward of `kind` before its own."""
+    made = _classes.get((cls, kind))
+    if made is None:
+        namespace = {"__module__": __name__, "_plain": cls}
+        made = _classes[cls, kind] = type(f"Adapted{cls.__name__}", (kind, cls), namespace)
+    return made
+
+
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """The class that an adapted module had."""
+    return cast("type[nn.Module]", type(module)._plain)  # type: ignore[attr-defined]
+
+
+def adapt(module: nn.Module, rows: Rows) -> Adapted:
+    """Make a module an adapted one, without adapters yet. Nothing else of it changes."""
+    if isinstance(module, Adapted):
+        return module
+    kind = kind_of(module)
+    assert kind is not None
+    if hasattr(module, "adapters"):
+        raise Refusal(f"{type(module).__name__} has an attribute `adapters` of its own")
+    module.__class__ = adapted_class(type(module), kind)
+    layer = cast(Adapted, module)
+    layer.adapters = nn.ModuleDict()
+    layer._runs, layer._rows = (), rows
+    return layer
+
+
+def restore(layer: Adapted) -> nn.Module:
+    """The module as it was before `adapt`."""
+    plain = plain_class(layer)
+    del layer.adapters
+    for name in ("_runs", "_rows", "_table_in", "_table_out"):
+        layer.__dict__.pop(name, None)
+    layer.__class__ = plain  # type: ignore[assignment]
+    return layer
+
+
+def _rebuild(cls: type[nn.Module], kind: type[Adapted]) -> nn.Module:
+    made = adapted_class(cls, kind)
+    return made.__new__(made)

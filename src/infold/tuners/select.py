@@ -1,0 +1,236 @@
+"""Which modules of a model an adapter's config means."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from infold.errors import Refusal
+from infold.tuners.config import IA3Config, LoraConfig, Names, TunerConfig
+from infold.tuners.layers import KINDS, Adapted, kind_of
+from infold.tuners.targets import find_targets
+
+__all__ = ["Selection", "matches", "modules_of", "select"]
+
+# The kernels of these models read conv1d and out_proj's weights without calling the modules.
+_MAMBA = ("mamba", "mamba2", "falcon_mamba", "falcon_h1")
+_HEADS = ("classifier", "score")  # that SEQ_CLS and TOKEN_CLS train whole, as PEFT does
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The modules of one adapter. `config` has all names that were found filled in."""
+
+    config: TunerConfig
+    layers: dict[str, nn.Module]
+    feedforward: frozenset[str]  # IA³: paths of layers whose inputs are scaled
+    whole: dict[str, nn.Module]  # modules_to_save
+
+
+def matches(names: Names, path: str) -> bool:
+    """Whether a list of endings, by whole components, or a regular expression means a path."""
+    if not names:
+        return False
+    if isinstance(names, str):
+        return re.fullmatch(names, path) is not None
+    return any(path == name or path.endswith(f".{name}") for name in names)
+
+
+def modules_of(model: nn.Module) -> dict[str, nn.Module]:
+    """Path -> module of the model itself: what adapters brought is left out."""
+    own: dict[str, nn.Module] = {}
+    inside: list[str] = []
+    for path, module in model.named_modules():
+        if isinstance(module, Adapted):
+            inside.append(f"{path}.adapters" if path else "adapters")
+        if not any(path == i or path.startswith(f"{i}.") for i in inside[-2:]) and path:
+            own[path] = module
+    return own
+
+
+def select(model: nn.Module, config: TunerConfig) -> Selection:
+    """Resolve a config on a model. Raises Refusal with all that does not fit."""
+    modules = modules_of(model)
+    config = _with_targets(model, modules, config)
+    problems: list[str] = []
+    problems += _unmatched("target_modules", config.target_modules, modules)
+    problems += _unmatched("exclude_modules", config.exclude_modules, modules)
+    layers = {
+        path: module
+        for path, module in modules.items()
+        if matches(config.target_modules, path)
+        and not matches(config.exclude_modules, path)
+        and _in_wanted_layer(config, path)
+    }
+    whole = {p: m for p, m in modules.items() if matches(config.modules_to_save, p)}
+    problems += _unmatched("modules_to_save", _own_list(config, modules), modules)
+    layers = {p: m for p, m in layers.items() if not matches(config.modules_to_save, p)}
+    for path, module in layers.items():
+        problems += _unfit(model, path, module, config)
+    if not layers and not problems:
+        problems.append("no module is left: every target is excluded, or in no wanted layer")
+    feedforward: frozenset[str] = frozenset()
+    if isinstance(config, IA3Config):
+        feedforward = frozenset(p for p in layers if matches(config.feedforward_modules, p))
+        problems += _unmatched("feedforward_modules", config.feedforward_modules, layers)
+        if isinstance(config.feedforward_modules, str) or isinstance(config.target_modules, str):
+            outside = [
+                p
+                for p in modules
+                if isinstance(config.feedforward_modules, str)
+                and matches(config.feedforward_modules, p)
+                and p not in layers
+                and kind_of(modules[p]) is not None
+            ]
+            problems += [f"feedforward_modules means {p}, which is no target" for p in outside]
+    if problems:
+        raise Refusal(f"{type(config).__name__}: {problem}" for problem in problems)
+    return Selection(config, layers, feedforward, whole)
+
+
+def _with_targets(
+    model: nn.Module, modules: dict[str, nn.Module], config: TunerConfig
+) -> TunerConfig:
+    """The config with targets, feed-forward modules and trained heads filled in."""
+    if config.task_type in ("SEQ_CLS", "TOKEN_CLS"):
+        heads = [h for h in _HEADS if any(matches([h], path) for path in modules)]
+        saved = list(config.modules_to_save or [])
+        config = replace(config, modules_to_save=[*saved, *(h for h in heads if h not in saved)])
+    if config.target_modules is None:
+        found = find_targets(model, config.METHOD)
+        config = replace(config, target_modules=list(found.modules))
+        if isinstance(config, IA3Config):
+            config = replace(config, feedforward_modules=list(found.feedforward))
+        return config
+    if config.target_modules == "all-linear":
+        heads = _output_heads(model, modules)
+        paths = [
+            path
+            for path, module in modules.items()
+            if kind_of(module) is not None
+            and not isinstance(module, nn.Embedding | nn.MultiheadAttention)
+            and not _is_conv(module)
+            and path not in heads
+            and not matches(config.modules_to_save, path)
+        ]
+        config = replace(config, target_modules=_shortest(paths, modules))
+    if isinstance(config, IA3Config) and config.feedforward_modules is None:
+        found = find_targets(model, config.METHOD)
+        inner = [
+            path
+            for path in modules
+            if matches(list(found.feedforward), path) and matches(config.target_modules, path)
+        ]
+        config = replace(config, feedforward_modules=_shortest(inner, modules))
+    return config
+
+
+def _is_conv(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+
+
+def _output_heads(model: nn.Module, modules: dict[str, nn.Module]) -> set[str]:
+    """The paths of the output embedding and of classifiers."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return {
+        path
+        for path, module in modules.items()
+        if (head is not None and module is head)
+        or path.rpartition(".")[2] in ("lm_head", "embed_out", *_HEADS)
+    }
+
+
+def _shortest(paths: Iterable[str], modules: dict[str, nn.Module]) -> list[str]:
+    """For each path the shortest ending that means no linear layer outside of `paths`."""
+    wanted = set(paths)
+    others = [p for p, m in modules.items() if p not in wanted and kind_of(m) is not None]
+    endings: dict[str, None] = {}
+    for path in wanted:
+        components = path.split(".")
+        for count in range(1, len(components) + 1):
+            ending = ".".join(components[-count:])
+            if not any(matches([ending], other) for other in others):
+                break
+        endings[ending] = None
+    return sorted(endings)
+
+
+def _in_wanted_layer(config: TunerConfig, path: str) -> bool:
+    """PEFT's layers_to_transform: the first number of a path, or that after layers_pattern."""
+    if not isinstance(config, LoraConfig) or config.layers_to_transform is None:
+        return True
+    wanted = config.layers_to_transform
+    wanted = [wanted] if isinstance(wanted, int) else wanted
+    patterns = config.layers_pattern or []
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    if patterns:
+        found = (re.match(rf".*\.{pattern}\.(\d+)\.", path) for pattern in patterns)
+        number = next((m for m in found if m), None)
+    else:
+        number = re.match(r".*\.[^.]*\.(\d+)\.", path)
+    return number is not None and int(number[1]) in wanted
+
+
+def _own_list(config: TunerConfig, modules: dict[str, nn.Module]) -> list[str]:
+    return list(config.modules_to_save or [])
+
+
+def _unmatched(field: str, names: Names, modules: Iterable[str]) -> list[str]:
+    """The names that mean no module, with those that look like them."""
+    paths = list(modules)
+    if not names or names == "all-linear":
+        return []
+    wanted = [names] if isinstance(names, str) else names
+    problems = []
+    for name in wanted:
+        if any(matches(name if isinstance(names, str) else [name], path) for path in paths):
+            continue
+        kind = "the pattern" if isinstance(names, str) else "the name"
+        leaves = sorted({path.rpartition(".")[2] for path in paths} - {str(n) for n in range(999)})
+        near = difflib.get_close_matches(name.rpartition(".")[2], leaves, n=4, cutoff=0.5)
+        hint = f"near it: {', '.join(near)}" if near else f"there are: {', '.join(leaves[:20])}"
+        problems.append(f"{field}: {kind} {name!r} means no module of the model; {hint}")
+    return problems
+
+
+def _unfit(model: nn.Module, path: str, module: nn.Module, config: TunerConfig) -> list[str]:
+    kind = kind_of(module)
+    name = type(module).__name__
+    if kind is None:
+        known = ", ".join(k.__name__.removeprefix("Adapted") for k, _ in KINDS)
+        return [
+            f"{path} is a {name}, which takes no adapter (kinds that do: {known}). Choose names "
+            "that end at its inner layers, or give exclude_modules"
+        ]
+    method = getattr(config, "method", config.METHOD)
+    if method not in kind.METHODS:
+        return [f"{path}: {method} does not exist for a {name}; it takes {', '.join(kind.METHODS)}"]
+    parent = model.get_submodule(path.rpartition(".")[0])
+    if isinstance(parent, nn.MultiheadAttention):
+        return [
+            f"{path}: MultiheadAttention reads this weight without calling the module; give the "
+            "name of the whole, whose in_proj and out_proj then both get an adapter"
+        ]
+    if isinstance(module, nn.MultiheadAttention):
+        if not module._qkv_same_embed_dim:
+            return [f"{path}: query, key and value of different sizes"]
+        if isinstance(config, LoraConfig) and (config.lora_dropout or config.lora_bias):
+            return [f"{path}: no lora_dropout and no lora_bias in MultiheadAttention"]
+    kind_of_model = getattr(getattr(model, "config", None), "model_type", None)
+    if kind_of_model in _MAMBA and path.rpartition(".")[2] in ("conv1d", "out_proj"):
+        return [f"{path}: the kernels of {kind_of_model} read this weight without calling it"]
+    if isinstance(config, LoraConfig):
+        if _is_conv(module) and getattr(module, "groups", 1) > 1:
+            return [
+                f"{path}: LoRA on a convolution of {module.groups} groups would cross the groups, "
+                "which no weight of it can hold"
+            ]
+        if config.lora_bias and getattr(module, "bias", None) is None:
+            return [f"{path}: lora_bias needs a layer with a bias, to merge into"]
+    return []
+
+
