@@ -212,7 +212,7 @@ def combine(
     if method == "lora":
         rank = result["lora_A"].shape[0]
         slices = max(slices_for("BF16", rank), *(s.slices for _, s in entries), 1)
-        settings = replace(settings, slices=slices)
+        settings = replace(settings, slices=slices, rank=rank)
     return result, settings
 
 

@@ -13,7 +13,15 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["Fields", "combined_config", "config_notes", "config_problems", "input_side", "scaling"]
+__all__ = [
+    "Fields",
+    "combined_config",
+    "config_notes",
+    "config_problems",
+    "input_side",
+    "largest_rank",
+    "scaling",
+]
 
 Fields = Mapping[str, Any]
 

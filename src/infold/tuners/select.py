@@ -232,5 +232,3 @@ def _unfit(model: nn.Module, path: str, module: nn.Module, config: TunerConfig) 
         if config.lora_bias and getattr(module, "bias", None) is None:
             return [f"{path}: lora_bias needs a layer with a bias, to merge into"]
     return []
-
-
