@@ -26,9 +26,10 @@ MAY_IMPORT = {
     "plan": LEAVES,
     "edit": {"adapters", "formats"},
     "merge": LEAVES | {"plan", "edit"},
+    "tuners": LEAVES | {"edit"},
     "verify": LEAVES | {"plan"},
     "inspect": LEAVES | {"plan"},
-    "cli": LEAVES | {"plan", "edit", "merge", "verify", "inspect"},
+    "cli": LEAVES | {"plan", "edit", "merge", "tuners", "verify", "inspect"},
 }
 
 

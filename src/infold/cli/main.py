@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from infold.cli import inspect, merge, verify
+from infold.cli import combine, inspect, merge, verify
 from infold.errors import InfoldError, Refusal
 from infold.version import __version__
 
@@ -39,7 +39,7 @@ def _interruptible(verb: Callable[..., None]) -> Callable[..., None]:
     return guarded
 
 
-for _verb in (merge.merge, inspect.inspect, verify.verify):
+for _verb in (merge.merge, combine.combine, inspect.inspect, verify.verify):
     app.command()(_interruptible(_verb))
 
 
