@@ -156,6 +156,14 @@ def combined_config(
 
     ranks: LoRA's rank of every module. inputs: for IA³ whether a module's inputs are scaled.
     """
+    result, problems = _filled(configs, ranks, inputs)
+    known = {name for c in configs for name in c}  # PEFT warns of names that its version lacks
+    return {name: value for name, value in result.items() if value or name in known}, problems
+
+
+def _filled(
+    configs: Sequence[Fields], ranks: Mapping[str, int], inputs: Mapping[str, bool]
+) -> tuple[dict[str, Any], list[str]]:
     result = dict(configs[0])
     for name in ("base_model_name_or_path", "revision", "task_type"):
         result[name] = next((c[name] for c in configs if c.get(name) is not None), None)
