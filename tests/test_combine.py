@@ -325,6 +325,57 @@ def test_a_saved_module_of_one_adapter_is_carried_over_and_told(tmp_path: Path) 
     assert any("carried over" in note and "score.weight" in note for note in done.notes)
 
 
+@pytest.mark.parametrize("case", ["tokens", "head", "table"])
+def test_what_is_carried_over_is_there_in_peft(case: str, tmp_path: Path, calm: None) -> None:
+    """At weights of 0 and 1 the combination does what the second adapter does."""
+    from peft import LoraConfig
+
+    fields: dict[str, Any] = {
+        "tokens": dict(target_modules=["v_proj"], trainable_token_indices=[3, 5]),
+        "head": dict(target_modules=["v_proj"], modules_to_save=["lm_head"]),
+        "table": dict(target_modules=["v_proj", "embed_tokens"]),  # PEFT saves a copy of it
+    }[case]
+    base = new_model("llama", tie_word_embeddings=False)
+    one = attach(base, {"one": LoraConfig(r=2, target_modules=["q_proj"])})
+    (first,) = saved(one, tmp_path / "first")
+    two = attach(one.unload(), {"two": LoraConfig(r=2, **fields)})
+    with torch.no_grad():
+        for name, value in two.named_parameters():
+            if "trainable_tokens_delta" in name or "modules_to_save" in name:
+                value.add_(1)
+    (second,) = saved(two, tmp_path / "second")
+    expected = outputs(two, token_ids())
+
+    infold.combine([first, second], tmp_path / "out", weights=[0, 1], kind="cat")
+
+    again = reloaded(two.unload(), tmp_path / "out")
+    torch.testing.assert_close(outputs(again, token_ids()), expected, rtol=1e-5, atol=1e-5)
+    with again.disable_adapter():
+        assert (outputs(again, token_ids()) - expected).abs().max() > 1e-2
+
+
+def test_both_updates_of_multihead_attention_are_combined(tmp_path: Path, calm: None) -> None:
+    from peft import LoraConfig
+
+    attention = nn.Sequential()
+    attention.attn = nn.MultiheadAttention(8, 2, batch_first=True)
+    attention.forward = lambda x: attention.attn(x, x, x)[0]  # type: ignore[method-assign]
+    config = LoraConfig(r=2, target_modules=["attn"])
+    model = attach(attention, {"one": config, "two": config})
+    folders = saved(model, tmp_path)
+    x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
+    model.base_model.set_adapter("two")
+    expected = outputs(model, x)
+
+    done = infold.combine(folders, tmp_path / "out", weights=[0, 1], kind="cat")
+
+    base = model.unload()
+    assert done.modules == 2
+    assert (outputs(base, x) - expected).abs().max() > 1e-2
+    again = reloaded(base, tmp_path / "out")
+    torch.testing.assert_close(outputs(again, x), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_the_same_saved_module_in_two_adapters_is_kept_once(tmp_path: Path) -> None:
     given = [with_head(tmp_path / name, 1, HEAD) for name in ("one", "two")]
 
