@@ -99,7 +99,7 @@ def test_the_folder_does_in_peft_what_its_own_combination_does(
     from peft import LoraConfig
 
     base, targets = make()
-    options = {"one": dict(lora_alpha=8), "two": dict(lora_alpha=5, use_rslora=True)}
+    options = {"one": dict(lora_alpha=5, use_rslora=True), "two": dict(lora_alpha=8)}
     configs = {n: LoraConfig(r=4, target_modules=targets[n], **options.get(n, {})) for n in WEIGHTS}
     model = attach(base, configs)
     folders = saved(model, tmp_path)
@@ -120,16 +120,21 @@ def test_the_folder_does_in_peft_what_its_own_combination_does(
     assert (plain - expected).abs().max() > 1e-2  # there is something to tell apart
 
 
+@pytest.mark.parametrize(
+    "second",
+    [
+        {"target_modules": r".*layers\.1\..*v_proj"},
+        {"target_modules": ["v_proj"], "layers_to_transform": [1]},
+    ],
+)
 def test_layers_that_only_one_adapter_reaches_stay_what_they_are(
-    tmp_path: Path, calm: None
+    second: dict[str, Any], tmp_path: Path, calm: None
 ) -> None:
     """The union of these target_modules would reach modules that no adapter touches."""
     from peft import LoraConfig
 
-    configs = {
-        "one": LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[0]),
-        "two": LoraConfig(r=2, target_modules=r".*layers\.1\..*v_proj"),
-    }
+    configs = {"one": LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[0])}
+    configs["two"] = LoraConfig(r=2, **second)
     model = attach(new_model("llama"), configs)
     folders = saved(model, tmp_path)
 
@@ -581,6 +586,8 @@ def test_the_same_seed_gives_the_same_bytes_whatever_else_is_combined(tmp_path: 
     assert all(torch.equal(first[key], again[key]) for key in first)
     assert not all(torch.equal(first[key], other[key]) for key in first)
     assert all(torch.equal(first[k], v) for k, v in tensors_of(tmp_path / "only").items())
+    dropped = [first[f"{module}.lora_A.weight"] == 0 for module in (Q, K)]
+    assert not torch.equal(*dropped)  # each module has random numbers of its own
     with safe_open(tmp_path / "first" / "adapter_model.safetensors", "pt") as file:
         recipe = json.loads(file.metadata()["infold.combine"])
     assert recipe["seed"] == 3 and recipe["type"] == "dare_ties" and recipe["density"] == 0.5
