@@ -99,7 +99,7 @@ def test_the_folder_does_in_peft_what_its_own_combination_does(
     from peft import LoraConfig
 
     base, targets = make()
-    options = {"one": dict(lora_alpha=5, use_rslora=True), "two": dict(lora_alpha=8)}
+    options = {"one": dict(lora_alpha=8), "two": dict(lora_alpha=5, use_rslora=True)}
     configs = {n: LoraConfig(r=4, target_modules=targets[n], **options.get(n, {})) for n in WEIGHTS}
     model = attach(base, configs)
     folders = saved(model, tmp_path)
@@ -156,12 +156,17 @@ def test_layers_that_only_one_adapter_reaches_stay_what_they_are(
     }
 
 
-def test_cat_of_different_ranks_merges_to_what_its_adapters_merge_to(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rslora", [False, True])
+def test_cat_of_different_ranks_merges_to_what_its_adapters_merge_to(
+    rslora: bool, tmp_path: Path
+) -> None:
+    """PEFT keeps the first adapter's use_rslora, which makes its combination sqrt(r) too large."""
     shapes = {Q: (8, 12), K: (12, 12), DOWN: (12, 20)}
     generator = torch.Generator().manual_seed(5)
     weights = {f"{m}.weight": torch.randn(s, generator=generator) for m, s in shapes.items()}
     base = base_folder(tmp_path / "base", weights)
     one = lora(tmp_path / "one", {Q: shapes[Q], K: shapes[K]}, rank=2, alpha=4, seed=1)
+    change_config(one, use_rslora=rslora)
     two = lora(tmp_path / "two", {Q: shapes[Q], DOWN: shapes[DOWN]}, rank=3, alpha=6, seed=2)
 
     done = infold.combine([one, two], tmp_path / "out", weights=[1, 1], kind="cat")
@@ -176,7 +181,7 @@ def test_cat_of_different_ranks_merges_to_what_its_adapters_merge_to(tmp_path: P
     in_order, at_once = read_tensors(tmp_path / "in-order"), read_tensors(tmp_path / "at-once")
     for name, value in in_order.items():
         assert not torch.equal(value, weights[name])
-        torch.testing.assert_close(at_once[name], value, rtol=3e-7, atol=3e-8)
+        torch.testing.assert_close(at_once[name], value, rtol=3e-7, atol=1e-7)
 
 
 def test_cat_into_bfloat16_has_nearly_the_same_bytes(tmp_path: Path) -> None:
