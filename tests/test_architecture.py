@@ -28,10 +28,11 @@ MAY_IMPORT = {
     "plan": LEAVES,
     "edit": {"adapters", "formats"},
     "merge": LEAVES | {"plan", "edit"},
+    "tuners": LEAVES | {"edit"},
     "verify": LEAVES | {"plan"},
-    "tuners": LEAVES,
+    "tuners": LEAVES | {"edit"},
     "inspect": LEAVES | {"plan"},
-    "cli": LEAVES | {"plan", "edit", "merge", "verify", "inspect"},
+    "cli": LEAVES | {"plan", "edit", "merge", "tuners", "verify", "inspect"},
 }
 
 

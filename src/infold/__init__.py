@@ -21,6 +21,7 @@ from infold.version import __version__
 
 if TYPE_CHECKING:
     from infold.merge.receipt import Receipt
+    from infold.tuners.combine import Combined
     from infold.verify.verdict import Offender, Verdict
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "StorageFailure",
     "Verdict",
     "__version__",
+    "combine",
     "inspect",
     "merge",
     "verify",
@@ -117,6 +119,40 @@ def merge(
         return plan.summary()
     names = os.fspath(base), [os.fspath(a) for a in given]
     return execute(prepared, sha256=sha256, progress=progress, names=names)
+
+
+def combine(
+    adapters: PathLike | Sequence[PathLike],
+    out: PathLike,
+    *,
+    weights: Sequence[float],
+    kind: str,
+    density: float | None = None,
+    majority_sign: str = "total",
+    svd_rank: int | None = None,
+    seed: int = 0,
+    force: bool = False,
+) -> Combined:
+    """Combine IA³ or LoRA adapters of one base into one adapter folder (docs/combine.md).
+
+    adapters: PEFT folders or Hub ids. weights: one finite number for each; they are not normalised.
+    kind: the command line's --type. density: the share of elements that pruning keeps, in (0, 1].
+    svd_rank: the rank of the svd kinds; default: the adapters' largest. seed: for DARE.
+    The new tensors are float32 (float64 where an adapter's are).
+    Raises Refusal (bad input; lists all offenders; nothing is written) or StorageFailure.
+    """
+    from infold.tuners.combine import plan_combination, write_combination
+
+    plan = plan_combination(
+        _listed(adapters),
+        weights,
+        kind,
+        density=density,
+        majority_sign=majority_sign,
+        svd_rank=svd_rank,
+        seed=seed,
+    )
+    return write_combination(plan, out, force=force)
 
 
 def inspect(path: PathLike, *, base: PathLike | None = None) -> dict[str, Any]:

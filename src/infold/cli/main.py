@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from infold.cli import inspect, merge, verify
+from infold.cli import combine, inspect, merge, verify
 from infold.cli.output import complain, finish, protect_streams
 from infold.errors import InfoldError, ProofFailed, Refusal
 from infold.version import __version__
@@ -97,7 +97,7 @@ def _together(reasons: Sequence[str]) -> list[str]:
     return lines
 
 
-for _verb in (merge.merge, inspect.inspect, verify.verify):
+for _verb in (merge.merge, combine.combine, inspect.inspect, verify.verify):
     app.command()(_guarded(_verb))
 
 
