@@ -28,7 +28,6 @@ MAY_IMPORT = {
     "plan": LEAVES,
     "edit": {"adapters", "formats"},
     "merge": LEAVES | {"plan", "edit"},
-    "tuners": LEAVES | {"edit"},
     "verify": LEAVES | {"plan"},
     "tuners": LEAVES | {"edit"},
     "inspect": LEAVES | {"plan"},

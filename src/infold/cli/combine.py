@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from infold.cli.options import bytes_text, plural
+from infold.cli.output import plural
 from infold.cli.startup import lasting_imports
+from infold.sizes import bytes_text
 
 if TYPE_CHECKING:
     from infold.tuners.combine import Combination

@@ -14,11 +14,15 @@ from typing import Annotated, Any
 
 import typer
 
-from infold.cli import combine, inspect, merge, verify
+from infold.cli import combine, inspect, merge, train, verify
 from infold.cli.output import complain, finish, protect_streams
 from infold.errors import InfoldError, ProofFailed, Refusal
 from infold.version import __version__
 
+_CONTINUES: dict[Callable[..., None], str] = {
+    merge.merge: "; the same command continues",
+    train.train: "; the same command with --resume continues",
+}
 _SHOWN = 10  # reasons on a terminal; --json has all
 
 app = typer.Typer(
@@ -40,11 +44,11 @@ def _guarded(verb: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(verb)
     def guarded(*args: Any, **given: Any) -> None:
-        writes = verb is merge.merge and not given.get("dry_run")
+        writes = verb in (merge.merge, combine.combine, train.train) and not given.get("dry_run")
         try:
             verb(*args, **given)
         except KeyboardInterrupt:
-            complain("interrupted" + ("; the same command continues" if writes else ""))
+            complain(f"interrupted{_CONTINUES.get(verb, '') if writes else ''}")
             raise typer.Exit(130) from None
         except Exception as error:
             raise typer.Exit(_told(error, writes, given.get("as_json", False))) from None
@@ -97,7 +101,7 @@ def _together(reasons: Sequence[str]) -> list[str]:
     return lines
 
 
-for _verb in (merge.merge, combine.combine, inspect.inspect, verify.verify):
+for _verb in (merge.merge, train.train, combine.combine, inspect.inspect, verify.verify):
     app.command()(_guarded(_verb))
 
 
