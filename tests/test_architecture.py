@@ -14,11 +14,13 @@ import pytest
 import infold
 
 ROOT = Path(infold.__file__).parent
-FREE = {"errors", "version", "dtypes"}  # every room may import these
+FREE = {"errors", "version", "dtypes", "sizes", "workers"}  # every room may import these
 LEAVES = {"adapters", "formats", "checkpoint"}
 MAY_IMPORT = {
     "errors": set(),
     "version": set(),
+    "sizes": set(),
+    "workers": set(),
     "dtypes": set(),
     "adapters": set(),
     "formats": set(),
@@ -27,8 +29,9 @@ MAY_IMPORT = {
     "edit": {"adapters", "formats"},
     "merge": LEAVES | {"plan", "edit"},
     "verify": LEAVES | {"plan"},
+    "tuners": LEAVES | {"edit"},
     "inspect": LEAVES | {"plan"},
-    "cli": LEAVES | {"plan", "edit", "merge", "verify", "inspect"},
+    "cli": LEAVES | {"plan", "edit", "merge", "tuners", "verify", "inspect"},
 }
 
 
@@ -90,6 +93,23 @@ def test_registry_keys_are_file_names(room: str, registry: str) -> None:
     }
 
 
+def test_the_facts_of_the_methods_fit_together() -> None:
+    from infold.adapters import METHODS, methods_of
+
+    meaning: dict[str, str] = {}
+    for name, method in METHODS.items():
+        assert {*method.REQUIRED, *method.ON_BIAS} == set(method.PARTS), name
+        assert {method.TABLE.get(p, p) for p in method.KEYS.values()} == set(method.PARTS), name
+        assert set(method.TABLE.values()) <= set(method.PARTS), name
+        for key, part in method.KEYS.items():
+            assert key.startswith(".") and meaning.setdefault(key, part) == part, key
+        for kind in method.PEFT_TYPES:
+            chosen = {"use_dora": name == "dora"}
+            owners = [n for n, m in methods_of(kind).items() if m.owns(method.REQUIRED, chosen)]
+            assert owners == [name], "no two methods claim the same module"
+    assert not methods_of("UNKNOWN")
+
+
 @pytest.mark.parametrize("argument", ["--help", "--version"])
 def test_help_loads_no_torch(argument: str) -> None:
     code = (
@@ -102,6 +122,17 @@ def test_help_loads_no_torch(argument: str) -> None:
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
     assert ran.stdout.splitlines()[-1] == "False"
+
+
+def test_importing_infold_and_its_types_loads_no_torch() -> None:
+    code = (
+        "import sys, infold\n"
+        "print(infold.Receipt.__name__, infold.Verdict.__name__, infold.Offender.__name__)\n"
+        "print('torch' in sys.modules)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert ran.stdout.splitlines() == ["Receipt Verdict Offender", "False"]
 
 
 def test_the_verbs_stay_callable_when_the_rooms_of_the_same_name_are_loaded() -> None:

@@ -247,6 +247,12 @@ BAD_TENSORS: dict[str, tuple[dict[str, Tensor], dict[str, Any], tuple[str, ...]]
         lora("m.a") | ia3("m.a", ROWS, 1), {},
         ("m.a.ia3_l:", "m.a.lora_A.weight:", "m.a.lora_B.weight:", "no method of type LORA"),
     ),
+    "a layer's and an embedding's factors on one module": (
+        {k.replace("B.weight", "embedding_B"): v for k, v in lora("m.a").items()}
+        | lora("m.b") | {f"{PREFIX}m.b.lora_embedding_A": torch.ones(2, 4)}, {},
+        ("m.a.lora_A.weight:", "m.a.lora_embedding_B:", "m.b.lora_A.weight:", "m.b.lora_B.weight:",
+         "m.b.lora_embedding_A:", "no method of type LORA"),
+    ),
     "lora in an ia3 adapter": (
         ia3("m.a", ROWS, 1) | lora("m.b"), {"peft_type": "IA3"},
         ("m.b.lora_A.weight", "m.b.lora_B.weight", "no method of type IA3"),
@@ -463,7 +469,7 @@ def test_force_does_not_replace_what_is_no_model(bench: Bench, base: Path) -> No
     out = bench.place("merged")
     out.mkdir()
     (out / "thesis.txt").write_text("the only copy")
-    with pytest.raises(Refusal, match="holds no model"):
+    with pytest.raises(Refusal, match=r"holds no infold-receipt\.json"):
         infold.merge(base, adapter, out, force=True)
     assert (out / "thesis.txt").read_text() == "the only copy"
 

@@ -7,9 +7,9 @@ table. A block of W is float64; a method changes it in place. Rounding is not do
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ __all__ = [
     "Prepared",
     "Settings",
     "merge",
+    "methods_of",
 ]
 
 Parts = Mapping[str, Tensor]
@@ -53,9 +54,22 @@ class Prepared(Protocol):
 
 
 class Method(Protocol):
-    """A way to train an adapter. `PARTS` are its tensors' names in an adapter file."""
+    """A way to train an adapter: facts about it, its weight side and its activation side."""
 
-    PARTS: tuple[str, ...]
+    PARTS: tuple[str, ...]  # all its tensors, by the names that `prepare` and `forward` know
+    REQUIRED: tuple[str, ...]  # those that a module must have, all of which enter the weight
+    ON_BIAS: tuple[str, ...]  # those that enter the bias
+    TABLE: Mapping[str, str]  # what an embedding's parts are called -> the part that it is
+    KEYS: Mapping[str, str]  # how a key of an adapter file ends -> name in PARTS or TABLE
+    PEFT_TYPES: Mapping[str, frozenset[str]]  # peft_type -> fields of such a config it goes by
+    REFUSED: Mapping[str, str]  # fields of the config that cannot be merged -> why
+
+    def owns(self, parts: Collection[str], fields: Mapping[str, Any]) -> bool:
+        """Whether a module that has these parts, in an adapter of this config, is of this method;
+        some of the required parts may be missing."""
+
+    def describe(self, settings: Settings) -> dict[str, Any]:
+        """The settings that a user wants to see, JSON-ready."""
 
     def prepare(self, parts: Parts, settings: Settings) -> Prepared:
         """The weight side, for merging."""
@@ -83,6 +97,11 @@ METHODS: dict[str, Method] = {
     "dora": dora,
     "trainable_tokens": trainable_tokens,
 }
+
+
+def methods_of(peft_type: str) -> dict[str, Method]:
+    """The methods that an adapter of this peft_type may hold; none if the type is unknown."""
+    return {name: method for name, method in METHODS.items() if peft_type in method.PEFT_TYPES}
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ the fixed order of `exact.squares`; square root and division are correctly round
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,23 @@ from infold.adapters.lora import LowRank
 from infold.adapters.settings import Settings
 
 PARTS: tuple[str, ...] = ("lora_A", "lora_B", "lora_magnitude_vector")
+REQUIRED: tuple[str, ...] = PARTS
+ON_BIAS: tuple[str, ...] = ()
+TABLE: Mapping[str, str] = lora.TABLE
+KEYS: Mapping[str, str] = {
+    key: part for key, part in lora.KEYS.items() if part in (*PARTS, *TABLE)
+} | {
+    ".lora_magnitude_vector": "lora_magnitude_vector",
+    ".lora_magnitude_vector.weight": "lora_magnitude_vector",
+}
+PEFT_TYPES: Mapping[str, frozenset[str]] = lora.PEFT_TYPES
+REFUSED: Mapping[str, str] = lora.REFUSED
+describe = lora.describe
+
+
+def owns(parts: Collection[str], fields: Mapping[str, Any]) -> bool:
+    directed = "lora_magnitude_vector" in parts or bool(fields.get("use_dora"))
+    return directed and not {*PARTS, *TABLE}.isdisjoint(parts)
 
 
 class _Directed(LowRank):

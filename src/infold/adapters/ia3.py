@@ -9,7 +9,8 @@ repeats over the kernel; with groups, each group of outputs sees its own part of
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,20 @@ from infold.adapters.layer import Base, Dropout, Geometry
 from infold.adapters.settings import Settings
 
 PARTS: tuple[str, ...] = ("ia3_l",)
+REQUIRED: tuple[str, ...] = PARTS
+TABLE: Mapping[str, str] = {}
+ON_BIAS: tuple[str, ...] = PARTS
+KEYS: Mapping[str, str] = {".ia3_l": "ia3_l"}
+PEFT_TYPES: Mapping[str, frozenset[str]] = {"IA3": frozenset(("feedforward_modules",))}
+REFUSED: Mapping[str, str] = {}
+
+
+def owns(parts: Collection[str], fields: Mapping[str, Any]) -> bool:
+    return "ia3_l" in parts
+
+
+def describe(settings: Settings) -> dict[str, Any]:
+    return {"side": settings.side}
 
 
 class _Output:

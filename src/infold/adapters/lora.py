@@ -11,7 +11,8 @@ and `lora_embedding_B` (out, r) of the transposed table. A grouped convolution h
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,45 @@ from infold.adapters.layer import Base, Dropout, Geometry
 from infold.adapters.settings import Settings
 
 PARTS: tuple[str, ...] = ("lora_A", "lora_B", "lora_bias")
+REQUIRED: tuple[str, ...] = ("lora_A", "lora_B")
+ON_BIAS: tuple[str, ...] = ("lora_bias",)
+TABLE: Mapping[str, str] = {"lora_embedding_A": "lora_A", "lora_embedding_B": "lora_B"}
+KEYS: Mapping[str, str] = {
+    ".lora_A.weight": "lora_A",
+    ".lora_B.weight": "lora_B",
+    ".lora_B.bias": "lora_bias",
+    ".lora_embedding_A": "lora_embedding_A",
+    ".lora_embedding_B": "lora_embedding_B",
+}
+PEFT_TYPES: Mapping[str, frozenset[str]] = {
+    "LORA": frozenset(
+        "r lora_alpha use_rslora rank_pattern alpha_pattern use_dora lora_bias bias "
+        "init_lora_weights ensure_weight_tying".split()
+    )
+}
+REFUSED: Mapping[str, str] = {
+    "alora_invocation_tokens": "activated LoRA depends on the prompt, so it has no merged weight",
+    "use_qalora": "QALoRA pools the inputs; PEFT cannot merge it either",
+    "arrow_config": "Arrow routes between adapters at run time, so it has no merged weight",
+    "layer_replication": "the adapter runs on a model with repeated layers; PEFT merges it wrongly",
+    "kasa_config": "KaSA truncates the base weight by SVD when it is loaded",
+    "target_parameters": "adapters on fused expert tensors are not supported yet",
+    "use_bdlora": "block-diagonal LoRA is not supported",
+    "velora_config": "VeLoRA is not supported",
+    "monteclora_config": "MonteCLoRA is not supported",
+    "megatron_config": "Megatron's parallel layers are not supported",
+    "corda_config": "CorDA changes the base weight when it is loaded",
+    "lora_ga_config": "LoRA-GA changes the base weight when it is loaded",
+}
+
+
+def owns(parts: Collection[str], fields: Mapping[str, Any]) -> bool:
+    plain = "lora_magnitude_vector" not in parts and not fields.get("use_dora")
+    return plain and not {*PARTS, *TABLE}.isdisjoint(parts)
+
+
+def describe(settings: Settings) -> dict[str, Any]:
+    return {"scaling": settings.scaling}
 
 
 class LowRank:

@@ -6,7 +6,8 @@ W'[:, tokens[k]] = trainable_tokens_delta[k]. In spite of its name the part is a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,26 @@ from infold.adapters.layer import Base, Dropout, Geometry
 from infold.adapters.settings import Settings
 
 PARTS: tuple[str, ...] = ("trainable_tokens_delta",)
+REQUIRED: tuple[str, ...] = PARTS
+TABLE: Mapping[str, str] = {}
+ON_BIAS: tuple[str, ...] = ()
+KEYS: Mapping[str, str] = {
+    ".trainable_tokens_delta": "trainable_tokens_delta",
+    ".token_adapter.trainable_tokens_delta": "trainable_tokens_delta",
+}
+PEFT_TYPES: Mapping[str, frozenset[str]] = {
+    "TRAINABLE_TOKENS": frozenset(("token_indices",)),
+    "LORA": frozenset(("trainable_token_indices",)),
+}
+REFUSED: Mapping[str, str] = {}
+
+
+def owns(parts: Collection[str], fields: Mapping[str, Any]) -> bool:
+    return "trainable_tokens_delta" in parts
+
+
+def describe(settings: Settings) -> dict[str, Any]:
+    return {}
 
 
 class _Rows:

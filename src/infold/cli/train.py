@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from infold.cli.options import plural
+from infold.cli.output import plural
 from infold.cli.progress import step_progress
 from infold.cli.startup import lasting_imports
 from infold.errors import Refusal

@@ -111,14 +111,20 @@ def observers(steps: Sequence[Step]) -> Iterator[tuple[Step, Sequence[Step]]]:
 
 
 def show(
-    step: Step, before: Sequence[Step], raw: Tensor, block: Block, workspace: Workspace
+    step: Step,
+    before: Sequence[Step],
+    raw: Tensor,
+    block: Block,
+    target: Target,
+    workspace: Workspace,
 ) -> None:
     """Let a step observe one block of the stored tensor, as the steps before it leave it.
 
     Blocks that share outputs come in the order of their inputs, cut at multiples of LEAF there.
     """
     for rows, columns in strips(block, workspace.tile, workspace.tile_columns):
-        x = _values(before, raw[within(block, rows, columns)], rows, columns, workspace)
+        here = within(block, rows, columns)
+        x = _values(before, raw[here], rows, columns, target, workspace)
         step.prepared.observe(*step.logical(x, rows, columns))
 
 
@@ -139,7 +145,8 @@ def compute(
     through = out if staging == out.dtype else workspace.stage(block, staging)
     for rows, columns in tiles(block, workspace.tile, workspace.tile_columns):
         here = within(block, rows, columns)
-        form.narrow(_values(steps, raw[here], rows, columns, workspace), through[here])
+        x = _values(steps, raw[here], rows, columns, target, workspace)
+        form.narrow(x, through[here])
     if through is not out:
         doubtful = form.finish(through, out)
         if len(doubtful[0]):
@@ -149,11 +156,16 @@ def compute(
 
 
 def _values(
-    steps: Sequence[Step], stored: Tensor, rows: Index, columns: Index, workspace: Workspace
+    steps: Sequence[Step],
+    stored: Tensor,
+    rows: Index,
+    columns: Index,
+    target: Target,
+    workspace: Workspace,
 ) -> Tensor:
     """float64 values of the rows and columns (numbered in the tensor) after the steps."""
     x = workspace.floats(stored.shape)
-    x.copy_(stored)
+    target.form.decode(stored, x)
     for step in steps:
         step.change(x, rows, columns)
     return x
@@ -174,10 +186,10 @@ def _settle(
     if len(rows) > _FEW:
         for span in tiles(block, workspace.tile, workspace.tile_columns):
             here = within(block, *span)
-            out[here] = encode(_values(steps, raw[here], *span, workspace), target.dtype)
+            out[here] = encode(_values(steps, raw[here], *span, target, workspace), target.dtype)
         return
     stored = raw[rows][:, columns]
-    grid = _values(steps, stored, rows + block.row, columns + block.column, workspace)
+    grid = _values(steps, stored, rows + block.row, columns + block.column, target, workspace)
     out[rows, columns] = encode(grid.diagonal(), target.dtype)
 
 

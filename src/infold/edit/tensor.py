@@ -195,7 +195,7 @@ def _run(
                 step: Step = step,
                 before: Sequence[Step] = before,
             ) -> None:
-                show(step, before, part(raw, block), block, workspace)
+                show(step, before, part(raw, block), block, target, workspace)
 
             crew.spread(see, _slabs(*shape, limit, step.transposed), device, threads)
         crew.spread(fill, cut(*shape, limit), device, threads)

@@ -25,6 +25,9 @@ class Format(Protocol):
     def torch_dtype(self, dtype: str) -> torch.dtype:
         """The torch dtype of the stored elements."""
 
+    def decode(self, stored: Tensor, out: Tensor) -> None:
+        """Stored elements into float64 `out`, exactly."""
+
     def encode(self, values: Tensor, dtype: str) -> Tensor:
         """float64 values, rounded once to the stored dtype, ties to even."""
 

@@ -43,7 +43,7 @@ class EditRun:
                 # a transposed weight shows its inputs as rows: whole leaves of them at once
                 whole = max(limit, LEAF * self.shape[1]) if step.transposed else limit
                 for block in cut(*self.shape, whole):
-                    show(step, before, read(block).to(self.device), block, workspace)
+                    show(step, before, read(block).to(self.device), block, self.target, workspace)
             self._ready = steps
 
     def _steps(self) -> list[Step]:

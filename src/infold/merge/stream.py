@@ -28,8 +28,10 @@ from infold.dtypes import TORCH_DTYPES
 from infold.edit.blocks import Block, cut
 from infold.edit.steps import Workspace
 from infold.edit.threads import take_one_core
+from infold.formats import format_of
 from infold.merge.apply import EditRun
 from infold.plan.edits import BaseTensor, Edit, OutputShard, Plan
+from infold.workers import Worker, run_all
 
 __all__ = ["ShardDigests", "Streamed", "stream"]
 
@@ -73,7 +75,9 @@ class _Source:
         if isinstance(edit.source, BaseTensor):
             info = plan.base.info(edit.source.name)
             self.path = plan.base.shards[plan.base.where[edit.source.name]].path
-            self.begin, self.dtype = info.begin, TORCH_DTYPES[info.dtype]
+            form = format_of(info.dtype)
+            assert form is not None  # the plan refuses what no format stores
+            self.begin, self.dtype = info.begin, form.torch_dtype(info.dtype)
         else:
             adapter = plan.adapters[edit.source.adapter]
             tensor = adapter.tensors[edit.source.key]
@@ -141,8 +145,8 @@ class _Task:
 class _Chain:
     """One shard of the output: its files, its digests, and whose turn it is to hash.
 
-    In the same layout the base's bytes pass by in order too, and are hashed on the way. Where
-    nothing at all is edited one digest serves for both.
+    In the same layout the base's bytes pass by in order too, and are hashed on the way. Up to the
+    first edit one digest serves for both.
     """
 
     def __init__(self, plan: Plan, shard: OutputShard, staging: Staging, files: _Files) -> None:
@@ -152,9 +156,8 @@ class _Chain:
         self.source_path = plan.base.shards[shard.source].path
         self.source = files.fd(self.source_path)
         self.target = staging.open_file(shard.name, shard.header.file_size)
-        self.edited = any(name in plan.edits for name in shard.header.tensors)
         self.in_step = shard.same_layout
-        self.base_hash, self.output_hash = blake3(), blake3()
+        self._forget()
         self.turn = 0
         self.ready = threading.Condition()
         self.kept = 0  # bytes that the journal tells or will tell
@@ -164,7 +167,16 @@ class _Chain:
             for name in shard.header.tensors
             if (edit := plan.edits.get(name))
         )  # the digests of this shard do not tell whether that other one is still the same
-        self.start = self._resume(None if foreign else staging.resumed.get(shard.name))
+        try:
+            self.start = self._resume(None if foreign else staging.resumed.get(shard.name))
+        except BaseException:
+            self.close()
+            raise
+
+    def _forget(self) -> None:
+        """Begin the digests anew. No `output_hash`: all bytes so far are the base's."""
+        self.base_hash = blake3()
+        self.output_hash = None if self.in_step else blake3()
 
     def _resume(self, done: Progress | None) -> int:
         """Bytes of the output that an earlier run left and that were checked again; at least the
@@ -180,19 +192,23 @@ class _Chain:
             _hash_file(self.target, self.path, output, done.position)
             checked = base.hexdigest() == done.base and output.hexdigest() == done.output
             if checked and (self.in_step or whole):
-                self.base_hash, self.output_hash = base, output
+                self.base_hash = base
+                self.output_hash = None if self.in_step and done.base == done.output else output
                 self.kept = done.position
                 return done.position
         with storage_errors(self.path):
             write_fully(self.target, memoryview(raw), 0)
-        self.hash(memoryview(raw), memoryview(raw))
+        header = memoryview(raw)
+        self.hash(header, header)
         return len(raw)
 
     def hash(self, base: memoryview, output: memoryview) -> None:
         """The next bytes of both sides; `base` only counts where both are in step."""
         if self.in_step:
+            if self.output_hash is None and output is not base:
+                self.output_hash = self.base_hash.copy()
             self.base_hash.update(base)
-        if self.edited or not self.in_step:
+        if self.output_hash is not None:
             self.output_hash.update(output)
 
     def progress(self, position: int) -> Progress:
@@ -200,9 +216,9 @@ class _Chain:
         if not self.in_step and position == size:
             self.base_hash = blake3()
             _hash_file(self.source, self.source_path, self.base_hash, os.fstat(self.source).st_size)
-        if not self.edited and self.in_step:
-            self.output_hash = self.base_hash
-        return Progress(position, self.base_hash.hexdigest(), self.output_hash.hexdigest())
+        base = self.base_hash.hexdigest()
+        output = base if self.output_hash is None else self.output_hash.hexdigest()
+        return Progress(position, base, output)
 
     def close(self) -> None:
         if self.target >= 0:
@@ -222,16 +238,16 @@ class _Stopped(Exception):
     """Another worker failed or the user interrupted."""
 
 
-class _Keeper(threading.Thread):
+class _Keeper:
     """Brings finished stretches to the disk, so that little is left to wait for at the end."""
 
     def __init__(self, staging: Staging) -> None:
-        super().__init__(daemon=True, name="infold-keeper")
         self.staging = staging
+        self.thread = Worker(self._work, "infold-keeper")
         self.queue: queue.SimpleQueue[tuple[_Chain, Progress] | None] = queue.SimpleQueue()
         self.error: BaseException | None = None
 
-    def run(self) -> None:
+    def _work(self) -> None:
         while (item := self.queue.get()) is not None:
             chain, progress = item
             try:
@@ -244,7 +260,11 @@ class _Keeper(threading.Thread):
 
     def finish(self) -> None:
         self.queue.put(None)
-        self.join()
+        try:
+            self.thread.wait()
+        except BaseException:  # an interrupt: still, its descriptors are closed after its last use
+            self.thread.wait()
+            raise
 
 
 @dataclass(frozen=True)
@@ -271,8 +291,8 @@ def stream(
     files = _Files()
     keeper = _Keeper(staging)
     pool = _Pool(plan, staging, files, keeper, limit, device, advance)
-    keeper.start()
     try:
+        keeper.thread.start()
         pool.run(threads)
     finally:
         keeper.finish()
@@ -361,7 +381,8 @@ class _Pool:
             ]
             if todo and not self._starts_at(todo[0], chain.start):
                 # the blocks were cut elsewhere than now: begin this shard anew
-                chain.kept, chain.base_hash, chain.output_hash = 0, blake3(), blake3()
+                chain._forget()
+                chain.kept = 0
                 self.resumed -= chain.start
                 self.advance(-chain.start)
                 chain.start = chain._resume(None)
@@ -384,22 +405,7 @@ class _Pool:
         self.keeper.queue.put((chain, progress))
 
     def run(self, threads: int) -> None:
-        workers = [
-            threading.Thread(target=self._work, daemon=True, name=f"infold-{n}")
-            for n in range(threads)
-        ]
-        try:
-            for worker in workers:
-                worker.start()
-            for worker in workers:
-                while worker.is_alive():
-                    worker.join(0.2)
-        except BaseException:
-            self.stopped.set()
-            for worker in workers:
-                if worker.ident is not None:
-                    worker.join()
-            raise
+        run_all([Worker(self._work, f"infold-{n}") for n in range(threads)], self.stopped.set)
         if self.error is not None:
             raise self.error
 

@@ -1,7 +1,7 @@
 """What an adapter_config.json asks for. Every field that changes the result is handled or refused.
 
-Sources: PEFT's LoraConfig, IA3Config and TrainableTokensConfig (0.21). A field that is not in the
-tables below and holds anything but an empty value is refused: silence could mean a wrong merge.
+Sources: PEFT's LoraConfig, IA3Config and TrainableTokensConfig (0.21). A field that no method knows
+and that is not in the table below is refused, unless it is empty: silence could mean a wrong merge.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from infold.adapters import METHODS, methods_of
 from infold.checkpoint.adapter import Adapter
 
 __all__ = ["AdapterConfig", "read_config"]
@@ -21,31 +22,9 @@ _HARMLESS = frozenset(
     "task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode "
     "target_modules exclude_modules modules_to_save fan_in_fan_out layers_to_transform "
     "layers_pattern lora_dropout loftq_config eva_config megatron_core qalora_group_size "
-    "runtime_config init_ia3_weights init_weights feedforward_modules unsloth_fixed "
+    "runtime_config init_ia3_weights init_weights unsloth_fixed "
     "unsloth_version".split()
 )
-_HANDLED = {
-    "LORA": frozenset(
-        "r lora_alpha use_rslora rank_pattern alpha_pattern use_dora lora_bias bias "
-        "init_lora_weights trainable_token_indices ensure_weight_tying".split()
-    ),
-    "IA3": frozenset[str](),
-    "TRAINABLE_TOKENS": frozenset(("token_indices",)),
-}
-_REFUSED = {
-    "alora_invocation_tokens": "activated LoRA depends on the prompt, so it has no merged weight",
-    "use_qalora": "QALoRA pools the inputs; PEFT cannot merge it either",
-    "arrow_config": "Arrow routes between adapters at run time, so it has no merged weight",
-    "layer_replication": "the adapter runs on a model with repeated layers; PEFT merges it wrongly",
-    "kasa_config": "KaSA truncates the base weight by SVD when it is loaded",
-    "target_parameters": "adapters on fused expert tensors are not supported yet",
-    "use_bdlora": "block-diagonal LoRA is not supported",
-    "velora_config": "VeLoRA is not supported",
-    "monteclora_config": "MonteCLoRA is not supported",
-    "megatron_config": "Megatron's parallel layers are not supported",
-    "corda_config": "CorDA changes the base weight when it is loaded",
-    "lora_ga_config": "LoRA-GA changes the base weight when it is loaded",
-}
 _INSIDE = ".base_layer"  # in the path of what MultiheadAttention holds
 # Initialisations of lora_A and lora_B that leave the base weight as it was.
 _PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
@@ -61,9 +40,9 @@ class AdapterConfig:
     @property
     def method(self) -> str:
         """The key in METHODS of the adapter's main method."""
-        if self.peft_type == "LORA" and self.fields.get("use_dora"):
-            return "dora"
-        return self.peft_type.lower()
+        methods = methods_of(self.peft_type)
+        fitting = (name for name, m in methods.items() if m.owns(m.REQUIRED, self.fields))
+        return next(fitting, self.peft_type.lower())
 
     def ranks(self, module: str) -> list[int]:
         """The ranks that lora_A may have. Where several patterns match, the file tells which."""
@@ -145,17 +124,20 @@ def read_config(adapter: Adapter) -> tuple[AdapterConfig, list[str]]:
     fields = adapter.config
     where = f"{adapter.path}/adapter_config.json"
     kind = fields.get("peft_type")
-    if not isinstance(kind, str) or kind not in _HANDLED:
-        known = ", ".join(_HANDLED)
+    methods = list(methods_of(kind).values()) if isinstance(kind, str) else []
+    if not isinstance(kind, str) or not methods:
+        known = ", ".join(dict.fromkeys(t for m in METHODS.values() for t in m.PEFT_TYPES))
         return AdapterConfig(str(kind), {}), [
             f"{where}: peft_type {kind!r} is not supported; infold merges {known}"
         ]
+    handled = _HARMLESS.union(*(method.PEFT_TYPES[kind] for method in methods))
+    refused = {name: why for method in methods for name, why in method.REFUSED.items()}
     problems = []
     for name, value in fields.items():
-        if name in _HARMLESS or name in _HANDLED[kind] or not value:
+        if name in handled or not value:
             continue
-        if name in _REFUSED:
-            problems.append(f"{where}: {name}: {_REFUSED[name]}")
+        if name in refused:
+            problems.append(f"{where}: {name}: {refused[name]}")
         else:
             problems.append(
                 f"{where}: unknown field {name!r} = {_short(value)}; it may change the result. "

@@ -7,23 +7,17 @@ from dataclasses import replace
 
 import torch
 
-from infold.adapters import METHODS, Settings
+from infold.adapters import Settings, methods_of
 from infold.adapters.exact import slices_for
 from infold.checkpoint.adapter import Adapter
 from infold.plan.config import AdapterConfig
 from infold.plan.draft import Draft, State
 from infold.plan.edits import Operation, Replacement
 from infold.plan.layouts import HEADS, INPUT_EMBEDDINGS, is_conv1d, leaf
-from infold.plan.match import group_keys, missing_parts
+from infold.plan.match import group_keys
 from infold.plan.output import usual_dtype
 
 __all__ = ["Consumer"]
-
-_METHODS_OF = {
-    "LORA": ("lora", "dora", "trainable_tokens"),
-    "IA3": ("ia3",),
-    "TRAINABLE_TOKENS": ("trainable_tokens",),
-}
 
 
 class Consumer:
@@ -114,6 +108,11 @@ class Consumer:
             paths += keys.plain
         return any(self._quietly(path) == other for path in paths)
 
+    def finds(self, module: str) -> bool:
+        """Whether the base has a weight for a module of the adapter."""
+        path = module.replace(".base_layer", "")
+        return any(self._quietly(f"{path}.{name}") for name in ("weight", "in_proj_weight"))
+
     def _quietly(self, parameter: str) -> str | None:
         try:
             name = self.draft.names.find(parameter)
@@ -147,17 +146,21 @@ class Consumer:
     # --- methods -----------------------------------------------------------------------------
 
     def operation(self, module: str, parts: dict[str, str]) -> None:
-        key = next(iter(parts.values()))
-        table = "lora_embedding_A" in parts or "lora_embedding_B" in parts
-        if table:
-            parts = {name.replace("lora_embedding_", "lora_"): k for name, k in parts.items()}
-        method = self._method(parts)
-        kind = self.config.peft_type
-        if method not in _METHODS_OF[kind] or not parts.keys() <= set(METHODS[method].PARTS):
-            for other in parts.values():
-                self.refuse(other, f"{', '.join(parts)} on one module: no method of type {kind}")
+        key, kind, told = next(iter(parts.values())), self.config.peft_type, parts
+        methods = methods_of(kind)
+        owners = [name for name, m in methods.items() if m.owns(parts, self.config.fields)]
+        method = owners[0] if owners else ""
+        table = mixed = False
+        if owners:
+            names = methods[method].TABLE
+            tables = {p in names for p in told if names.get(p, p) in names.values()}
+            table, mixed = True in tables, len(tables) > 1
+            parts = {names.get(part, part): k for part, k in told.items()}
+        if len(owners) != 1 or mixed or not parts.keys() <= set(methods[method].PARTS):
+            for other in told.values():
+                self.refuse(other, f"{', '.join(told)} on one module: no method of type {kind}")
             return
-        missing = missing_parts(method, parts)
+        missing = [part for part in methods[method].REQUIRED if part not in parts]
         if missing:
             self.refuse(key, f"{module} lacks {', '.join(missing)} in the adapter file")
             return
@@ -195,15 +198,6 @@ class Consumer:
             own = self._has_other_end(name, "trainable_tokens_delta")
             return pair is not None and name == pair[0] and not own
         return self.config.ties and not self._has_other_end(name)
-
-    def _method(self, parts: dict[str, str]) -> str:
-        if "ia3_l" in parts:
-            return "ia3"
-        if "trainable_tokens_delta" in parts:
-            return "trainable_tokens"
-        if "lora_magnitude_vector" in parts or self.config.fields.get("use_dora"):
-            return "dora"
-        return "lora"
 
     def _ia3(self, module: str, parts: dict[str, str], name: str) -> Operation | None:
         key = parts["ia3_l"]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from infold.adapters import Settings
+from infold.adapters import METHODS, Settings
 from infold.checkpoint.adapter import Adapter
 from infold.checkpoint.safetensors import Header
 from infold.checkpoint.shards import Checkpoint
@@ -107,11 +107,7 @@ def describe(edit: Edit) -> dict[str, Any]:
     operations = []
     for op in edit.operations:
         entry: dict[str, Any] = {"method": op.method, "adapter": op.adapter, "module": op.module}
-        if op.method in ("lora", "dora"):
-            entry["scaling"] = op.settings.scaling
-        if op.method == "ia3":
-            entry["side"] = op.settings.side
-        operations.append(entry)
+        operations.append(entry | METHODS[op.method].describe(op.settings))
     source: dict[str, Any] = (
         {"base": edit.source.name}
         if isinstance(edit.source, BaseTensor)

@@ -14,27 +14,22 @@ from __future__ import annotations
 
 import difflib
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from infold.adapters import METHODS
 from infold.plan.layouts import numeric
 
-__all__ = ["Grouped", "Names", "group_keys", "missing_parts"]
+__all__ = ["Grouped", "Names", "group_keys"]
 
 PREFIX = "base_model.model."
 # ending of a key -> name of the part; an ending that contains another comes first
-_ENDINGS = {
-    ".token_adapter.trainable_tokens_delta": "trainable_tokens_delta",
-    ".trainable_tokens_delta": "trainable_tokens_delta",
-    ".lora_magnitude_vector.weight": "lora_magnitude_vector",
-    ".lora_magnitude_vector": "lora_magnitude_vector",
-    ".lora_embedding_A": "lora_embedding_A",
-    ".lora_embedding_B": "lora_embedding_B",
-    ".lora_A.weight": "lora_A",
-    ".lora_B.weight": "lora_B",
-    ".lora_B.bias": "lora_bias",
-    ".ia3_l": "ia3_l",
-}
+_ENDINGS = dict(
+    sorted(
+        {key: part for method in METHODS.values() for key, part in method.KEYS.items()}.items(),
+        key=lambda item: -len(item[0]),
+    )
+)
 _WRAPPERS = frozenset(("base_layer", "token_adapter"))  # PEFT's, around a module of the base
 _COPIES = frozenset(("modules_to_save", "original_module"))
 
@@ -170,14 +165,3 @@ def _alike(ours: str, theirs: str) -> bool:
     """Whether two beginnings may name one place: one has all components of the other."""
     one, two = set(ours.split(".")) - {""}, set(theirs.split(".")) - {""}
     return one <= two or two <= one
-
-
-def missing_parts(method: str, parts: Mapping[str, str]) -> list[str]:
-    """Names of the required parts that a module's keys lack."""
-    needed = {
-        "ia3": ("ia3_l",),
-        "lora": ("lora_A", "lora_B"),
-        "dora": ("lora_A", "lora_B", "lora_magnitude_vector"),
-        "trainable_tokens": ("trainable_tokens_delta",),
-    }[method]
-    return [part for part in needed if part not in parts]

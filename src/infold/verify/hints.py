@@ -97,7 +97,7 @@ def _scaling(plan: Plan, name: str, one: Wrong, files: Files, workspace: Workspa
         "lora_alpha, where alpha_pattern has another value": without("alpha_pattern"),
         "1": lambda op, r: 1.0,
     }
-    ranked = [op for op in plan.edits[name].operations if op.method in ("lora", "dora")]
+    ranked = [op for op in plan.edits[name].operations if "lora_A" in op.parts]
     right = [scaling_of(config(op), op.module, rank(op)) for op in ranked]
     for told, scalings in tried.items():
         if [scalings(op, rank(op)) for op in ranked] == right:

@@ -257,7 +257,7 @@ class EditCheck:
                     adapter = self.adapters[operation.adapter]
                     parts = {part: adapter.read(key) for part, key in operation.parts.items()}
                     scaling = None
-                    if self.scalings is not None and operation.method in ("lora", "dora"):
+                    if self.scalings is not None and "lora_A" in parts:
                         scaling = self.scalings(operation, len(parts["lora_A"]))
                     reference = reference_of(
                         operation, adapter.config, parts, self.edit.dtype, scaling
