@@ -175,7 +175,7 @@ def train(
             )
     except Refusal as error:
         if not main:  # every process reads the data and finds the same; one tells it
-            raise typer.Exit(error.exit_code) from None
+            raise SystemExit(error.exit_code) from None
         raise
     if as_json and main:
         print(json.dumps(asdict(record)))
