@@ -10,6 +10,7 @@ import typer
 
 from infold.cli.output import plural
 from infold.cli.startup import lasting_imports
+from infold.errors import Refusal
 from infold.sizes import bytes_text
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def _numbers(text: str) -> list[float]:
     try:
         return [float(word) for word in text.split(",")]
     except ValueError:
-        raise typer.BadParameter(f"{text!r} is not a list of numbers such as 0.5,0.5") from None
+        raise Refusal(f"--weights {text!r} is not a list of numbers such as 0.5,0.5") from None
 
 
 def _summary(plan: Combination) -> str:
