@@ -297,8 +297,8 @@ def _tsv(data: bytes, name: str, wrong: Offences) -> Rows:
 
 def _parquet(data: bytes, name: str, wrong: Offences) -> Rows:
     try:
-        import pyarrow as arrow  # type: ignore[import-not-found,unused-ignore]
-        from pyarrow import parquet
+        import pyarrow as arrow  # type: ignore[import-not-found,import-untyped,unused-ignore]
+        from pyarrow import parquet  # type: ignore[import-not-found,import-untyped,unused-ignore]
     except ImportError:
         raise Refusal(f"{name}: Parquet needs pyarrow; pip install 'infold[train]'") from None
     try:
