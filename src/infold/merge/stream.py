@@ -22,6 +22,7 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
+from infold.checkpoint.inputs import InputFiles
 from infold.checkpoint.shards import read_exactly
 from infold.checkpoint.staging import Progress, Staging, copy_range, storage_errors, write_fully
 from infold.dtypes import TORCH_DTYPES
@@ -36,6 +37,7 @@ __all__ = ["ShardDigests", "Streamed", "stream"]
 
 HASH_PIECE = 1 << 20  # bytes that are read and hashed while they are in the cache
 COPY_PIECE = 32 << 20  # bytes that one kernel copy moves
+_WAITING = 32  # finished stretches that the disk has not got yet
 KEEP_EVERY = 256 << 20  # bytes of a shard after which it is brought to the disk
 
 
@@ -47,28 +49,10 @@ class ShardDigests:
     output: str
 
 
-class _Files:
-    """Input files, each opened once."""
-
-    def __init__(self) -> None:
-        self._open: dict[Path, int] = {}
-        self._lock = threading.Lock()
-
-    def fd(self, path: Path) -> int:
-        with self._lock, storage_errors(path):
-            if path not in self._open:
-                self._open[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            return self._open[path]
-
-    def close(self) -> None:
-        for fd in self._open.values():
-            os.close(fd)
-
-
 class _Source:
     """Where the stored values of one edit come from: the base, or a tensor of an adapter."""
 
-    def __init__(self, plan: Plan, edit: Edit, files: _Files, columns: int) -> None:
+    def __init__(self, plan: Plan, edit: Edit, files: InputFiles, columns: int) -> None:
         self.files, self.columns = files, columns
         self.loaded: Tensor | None = None
         if isinstance(edit.source, BaseTensor):
@@ -93,7 +77,7 @@ class _Source:
         count = block.count * self.dtype.itemsize
         view = buffers.view("in", count)
         offset = self.begin + (block.row * self.columns + block.column) * self.dtype.itemsize
-        read_exactly(self.files.fd(self.path), view, offset, self.path)
+        self.files.read(self.path, view, offset)
         raw = torch.frombuffer(view, dtype=self.dtype, count=block.count)
         return raw.view(block.rows, block.columns)
 
@@ -148,12 +132,10 @@ class _Chain:
     first edit one digest serves for both.
     """
 
-    def __init__(self, plan: Plan, shard: OutputShard, staging: Staging, files: _Files) -> None:
-        assert shard.source is not None
-        self.shard = shard
+    def __init__(self, plan: Plan, shard: OutputShard, staging: Staging, files: InputFiles) -> None:
+        self.shard, self.files = shard, files
         self.path = staging.output / shard.name
         self.source_path = plan.base.shards[shard.source].path
-        self.source = files.fd(self.source_path)
         self.target = staging.open_file(shard.name, shard.header.file_size)
         self.in_step = shard.same_layout
         self._forget()
@@ -181,9 +163,9 @@ class _Chain:
             whole = done.position == size
             base, output = blake3(), blake3()
             if self.in_step:
-                _hash_file(self.source, self.source_path, base, done.position)
+                self._hash_source(base, done.position)
             elif whole:
-                _hash_file(self.source, self.source_path, base, os.fstat(self.source).st_size)
+                self._hash_source(base)
             _hash_file(self.target, self.path, output, done.position)
             checked = base.hexdigest() == done.base and output.hexdigest() == done.output
             if checked and (self.in_step or whole):
@@ -196,6 +178,12 @@ class _Chain:
         header = memoryview(raw)
         self.hash(header, header)
         return len(raw)
+
+    def _hash_source(self, hasher: blake3, count: int | None = None) -> None:
+        """The first bytes of the base's shard, or all of it."""
+        with self.files.use(self.source_path) as fd:
+            size = os.fstat(fd).st_size if count is None else count
+            _hash_file(fd, self.source_path, hasher, size)
 
     def hash(self, base: memoryview, output: memoryview) -> None:
         """The next bytes of both sides; `base` only counts where both are in step."""
@@ -210,7 +198,7 @@ class _Chain:
         size = self.shard.header.file_size
         if not self.in_step and position == size:
             self.base_hash = blake3()
-            _hash_file(self.source, self.source_path, self.base_hash, os.fstat(self.source).st_size)
+            self._hash_source(self.base_hash)
         base = self.base_hash.hexdigest()
         output = base if self.output_hash is None else self.output_hash.hexdigest()
         return Progress(position, base, output)
@@ -239,7 +227,8 @@ class _Keeper(threading.Thread):
     def __init__(self, staging: Staging) -> None:
         super().__init__(daemon=True, name="infold-keeper")
         self.staging = staging
-        self.queue: queue.SimpleQueue[tuple[_Chain, Progress] | None] = queue.SimpleQueue()
+        # bounded, since each shard in it is open
+        self.queue: queue.Queue[tuple[_Chain, Progress] | None] = queue.Queue(_WAITING)
         self.error: BaseException | None = None
 
     def run(self) -> None:
@@ -279,7 +268,7 @@ def stream(
     """Write every shard of the output. `limit` is the number of elements of a block; `advance` is
     told the bytes of output that are done.
     """
-    files = _Files()
+    files = InputFiles()
     keeper = _Keeper(staging)
     pool = _Pool(plan, staging, files, keeper, limit, device, advance)
     keeper.start()
@@ -296,10 +285,9 @@ def stream(
 
 
 def _chunks(
-    plan: Plan, shard: OutputShard, runs: dict[str, EditRun], files: _Files, limit: int
+    plan: Plan, shard: OutputShard, runs: dict[str, EditRun], files: InputFiles, limit: int
 ) -> Iterator[tuple[int, _Copy | _Compute]]:
     """(end, work) for every chunk after the header, in file order."""
-    assert shard.source is not None
     base = plan.base.shards[shard.source].header.tensors
     source = target = count = 0  # the unedited bytes that were gathered so far
 
@@ -338,7 +326,7 @@ class _Pool:
         self,
         plan: Plan,
         staging: Staging,
-        files: _Files,
+        files: InputFiles,
         keeper: _Keeper,
         limit: int,
         device: torch.device,
@@ -437,12 +425,12 @@ class _Pool:
 
     def _copy(self, task: _Task, work: _Copy, buffers: _Buffers) -> None:
         chain = task.chain
-        with storage_errors(chain.path):
-            copy_range(chain.source, chain.target, work.source, work.target, work.count)
+        with self.files.use(chain.source_path) as source, storage_errors(chain.path):
+            copy_range(source, chain.target, work.source, work.target, work.count)
         with self._turn(task):
             for offset in range(0, work.count, HASH_PIECE):
                 piece = buffers.view("in", min(HASH_PIECE, work.count - offset))
-                read_exactly(chain.source, piece, work.source + offset, chain.source_path)
+                self.files.read(chain.source_path, piece, work.source + offset)
                 chain.hash(piece, piece)
         self.advance(work.count)
 
@@ -461,7 +449,7 @@ class _Pool:
         base = buffers.view("in", len(written))
         if chain.in_step and run.edit.source != BaseTensor(run.edit.tensor):
             # the values came from elsewhere, but the base's own bytes belong to its digest
-            read_exactly(chain.source, base, work.target, chain.source_path)
+            self.files.read(chain.source_path, base, work.target)
         with self._turn(task):
             chain.hash(base, written)
         if work.last:
