@@ -14,11 +14,13 @@ import pytest
 import infold
 
 ROOT = Path(infold.__file__).parent
-FREE = {"errors", "version", "dtypes"}  # every room may import these
+FREE = {"errors", "version", "dtypes", "sizes", "workers"}  # every room may import these
 LEAVES = {"adapters", "formats", "checkpoint"}
 MAY_IMPORT = {
     "errors": set(),
     "version": set(),
+    "sizes": set(),
+    "workers": set(),
     "dtypes": set(),
     "adapters": set(),
     "formats": set(),
@@ -27,6 +29,7 @@ MAY_IMPORT = {
     "edit": {"adapters", "formats"},
     "merge": LEAVES | {"plan", "edit"},
     "verify": LEAVES | {"plan"},
+    "tuners": LEAVES,
     "inspect": LEAVES | {"plan"},
     "cli": LEAVES | {"plan", "edit", "merge", "verify", "inspect"},
 }
@@ -119,6 +122,17 @@ def test_help_loads_no_torch(argument: str) -> None:
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
     assert ran.stdout.splitlines()[-1] == "False"
+
+
+def test_importing_infold_and_its_types_loads_no_torch() -> None:
+    code = (
+        "import sys, infold\n"
+        "print(infold.Receipt.__name__, infold.Verdict.__name__, infold.Offender.__name__)\n"
+        "print('torch' in sys.modules)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert ran.stdout.splitlines() == ["Receipt Verdict Offender", "False"]
 
 
 def test_the_verbs_stay_callable_when_the_rooms_of_the_same_name_are_loaded() -> None:

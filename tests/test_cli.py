@@ -90,22 +90,58 @@ def test_an_existing_output_is_refused_and_replaced_by_force(
 ) -> None:
     out = tmp_path / "out"
     run("merge", *pair, "--out", out)
-    (out / "mine.txt").write_text("mine")
+    before = (out / "infold-receipt.json").stat().st_ino
     refused = run("merge", *pair, "--out", out)
-    kept = (out / "mine.txt").exists()
+    kept = (out / "infold-receipt.json").stat().st_ino == before
     forced = run("merge", *pair, "--out", out, "--force")
 
-    assert refused.returncode == 2 and "--force" in refused.stderr and kept
-    assert forced.returncode == 0 and not (out / "mine.txt").exists()
+    assert refused.returncode == 2 and "replace it with --force" in refused.stderr and kept
+    assert forced.returncode == 0 and (out / "infold-receipt.json").stat().st_ino != before
 
 
-def test_force_spares_a_folder_that_holds_no_model(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    (tmp_path / "precious").mkdir()
-    (tmp_path / "precious" / "thesis.tex").write_text("years")
-    ran = run("merge", *pair, "--out", tmp_path / "precious", "--force")
+@pytest.mark.parametrize("kind", ["a stranger", "a model", "an output with a note", "a file"])
+def test_force_spares_what_infold_did_not_write(
+    pair: tuple[Path, Path], tmp_path: Path, kind: str
+) -> None:
+    out = tmp_path / "out"
+    if kind == "an output with a note":
+        run("merge", *pair, "--out", out)
+        (out / "deep").mkdir()
+        mine = [out / "deep" / f"thesis-{n}.tex" for n in range(12)]
+    elif kind == "a file":
+        mine = [out]
+    else:
+        out.mkdir()
+        mine = [out / ("model.safetensors" if kind == "a model" else "thesis.tex")]
+    for file in mine:
+        file.write_text("years")
+    plain = run("merge", *pair, "--out", out)
+    forced = run("merge", *pair, "--out", out, "--force")
+    as_json = run("merge", *pair, "--out", out, "--force", "--json")
 
-    assert ran.returncode == 2
-    assert (tmp_path / "precious" / "thesis.tex").read_text() == "years"
+    assert plain.returncode == forced.returncode == as_json.returncode == 2
+    assert "with --force" not in plain.stderr, "a way out that is none"
+    assert [file.read_text() for file in mine] == ["years"] * len(mine)
+    if kind == "an output with a note":
+        assert "12 of your own files" in forced.stderr and "thesis-0.tex" in forced.stderr
+        assert "and 3 more" in forced.stderr
+        reasons = json.loads(as_json.stdout)["reasons"]
+        assert all(any(str(file) in reason for reason in reasons) for file in mine)
+
+
+def test_a_file_that_comes_into_the_old_output_during_the_merge_is_not_lost(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    infold.merge(pair[0], pair[1], out)
+
+    def come(done: int, total: int) -> None:
+        (out / "new.txt").write_text("mine")
+
+    with pytest.raises(infold.Refusal, match=r"new\.txt"):
+        infold.merge(pair[0], pair[1], out, force=True, progress=come)
+    assert (out / "new.txt").read_text() == "mine"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize(
@@ -220,6 +256,6 @@ def test_an_interrupt_ends_with_130_and_the_next_run_finishes(
     [("1GiB", 1 << 30), ("512MiB", 512 << 20), ("2G", 2 * 10**9), ("1.5kB", 1500), ("64", 64)],
 )
 def test_sizes_are_read(text: str, value: int) -> None:
-    from infold.cli.options import parse_bytes
+    from infold.sizes import parse_bytes
 
     assert parse_bytes(text) == value

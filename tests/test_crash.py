@@ -26,6 +26,7 @@ import handmade
 import infold
 from crash_child import PRIMITIVES, prepare
 from handmade import RECEIPT, digests
+from infold.merge import stream
 from infold.merge.receipt import Receipt
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -112,8 +113,10 @@ class Place:
         """An output of an earlier merge, with one file that the new one will not have."""
         if not self.old.exists():
             other = handmade.lora(self.root / "other", EDITED, seed=9)
+            extra = self.base / "extra.txt"
+            extra.write_text("of the old output")
             infold.merge(self.base, other, self.old)
-            (self.old / "extra.txt").write_text("of the old output")
+            extra.unlink()
         shutil.copytree(self.old, self.out)
 
     def clear(self) -> None:
@@ -225,6 +228,23 @@ def test_the_next_run_may_have_other_threads_and_another_block_size(place: Place
         place.stop_with_pieces()
         place.finish(**change)
         place.clear()
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open descriptors")
+def test_a_resume_that_fails_leaves_no_descriptor_open(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place.stop_with_pieces()
+
+    def fails(*_: object) -> None:
+        raise infold.CorruptFile("it went away")
+
+    monkeypatch.setattr(stream, "_hash_file", fails)
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(infold.CorruptFile, match="it went away"):
+        infold.merge(place.base, place.adapter, place.out)
+
+    assert os.listdir("/proc/self/fd") == before
 
 
 def test_what_is_resumed_is_told_and_is_what_the_journal_vouches_for(place: Place) -> None:
@@ -685,6 +705,27 @@ def test_all_is_flushed_before_the_output_takes_its_name(force: bool, place: Pla
         synced = [n for n, call in enumerate(trace) if call == ("fsync", str(folder))]
         assert max(inside) < max(synced) < publish
     assert ("fsync", str(place.folder)) in trace[publish:]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc which file a descriptor is")
+def test_new_folders_above_the_output_are_flushed_too(place: Place) -> None:
+    out = place.folder / "some" / "where" / "out"
+    trace = [tuple(call) for call in place.merge(trace=True, out=out)["trace"]]
+    publish = trace.index(("rename", str(out)))
+
+    for parent in (place.folder, place.folder / "some"):
+        assert ("fsync", str(parent)) in trace[:publish]
+
+
+def test_the_lock_goes_last(place: Place) -> None:
+    """While the old output is still being removed nobody may begin in the hidden folder."""
+    place.place_old()
+    trace = place.merge(trace=True, force=True)["trace"]
+    after = trace[next(n for n, (name, _) in enumerate(trace) if name == "exchange") :]
+    removed = [path for name, path in after if name in ("unlink", "rmdir")]
+
+    assert len(removed) > 5
+    assert removed[-2:] == [str(place.hidden / "lock"), str(place.hidden)]
 
 
 FLUSHES = ("fsync", "fdatasync")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
-import shlex
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -45,7 +47,7 @@ def test_no_option_is_documented_that_does_not_exist() -> None:
 
 
 def test_exit_codes_are_documented() -> None:
-    for code in ("0", "1", "2", "3", "130"):
+    for code in ("0", "1", "2", "3", "70", "130"):
         assert re.search(rf"^\| {code} \|", PAGE, re.MULTILINE)
 
 
@@ -55,7 +57,7 @@ def readme_blocks(language: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def readme_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder where the README's names exist: a tiny random base, and an adapter for it."""
+    """A clone after `make demo`, and the home of who made it: with a tiny base, and an adapter."""
     import torch
     from peft import IA3Config, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -71,30 +73,41 @@ def readme_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_key_value_heads=1,
     )
     model = LlamaForCausalLM(config).to(torch.bfloat16)
-    model.save_pretrained(folder / "SmolLM2-135M-Instruct")
+    model.save_pretrained(folder / ".cache" / "infold" / "SmolLM2-135M-Instruct")
     ia3 = IA3Config(
         target_modules=["k_proj", "v_proj", "down_proj"],
         feedforward_modules=["down_proj"],
         init_ia3_weights=False,
     )
-    get_peft_model(model, ia3).save_pretrained(folder / "ia3-reviews")
+    get_peft_model(model, ia3).save_pretrained(folder / "examples" / "adapters" / "ia3-reviews")
     return folder
+
+
+def at_home(folder: Path) -> dict[str, str]:
+    """The environment of a reader whose home is `folder`, and who activated the environment."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "HOME": str(folder), "PATH": path}
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_readme_commands_run(readme_folder: Path) -> None:
+    """As they are typed, but for the two that make the environment and the base."""
     lines = [
         line.removeprefix("$ ")
         for block in readme_blocks("console")
         for line in block.splitlines()
-        if line.startswith("$ infold")
+        if line.startswith("$ ")
     ]
 
-    assert len(lines) >= 2
-    for line in lines:
-        words = [str(Path(sys.executable).with_name("infold")), *shlex.split(line)[1:]]
-        ran = subprocess.run(words, cwd=readme_folder, capture_output=True, text=True)
-        assert ran.returncode == 0, f"{line}\n{ran.stdout}{ran.stderr}"
+    assert [line.split("#")[0].strip() for line in lines[:2]] == [
+        "make demo", ". .venv/bin/activate",
+    ]  # fmt: skip
+    assert sum(line.startswith("infold ") for line in lines) >= 2
+    ran = subprocess.run(
+        ["bash", "-ec", "\n".join(lines[2:])],
+        cwd=readme_folder, env=at_home(readme_folder), capture_output=True, text=True,
+    )  # fmt: skip
+    assert ran.returncode == 0, f"{lines}\n{ran.stdout}{ran.stderr}"
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -104,9 +117,26 @@ def test_readme_python_runs(readme_folder: Path) -> None:
     assert blocks
     for block in blocks:
         ran = subprocess.run(
-            [sys.executable, "-c", block], cwd=readme_folder, capture_output=True, text=True
-        )
+            [sys.executable, "-c", block],
+            cwd=readme_folder, env=at_home(readme_folder), capture_output=True, text=True,
+        )  # fmt: skip
         assert ran.returncode == 0, f"{block}\n{ran.stderr}"
+
+
+def test_the_readme_names_what_the_demo_makes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    smollm2 = runpy.run_path(str(ROOT / "examples" / "smollm2.py"))
+    for name in ("INFOLD_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    base = (smollm2["default_cache"]() / smollm2["NAME"]).relative_to(tmp_path)
+
+    assert f"base=~/{base}\n" in README and f'Path.home() / "{base}"' in README
+    assert smollm2["UPSTREAM"] in README
+    for place in set(re.findall(r"examples/adapters/[\w-]+", README)):
+        config = json.loads((ROOT / place / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == smollm2["UPSTREAM"]
 
 
 def test_links_between_documents_lead_somewhere() -> None:

@@ -469,7 +469,7 @@ def test_force_does_not_replace_what_is_no_model(bench: Bench, base: Path) -> No
     out = bench.place("merged")
     out.mkdir()
     (out / "thesis.txt").write_text("the only copy")
-    with pytest.raises(Refusal, match="holds no model"):
+    with pytest.raises(Refusal, match=r"holds no infold-receipt\.json"):
         infold.merge(base, adapter, out, force=True)
     assert (out / "thesis.txt").read_text() == "the only copy"
 

@@ -2,10 +2,11 @@
 
     import infold
     receipt = infold.merge("base", ["adapter"], "merged")
-    verdict = infold.verify("base", ["adapter"], "merged")
+    verdict = infold.verify("merged")
 
 The functions below are the command line's verbs, with the same names and defaults. PyTorch is
-imported when one of them is called.
+imported when one of them is called. Each raises InfoldError and nothing else for what is wrong
+with its input or the disk: Refusal (and CorruptFile, a kind of it) or StorageFailure.
 """
 
 from __future__ import annotations
@@ -13,21 +14,24 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from infold.errors import CorruptFile, InfoldError, ProofFailed, Refusal, StorageFailure
 from infold.version import __version__
 
 if TYPE_CHECKING:
     from infold.merge.receipt import Receipt
-    from infold.verify.weights import Verdict
+    from infold.verify.verdict import Offender, Verdict
 
 __all__ = [
     "CorruptFile",
     "InfoldError",
+    "Offender",
     "ProofFailed",
+    "Receipt",
     "Refusal",
     "StorageFailure",
+    "Verdict",
     "__version__",
     "inspect",
     "merge",
@@ -39,7 +43,42 @@ __all__ = [
 for _room in ("merge", "verify", "inspect"):
     import_module(f"infold.{_room}")
 
+_TYPES = {"Offender": "verify.verdict", "Receipt": "merge.receipt", "Verdict": "verify.verdict"}
+
 PathLike = str | os.PathLike[str]
+Progress = Callable[[int, int], None]
+
+
+@overload
+def merge(
+    base: PathLike,
+    adapters: PathLike | Sequence[PathLike],
+    out: PathLike,
+    *,
+    max_memory: int | str = ...,
+    device: str = ...,
+    threads: int | None = ...,
+    dry_run: Literal[False] = ...,
+    force: bool = ...,
+    sha256: bool = ...,
+    progress: Progress | None = ...,
+) -> Receipt: ...
+
+
+@overload
+def merge(
+    base: PathLike,
+    adapters: PathLike | Sequence[PathLike],
+    out: PathLike,
+    *,
+    max_memory: int | str = ...,
+    device: str = ...,
+    threads: int | None = ...,
+    dry_run: Literal[True],
+    force: bool = ...,
+    sha256: bool = ...,
+    progress: Progress | None = ...,
+) -> dict[str, Any]: ...
 
 
 def merge(
@@ -47,61 +86,98 @@ def merge(
     adapters: PathLike | Sequence[PathLike],
     out: PathLike,
     *,
-    max_memory: int = 1 << 30,
+    max_memory: int | str = 1 << 30,
     device: str = "cpu",
     threads: int | None = None,
+    dry_run: bool = False,
     force: bool = False,
     sha256: bool = False,
-    progress: Callable[[int, int], None] | None = None,
-) -> Receipt:
+    progress: Progress | None = None,
+) -> Receipt | dict[str, Any]:
     """Merge adapters, in the order given and with one rounding at the end, into a new checkpoint.
 
     base: a folder, a .safetensors file or a Hub id. adapters: PEFT folders or Hub ids.
-    max_memory: bytes for buffers and factors, on top of what Python and PyTorch take.
-    progress: called with (bytes done, bytes in all).
-    Raises Refusal (bad input; lists all offenders; nothing is written) or StorageFailure.
+    max_memory: for buffers and factors, on top of what Python and PyTorch take: bytes, or a text
+    such as "512MiB". device: "cpu", "cuda" or "cuda:N". threads: by default the processors, at
+    most 8. dry_run: check everything, write nothing, and return the plan as JSON-ready values.
+    force: replace an output of an earlier merge. sha256: add these digests to the receipt.
+    progress: called with (bytes done, bytes in all), from several threads.
+    Raises Refusal for bad input: its `reasons` list all offenders, and nothing is left behind.
+    Raises CorruptFile, a Refusal, for files that break their format's rules, and StorageFailure
+    where the system or the Hub says no.
     """
-    from infold.merge.run import merge_checkpoint, open_plan
+    from infold.merge.run import execute, open_plan, prepare
 
     given = _listed(adapters)
-    return merge_checkpoint(
-        open_plan(base, given),
-        out,
-        max_memory=max_memory,
-        device=device,
-        threads=threads,
-        force=force,
-        sha256=sha256,
-        progress=progress,
-        names=(os.fspath(base), [os.fspath(a) for a in given]),
+    plan = open_plan(base, given)
+    prepared = prepare(
+        plan, out, max_memory=max_memory, device=device, threads=threads, force=force
     )
+    if dry_run:
+        return plan.summary()
+    names = os.fspath(base), [os.fspath(a) for a in given]
+    return execute(prepared, sha256=sha256, progress=progress, names=names)
 
 
 def inspect(path: PathLike, *, base: PathLike | None = None) -> dict[str, Any]:
     """Describe an adapter, a checkpoint or a merged folder, as JSON-ready values.
 
-    base: for an adapter, the checkpoint whose tensors it would edit.
+    `kind` in the result tells which of the three it is. base: for an adapter, the checkpoint whose
+    tensors it would edit. Raises Refusal for what is none of them, for a receipt that infold did
+    not write, and for an adapter that does not fit its base; StorageFailure as `merge` does.
     """
     from infold.inspect.describe import describe_path
 
     return describe_path(path, base)
 
 
+@overload
+def verify(merged: PathLike, /, *, progress: Progress | None = ...) -> Verdict: ...
+
+
+@overload
+def verify(*, merged: PathLike, progress: Progress | None = ...) -> Verdict: ...
+
+
+@overload
 def verify(
     base: PathLike | None,
     adapters: PathLike | Sequence[PathLike],
     merged: PathLike,
     *,
-    progress: Callable[[int, int], None] | None = None,
-) -> Verdict:
-    """Prove that `merged` is what base and adapters make, byte for byte.
+    progress: Progress | None = ...,
+) -> Verdict: ...
 
-    With base=None and no adapters they are taken from the receipt. Returns a Verdict whose `ok`
-    tells the result and whose `offenders` lists every difference. Raises Refusal for bad input.
+
+def verify(
+    base: PathLike | None = None,
+    adapters: PathLike | Sequence[PathLike] = (),
+    merged: PathLike | None = None,
+    *,
+    progress: Progress | None = None,
+) -> Verdict:
+    """Prove that a merged folder is what base and adapters make, byte for byte.
+
+    `verify(merged)` takes base and adapters from the receipt, and checks their digests;
+    `verify(base, adapters, merged)` takes those that are given.
+    Returns a Verdict whose `ok` tells the result and whose `offenders` lists every difference.
+    Raises Refusal for inputs that make no merge, StorageFailure as `merge` does; never ProofFailed.
     """
     from infold.verify.weights import verify_checkpoint
 
-    return verify_checkpoint(base, _listed(adapters), merged, progress=progress)
+    given = _listed(adapters)
+    if merged is None and base is not None and not given:
+        base, merged = None, base
+    if merged is None:
+        raise TypeError("verify takes (merged) or (base, adapters, merged)")
+    return verify_checkpoint(base, given, merged, progress=progress)
+
+
+def __getattr__(name: str) -> Any:
+    """The types of results, loaded when they are asked for."""
+    if name not in _TYPES:
+        raise AttributeError(f"module 'infold' has no attribute {name!r}")
+    return getattr(import_module(f"infold.{_TYPES[name]}"), name)
 
 
 def _listed(adapters: PathLike | Sequence[PathLike]) -> list[PathLike]:

@@ -5,6 +5,8 @@ InfoldError
 ├── Refusal         2   wrong or unsupported input; lists every offender; nothing was written
 │   └── CorruptFile 2   a file breaks its format's rules
 └── StorageFailure  3   the operating system said no: space, permission, a file that went away
+
+Any other exception is a bug in infold; the command ends with 70 then.
 """
 
 from __future__ import annotations

@@ -427,7 +427,7 @@ def test_force_does_not_replace_a_folder_that_is_no_model(
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "one.jpg").write_text("dear")
 
-    with pytest.raises(infold.Refusal, match="holds no model"):
+    with pytest.raises(infold.Refusal, match=r"holds no infold-receipt\.json"):
         infold.merge(base, adapter, tmp_path / "photos", force=True)
 
     assert (tmp_path / "photos" / "one.jpg").read_text() == "dear"

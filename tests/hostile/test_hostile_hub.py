@@ -9,7 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
+from huggingface_hub import errors as hub_errors
 
 import handmade
 import infold
@@ -119,3 +121,32 @@ def test_a_snapshot_with_a_link_out_of_its_repository_is_refused(
 
     assert told[0] == "CorruptFile" and "leads out of the folder" in told[1]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "offline", "told"),
+    [
+        (hub_errors.GatedRepoError, False, "accept its terms there, and log in"),
+        (hub_errors.RepositoryNotFoundError, False, "the Hub has no org/name; check the spelling"),
+        (hub_errors.RevisionNotFoundError, False, "has no revision 'v9'"),
+        (hub_errors.LocalEntryNotFoundError, False, "could not be reached"),
+        (ConnectionError, False, "check the network and try again, or download it elsewhere"),
+        (hub_errors.LocalEntryNotFoundError, True, "HF_HUB_OFFLINE"),
+    ],
+)
+def test_each_failure_of_the_hub_says_what_to_do_in_our_words(
+    monkeypatch: pytest.MonkeyPatch, kind: type[Exception], offline: bool, told: str
+) -> None:
+    error = kind.__new__(kind, "Cannot find the requested files; traceback of the library")
+
+    def fails(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fails)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
+    with pytest.raises(infold.StorageFailure) as caught:
+        infold.inspect("org/name@v9")
+
+    message = str(caught.value)
+    assert message.startswith("org/name@v9: no such folder here, and ") and told in message
+    assert "requested files" not in message and "\n" not in message

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Sequence
@@ -37,10 +38,12 @@ def locate(
     An existing path always wins over a Hub id. Raises Refusal for neither, StorageFailure when
     the Hub cannot be reached.
     """
+    text = os.fspath(name)
+    if not text:
+        raise Refusal("an empty path was given; is a variable of the command empty?")
     path = Path(name)
     if exists(path):
         return path
-    text = os.fspath(name)
     if not _HUB_ID.fullmatch(text):
         raise Refusal(f"{text}: no such file or folder (and not a Hub id such as org/name)")
     repo, _, revision = text.partition("@")
@@ -56,10 +59,42 @@ def locate(
             )
         )
     except Exception as error:  # the hub client raises many kinds; all mean the same here
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise StorageFailure(
-            f"{text}: no such folder here, and the Hub did not deliver it: {first}"
+            f"{text}: no such folder here, and {_why_not(error, repo, revision)}"
         ) from error
+
+
+def _why_not(error: Exception, repo: str, revision: str) -> str:
+    """Why the Hub did not deliver a repository, and what to do."""
+    from huggingface_hub import constants
+
+    kinds = {kind.__name__ for kind in type(error).__mro__}  # they moved between its versions
+    login = "accept its terms there, and log in with `hf auth login`"
+    if "GatedRepoError" in kinds:  # which is a RepositoryNotFoundError, too
+        return f"the Hub gives {repo} only to those who may read it; {login}"
+    if "RevisionNotFoundError" in kinds:
+        return f"the Hub's {repo} has no revision {revision or 'main'!r}; look them up on its page"
+    if "RepositoryNotFoundError" in kinds:
+        return (
+            f"the Hub has no {repo}; check the spelling, or log in with `hf auth login` if it is "
+            "private"
+        )
+    if "HFValidationError" in kinds:
+        return "it is no name that the Hub allows; check the spelling"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "there is no space on the disk to download it from the Hub"
+    elsewhere = "or download it elsewhere and give the folder"
+    if constants.HF_HUB_OFFLINE:
+        return (
+            "HF_HUB_OFFLINE keeps infold from asking the Hub, while the Hub's cache lacks it or "
+            f"files of it; unset that variable, {elsewhere}"
+        )
+    if isinstance(error, PermissionError):
+        return f"the Hub's cache cannot be written: {error}"
+    return (
+        f"the Hub could not be reached ({type(error).__name__}); check the network and try again, "
+        f"{elsewhere}"
+    )
 
 
 def safe_child(root: Path, name: str) -> Path:

@@ -110,6 +110,8 @@ class Staging:
             self._acquire()
 
     def _open(self) -> None:
+        for made in reversed(self.made):  # else a power cut could take the output with its folder
+            _sync_folder(made.parent)
         self._restore()
         journal = self.folder / "journal"
         self.resumed = self._read_journal(journal)
@@ -247,8 +249,17 @@ class Staging:
             self.discard()
 
     def discard(self) -> None:
-        """Remove the hidden folder with all that is in it."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove the hidden folder with all that is in it; the lock last, so that nobody can begin
+        the same output while this is still removing."""
+        with suppress(OSError):
+            for entry in list(self.folder.iterdir()):
+                if entry.is_dir() and not entry.is_symlink():
+                    shutil.rmtree(entry, ignore_errors=True)
+                elif entry.name != "lock":
+                    with suppress(OSError):
+                        entry.unlink()
+            (self.folder / "lock").unlink(missing_ok=True)
+            self.folder.rmdir()
         for parent in self.made:  # only those that stay empty go
             with suppress(OSError):
                 parent.rmdir()

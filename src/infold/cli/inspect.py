@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Hashable
+from statistics import fmean
 from typing import Annotated, Any
 
 import typer
 
-from infold.cli.options import bytes_text, plural
+from infold.cli.edits import edits_text
+from infold.cli.output import entry, fold, plural, table
 from infold.cli.startup import lasting_imports
+from infold.sizes import bytes_text
 
 
 def inspect(
@@ -34,99 +38,90 @@ def inspect(
     {"adapter": _adapter, "checkpoint": _checkpoint, "merged": _merged}[found["kind"]](found)
 
 
-def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """A table as wide as its content: piped output is not cut at 80 columns."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    if not console.is_terminal:
-        console = Console(width=Console(width=10_000).measure(table).maximum)
-    console.print(table)
-
-
 def _adapter(found: dict[str, Any]) -> None:
-    print(f"adapter  {found['path']}")
-    print(f"method   {found['method']}")
+    print(entry("adapter", found["path"]))
+    print(entry("method", found["method"]))
     for name, value in found["settings"].items():
-        print(f"         {name} = {value}")
+        told = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        print(entry("", f"{name} = {told}"))
     share = found.get("share_of_parameters")
     of_all = f" = {share:.4%} of the base's parameters" if share is not None else ""
-    count = f"{found['parameters']:,} parameters in {found['tensors']} tensors"
-    print(f"size     {count}, {bytes_text(found['bytes'])}{of_all}")
-    rows = []
-    for module in found["modules"]:
-        for part in module["parts"]:
-            stats = part["statistics"]
-            rows.append(
-                [
-                    module["module"],
-                    part["part"],
-                    "x".join(map(str, part["shape"])),
-                    part["dtype"],
-                    " ".join(f"{key} {value:.4g}" for key, value in stats.items()),
-                    ", ".join(module.get("edits", [])),
-                ]
-            )
-    columns = ["module", "part", "shape", "dtype", "statistics"]
-    with_base = any(row[-1] for row in rows)
-    _table(
-        "parts",
-        [*columns, "edits"] if with_base else columns,
-        rows if with_base else [row[:-1] for row in rows],
-    )
-    for note in found.get("notes", []):
-        print(f"note     {note}")
+    count = f"{found['parameters']:,} parameters in {plural('tensor', found['tensors'])}"
+    print(entry("size", f"{count}, {bytes_text(found['bytes'])}{of_all}"))
+    for note in found["notes"]:
+        print(entry("note", note))
+    for pattern, modules in fold(found["modules"], lambda m: str(m["module"]), _kind):
+        times = f"  ({len(modules)} x)" if len(modules) > 1 else ""
+        print(f"{pattern}{times}")
+        rows = []
+        for number, part in enumerate(modules[0]["parts"]):
+            every = [module["parts"][number]["statistics"] for module in modules]
+            shape = "x".join(map(str, part["shape"]))
+            rows.append([part["part"], f"{part['dtype']} {shape}", _statistics(every)])
+        print(table(rows))
+        tensors = [tensor for module in modules for tensor in module.get("edits", [])]
+        for tensor, _ in fold(dict.fromkeys(tensors), str, lambda _: None):
+            print(f"  edits {tensor}")
+
+
+def _kind(module: dict[str, Any]) -> Hashable:
+    """What modules that are shown as one must share."""
+    return tuple((p["part"], p["dtype"], tuple(p["shape"])) for p in module["parts"])
+
+
+def _statistics(every: list[dict[str, float]]) -> str:
+    """The statistics of one part over all its layers."""
+    if not every[0]:
+        return "empty"
+
+    def over(name: str, how: Callable[[list[float]], float]) -> str:
+        return f"{how([one[name] for one in every]):.3g}"
+
+    if "rms" in every[0]:
+        rms = over("rms", lambda values: fmean(v * v for v in values) ** 0.5)
+        return f"rms {rms}, largest {over('max', max)}"
+    distance = f"|l-1| {over('mean|l-1|', fmean)} in the mean, at most {over('max|l-1|', max)}"
+    return f"{over('min', min)} to {over('max', max)}; {distance}"
 
 
 def _checkpoint(found: dict[str, Any]) -> None:
-    print(f"checkpoint  {found['path']}")
+    print(entry("checkpoint", found["path"], 12))
     if found["model_type"]:
-        print(f"model type  {found['model_type']}")
+        print(entry("model type", str(found["model_type"]), 12))
+    count = f"{found['parameters']:,} parameters in {plural('tensor', found['tensors'])}"
+    shards = plural("shard", len(found["shards"]))
+    print(entry("size", f"{count}, {bytes_text(found['bytes'])} in {shards}", 12))
+    print("dtypes")
     print(
-        f"size        {found['parameters']:,} parameters in {found['tensors']} tensors, "
-        f"{bytes_text(found['bytes'])} in {plural('shard', len(found['shards']))}"
+        table(
+            [dtype, plural("tensor", e["tensors"]), bytes_text(e["bytes"])]
+            for dtype, e in found["dtypes"].items()
+        )
     )
-    rows = [
-        [dtype, str(entry["tensors"]), f"{entry['parameters']:,}", bytes_text(entry["bytes"])]
-        for dtype, entry in found["dtypes"].items()
-    ]
-    _table("dtypes", ["dtype", "tensors", "parameters", "bytes"], rows)
-    rows = [[s["name"], str(s["tensors"]), bytes_text(s["bytes"])] for s in found["shards"]]
-    _table("shards", ["shard", "tensors", "bytes"], rows)
+    print("shards")
+    print(
+        table(
+            [s["name"], plural("tensor", s["tensors"]), bytes_text(s["bytes"])]
+            for s in found["shards"]
+        )
+    )
 
 
 def _merged(found: dict[str, Any]) -> None:
     receipt = found["receipt"]
-    print(f"merged   {found['path']}, by infold {receipt['infold']}")
-    print(f"base     {receipt['base']['path']}")
-    for number, adapter in enumerate(receipt["adapters"]):
-        print(f"adapter  {number}: {adapter['path']} ({adapter['method']})")
-    print(
-        f"size     {receipt['tensors']} tensors, {bytes_text(receipt['bytes'])}; "
-        f"{len(receipt['edits'])} edited, {bytes_text(receipt['edited_bytes'])}"
-    )
-    print(
-        f"run      {receipt['seconds']:.1f} s, {receipt['threads']} threads, {receipt['device']}, "
-        f"peak memory {bytes_text(receipt['peak_memory'])}"
-    )
+    print(entry("merged", f"{found['path']}, by infold {receipt['infold']}"))
+    print(entry("base", receipt["base"]["path"]))
+    for adapter in receipt["adapters"]:
+        print(entry("adapter", f"{adapter['path']} ({adapter['method']})"))
+    tensors = plural("tensor", receipt["tensors"])
+    edited = f"{len(receipt['edits']):,} edited, {bytes_text(receipt['edited_bytes'])}"
+    print(entry("size", f"{tensors}, {bytes_text(receipt['bytes'])}; {edited}"))
+    run = f"{receipt['seconds']:.1f} s, {plural('thread', receipt['threads'])}, {receipt['device']}"
+    print(entry("run", f"{run}, peak memory {bytes_text(receipt['peak_memory'])}"))
     for note in receipt["notes"]:
-        print(f"note     {note}")
-    rows = []
-    for edit in receipt["edits"]:
-        steps = [
-            op["method"] + (f" x {op['scaling']:g}" if "scaling" in op else "")
-            for op in edit["operations"]
-        ]
-        share = "" if edit["unchanged"] is None else f"{edit['unchanged']:.2%}"
-        shape = "x".join(map(str, edit["shape"]))
-        rows.append([edit["tensor"], edit["dtype"], shape, ", ".join(steps) or "replaced", share])
-    _table("edits", ["tensor", "dtype", "shape", "operations", "unchanged"], rows)
-    rows = [[name, digest] for name, digest in receipt["shards"].items()]
-    _table("digests (BLAKE3)", ["shard", "digest"], rows)
+        print(entry("note", note))
+    print("edits")
+    print(edits_text(receipt["edits"], [adapter["path"] for adapter in receipt["adapters"]]))
+    print("BLAKE3")
+    for name, digest in receipt["shards"].items():  # the name last, as b3sum --check reads it
+        print(f"{digest}  {name}")

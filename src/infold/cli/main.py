@@ -1,17 +1,25 @@
-"""The `infold` command: its verbs, and how an error becomes one message and an exit code."""
+"""The `infold` command: its verbs, and how an error becomes words and an exit code."""
 
 from __future__ import annotations
 
 import functools
+import json
+import re
+import signal
 import sys
-from collections.abc import Callable
-from typing import Annotated
+import traceback
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from typing import Annotated, Any
 
 import typer
 
 from infold.cli import inspect, merge, verify
-from infold.errors import InfoldError, Refusal
+from infold.cli.output import complain, finish, protect_streams
+from infold.errors import InfoldError, ProofFailed, Refusal
 from infold.version import __version__
+
+_SHOWN = 10  # reasons on a terminal; --json has all
 
 app = typer.Typer(
     name="infold",
@@ -21,26 +29,76 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    epilog="Exit codes: 0 ok, 1 proof failed, 2 bad input or refusal, 3 I/O, 130 interrupted.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit codes: 0 ok, 1 proof failed, 2 bad input or refusal, 3 I/O, 70 a bug in infold, "
+    "130 interrupted.",
 )
 
 
-def _interruptible(verb: Callable[..., None]) -> Callable[..., None]:
-    """A verb that ends with 130 on Ctrl-C; typer would end with 1, as a failed proof does."""
+def _guarded(verb: Callable[..., None]) -> Callable[..., None]:
+    """A verb that ends every failure in words and its own exit code. 1 is for failed proofs."""
 
     @functools.wraps(verb)
-    def guarded(*args: object, **kwargs: object) -> None:
+    def guarded(*args: Any, **given: Any) -> None:
+        writes = verb is merge.merge and not given.get("dry_run")
         try:
-            verb(*args, **kwargs)
+            verb(*args, **given)
         except KeyboardInterrupt:
-            print("infold: interrupted; the same command continues a merge", file=sys.stderr)
+            complain("interrupted" + ("; the same command continues" if writes else ""))
             raise typer.Exit(130) from None
+        except Exception as error:
+            raise typer.Exit(_told(error, writes, given.get("as_json", False))) from None
 
     return guarded
 
 
+def _told(error: Exception, writes: bool, as_json: bool) -> int:
+    """Tell an error. Returns the exit code."""
+    reasons: Sequence[str] = (str(error),)
+    if isinstance(error, InfoldError):
+        code = error.exit_code
+        if isinstance(error, Refusal):
+            reasons = error.reasons
+    elif isinstance(error, OSError):
+        code = 3
+    elif isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # CUDA's
+        code, reasons = 3, ("out of memory" + ("; give a smaller --max-memory" if writes else ""),)
+    else:
+        code = 70
+        reasons = (f"a bug in infold {__version__}: {type(error).__name__}: {error}",)
+        traceback.print_exception(error)
+        complain("this is a bug in infold, not in your input; please report it, with all above")
+    if as_json and not isinstance(error, ProofFailed):  # which has printed its verdict
+        print(json.dumps({"error": type(error).__name__, "reasons": list(reasons)}))
+    if code == 70:
+        return code
+    lines = _together(reasons)
+    for line in lines[:_SHOWN]:
+        complain(line)
+    if len(lines) > _SHOWN:
+        complain(f"and {len(lines) - _SHOWN:,} more; --json lists all of them")
+    if writes and len(reasons) > 1:
+        complain("nothing was written")
+    return code
+
+
+def _together(reasons: Sequence[str]) -> list[str]:
+    """Reasons that say the same of several tensors of one file, as one line."""
+
+    def split(reason: str) -> tuple[str, str, str]:
+        found = re.fullmatch(r"(.*?): ([^\s:]+): (.*)", reason, re.DOTALL)
+        return (found[1], found[3], found[2]) if found else ("", reason, "")
+
+    lines = []
+    for (place, why), group in groupby(map(split, reasons), lambda parts: parts[:2]):
+        keys = [key for _, _, key in group]
+        more = f" and {len(keys) - 1:,} more" if len(keys) > 1 else ""
+        lines += [f"{place}: {keys[0]}{more}: {why}"] if place else [why] * len(keys)
+    return lines
+
+
 for _verb in (merge.merge, inspect.inspect, verify.verify):
-    app.command()(_interruptible(_verb))
+    app.command()(_guarded(_verb))
 
 
 def _version(wanted: bool) -> None:
@@ -59,22 +117,19 @@ def options(
 
 
 def run() -> None:
-    """Entry point of the console script. Every expected failure ends in words and its exit code."""
+    """Entry point of the console script."""
+    protect_streams()
     try:
         app()
-    except InfoldError as error:
-        reasons = error.reasons if isinstance(error, Refusal) else (str(error),)
-        for reason in reasons:
-            print(f"infold: {reason}", file=sys.stderr)
-        if len(reasons) > 1:
-            print(f"infold: {len(reasons)} problems; nothing was written", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(3)
-    except OSError as error:
-        print(f"infold: {error}", file=sys.stderr)
-        sys.exit(3)
-    except MemoryError:
-        print("infold: out of memory; give a smaller --max-memory", file=sys.stderr)
-        sys.exit(3)
+        code: Any = 0
+    except SystemExit as ended:
+        code = ended.code
+    except KeyboardInterrupt:
+        code = 130
+    except Exception as error:
+        code = _told(error, False, False)
+    if (unwritten := finish()) is not None:
+        complain(f"standard output: {unwritten.strerror}")
+        code = code or 3
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is told: the exit code is the work's
+    sys.exit(code)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
+from infold.cli.output import complain, entry, plural
 from infold.cli.progress import byte_progress
 from infold.cli.startup import lasting_imports
 from infold.errors import ProofFailed, Refusal
@@ -33,7 +35,7 @@ def verify(
     independent recomputation, nothing missing, nothing extra, side files equal.
     """
     if len(paths) == 2:
-        raise Refusal("verify takes BASE ADAPTER... MERGED, or MERGED alone")
+        raise Refusal(_lacking(*paths))
     with lasting_imports():
         from infold.verify.weights import verify_checkpoint
 
@@ -43,29 +45,29 @@ def verify(
     if as_json:
         print(json.dumps(asdict(verdict)))
     elif not quiet:
-        print(
-            f"tensors  {verdict.identical} byte-identical to the base, {verdict.recomputed} equal "
-            f"to their recomputation, of {verdict.tensors}"
-        )
-        print(f"files    {verdict.files} side files equal")
+        equal = f"{verdict.identical:,} byte-identical to the base"
+        anew = f"{verdict.recomputed:,} equal to their recomputation"
+        print(entry("tensors", f"{equal}, {anew}, of {verdict.tensors:,}"))
+        print(entry("files", f"{plural('side file', verdict.files)} equal"))
         if verdict.undecided:
-            print(
-                f"         {verdict.undecided} elements lie on a rounding boundary: "
-                "either way is right"
-            )
-    if verdict.ok:
-        if not (quiet or as_json):
-            print(
-                f"proven   in {verdict.seconds:.1f} s: {paths[-1]} is what base and adapters make"
-            )
-        return
-    if not as_json:
-        from rich import box
-        from rich.console import Console
-        from rich.table import Table
+            count = f"{verdict.undecided:,} elements lie on a rounding boundary"
+            print(entry("", f"{count}: either way is right"))
+    if not verdict.ok:
+        if not as_json:
+            for offender in verdict.offenders:
+                complain(f"{offender.where}: {offender.what}: {offender.detail}")
+        offenders = plural("offender", len(verdict.offenders))
+        raise ProofFailed(f"{paths[-1]}: proof failed, {offenders}")
+    if not (quiet or as_json):
+        told = f"{paths[-1]} is what base and adapters make"
+        print(entry("proven", f"in {verdict.seconds:.1f} s: {told}"))
 
-        table = Table("what", "where", "detail", box=box.SIMPLE_HEAD, pad_edge=False)
-        for offender in verdict.offenders:
-            table.add_row(offender.what, offender.where, offender.detail)
-        Console(stderr=True, soft_wrap=False).print(table)
-    raise ProofFailed(f"{paths[-1]}: proof failed, {len(verdict.offenders)} offenders")
+
+def _lacking(first: str, last: str) -> str:
+    """What two paths lack."""
+    if os.path.exists(os.path.join(last, "adapter_config.json")):
+        return f"the merged folder is missing: infold verify {first} {last} MERGED"
+    return (
+        f"the adapters are missing: infold verify {first} ADAPTER... {last}, or infold verify "
+        f"{last} alone, whose receipt tells the rest"
+    )

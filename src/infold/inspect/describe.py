@@ -13,8 +13,9 @@ from torch import Tensor
 
 from infold.checkpoint.adapter import CONFIG, Adapter, open_adapter
 from infold.checkpoint.files import locate
-from infold.checkpoint.shards import RECEIPT, Checkpoint, open_checkpoint, read_receipt
+from infold.checkpoint.shards import RECEIPT, Checkpoint, open_checkpoint
 from infold.errors import Refusal
+from infold.inspect.receipt import checked_receipt
 from infold.plan.build import plan_merge
 from infold.plan.config import read_config
 from infold.plan.match import group_keys
@@ -42,7 +43,7 @@ def describe_path(
     if base is not None:
         raise Refusal(f"{path}: --base is for adapters, and this is none")
     if place.is_dir() and (place / RECEIPT).exists():
-        return {"kind": "merged", "path": str(place), "receipt": read_receipt(place)}
+        return {"kind": "merged", "path": str(place), "receipt": checked_receipt(place)}
     return _checkpoint(open_checkpoint(place))
 
 

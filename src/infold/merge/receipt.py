@@ -11,22 +11,38 @@ __all__ = ["Receipt"]
 
 @dataclass(frozen=True)
 class Receipt:
-    """The result of a merge. Digests are BLAKE3, in hex, by file name."""
+    """The result of `infold.merge`, and the content of infold-receipt.json.
 
-    infold: str  # version
+    Digests are BLAKE3 in hex, by file name. Sizes are bytes.
+
+    infold: the version. out: the output's absolute path.
+    base: {path, shards: {name: digest}}. adapters: a list of {path, method, files: {name: digest}}.
+    Paths are absolute, or Hub ids as they were given.
+    shards: digests of the output's shards. sha256: the same as SHA-256, where asked for.
+    side_files: all other files of the output but the receipt.
+    edits: one for each edited tensor: {tensor, dtype, shape, source, operations, unchanged}.
+    unchanged is the share of elements that rounding left as they were; None after a resumed run.
+    tensors: of the output. bytes: of its shards. edited_bytes: of its edited tensors.
+    resumed_bytes: left by an interrupted run, checked and kept.
+    notes: what the plan noted. seconds: from the first byte written to the receipt.
+    peak_memory: resident, of the whole process. threads, device: what computed.
+    """
+
+    infold: str
     out: str
-    base: dict[str, Any]  # path, shards: {name: digest}
-    adapters: list[dict[str, Any]]  # path, method, files: {name: digest}
-    shards: dict[str, str]  # of the output
-    sha256: dict[str, str]  # of the output's shards, where asked for
-    edits: list[dict[str, Any]]  # tensor, dtype, operations, unchanged: share of equal elements
-    tensors: int  # of the output
-    bytes: int  # of the output's shards
+    base: dict[str, Any]
+    adapters: list[dict[str, Any]]
+    shards: dict[str, str]
+    sha256: dict[str, str]
+    side_files: list[str]
+    edits: list[dict[str, Any]]
+    tensors: int
+    bytes: int
     edited_bytes: int
-    resumed_bytes: int  # of an interrupted run, checked and kept
+    resumed_bytes: int
     notes: list[str]
     seconds: float
-    peak_memory: int  # bytes, resident, of the whole process
+    peak_memory: int
     threads: int
     device: str
 

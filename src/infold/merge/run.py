@@ -1,34 +1,43 @@
-"""The merge from its arguments to its receipt."""
+"""The merge from its arguments to its receipt.
+
+`prepare` checks all that can be checked before the first byte is written; `execute` writes.
+"""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import math
 import os
+import re
 import resource
 import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from blake3 import blake3
 
 from infold.checkpoint.adapter import Adapter, open_adapter
+from infold.checkpoint.files import read_json
 from infold.checkpoint.shards import RECEIPT, open_checkpoint
 from infold.checkpoint.staging import Staging, storage_errors
 from infold.dtypes import TORCH_DTYPES
 from infold.edit.threads import one_torch_thread, usual_threads
-from infold.errors import Refusal, StorageFailure
+from infold.errors import InfoldError, Refusal, StorageFailure
 from infold.merge.receipt import Receipt
 from infold.merge.stream import Streamed, stream
 from infold.plan.build import plan_merge
 from infold.plan.edits import Plan, describe
+from infold.sizes import parse_bytes
 from infold.version import __version__
 
-__all__ = ["DEFAULT_MEMORY", "merge_checkpoint", "open_plan"]
+__all__ = ["DEFAULT_MEMORY", "Prepared", "execute", "merge_checkpoint", "open_plan", "prepare"]
 
 DEFAULT_MEMORY = 1 << 30
 _BLOCK = 1 << 20  # elements of a block: larger ones are not faster
@@ -43,11 +52,51 @@ def open_plan(base: PathLike, adapters: Sequence[PathLike]) -> Plan:
     return plan_merge(open_checkpoint(base), [open_adapter(a) for a in adapters])
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A plan, and how it will be executed: nothing is left to be refused but by the disk."""
+
+    plan: Plan
+    out: Path
+    force: bool
+    device: torch.device
+    workers: int
+    limit: int  # elements of a block
+    digests: tuple[dict[str, str], ...]  # of the adapters' files: BLAKE3 by name
+
+
+def prepare(
+    plan: Plan,
+    out: PathLike,
+    *,
+    max_memory: int | str = DEFAULT_MEMORY,
+    device: str = "cpu",
+    threads: int | None = None,
+    force: bool = False,
+) -> Prepared:
+    """Check device, output, memory, the adapters' values and the disk. Writes nothing.
+
+    Raises Refusal or StorageFailure, as the merge would.
+    """
+    where = _device(device)
+    workers = threads if threads is not None else usual_threads()
+    if workers < 1:
+        raise Refusal(f"--threads {workers}: at least 1")
+    if not os.fspath(out):
+        raise Refusal("--out is empty; is a variable of the command empty?")
+    path = Path(os.path.abspath(out))
+    _check_output(path, plan, force)
+    workers, limit = _block_size(plan, parse_bytes(max_memory), workers, where, threads is None)
+    digests = tuple(_digest(adapter) for adapter in plan.adapters)
+    _check_space(path, plan)
+    return Prepared(plan, path, force, where, workers, limit, digests)
+
+
 def merge_checkpoint(
     plan: Plan,
     out: PathLike,
     *,
-    max_memory: int = DEFAULT_MEMORY,
+    max_memory: int | str = DEFAULT_MEMORY,
     device: str = "cpu",
     threads: int | None = None,
     force: bool = False,
@@ -55,37 +104,37 @@ def merge_checkpoint(
     progress: Callable[[int, int], None] | None = None,
     names: tuple[str, Sequence[str]] | None = None,
 ) -> Receipt:
-    """Execute a plan. `progress` is called with (bytes done, bytes in all); `names` are base and
+    """`prepare` and `execute`."""
+    prepared = prepare(
+        plan, out, max_memory=max_memory, device=device, threads=threads, force=force
+    )
+    return execute(prepared, sha256=sha256, progress=progress, names=names)
+
+
+def execute(
+    prepared: Prepared,
+    *,
+    sha256: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+    names: tuple[str, Sequence[str]] | None = None,
+) -> Receipt:
+    """Write the output. `progress` is called with (bytes done, bytes in all); `names` are base and
     adapters as the user gave them, for the receipt.
 
     Raises Refusal for bad input, StorageFailure for the disk's refusals; then nothing is left.
     """
     with one_torch_thread():
-        return _merge(plan, out, max_memory, device, threads, force, sha256, progress, names)
+        return _execute(prepared, sha256, progress, names)
 
 
-def _merge(
-    plan: Plan,
-    out: PathLike,
-    max_memory: int,
-    device: str,
-    threads: int | None,
-    force: bool,
+def _execute(
+    prepared: Prepared,
     sha256: bool,
     progress: Callable[[int, int], None] | None,
     names: tuple[str, Sequence[str]] | None,
 ) -> Receipt:
     started = time.perf_counter()
-    path = Path(os.path.abspath(out))
-    where = _device(device)
-    workers = threads if threads is not None else usual_threads()
-    if workers < 1:
-        raise Refusal(f"--threads {workers}: at least 1")
-    _check_output(path, plan, force)
-    workers, limit = _block_size(plan, max_memory, workers, where, threads is None)
-    adapters = [_digest(adapter) for adapter in plan.adapters]
-    _check_space(path, plan)
-
+    plan, path, adapters = prepared.plan, prepared.out, prepared.digests
     done = 0
     total = sum(shard.header.file_size for shard in plan.shards)
 
@@ -95,13 +144,18 @@ def _merge(
         if progress is not None:
             progress(done, total)
 
-    with Staging(path, _identity(plan, adapters), force) as staging:
+    with Staging(path, _identity(plan, adapters), prepared.force) as staging:
         for name in plan.copied:
             staging.copy_file(plan.base.path / name, name)
         for name, data in plan.rewritten.items():
             staging.write_bytes(name, data)
         streamed = stream(
-            plan, staging, threads=workers, limit=limit, device=where, advance=advance
+            plan,
+            staging,
+            threads=prepared.workers,
+            limit=prepared.limit,
+            device=prepared.device,
+            advance=advance,
         )
         hashes = _sha256(staging.output, plan) if sha256 else {}
         given = names or (str(plan.base.path), [str(a.path) for a in plan.adapters])
@@ -122,6 +176,7 @@ def _merge(
             ],
             shards={name: d.output for name, d in streamed.digests.items()},
             sha256=hashes,
+            side_files=sorted([*plan.copied, *plan.rewritten]),
             edits=_edits(plan, streamed),
             tensors=sum(len(shard.header.tensors) for shard in plan.shards),
             bytes=total,
@@ -130,10 +185,12 @@ def _merge(
             notes=list(plan.notes),
             seconds=round(time.perf_counter() - started, 3),
             peak_memory=_peak_memory(),
-            threads=workers,
-            device=device,
+            threads=prepared.workers,
+            device=str(prepared.device),
         )
         staging.write_bytes(RECEIPT, receipt.to_json().encode(errors="backslashreplace"))
+        if prepared.force:
+            _check_output(path, plan, True)  # what came meanwhile is not lost either
         staging.publish()
     return receipt
 
@@ -144,11 +201,16 @@ def _absolute(name: str) -> str:
 
 
 def _device(name: str) -> torch.device:
-    if name not in ("cpu", "cuda") and not name.startswith("cuda:"):
-        raise Refusal(f"--device {name}: cpu or cuda")
-    if name != "cpu" and not torch.cuda.is_available():
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
+        raise Refusal(f"--device {name}: cpu, cuda or cuda:N, with the number of a GPU")
+    if name == "cpu":
+        return torch.device(name)
+    if not torch.cuda.is_available():
         raise Refusal(f"--device {name}: this PyTorch sees no CUDA device; leave the option out")
-    return torch.device(name)
+    found = torch.device(name)
+    if found.index is not None and found.index >= torch.cuda.device_count():
+        raise Refusal(f"--device {name}: there are only {torch.cuda.device_count()} CUDA devices")
+    return found
 
 
 def _check_output(out: Path, plan: Plan, force: bool) -> None:
@@ -161,13 +223,53 @@ def _check_output(out: Path, plan: Plan, force: bool) -> None:
             raise Refusal(f"{out}: lies in or around the input {given}; choose another place")
     if not os.path.lexists(out):
         return
-    if not force:
-        raise Refusal(f"{out}: exists already; choose another name, or replace it with --force")
     if out.is_symlink() or not out.is_dir():
-        raise Refusal(f"{out}: is not a folder, so --force does not replace it")
-    holds_model = (out / RECEIPT).exists() or any(out.glob("*.safetensors"))
-    if any(out.iterdir()) and not holds_model:
-        raise Refusal(f"{out}: holds no model, so --force does not replace it; remove it yourself")
+        kind = "a link" if out.is_symlink() else "a file"
+        raise Refusal(
+            f"{out}: exists already and is {kind}, which --force does not replace; choose "
+            "another name"
+        )
+    foreign = _foreign(out, plan)
+    if not force:
+        way = "" if foreign else ", or replace it with --force"
+        raise Refusal(f"{out}: exists already; choose another name{way}")
+    if foreign:
+        raise Refusal(foreign)
+
+
+def _foreign(out: Path, plan: Plan) -> list[str]:
+    """What of a folder neither an earlier merge wrote nor this one will: it would be lost."""
+    found = []
+
+    def unreadable(error: OSError) -> None:
+        raise StorageFailure(f"{error.filename}: {error.strerror}") from error
+
+    for folder, folders, files in os.walk(out, onerror=unreadable):
+        links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+        found += [os.path.relpath(os.path.join(folder, name), out) for name in [*files, *links]]
+    if not found:
+        return []
+    if RECEIPT not in found:
+        return [
+            f"{out}: holds no {RECEIPT}, so it is no output of infold, and --force does not "
+            "replace it; choose another name, or remove it yourself"
+        ]
+    known = {RECEIPT, *plan.copied, *plan.rewritten, *(shard.name for shard in plan.shards)}
+    with suppress(InfoldError):  # a broken receipt tells of no file
+        receipt = read_json(out / RECEIPT)
+        told = receipt if isinstance(receipt, dict) else {}
+        for field in ("shards", "side_files"):
+            names: Any = told.get(field)
+            known |= {name for name in names or () if isinstance(name, str)}
+    strange = sorted(name for name in found if name not in known)
+    reasons = [f"{out / name}: neither the base's nor infold's" for name in strange]
+    if reasons:
+        reasons.insert(
+            0,
+            f"{out}: holds {len(strange)} of your own files, so --force does not replace it; move "
+            "them elsewhere, or choose another name",
+        )
+    return reasons
 
 
 def _block_size(
@@ -187,9 +289,13 @@ def _block_size(
             return count, limit if device.type == "cpu" else min(8 * limit, 8 * _BLOCK // count)
         needed = parts + count * (_PER_WORKER + _SMALLEST_BLOCK * widest)
     raise Refusal(
-        f"--max-memory {budget >> 20} MiB is too little: this merge needs {-(-needed >> 20)} MiB "
-        f"with {1 if fewer else workers} threads"
+        f"--max-memory: {_mib(budget)} is too little: this merge needs {-(-needed >> 20)} MiB "
+        f"with --threads {1 if fewer else workers}"
     )
+
+
+def _mib(count: int) -> str:
+    return f"{count / (1 << 20):.4g} MiB" if count >= 1 << 20 else f"{count:,} bytes"
 
 
 def _part_bytes(plan: Plan, name: str) -> int:
@@ -228,20 +334,26 @@ def _digest(adapter: Adapter) -> dict[str, str]:
 
 def _check_space(out: Path, plan: Plan) -> None:
     parent = out.parent
+    staged = out.parent / f".{out.name}.infold"
     with storage_errors(parent):
         while not parent.exists():
             parent = parent.parent
+        if not parent.is_dir():
+            raise StorageFailure(f"{parent}: is a file, so {out} cannot be made")
+        if not os.access(parent, os.W_OK | os.X_OK):
+            closed = os.statvfs(parent).f_flag & os.ST_RDONLY
+            why = os.strerror(errno.EROFS if closed else errno.EACCES)
+            raise StorageFailure(f"{staged}: {why}")
         free = shutil.disk_usage(parent).free
         side = sum((plan.base.path / name).stat().st_size for name in plan.copied)
     needed = plan.nbytes + side
-    staged = out.parent / f".{out.name}.infold"
     with suppress(FileNotFoundError):  # an interrupted run has part of it already
         needed -= sum(f.stat().st_blocks * 512 for f in staged.rglob("*") if f.is_file())
     if needed > free:
         raise StorageFailure(f"{out}: needs {needed:,} bytes, but {parent} has only {free:,} free")
 
 
-def _identity(plan: Plan, adapters: list[dict[str, str]]) -> str:
+def _identity(plan: Plan, adapters: Sequence[dict[str, str]]) -> str:
     """What an interrupted run must have been doing, for its pieces to be of use."""
     hasher = blake3(f"infold {__version__}\n".encode())
     for shard in plan.base.shards:

@@ -32,6 +32,7 @@ from infold.edit.threads import take_one_core
 from infold.formats import format_of
 from infold.merge.apply import EditRun
 from infold.plan.edits import BaseTensor, Edit, OutputShard, Plan
+from infold.workers import Worker, run_all
 
 __all__ = ["ShardDigests", "Streamed", "stream"]
 
@@ -148,7 +149,11 @@ class _Chain:
             for name in shard.header.tensors
             if (edit := plan.edits.get(name))
         )  # the digests of this shard do not tell whether that other one is still the same
-        self.start = self._resume(None if foreign else staging.resumed.get(shard.name))
+        try:
+            self.start = self._resume(None if foreign else staging.resumed.get(shard.name))
+        except BaseException:
+            self.close()
+            raise
 
     def _forget(self) -> None:
         """Begin the digests anew. No `output_hash`: all bytes so far are the base's."""
@@ -221,17 +226,17 @@ class _Stopped(Exception):
     """Another worker failed or the user interrupted."""
 
 
-class _Keeper(threading.Thread):
+class _Keeper:
     """Brings finished stretches to the disk, so that little is left to wait for at the end."""
 
     def __init__(self, staging: Staging) -> None:
-        super().__init__(daemon=True, name="infold-keeper")
         self.staging = staging
-        # bounded, since each shard in it is open
-        self.queue: queue.Queue[tuple[_Chain, Progress] | None] = queue.Queue(_WAITING)
+        self.thread = Worker(self._work, "infold-keeper")
+        self.queue: queue.SimpleQueue[tuple[_Chain, Progress] | None] = queue.SimpleQueue()
+        self.room = threading.Semaphore(_WAITING)  # each shard in the queue is open
         self.error: BaseException | None = None
 
-    def run(self) -> None:
+    def _work(self) -> None:
         while (item := self.queue.get()) is not None:
             chain, progress = item
             try:
@@ -241,10 +246,20 @@ class _Keeper(threading.Thread):
                 self.error = error
             if progress.position == chain.shard.header.file_size:
                 chain.close()
+            self.room.release()
+
+    def give(self, chain: _Chain, progress: Progress) -> None:
+        """Waits where too much is waiting already."""
+        self.room.acquire()
+        self.queue.put((chain, progress))
 
     def finish(self) -> None:
         self.queue.put(None)
-        self.join()
+        try:
+            self.thread.wait()
+        except BaseException:  # an interrupt: still, its descriptors are closed after its last use
+            self.thread.wait()
+            raise
 
 
 @dataclass(frozen=True)
@@ -271,8 +286,8 @@ def stream(
     files = InputFiles()
     keeper = _Keeper(staging)
     pool = _Pool(plan, staging, files, keeper, limit, device, advance)
-    keeper.start()
     try:
+        keeper.thread.start()
         pool.run(threads)
     finally:
         keeper.finish()
@@ -381,25 +396,10 @@ class _Pool:
         size = chain.shard.header.file_size
         progress = chain.progress(size)
         self.digests[chain.shard.name] = ShardDigests(progress.base, progress.output)
-        self.keeper.queue.put((chain, progress))
+        self.keeper.give(chain, progress)
 
     def run(self, threads: int) -> None:
-        workers = [
-            threading.Thread(target=self._work, daemon=True, name=f"infold-{n}")
-            for n in range(threads)
-        ]
-        try:
-            for worker in workers:
-                worker.start()
-            for worker in workers:
-                while worker.is_alive():
-                    worker.join(0.2)
-        except BaseException:
-            self.stopped.set()
-            for worker in workers:
-                if worker.ident is not None:
-                    worker.join()
-            raise
+        run_all([Worker(self._work, f"infold-{n}") for n in range(threads)], self.stopped.set)
         if self.error is not None:
             raise self.error
 
@@ -471,7 +471,7 @@ class _Pool:
             self._finish(chain)
         elif chain.in_step and task.end - chain.kept >= KEEP_EVERY:
             chain.kept = task.end
-            self.keeper.queue.put((chain, chain.progress(task.end)))
+            self.keeper.give(chain, chain.progress(task.end))
         with chain.ready:
             chain.turn += 1
             chain.ready.notify_all()

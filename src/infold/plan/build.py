@@ -13,6 +13,7 @@ from infold.plan.consume import Consumer
 from infold.plan.draft import Draft
 from infold.plan.edits import BaseTensor, Edit, Plan
 from infold.plan.match import group_keys
+from infold.plan.origin import origin_notes
 from infold.plan.output import (
     config_changes,
     index_bytes,
@@ -46,6 +47,7 @@ def plan_merge(base: Checkpoint, adapters: Sequence[Adapter]) -> Plan:
         )
     if draft.reasons:
         raise Refusal(draft.reasons)
+    draft.notes += origin_notes(base, adapters)
     return _plan(draft, tuple(adapters), edits, changes)
 
 
@@ -70,9 +72,18 @@ def _add(draft: Draft, number: int, adapter: Adapter) -> None:
     tokens_first = sorted(keys.modules.items(), key=lambda m: "trainable_tokens_delta" not in m[1])
     for module, parts in tokens_first:
         consumer.operation(module, parts)
-    trained_on = config.fields.get("base_model_name_or_path")
-    if len(draft.reasons) > before and trained_on:
-        draft.reasons.append(f"{adapter.path}: was trained on {trained_on!r}: is this that base?")
+    if len(draft.reasons) > before:
+        summary = []
+        if keys.modules and not any(consumer.finds(module) for module in keys.modules):
+            count = len(keys.modules)
+            summary.append(
+                f"{adapter.path}: none of its {count} modules is in {draft.base.path}"
+                if count > 1
+                else f"{adapter.path}: its only module is not in {draft.base.path}"
+            )
+        if trained_on := config.fields.get("base_model_name_or_path"):
+            summary.append(f"{adapter.path}: was trained on {trained_on!r}: is this that base?")
+        draft.reasons[before:before] = summary
 
 
 def _settle_ties(draft: Draft, adapters: tuple[Adapter, ...]) -> bool:

@@ -111,6 +111,11 @@ class Consumer:
             paths += keys.plain
         return any(self._quietly(path) == other for path in paths)
 
+    def finds(self, module: str) -> bool:
+        """Whether the base has a weight for a module of the adapter."""
+        path = module.replace(".base_layer", "")
+        return any(self._quietly(f"{path}.{name}") for name in ("weight", "in_proj_weight"))
+
     def _quietly(self, parameter: str) -> str | None:
         try:
             return self._look(parameter)

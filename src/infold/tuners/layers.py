@@ -14,7 +14,6 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from infold.adapters import METHODS, Geometry, Settings, lora, merge
 from infold.errors import Refusal
@@ -350,6 +349,12 @@ class AdaptedAttention(Adapted):
                 del layer.__dict__[name]
 
 
+def _is_conv1d(module: nn.Module) -> bool:
+    """transformers' Conv1D, without importing transformers."""
+    names = ((cls.__module__, cls.__name__) for cls in type(module).__mro__)
+    return ("transformers.pytorch_utils", "Conv1D") in names
+
+
 def _is_dense(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     return isinstance(weight, Tensor) and weight.dtype in _DENSE
@@ -364,7 +369,7 @@ _DENSE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # The first that accepts a module is its kind.
 KINDS: tuple[tuple[type[Adapted], Callable[[nn.Module], bool]], ...] = (
     (AdaptedAttention, lambda m: isinstance(m, nn.MultiheadAttention)),
-    (AdaptedConv1D, lambda m: isinstance(m, Conv1D)),
+    (AdaptedConv1D, _is_conv1d),
     (AdaptedEmbedding, lambda m: isinstance(m, nn.Embedding)),
     (
         AdaptedConv,

@@ -1,12 +1,13 @@
 """Which modules an adapter goes on when the caller names none.
 
 IA³ scales keys, values and the inner activations of the feed-forward network (Liu et al. 2022,
-section 3.3); LoRA updates the query and value projections (Hu et al. 2021, section 4.2). Both are
-found from the module tree, so a new architecture needs no entry here:
+section 3.3); LoRA updates the query and value projections (Hu et al. 2021, section 4.2), and where
+no attention is to be found, both layers of the feed-forward network. All are found from the module
+tree, so a new architecture needs no entry here:
 
   attention      linear children of one module whose names say key and value (`k_proj`, `linear_k`,
                  `key`, `kv_b_proj`, `qkv`), or the widening child of an attention module (`c_attn`)
-  feed-forward   in a numbered block, outside of its attention, a layer h -> i before one i -> h
+  feed-forward   in a numbered block or beside attention, a layer h -> i before one i -> h
 
 All towers of a model are meant: of a vision-language model also the vision encoder. State-space
 mixers, convolution modules, projectors between towers, embeddings and output heads are not.
@@ -28,37 +29,29 @@ from infold.errors import Refusal
 __all__ = ["Targets", "find_targets"]
 
 # What PEFT's defaults do beyond the structure: an adapter must fit what others trained.
-_IA3_ROLES = dict.fromkeys(
-    (
-        "bart",
-        "gemma",
-        "gemma2",
-        "gemma3_text",
-        "gpt_neo",
-        "gptj",
-        "llama4",
-        "phi",
-        "qwen2",
-        "qwen3",
-    ),
-    frozenset("qv"),
-) | {"opt": frozenset("qk")}
+_QUERY_FOR_KEY = frozenset(  # IA³ on query and value
+    "bart gemma gemma2 gemma3_text gpt_neo gptj llama4 phi qwen2 qwen3".split()
+)
+_QUERY_FOR_VALUE = frozenset(("opt",))
 _ENDINGS = {
     ("ia3", "mt5"): ("k", "v", "wi_1"),  # wi_1 as a layer whose outputs are scaled
     ("lora", "phi"): ("q_proj", "v_proj", "fc1", "fc2"),
     ("lora", "nemotron_h"): ("q_proj", "k_proj", "v_proj", "o_proj"),
     ("lora", "rwkv"): ("key", "value", "receptance", "output"),
 }
-_LANGUAGE_ONLY = {("lora", "blip-2"), ("lora", "gemma4")}
-_TEXT_FEEDFORWARD_ONLY = {("ia3", "llama4")}
+_LORA_ON_LANGUAGE_ONLY = frozenset(("blip-2", "gemma4"))
+_FEEDFORWARD_OF_LANGUAGE_ONLY = frozenset(("llama4",))
 
 _ROLES = {word: role for role, words in {
     "q": "q query queries wq", "k": "k key keys wk", "v": "v value values wv",
     "qk": "qk", "kv": "kv wkv", "qkv": "qkv wqkv qkvz",
 }.items() for word in words.split()}  # fmt: skip
 # A name with one of these is not what attention compares or mixes, whatever else it says.
-_OTHER_ROLES = frozenset(("pos", "position", "rel", "relative", "sine", "gate", "bias", "index"))
+_OTHER_ROLES = frozenset(
+    ("pos", "position", "rel", "relative", "sine", "gate", "bias", "index", "conv", "sconv")
+)
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+_BETWEEN = re.compile("bbox|PredictionHead|Projector|Merger")  # heads, and joints of towers
 _FEEDFORWARD = re.compile(r"mlp|ffn?\b|feed_?forward|expert|intermediate", re.IGNORECASE)
 
 
@@ -75,7 +68,7 @@ class Targets:
 
 
 def find_targets(model: nn.Module, method: str) -> Targets:
-    """Where adapters of a method ("ia3" or "lora", which DoRA shares) go by default.
+    """Where adapters of a method ("ia3", or "lora", which serves DoRA too) go by default.
 
     Reads the module tree, no values: a model on the meta device will do. For the model types that
     PEFT 0.21 has defaults for, the modules hit are the same as PEFT's.
@@ -93,17 +86,23 @@ def find_targets(model: nn.Module, method: str) -> Targets:
         return Targets(tuple(sorted(fixed)), ())
     attention = _attention(tree)
     pairs = _feedforward(tree, attention)
-    if (method, kind) in _TEXT_FEEDFORWARD_ONLY:
-        pairs = [pair for pair in pairs if "language_model" in pair.second]
-    roles = _IA3_ROLES.get(kind, frozenset("kv")) if method == "ia3" else frozenset("qv")
-    modules = {path for path, said in attention.roles.items() if said & roles}
     feedforward: set[str] = set()
     if method == "ia3":
+        roles = {"k", "v"}
+        if kind in _QUERY_FOR_KEY:
+            roles = {"q", "v"}
+        elif kind in _QUERY_FOR_VALUE:
+            roles = {"q", "k"}
+        modules = {path for path, said in attention.roles.items() if said & roles}
         feedforward = {pair.second for pair in pairs}
-    elif not modules:
-        modules = {path for pair in pairs for path in (*pair.first, pair.second)}
-    if (method, kind) in _LANGUAGE_ONLY:
-        modules = {path for path in modules if "language_model" in path.split(".")}
+        if kind in _FEEDFORWARD_OF_LANGUAGE_ONLY:
+            feedforward = _of_language(feedforward)
+    else:
+        modules = {path for path, said in attention.roles.items() if said & {"q", "v"}}
+        if not modules:
+            modules = {path for pair in pairs for path in (*pair.first, pair.second)}
+        if kind in _LORA_ON_LANGUAGE_ONLY:
+            modules = _of_language(modules)
     missing = list(_out_of_reach(tree, attention, method, bool(modules), bool(feedforward)))
     if not modules and not feedforward:
         raise Refusal(_nothing_fits(tree, type(model).__name__, missing))
@@ -111,6 +110,10 @@ def find_targets(model: nn.Module, method: str) -> Targets:
         warnings.warn(f"{type(model).__name__}: {sentence}", UserWarning, stacklevel=2)
     inner = tree.endings(feedforward, also=attention.outputs)
     return Targets(tuple(sorted({*tree.endings(modules), *inner})), tuple(sorted(inner)))
+
+
+def _of_language(paths: Set[str]) -> set[str]:
+    return {path for path in paths if "language_model" in path.split(".")}
 
 
 class _Size(NamedTuple):
@@ -128,22 +131,35 @@ class _Tree:
         sizes = ((path, _size(module)) for path, module in self.modules.items())
         self.linear = {path: size for path, size in sizes if size is not None}
         self.children: dict[str, list[str]] = defaultdict(list)
-        self._hits: dict[str, set[str]] = defaultdict(set)
+        self._named: dict[str, list[str]] = defaultdict(list)
+        self._hits: dict[str, frozenset[str]] = {}
         for path in self.modules:
             self.children[_parent(path)].append(path)
-            for ending in _suffixes(path):
-                self._hits[ending].add(path)
+            self._named[_leaf(path)].append(path)
 
     def linear_children(self, path: str) -> list[str]:
         return [child for child in self.children[path] if child in self.linear]
 
+    def is_convolution(self, path: str) -> bool:
+        return hasattr(self.modules[path], "kernel_size")
+
+    def is_square(self, path: str) -> bool:
+        return self.linear[path].inputs == self.linear[path].outputs
+
     def hits(self, ending: str) -> Set[str]:
         """The modules that an ending in `target_modules` selects."""
-        return self._hits.get(ending, frozenset())
+        if ending not in self._hits:
+            named = self._named.get(_leaf(ending), ())
+            self._hits[ending] = frozenset(p for p in named if f".{p}".endswith(f".{ending}"))
+        return self._hits[ending]
 
     def kind(self, path: str) -> str:
         """The name and the class of a module: what its author says that it is."""
         return f"{_leaf(path)} {type(self.modules[path]).__name__}" if path else ""
+
+    def said(self, path: str) -> str:
+        """A module's path, and the class that it is a part of."""
+        return f"{path} {type(self.modules.get(_parent(path))).__name__}"
 
     def endings(self, meant: Set[str], also: Set[str] = frozenset()) -> set[str]:
         """The shortest endings that select what is meant and nothing else.
@@ -154,7 +170,7 @@ class _Tree:
         found = set()
         for path in meant:
             suffixes = list(_suffixes(path))
-            plain = [s for s in suffixes if not any(map(str.isdigit, s.split(".")[:-1]))]
+            plain = [s for s in suffixes if not s[0].isdigit() and not _numbered(_parent(s))]
             for choice, allowed in ((plain, meant), (plain, meant | also), (suffixes, meant)):
                 fitting = next((s for s in choice if self.hits(s) <= allowed), None)
                 if fitting is not None:
@@ -222,11 +238,20 @@ class _Attention:
 
 def _attention(tree: _Tree) -> _Attention:
     found = _Attention()
+    classes: set[type[nn.Module]] = set()
     for path, module in tree.modules.items():
         if isinstance(module, nn.MultiheadAttention) or _has_projection_parameters(module):
             found.parameters.add(path)
             found.tops.add(_top(tree, path))
-        elif group := _projections(tree, path) or _fused(tree, path):
+        elif _makes_keys_and_values(tree, group := _projections(tree, path)):
+            found.roles |= group
+            found.tops.add(_top(tree, path))
+            classes.add(type(module))
+    for path, module in tree.modules.items():
+        if path in found.tops:
+            continue
+        # A layer that takes keys and values from another one makes only queries.
+        if group := _projections(tree, path) if type(module) in classes else _fused(tree, path):
             found.roles |= group
             found.tops.add(_top(tree, path))
     inside = (path for path in tree.linear if _is_inside(path, found.tops))
@@ -241,7 +266,7 @@ def _has_projection_parameters(module: nn.Module) -> bool:
 
 
 def _projections(tree: _Tree, path: str) -> dict[str, frozenset[str]]:
-    """The linear children of one module that together make key and value, if they do."""
+    """The linear children of one module whose names say query, key or value."""
     group = {}
     names = set(map(_leaf, tree.children[path]))
     for child in tree.children[path]:
@@ -253,18 +278,23 @@ def _projections(tree: _Tree, path: str) -> dict[str, frozenset[str]]:
             group[child] = said
         elif len(inner := tree.linear_children(child)) == 1:  # a linear in a wrapper
             group[inner[0]] = said
+    return group
+
+
+def _makes_keys_and_values(tree: _Tree, group: dict[str, frozenset[str]]) -> bool:
     if not {"k", "v"} <= frozenset().union(*group.values()):
-        return {}
+        return False
     keys = [tree.linear[child] for child, said in group.items() if said == {"k"}]
     values = [tree.linear[child] for child, said in group.items() if said == {"v"}]
-    if any(key == value[::-1] != value for key in keys for value in values):
-        return {}  # RWKV names the two layers of its feed-forward network key and value
-    return group
+    # RWKV names the two layers of its feed-forward network key and value.
+    return not any(key == value[::-1] != value for key in keys for value in values)
 
 
 def _fused(tree: _Tree, path: str) -> dict[str, frozenset[str]]:
     """The widening child of an attention module whose names say nothing of q, k, v: `c_attn`."""
     if not _ATTENTION.search(tree.kind(path)):
+        return {}
+    if any(_roles(_leaf(child)) & {"k", "v"} for child in tree.children[path]):
         return {}
     children = tree.linear_children(path)
     wide = [child for child in children if tree.linear[child].outputs > tree.linear[child].inputs]
@@ -275,9 +305,11 @@ def _fused(tree: _Tree, path: str) -> dict[str, frozenset[str]]:
 
 
 def _top(tree: _Tree, path: str) -> str:
-    """The outermost module around `path` that still calls itself attention."""
-    while _ATTENTION.search(tree.kind(_parent(path))):
-        path = _parent(path)
+    """The outermost module around `path` that calls itself attention and holds nothing else."""
+    while _ATTENTION.search(tree.kind(above := _parent(path))) and not any(
+        _FEEDFORWARD.search(tree.kind(child)) for child in tree.children[above]
+    ):
+        path = above
     return path
 
 
@@ -297,13 +329,14 @@ class _Pair(NamedTuple):
 
 def _feedforward(tree: _Tree, attention: _Attention) -> list[_Pair]:
     beside = {_parent(top) for top in attention.tops}
+    attending = {block for top in attention.tops if (block := _block(top))}
     candidates = [
         path
         for path in tree.linear
         if not _is_inside(path, attention.tops)
         and path not in attention.roles
-        and (attention.tops or not hasattr(tree.modules[path], "kernel_size"))
         and not _is_mixer(tree, _parent(path))
+        and (not tree.is_convolution(path) or _block(path) in attending)
     ]
     siblings: dict[str, list[str]] = defaultdict(list)
     for path in candidates:
@@ -316,24 +349,26 @@ def _feedforward(tree: _Tree, attention: _Attention) -> list[_Pair]:
         if between not in paired and not _leaf(between).isdigit():
             cousins[_parent(between)].append(path)
     for paths in cousins.values():
-        found += _pairs(tree, paths)
+        found += [pair for pair in _pairs(tree, paths) if not tree.is_square(pair.second)]
     found = [
         pair
         for pair in found
-        if _numbered(_parent(pair.second)) or _parent(_parent(pair.second)) in beside
+        if (_numbered(_parent(pair.second)) or _parent(_parent(pair.second)) in beside)
+        and not (tree.is_square(pair.second) and tree.is_convolution(pair.second))
+        and not _BETWEEN.search(tree.said(pair.second))
     ]
-    widest = Counter[str]()
+    widest: dict[str, int] = defaultdict(int)
     for pair in found:
         block = _block(_parent(pair.second))
         widest[block] = max(widest[block], tree.linear[pair.second].inputs)
-    # Adapters, per-layer inputs and other bottlenecks stand beside a wider network in a block.
-    return [
-        pair
-        for pair in found
-        if tree.linear[pair.second].inputs == widest[block := _block(_parent(pair.second))]
-        or _FEEDFORWARD.search(pair.second.removeprefix(block))
-        or _FEEDFORWARD.search(type(tree.modules[_parent(pair.second)]).__name__)
-    ]
+
+    def is_main(second: str) -> bool:
+        """Adapters, per-layer inputs and the like stand beside a wider network in a block."""
+        block = _block(_parent(second))
+        said = tree.said(second).removeprefix(block)
+        return tree.linear[second].inputs == widest[block] or bool(_FEEDFORWARD.search(said))
+
+    return [pair for pair in found if is_main(pair.second)]
 
 
 def _pairs(tree: _Tree, paths: Sequence[str]) -> list[_Pair]:
@@ -347,7 +382,7 @@ def _pairs(tree: _Tree, paths: Sequence[str]) -> list[_Pair]:
             found.append(_Pair(tuple(partners), path))
         else:
             first.append(path)
-    square = [pair for pair in found if len(set(tree.linear[pair.second])) == 1]
+    square = [pair for pair in found if tree.is_square(pair.second)]
     if len(square) > 1:  # of gate, up and down that are all h -> h, down comes last
         last = square[-1]
         between = tuple(pair.second for pair in square[:-1])

@@ -13,19 +13,11 @@ from infold.checkpoint.safetensors import Header, open_regular, read_header
 from infold.checkpoint.shards import RECEIPT, read_receipt
 from infold.errors import CorruptFile, InfoldError
 from infold.plan.edits import OutputShard, Plan
+from infold.verify.verdict import Offender
 
-__all__ = ["Claims", "Offender", "compare_header", "extra_files", "read_claims", "side_files"]
+__all__ = ["Claims", "compare_header", "extra_files", "read_claims", "side_files"]
 
 _PIECE = 1 << 20
-
-
-@dataclass(frozen=True)
-class Offender:
-    """One thing that is not as it must be."""
-
-    what: str
-    where: str  # a tensor or a file
-    detail: str
 
 
 @dataclass(frozen=True)

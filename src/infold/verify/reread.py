@@ -19,6 +19,7 @@ from blake3 import blake3
 from infold.checkpoint.inputs import InputFiles
 from infold.checkpoint.safetensors import Header, open_regular
 from infold.verify.tensors import COPIED, BaseCheck, EditCheck, Workspace
+from infold.workers import Worker, run_all
 
 __all__ = ["Found", "digest_of", "reread"]
 
@@ -84,24 +85,11 @@ class _Reread:
 
     def run(self) -> None:
         count = max(1, min(os.cpu_count() or 1, _WORKERS))
-        workers = [
-            threading.Thread(target=self._work, daemon=True, name=f"infold-verify-{n}")
-            for n in range(count)
-        ]
+        workers = [Worker(self._work, f"infold-verify-{n}") for n in range(count)]
         before = torch.get_num_threads()
         torch.set_num_threads(1)  # the workers are the threads
         try:
-            for worker in workers:
-                worker.start()
-            for worker in workers:
-                while worker.is_alive():
-                    worker.join(0.2)
-        except BaseException:
-            self.stopped.set()
-            for worker in workers:
-                if worker.ident is not None:
-                    worker.join()
-            raise
+            run_all(workers, self.stopped.set)
         finally:
             torch.set_num_threads(before)
         if self.error is not None:

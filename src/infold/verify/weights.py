@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -26,7 +26,6 @@ from infold.plan.build import plan_merge
 from infold.plan.edits import Operation, Plan, Replacement
 from infold.verify.folder import (
     Claims,
-    Offender,
     compare_header,
     extra_files,
     read_claims,
@@ -35,24 +34,11 @@ from infold.verify.folder import (
 from infold.verify.hints import Wrong, hints
 from infold.verify.reread import Found, digest_of, reread
 from infold.verify.tensors import BaseCheck, EditCheck
+from infold.verify.verdict import Offender, Verdict
 
-__all__ = ["Offender", "Verdict", "verify_checkpoint"]
+__all__ = ["verify_checkpoint"]
 
 PathLike = str | os.PathLike[str]
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What `verify_checkpoint` found. JSON-ready by `dataclasses.asdict`."""
-
-    ok: bool
-    tensors: int  # that there should be
-    identical: int  # unedited and byte-equal to the base's
-    recomputed: int  # edited and equal to what was computed anew
-    undecided: int  # elements so near to a rounding boundary that either neighbour is right
-    files: int  # side files that are as they must be
-    offenders: tuple[Offender, ...]
-    seconds: float
 
 
 def verify_checkpoint(
@@ -83,7 +69,10 @@ def verify_checkpoint(
         offenders += _unused(plan)
         output, sources = reread(shards, files, hashed=claims is not None, progress=progress)
         if claims is not None:
-            offenders += _compare_digests("digest", claims.shards, output, "the output")
+            # a shard that is missing or cannot be read is an offender already
+            unread = {shard.name for shard in plan.shards} - {shard.name for shard in shards}
+            claimed = {n: digest for n, digest in claims.shards.items() if n not in unread}
+            offenders += _compare_digests("digest", claimed, output, "the output")
         if claims is not None and base is None:
             for shard in plan.base.shards:
                 if shard.name not in sources:
@@ -114,6 +103,7 @@ def _open(
 ) -> tuple[Plan, Claims | None]:
     """The plan, and what the receipt says. What is wrong with the receipt becomes an offender."""
     if base is not None:
+        _refuse_swapped(base, folder)
         claims = None
         try:
             claims = read_claims(folder)
@@ -144,6 +134,21 @@ def _open(
         told = [f"{o.where}: changed since the merge" for o in changed]
         why = "the receipt's inputs no longer make a merge"
         raise Refusal([*told, *error.reasons, why]) from None
+
+
+def _refuse_swapped(base: PathLike, folder: Path) -> None:
+    """A base whose receipt says that it was made from the folder that is to be verified."""
+    first = Path(os.path.abspath(base))
+    if not first.is_dir() or os.path.lexists(folder / RECEIPT):
+        return
+    claims = None
+    with suppress(InfoldError):
+        claims = read_claims(first)
+    if claims is not None and Path(claims.base).name == folder.name:
+        raise Refusal(
+            f"{base} was merged from {claims.base}, so base and merged are swapped: the order is "
+            "BASE ADAPTER... MERGED"
+        )
 
 
 def _changed(claims: Claims, number: int, adapter: Adapter) -> list[Offender]:

@@ -1,0 +1,65 @@
+"""Edits as text: from the plan before a merge, from the receipt after it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from infold.cli.output import fold, table
+
+__all__ = ["edits_text"]
+
+PREFIX = "base_model.model."  # PEFT's, of every key in an adapter file
+
+
+def edits_text(edits: Sequence[dict[str, Any]], adapters: Sequence[str]) -> str:
+    """One line for each group of edits that differ by the layer alone.
+
+    edits: as the plan and the receipt describe them. adapters: their paths.
+    """
+    rows = []
+    for pattern, members in fold(
+        edits,
+        lambda edit: str(edit["tensor"]),
+        lambda edit: (edit["dtype"], tuple(edit["shape"]), _steps(edit, adapters)),
+    ):
+        first = members[0]
+        kept = [e["unchanged"] for e in members if e.get("unchanged") is not None]
+        rows.append(
+            [
+                pattern,
+                f"{len(members)} x" if len(members) > 1 else "",
+                f"{first['dtype']} {'x'.join(map(str, first['shape']))}",
+                _steps(first, adapters),
+                f"{_share(min(kept), max(kept))} unchanged" if kept else "",
+            ]
+        )
+    return table(rows)
+
+
+def _share(least: float, most: float) -> str:
+    one, two = f"{least:.1%}", f"{most:.1%}"
+    return one if one == two else f"{one}-{two}"
+
+
+def _steps(edit: dict[str, Any], adapters: Sequence[str]) -> str:
+    """What happens to one tensor: `lora (scaling 2), ia3 (in)`."""
+    source, steps = edit["source"], []
+    if "key" in source:
+        key = source["key"].removeprefix(PREFIX)
+        what = "" if key == edit["tensor"] else f"{key} of "
+        steps.append(f"replaced by {what}{_name(adapters[source['adapter']])}")
+    elif source["base"] != edit["tensor"]:
+        steps.append(f"copied from {source['base']}")
+    for operation in edit["operations"]:
+        detail = operation.get("side") or (
+            f"scaling {operation['scaling']:g}" if "scaling" in operation else ""
+        )
+        whose = f" of {_name(adapters[operation['adapter']])}" if len(adapters) > 1 else ""
+        steps.append(operation["method"] + (f" ({detail})" if detail else "") + whose)
+    return ", ".join(steps)
+
+
+def _name(path: str) -> str:
+    return os.path.basename(path.rstrip("/")) or path

@@ -1,0 +1,140 @@
+"""How the verbs print: columns, wrapping on a terminal, names folded over layers, closed pipes."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import re
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import TYPE_CHECKING, TextIO, TypeVar
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer as Buffer
+
+__all__ = ["complain", "entry", "finish", "fold", "plural", "protect_streams", "table"]
+
+Row = TypeVar("Row")
+
+
+class _Pipe(io.FileIO):
+    """A stream whose reader may leave, as `head` does: the verb does its work all the same."""
+
+    def write(self, data: Buffer, /) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            return memoryview(data).nbytes
+
+
+def protect_streams() -> None:
+    """Let standard output and error survive closed pipes, and names that they cannot spell."""
+    for name in ("stdout", "stderr"):
+        stream: TextIO | None = getattr(sys, name)
+        if stream is None:  # closed by the caller
+            continue
+        protected = io.TextIOWrapper(
+            io.BufferedWriter(_Pipe(stream.fileno(), "w", closefd=False)),
+            encoding=stream.encoding,
+            errors="backslashreplace",
+            line_buffering=name == "stderr" or stream.isatty(),
+        )
+        setattr(sys, name, protected)
+
+
+def finish() -> OSError | None:
+    """Write what is still buffered. Returns the system's refusal, if there was one."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the exit's own flush
+        return error
+    return None
+
+
+def complain(text: str) -> None:
+    """One line on standard error."""
+    if sys.stderr is not None:
+        print(f"infold: {text}", file=sys.stderr)
+
+
+def _width() -> int | None:
+    """Columns of the terminal; None where the output goes elsewhere and no COLUMNS are given."""
+    if "COLUMNS" not in os.environ and not (sys.stdout and sys.stdout.isatty()):
+        return None
+    return max(20, shutil.get_terminal_size().columns)
+
+
+def entry(label: str, text: str, column: int = 9) -> str:
+    """`label    text`, the text wrapped within its column on a terminal."""
+    head, width = label.ljust(column), _width()
+    if width is None or len(head) + len(text) <= width:
+        return head + text
+    return textwrap.fill(
+        text,
+        width,
+        initial_indent=head,
+        subsequent_indent=" " * column,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def table(rows: Iterable[Sequence[str]]) -> str:
+    """Rows in columns, two spaces apart, indented by two. Nothing is cut: where a terminal is too
+    narrow, the first column has lines of its own."""
+    listed = [list(row) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*listed, strict=True)]
+    screen = _width()
+    if screen is not None and sum(widths) + 2 * len(widths) > screen:
+        rests = ["  ".join(filter(None, row[1:])) for row in listed]
+        return "\n".join(
+            f"  {row[0]}\n{entry('', rest, 6)}" for row, rest in zip(listed, rests, strict=True)
+        )
+    return "\n".join("  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in listed)
+
+
+def plural(word: str, count: int) -> str:
+    """`1 shard`, `4 shards`."""
+    return f"{count:,} {word}" if count == 1 else f"{count:,} {word}s"
+
+
+def fold(
+    rows: Iterable[Row], name: Callable[[Row], str], alike: Callable[[Row], Hashable]
+) -> list[tuple[str, list[Row]]]:
+    """Rows that are alike and whose names differ by numbers alone, as one: `layers.0-29.mlp`.
+
+    Numbers in two places are folded where every combination is there: all experts of all layers.
+    """
+    groups: dict[Hashable, list[tuple[tuple[int, ...], Row]]] = {}
+    for row in rows:
+        parts = re.split(r"(?<![^.])(\d+)(?![^.])", name(row))
+        numbers = tuple(map(int, parts[1::2]))
+        groups.setdefault((tuple(parts[::2]), alike(row)), []).append((numbers, row))
+    folded = []
+    for group in groups.values():
+        choices = [sorted(set(place)) for place in zip(*(n for n, _ in group), strict=True)]
+        members = [row for _, row in group]
+        if math.prod(map(len, choices)) == len(members):
+            texts = re.split(r"(?<![^.])(?:\d+)(?![^.])", name(members[0]))
+            ranges = [*map(_ranges, choices), ""]
+            pattern = "".join(map(str.__add__, texts, ranges))
+            folded.append((pattern, members))
+        else:
+            folded += [(name(row), [row]) for row in members]
+    return folded
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Sorted numbers as people write them: `0-3,7`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs)

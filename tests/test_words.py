@@ -1,0 +1,510 @@
+"""What a user reads: notes, messages, folded listings, errors as JSON, and every exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import handmade
+import infold
+
+INFOLD = str(Path(sys.executable).with_name("infold"))
+LAYERS = 12
+LINEARS = {f"model.layers.{n}.{m}": (8, 8) for n in range(LAYERS) for m in ("q_proj", "k_proj")}
+
+
+def run(
+    *words: str | Path, columns: int | None = None, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k != "COLUMNS"}
+    if columns:
+        environment["COLUMNS"] = str(columns)
+    return subprocess.run(
+        [INFOLD, *map(str, words)], cwd=cwd, env=environment, capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base of 12 layers, a LoRA adapter for it, and what both make."""
+    root = tmp_path_factory.mktemp("words")
+    numbers = torch.Generator().manual_seed(0)
+    tensors = {f"{m}.weight": torch.randn(*s, generator=numbers) for m, s in LINEARS.items()}
+    config = {"tie_word_embeddings": False, "hidden_size": 8}
+    handmade.base_folder(root / "Tiny-1B", tensors, config)
+    handmade.lora(root / "adapter", LINEARS, target_modules=["q_proj", "k_proj"])
+    infold.merge(root / "Tiny-1B", root / "adapter", root / "merged")
+    return root
+
+
+@pytest.fixture
+def inputs(folder: Path) -> tuple[Path, Path]:
+    return folder / "Tiny-1B", folder / "adapter"
+
+
+# --- before anything is printed ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--out", "{folder}/merged"], "exists already"),
+        (["--out", "{folder}/adapter/x"], "lies in or around the input"),
+        (["--out", "{folder}/adapter/adapter_config.json"], "lies in or around the input"),
+        (["--out", ""], "--out is empty"),
+        (["--out", "x", "--device", "cuda:abc"], "cuda:abc"),
+        (["--out", "x", "--device", "cuda:99"], "cuda:99"),
+        (["--out", "x", "--max-memory", "0"], "0 bytes is too little: this merge needs"),
+        (["--out", "x", "--max-memory", "100kB"], "100,000 bytes is too little"),
+    ],
+)
+def test_all_is_checked_before_anything_is_printed(
+    folder: Path, inputs: tuple[Path, Path], tmp_path: Path, words: list[str], told: str,
+    dry: list[str],
+) -> None:  # fmt: skip
+    filled = [word.format(folder=folder) for word in words]
+    ran = run("merge", *inputs, *filled, *dry, cwd=tmp_path)
+
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert told in ran.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_refuses_a_broken_adapter_too(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    broken = handmade.lora(tmp_path / "broken", LINEARS)
+    file = broken / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-4] + b"\xff\xff\xff\xff")  # NaN
+    ran = run("merge", inputs[0], broken, "--out", tmp_path / "out", "--dry-run")
+
+    assert (ran.returncode, ran.stdout) == (2, "") and "NaN" in ran.stderr
+
+
+def test_a_quiet_dry_run_prints_nothing(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    ran = run("merge", *inputs, "--out", tmp_path / "out", "--dry-run", "--quiet")
+
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
+
+
+# --- errors ------------------------------------------------------------------------------------
+
+
+def test_a_wrong_base_is_summed_up_and_json_lists_all(
+    inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    other = handmade.base_folder(tmp_path / "other", {"h.0.attn.weight": torch.zeros(4, 4)})
+    ran = run("merge", other, inputs[1], "--out", tmp_path / "out")
+    as_json = run("merge", other, inputs[1], "--out", tmp_path / "out", "--json")
+    lines, told = ran.stderr.splitlines(), json.loads(as_json.stdout)
+
+    assert ran.returncode == as_json.returncode == 2 and ran.stdout == ""
+    assert lines[0].endswith(f"none of its {2 * LAYERS} modules is in {other}")
+    assert len(lines) == 12 and "and 15 more; --json" in lines[10]
+    assert lines[-1] == "infold: nothing was written"
+    assert told["error"] == "Refusal"
+    for module in LINEARS:
+        for part in ("lora_A", "lora_B"):
+            assert any(f"{module}.{part}" in reason for reason in told["reasons"])
+
+
+def test_refusals_of_verify_and_inspect_speak_of_no_writing(
+    inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    other = handmade.base_folder(tmp_path / "other", {"h.0.attn.weight": torch.zeros(4, 4)})
+    for words in (
+        ["verify", other, inputs[1], other],
+        ["inspect", inputs[1], "--base", other],
+        ["merge", other, inputs[1], "--out", tmp_path / "out", "--dry-run"],
+    ):
+        ran = run(*words)
+        assert ran.returncode == 2 and ran.stderr and "written" not in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({}, "lacks infold, base, adapters"),
+        (None, "must hold a JSON object"),
+        ({"base": {"path": 3}}, "lacks infold"),
+        ({"+edits": [{"tensor": "x"}]}, "edits[0]"),
+        ({"+adapters": []}, "is made from nothing that it names"),
+        ({"+tensors": "many"}, "tensors is 'many'"),
+    ],
+)
+def test_a_receipt_that_infold_does_not_write_is_refused(
+    folder: Path, tmp_path: Path, change: Any, told: str
+) -> None:
+    receipt = json.loads((folder / "merged" / "infold-receipt.json").read_text())
+    if change is None:
+        receipt = []
+    elif any(name.startswith("+") for name in change):
+        receipt |= {name.removeprefix("+"): value for name, value in change.items()}
+    else:
+        receipt = change
+    (tmp_path / "infold-receipt.json").write_text(json.dumps(receipt))
+    for words in ([], ["--json"]):
+        ran = run("inspect", tmp_path, *words)
+        assert ran.returncode == 2 and told in ran.stderr and "Traceback" not in ran.stderr
+        assert "infold-receipt.json" in ran.stderr
+
+
+def child(code: str, *words: str | Path, **more: Any) -> subprocess.CompletedProcess[str]:
+    """infold with `code` run before it."""
+    whole = f"import sys\n{code}\nsys.argv = {['infold', *map(str, words)]!r}\n"
+    whole += "from infold.cli.main import run\nrun()\n"
+    return subprocess.run([sys.executable, "-c", whole], capture_output=True, text=True, **more)
+
+
+@pytest.mark.parametrize("verb", ["merge", "inspect", "verify"])
+def test_a_bug_ends_with_70_and_asks_to_be_reported(
+    inputs: tuple[Path, Path], folder: Path, tmp_path: Path, verb: str
+) -> None:
+    words = {
+        "merge": ["merge", *inputs, "--out", tmp_path / "out"],
+        "inspect": ["inspect", inputs[1]],
+        "verify": ["verify", folder / "merged"],
+    }[verb]
+    code = (
+        "import infold.checkpoint.adapter as a, infold.checkpoint.shards as s\n"
+        "def bug(*_): raise KeyError('surprise')\n"
+        "a.read_header = s.read_header = bug"
+    )
+    ran = child(code, *words)
+
+    assert ran.returncode == 70, ran.stderr
+    assert "KeyError: 'surprise'" in ran.stderr and "report" in ran.stderr.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("closed", ["1", "2", "1 and 2"])
+def test_a_reader_that_leaves_changes_nothing(
+    inputs: tuple[Path, Path], folder: Path, tmp_path: Path, closed: str
+) -> None:
+    """The verbs do their work, and their exit code tells how it went."""
+    reader, pipe = os.pipe()
+    os.close(reader)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    streams |= {"stdout": pipe} if "1" in closed else {}
+    streams |= {"stderr": pipe} if "2" in closed else {}
+
+    def code(*words: str | Path) -> int:
+        return subprocess.run([INFOLD, *map(str, words)], **streams).returncode
+
+    try:
+        assert code("inspect", folder / "merged") == 0
+        assert code("--help") == 0
+        assert code("verify", folder / "merged") == 0
+        assert code("merge", *inputs, "--out", tmp_path / "out") == 0
+        assert code("merge", *inputs, "--out", tmp_path / "out") == 2
+    finally:
+        os.close(pipe)
+    assert infold.verify(tmp_path / "out").ok
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_an_output_that_cannot_be_printed_is_told(folder: Path) -> None:
+    with open("/dev/full", "w") as full:
+        ran = subprocess.run(
+            [INFOLD, "inspect", folder / "merged"], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+
+    assert ran.returncode == 3
+    assert ran.stderr == "infold: standard output: No space left on device\n"
+
+
+@pytest.mark.parametrize("verb", ["merge", "verify"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_an_interrupt_in_a_worker_ends_with_130(
+    inputs: tuple[Path, Path], folder: Path, tmp_path: Path, verb: str, threads: int
+) -> None:
+    """The workers are inside PyTorch when the signal comes, and stay there for a while: a process
+    that did not wait for them would abort."""
+    code = (
+        "import time, torch\n"
+        "from infold.merge import stream as m\n"
+        "from infold.verify import reread as v\n"
+        "big = torch.randn(1500, 1500)\n"
+        "def slow(whole):\n"
+        "    def call(*a):\n"
+        "        print('working', flush=True)\n"
+        "        for _ in range(12): torch.mm(big, big)\n"
+        "        return whole(*a)\n"
+        "    return call\n"
+        "m._Pool._compute = slow(m._Pool._compute)\n"
+        "v._Reread._take = slow(v._Reread._take)\n"
+    )
+    words: list[str | Path] = ["verify", *inputs, folder / "merged"]
+    if verb == "merge":
+        words = ["merge", *inputs, "--out", tmp_path / "out", "--threads", str(threads)]
+    whole = f"import sys\n{code}\nsys.argv = {['infold', *map(str, words), '--quiet']!r}\n"
+    whole += "from infold.cli.main import run\nrun()\n"
+    started = subprocess.Popen(
+        [sys.executable, "-c", whole],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # a test run in the background has SIGINT ignored, and its children inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert started.stdout is not None
+    started.stdout.readline()
+    time.sleep(0.05)
+    os.kill(started.pid, signal.SIGINT)
+    _, message = started.communicate(timeout=60)
+
+    more = "; the same command continues" if verb == "merge" else ""
+    assert (started.returncode, message) == (130, f"infold: interrupted{more}\n")
+
+
+def test_an_interrupt_while_a_thread_starts_comes_when_it_has_started() -> None:
+    code = (
+        "import os, signal, threading, time\n"
+        "from infold.workers import Worker, run_all\n"
+        "begun = threading.Thread.start\n"
+        "def start(self):\n"
+        "    os.kill(os.getpid(), signal.SIGINT); begun(self)\n"
+        "threading.Thread.start = start\n"
+        "told, stop = [], threading.Event()\n"
+        "def work(): stop.wait(); time.sleep(0.2); told.append('over')\n"
+        "try: run_all([Worker(work, 'w')], stop.set)\n"
+        "except KeyboardInterrupt: told.append('interrupted')\n"
+        "print(told)"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+
+    assert ran.stdout == "['over', 'interrupted']\n", ran.stderr
+
+
+# --- verify ------------------------------------------------------------------------------------
+
+
+def test_offenders_have_a_line_each_with_their_whole_name(
+    inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    infold.merge(*inputs, tmp_path / "merged")
+    file = tmp_path / "merged" / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    ran = run("verify", *inputs, tmp_path / "merged", columns=80)
+    lines = ran.stderr.splitlines()
+
+    assert ran.returncode == 1
+    digests = [line for line in lines if line.startswith("infold: model.safetensors: digest:")]
+    assert len(digests) == 1 and len(digests[0].split("BLAKE3 in")[1]) > 128
+    assert any("infold: model.layers.9.q_proj.weight: edited tensor: 1 of" in x for x in lines)
+    assert lines[-1].endswith("proof failed, 2 offenders")
+
+
+@pytest.mark.parametrize("how", ["cut", "gone"])
+def test_a_shard_that_cannot_be_read_is_one_offender(
+    inputs: tuple[Path, Path], tmp_path: Path, how: str
+) -> None:
+    infold.merge(*inputs, tmp_path / "merged")
+    file = tmp_path / "merged" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+    if how == "gone":
+        file.unlink()
+    verdict = infold.verify(*inputs, tmp_path / "merged")
+
+    kind = {"cut": "unreadable file", "gone": "missing file"}[how]
+    assert [o.what for o in verdict.offenders] == [kind]
+
+
+def test_wrong_orders_and_missing_paths_are_named(inputs: tuple[Path, Path], folder: Path) -> None:
+    base, adapter = inputs
+    merged = folder / "merged"
+    swapped = run("verify", merged, adapter, base)
+    no_adapter = run("verify", base, merged)
+    no_merged = run("verify", base, adapter)
+
+    assert swapped.returncode == no_adapter.returncode == no_merged.returncode == 2
+    assert "base and merged are swapped" in swapped.stderr
+    assert "the adapters are missing" in no_adapter.stderr
+    assert "the merged folder is missing" in no_merged.stderr
+
+
+# --- listings ----------------------------------------------------------------------------------
+
+
+def test_layers_are_folded_and_nothing_is_wider_than_the_terminal(
+    inputs: tuple[Path, Path], folder: Path, tmp_path: Path
+) -> None:
+    adapter = run("inspect", inputs[1], "--base", inputs[0], columns=80)
+    merged = run("inspect", folder / "merged", columns=80)
+    plan = run("merge", *inputs, "--out", tmp_path / "out", "--dry-run", columns=80)
+
+    for shown in (adapter, merged, plan):
+        assert shown.returncode == 0 and "model.layers.0-11.q_proj" in shown.stdout
+        assert "layers.7" not in shown.stdout
+        for line in shown.stdout.splitlines():
+            whole = str(tmp_path.parent) in line or line.endswith("  model.safetensors")
+            assert len(line) <= 80 or whole, line
+    assert "lora (scaling 2)" in merged.stdout and "lora (scaling 2)" in plan.stdout
+    assert "(12 x)" in adapter.stdout and "target_modules = q_proj, k_proj" in adapter.stdout
+    assert len(json.loads(run("inspect", inputs[1], "--json").stdout)["modules"]) == 2 * LAYERS
+
+
+def test_folding_is_by_numbers_of_whole_components_and_by_likeness() -> None:
+    from infold.cli.output import fold
+
+    names = [f"l.{n}.e.{m}.w" for n in range(3) for m in range(2)]
+    assert [p for p, _ in fold(names, str, lambda _: 0)] == ["l.0-2.e.0-1.w"]
+    assert [p for p, _ in fold(names[1:], str, lambda _: 0)] == names[1:]
+    assert [p for p, _ in fold(["a.1", "a.2", "a.4", "b2", "b3"], str, lambda _: 0)] == [
+        "a.1-2,4", "b2", "b3",
+    ]  # fmt: skip
+    assert [p for p, _ in fold(names, str, lambda n: n[2] == "1")] == [
+        "l.0,2.e.0-1.w", "l.1.e.0-1.w",
+    ]  # fmt: skip
+
+
+def test_a_replaced_tensor_says_by_what(tmp_path: Path) -> None:
+    weight = {"a.weight": torch.zeros(4, 4), "b.weight": torch.zeros(4, 4)}
+    base = handmade.base_folder(tmp_path / "base", weight)
+    one = handmade.adapter_folder(
+        tmp_path / "one", {"a.weight": torch.ones(4, 4)},
+        {"peft_type": "IA3", "modules_to_save": ["a"]},
+    )  # fmt: skip
+    two = handmade.ia3(tmp_path / "two", {"b": torch.ones(4, 1)})
+    ran = run("merge", base, one, two, "--out", tmp_path / "out", "--dry-run")
+
+    assert "replaced by one" in ran.stdout and "ia3 (out) of two" in ran.stdout, ran.stdout
+
+
+# --- notes on the origin -----------------------------------------------------------------------
+
+SMOL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "folder_name", "own_name", "noted"),
+    [
+        (SMOL, "SmolLM2-135M-Instruct", None, False),
+        (SMOL, "smollm2-135m-instruct-bf16", None, False),
+        (SMOL, "HuggingFaceTB_SmolLM2-135M-Instruct", None, False),
+        (SMOL, "models--HuggingFaceTB--SmolLM2-135M-Instruct/snapshots/0a1b2c", None, False),
+        (SMOL, "base", None, False),
+        (SMOL, "checkpoint-500", None, False),
+        (SMOL, "base", SMOL, False),
+        (SMOL, "SmolLM2-135M", SMOL, False),
+        (SMOL, "SmolLM2-135M", None, True),
+        (SMOL, "base", "HuggingFaceTB/SmolLM2-135M", True),
+        (SMOL, "models--HuggingFaceTB--SmolLM2-135M/snapshots/0a1b2c", None, True),
+        (SMOL, "Llama-7B", None, True),
+        ("gpt2", "gpt2-medium", None, True),
+        ("bert-base-uncased", "bert-base-cased", None, True),
+        ("/somewhere/else/base", "model", None, False),
+        (None, "SmolLM2-135M", None, False),
+        (7, "SmolLM2-135M", None, False),
+    ],
+)
+def test_an_adapter_of_another_base_is_noted_and_a_local_copy_is_not(
+    tmp_path: Path, trained_on: Any, folder_name: str, own_name: str | None, noted: bool
+) -> None:
+    config = {"tie_word_embeddings": False} | ({"_name_or_path": own_name} if own_name else {})
+    base = tmp_path / folder_name
+    handmade.base_folder(base, {"a.weight": torch.zeros(4, 4)}, config)
+    adapter = handmade.lora(tmp_path / "adapter", {"a": (4, 4)}, base_model_name_or_path=trained_on)
+    plan = infold.merge(base, adapter, tmp_path / "out", dry_run=True)
+
+    assert [note for note in plan["notes"] if "is it the same model?" in note] == (
+        plan["notes"] if noted else []
+    )
+    assert len(plan["notes"]) == noted
+
+
+def test_the_folder_that_an_adapter_was_trained_on_is_never_doubted(tmp_path: Path) -> None:
+    base = handmade.base_folder(tmp_path / "Llama-7B", {"a.weight": torch.zeros(4, 4)})
+    (tmp_path / "Other-3B").symlink_to(base)
+    adapter = handmade.lora(
+        tmp_path / "adapter", {"a": (4, 4)}, base_model_name_or_path=str(tmp_path / "Other-3B")
+    )
+
+    assert infold.merge(base, adapter, tmp_path / "out", dry_run=True)["notes"] == []
+
+
+def test_an_adapter_that_is_given_twice_is_noted(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(inputs[1])
+    plan = infold.merge(inputs[0], [inputs[1], tmp_path / "link"], tmp_path / "out", dry_run=True)
+
+    assert len(plan["notes"]) == 1 and "is given 2 times" in plan["notes"][0]
+
+
+def test_long_notes_are_wrapped_on_a_terminal_and_whole_in_a_pipe(tmp_path: Path) -> None:
+    base = handmade.base_folder(tmp_path / "Llama-7B", {"a.weight": torch.zeros(4, 4)})
+    adapter = handmade.lora(tmp_path / "adapter", {"a": (4, 4)}, base_model_name_or_path=SMOL)
+    words = ["merge", base, adapter, "--out", tmp_path / "out", "--dry-run"]
+    narrow = run(*words, columns=80).stdout.splitlines()
+    whole = run(*words).stdout.splitlines()
+
+    begin = next(n for n, line in enumerate(narrow) if line.startswith("note"))
+    assert narrow[begin + 1].startswith(" " * 9)
+    assert all(len(line) <= 80 for line in narrow if str(tmp_path) not in line)
+    assert any(line.startswith("note") and line.endswith("same model?") for line in whole)
+
+
+# --- the library -------------------------------------------------------------------------------
+
+
+def test_verify_takes_a_merged_folder_alone(inputs: tuple[Path, Path], folder: Path) -> None:
+    merged = folder / "merged"
+
+    assert infold.verify(merged).ok
+    assert infold.verify(merged=merged).ok
+    assert infold.verify(base=inputs[0], adapters=[inputs[1]], merged=str(merged)).ok
+    with pytest.raises(TypeError, match="base, adapters, merged"):
+        infold.verify(*inputs)  # type: ignore[call-overload]
+
+
+def test_memory_is_a_number_or_a_text(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    receipt = infold.merge(*inputs, tmp_path / "out", max_memory="64MiB")
+
+    assert isinstance(receipt, infold.Receipt) and receipt.side_files == ["config.json"]
+    for memory in (100, "100B", "0.1kB"):
+        with pytest.raises(infold.Refusal, match="100 bytes is too little"):
+            infold.merge(*inputs, tmp_path / "other", max_memory=memory)
+    with pytest.raises(infold.Refusal, match="not a size"):
+        infold.merge(*inputs, tmp_path / "other", max_memory="much")
+
+
+def test_a_dry_run_returns_what_the_command_prints_as_json(
+    inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    plan = infold.merge(*inputs, tmp_path / "out", dry_run=True)
+    printed = run("merge", *inputs, "--out", tmp_path / "out", "--dry-run", "--json")
+
+    assert json.loads(printed.stdout) == plan and plan["edited_tensors"] == 2 * LAYERS
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_fields_of_receipt_and_verdict_are_documented() -> None:
+    for kind in (infold.Receipt, infold.Verdict, infold.Offender):
+        missing = [f for f in kind.__dataclass_fields__ if f not in (kind.__doc__ or "")]
+        assert missing == []
+
+
+def test_short_help() -> None:
+    assert run("-h").stdout == run("--help").stdout
+    assert run("merge", "-h").stdout.startswith("Usage: infold merge")
+
+
+def test_empty_paths_are_told(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    for words in (["merge", "", inputs[1]], ["merge", inputs[0], ""], ["inspect", ""]):
+        more = ["--out", "out"] if words[0] == "merge" else []
+        ran = run(*words, *more, cwd=tmp_path)
+        assert ran.returncode == 2 and "an empty path was given" in ran.stderr
+    assert list(tmp_path.iterdir()) == []
