@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "edit": {"adapters", "formats"},
     "merge": LEAVES | {"plan", "edit"},
     "verify": LEAVES | {"plan"},
-    "tuners": LEAVES,
+    "tuners": LEAVES | {"edit"},
     "inspect": LEAVES | {"plan"},
     "cli": LEAVES | {"plan", "edit", "merge", "verify", "inspect"},
 }
