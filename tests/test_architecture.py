@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "verify": LEAVES | {"plan"},
     "tuners": LEAVES | {"edit"},
     "inspect": LEAVES | {"plan"},
-    "cli": LEAVES | {"plan", "edit", "merge", "verify", "inspect"},
+    "cli": LEAVES | {"plan", "edit", "merge", "tuners", "verify", "inspect"},
 }
 
 

@@ -21,20 +21,32 @@ from infold.version import __version__
 
 if TYPE_CHECKING:
     from infold.merge.receipt import Receipt
+    from infold.tuners.combine import Combined
+    from infold.tuners.config import IA3Config, LoraConfig
+    from infold.tuners.model import attach, load
+    from infold.tuners.record import Training
     from infold.verify.verdict import Offender, Verdict
 
 __all__ = [
+    "Combined",
     "CorruptFile",
+    "IA3Config",
     "InfoldError",
+    "LoraConfig",
     "Offender",
     "ProofFailed",
     "Receipt",
     "Refusal",
     "StorageFailure",
+    "Training",
     "Verdict",
     "__version__",
+    "attach",
+    "combine",
     "inspect",
+    "load",
     "merge",
+    "train",
     "verify",
 ]
 
@@ -43,7 +55,17 @@ __all__ = [
 for _room in ("merge", "verify", "inspect"):
     import_module(f"infold.{_room}")
 
-_TYPES = {"Offender": "verify.verdict", "Receipt": "merge.receipt", "Verdict": "verify.verdict"}
+_TYPES = {
+    "Combined": "tuners.combine",
+    "IA3Config": "tuners.config",
+    "LoraConfig": "tuners.config",
+    "Offender": "verify.verdict",
+    "Receipt": "merge.receipt",
+    "Training": "tuners.record",
+    "Verdict": "verify.verdict",
+    "attach": "tuners.model",
+    "load": "tuners.model",
+}
 
 PathLike = str | os.PathLike[str]
 Progress = Callable[[int, int], None]
@@ -119,6 +141,40 @@ def merge(
     return execute(prepared, sha256=sha256, progress=progress, names=names)
 
 
+def combine(
+    adapters: PathLike | Sequence[PathLike],
+    out: PathLike,
+    *,
+    weights: Sequence[float],
+    kind: str,
+    density: float | None = None,
+    majority_sign: str = "total",
+    svd_rank: int | None = None,
+    seed: int = 0,
+    force: bool = False,
+) -> Combined:
+    """Combine IA³ or LoRA adapters of one base into one adapter folder (docs/combine.md).
+
+    adapters: PEFT folders or Hub ids. weights: one finite number for each; they are not normalised.
+    kind: the command line's --type. density: the share of elements that pruning keeps, in (0, 1].
+    svd_rank: the rank of the svd kinds; default: the adapters' largest. seed: for DARE.
+    The new tensors are float32 (float64 where an adapter's are).
+    Raises Refusal (bad input; lists all offenders; nothing is written) or StorageFailure.
+    """
+    from infold.tuners.combine import plan_combination, write_combination
+
+    plan = plan_combination(
+        _listed(adapters),
+        weights,
+        kind,
+        density=density,
+        majority_sign=majority_sign,
+        svd_rank=svd_rank,
+        seed=seed,
+    )
+    return write_combination(plan, out, force=force)
+
+
 def inspect(path: PathLike, *, base: PathLike | None = None) -> dict[str, Any]:
     """Describe an adapter, a checkpoint or a merged folder, as JSON-ready values.
 
@@ -174,10 +230,44 @@ def verify(
 
 
 def __getattr__(name: str) -> Any:
-    """The types of results, loaded when they are asked for."""
+    """Types of results, and the tuners, loaded when they are asked for."""
     if name not in _TYPES:
         raise AttributeError(f"module 'infold' has no attribute {name!r}")
     return getattr(import_module(f"infold.{_TYPES[name]}"), name)
+
+
+def train(
+    base: PathLike,
+    data: PathLike,
+    out: PathLike,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    progress: Callable[[int, int, float | None], None] | None = None,
+    **settings: Any,
+) -> Training:
+    """Train an adapter of `base` on `data`, into the new folder `out`.
+
+    data: JSONL, JSON, CSV, TSV or Parquet, a folder of them, or a Hub data set id.
+    settings: the fields of `infold.tuners.settings.TrainSettings`, which are the command line's
+    options: method="ia3", epochs=1, eval_split=0.1, ...
+    resume: continue an interrupted training. force: start anew, replacing an adapter at `out`.
+    progress: called with (steps done, steps in all, last loss).
+    Raises Refusal (bad data or settings; lists all offenders; nothing was trained), StorageFailure,
+    or TypeError for a setting that does not exist.
+    """
+    from infold.tuners.settings import TrainSettings
+    from infold.tuners.train import train_adapter
+
+    return train_adapter(
+        base,
+        data,
+        out,
+        TrainSettings.of(settings),
+        resume=resume,
+        force=force,
+        progress=progress,
+    )
 
 
 def _listed(adapters: PathLike | Sequence[PathLike]) -> list[PathLike]:

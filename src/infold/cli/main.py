@@ -14,11 +14,19 @@ from typing import Annotated, Any
 
 import typer
 
-from infold.cli import inspect, merge, verify
+from infold.cli import combine, inspect, merge, train, verify
 from infold.cli.output import complain, finish, protect_streams
 from infold.errors import InfoldError, ProofFailed, Refusal
 from infold.version import __version__
 
+_CONTINUES: dict[Callable[..., None], str] = {
+    merge.merge: "; the same command continues",
+    train.train: "; the same command with --resume continues",
+}
+_LESS_MEMORY: dict[Callable[..., None], str] = {
+    merge.merge: "; give a smaller --max-memory",
+    train.train: "; give a smaller --batch-size and a larger --accumulate",
+}
 _SHOWN = 10  # reasons on a terminal; --json has all
 
 app = typer.Typer(
@@ -40,19 +48,20 @@ def _guarded(verb: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(verb)
     def guarded(*args: Any, **given: Any) -> None:
-        writes = verb is merge.merge and not given.get("dry_run")
+        writes = verb in (merge.merge, combine.combine, train.train) and not given.get("dry_run")
         try:
             verb(*args, **given)
         except KeyboardInterrupt:
-            complain("interrupted" + ("; the same command continues" if writes else ""))
+            complain(f"interrupted{_CONTINUES.get(verb, '') if writes else ''}")
             raise typer.Exit(130) from None
         except Exception as error:
-            raise typer.Exit(_told(error, writes, given.get("as_json", False))) from None
+            less = _LESS_MEMORY.get(verb, "")
+            raise typer.Exit(_told(error, writes, given.get("as_json", False), less)) from None
 
     return guarded
 
 
-def _told(error: Exception, writes: bool, as_json: bool) -> int:
+def _told(error: Exception, writes: bool, as_json: bool, less_memory: str = "") -> int:
     """Tell an error. Returns the exit code."""
     reasons: Sequence[str] = (str(error),)
     if isinstance(error, InfoldError):
@@ -62,7 +71,7 @@ def _told(error: Exception, writes: bool, as_json: bool) -> int:
     elif isinstance(error, OSError):
         code = 3
     elif isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # CUDA's
-        code, reasons = 3, ("out of memory" + ("; give a smaller --max-memory" if writes else ""),)
+        code, reasons = 3, (f"out of memory{less_memory}",)
     else:
         code = 70
         reasons = (f"a bug in infold {__version__}: {type(error).__name__}: {error}",)
@@ -97,7 +106,7 @@ def _together(reasons: Sequence[str]) -> list[str]:
     return lines
 
 
-for _verb in (merge.merge, inspect.inspect, verify.verify):
+for _verb in (merge.merge, train.train, combine.combine, inspect.inspect, verify.verify):
     app.command()(_guarded(_verb))
 
 

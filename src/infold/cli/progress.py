@@ -1,4 +1,4 @@
-"""A progress bar over bytes: on a terminal a bar, elsewhere nothing."""
+"""Progress bars over bytes and over steps: on a terminal a bar, elsewhere nothing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-__all__ = ["byte_progress"]
+__all__ = ["byte_progress", "step_progress"]
 
 
 @contextmanager
@@ -40,5 +40,41 @@ def byte_progress(label: str, quiet: bool) -> Iterator[Callable[[int, int], None
         def show(done: int, total: int) -> None:
             with lock:
                 bar.update(task, completed=done, total=total)
+
+        yield show
+
+
+@contextmanager
+def step_progress(
+    label: str, quiet: bool
+) -> Iterator[Callable[[int, int, float | None], None] | None]:
+    """A callback (steps done, steps in all, loss) that draws them and the remaining time."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[loss]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label, total=None, loss="", visible=False)
+
+        def show(done: int, total: int, loss: float | None) -> None:
+            text = "" if loss is None else f"loss {loss:.4f}"
+            bar.update(task, completed=done, total=total, loss=text, visible=True)
 
         yield show

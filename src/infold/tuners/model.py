@@ -160,7 +160,9 @@ def _become(model: nn.Module) -> None:
     model.requires_grad_(False)
     model.__class__ = _class_for(type(model))
     cast(AdaptedModel, model)._attached = Attached(before)
-    if getattr(model, "is_gradient_checkpointing", False):
+    # the second is what transformers called it until 5.20; asking for it warns
+    names = ("is_activation_checkpointing", "is_gradient_checkpointing")
+    if getattr(model, next((n for n in names if hasattr(type(model), n)), names[1]), False):
         model.enable_input_require_grads()  # type: ignore[operator]
 
 

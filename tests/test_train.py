@@ -1,0 +1,422 @@
+"""Training: the same bytes again and after a kill, packing, tasks, refusals, the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaForCausalLM
+
+import infold
+from infold.errors import Refusal
+from infold.tuners import IA3Config, LoraConfig, attach, load
+from infold.tuners.data import read_data
+from infold.tuners.tokens import Collator, Tokens, encode, pack
+from training import save_base, sums, write_jsonl
+
+HERE = Path(__file__).parent
+QUICK: dict[str, Any] = dict(steps=6, batch_size=4, lr=1e-2)
+pytestmark = pytest.mark.usefixtures("calm")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_base(tmp_path_factory.mktemp("train") / "base")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("data") / "sums.jsonl", sums(22))
+
+
+def adapter_bytes(folder: Path) -> tuple[bytes, ...]:
+    names = ("adapter_config.json", "adapter_model.safetensors", "loss.jsonl")
+    return tuple((folder / name).read_bytes() for name in names)
+
+
+# --- the same bytes -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{"method": "lora", "dropout": 0.2}, {"method": "ia3"}])
+def test_a_seed_gives_the_same_bytes_again(
+    options: dict[str, Any], base: Path, data: Path, tmp_path: Path
+) -> None:
+    made = []
+    for name, seed in (("one", 5), ("two", 5), ("other", 6)):
+        infold.train(base, data, tmp_path / name, **QUICK, **options, seed=seed)
+        made.append(adapter_bytes(tmp_path / name))
+
+    assert made[0] == made[1]
+    assert made[0][1] != made[2][1] and made[0][2] != made[2][2]
+
+
+@pytest.mark.parametrize(
+    ("killed", "options"),
+    [
+        # a step inside of an epoch, with random dropout and evaluations before and after
+        (5, {"method": "dora", "dropout": 0.3, "save_every": 2, "eval_split": 0.2, "epochs": 2}),
+        # between two epochs, several passes for a step
+        (4, {"method": "ia3", "accumulate": 2, "epochs": 3, "schedule": "cosine"}),
+    ],
+)
+def test_a_killed_training_continues_to_the_same_bytes(
+    killed: int, options: dict[str, Any], base: Path, data: Path, tmp_path: Path
+) -> None:
+    options = options | {"batch_size": 4, "lr": 1e-2}
+    out = tmp_path / "out"
+    child = [sys.executable, str(HERE / "train_child.py"), str(base), str(data), str(out)]
+    ran = subprocess.run([*child, json.dumps(options), str(killed)], capture_output=True, text=True)
+
+    assert ran.returncode == -signal.SIGKILL, ran.stderr
+    assert not out.exists() and (tmp_path / ".out.training").exists()
+    with pytest.raises(Refusal, match=r"interrupted training of it is in .*--resume"):
+        infold.train(base, data, out, **options)
+    with pytest.raises(Refusal, match=r"other settings(.|\n)*seed: 0 there, 1 now"):
+        infold.train(base, data, out, **options, seed=1, resume=True)
+    assert not out.exists()
+
+    resumed = infold.train(base, data, out, **options, resume=True)
+    infold.train(base, data, tmp_path / "whole", **options)
+
+    assert resumed.resumed_step and resumed.resumed_step <= killed
+    assert adapter_bytes(out) == adapter_bytes(tmp_path / "whole")
+    assert not (tmp_path / ".out.training").exists()
+
+
+def test_resume_of_a_complete_training_does_nothing(base: Path, data: Path, tmp_path: Path) -> None:
+    first = infold.train(base, data, tmp_path / "out", **QUICK)
+    before = adapter_bytes(tmp_path / "out")
+
+    again = infold.train(base, data, tmp_path / "out", **QUICK, resume=True)
+
+    assert "nothing was trained" in again.notes[-1] and again.losses == first.losses
+    assert adapter_bytes(tmp_path / "out") == before
+    with pytest.raises(Refusal, match="was trained with other settings"):
+        infold.train(base, data, tmp_path / "out", **QUICK, rank=2, resume=True)
+
+
+def test_checkpoints_hold_the_adapter_alone(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, list[str]] = {}
+
+    def progress(done: int, total: int, loss: float | None) -> None:
+        folder = tmp_path / ".out.training" / "checkpoints"
+        for path in folder.glob("checkpoint-*"):
+            seen[path.name] = sorted(p.name for p in path.iterdir())
+
+    infold.train(base, data, tmp_path / "out", **QUICK, save_every=2, progress=progress)
+
+    files = ["adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "rng_state.pth",
+             "scheduler.pt", "trainer_state.json"]  # fmt: skip
+    assert seen == {"checkpoint-2": files, "checkpoint-4": files}
+
+
+# --- what is computed -----------------------------------------------------------------------------
+
+
+def rows_of(base: Path, data: Path) -> list[Tokens]:
+    rows, _ = encode(read_data(data), AutoTokenizer.from_pretrained(base), limit=64)
+    return rows
+
+
+def total_loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    logits = model(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False).logits
+    return torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum"
+    )
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_losses_and_gradients_equal_the_unpacked_ones(
+    attention: str, base: Path, data: Path
+) -> None:
+    rows = rows_of(base, data)
+    packed = pack(rows, 60)
+    assert len(packed) < len(rows) / 2
+    model = LlamaForCausalLM.from_pretrained(base, attn_implementation=attention)
+    model = attach(model, LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj"]))
+    results = []
+    for batch in ([Collator(2)([row]) for row in rows], [Collator(2, packing=True)(packed)]):
+        loss = sum(total_loss(model, part) for part in batch)
+        model.zero_grad()
+        loss.backward()
+        grads = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+        results.append((loss, grads))
+
+    (one, apart), (two, together) = results
+    assert torch.allclose(one, two, rtol=1e-6)
+    for a, b in zip(apart, together, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_packed_training_equals_unpacked_training(base: Path, data: Path, tmp_path: Path) -> None:
+    """With all examples in one batch, packed or not, the steps are the same."""
+    options: dict[str, Any] = dict(steps=3, batch_size=22, lr=1e-2)
+    infold.train(base, data, tmp_path / "apart", **options)
+    record = infold.train(base, data, tmp_path / "packed", **options, packing=True)
+
+    assert record.data["packed_rows"] < record.data["rows"] == 22
+    one, two = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("apart", "packed"))
+    for key, value in one.items():
+        assert torch.allclose(value, two[key], atol=1e-5), key
+
+
+def test_a_model_without_borders_refuses_packing(data: Path, tmp_path: Path) -> None:
+    """Bloom places tokens by an attention bias, so position ids mean nothing to it."""
+    bloom = save_base(tmp_path / "bloom", "bloom")
+
+    with pytest.raises(Refusal, match="--packing"):
+        infold.train(bloom, data, tmp_path / "out", **QUICK, packing=True, max_length=64)
+    assert not (tmp_path / "out").exists()
+
+
+def test_gradient_checkpointing_changes_nothing(base: Path, data: Path, tmp_path: Path) -> None:
+    for name, on in (("with", True), ("without", False)):
+        infold.train(base, data, tmp_path / name, **QUICK, gradient_checkpointing=on)
+
+    assert adapter_bytes(tmp_path / "with") == adapter_bytes(tmp_path / "without")
+
+
+@pytest.mark.parametrize("config", [LoraConfig(r=2, init_lora_weights=False), IA3Config()])
+def test_a_compiled_model_has_the_same_gradients(config: Any, base: Path, data: Path) -> None:
+    batch = Collator(2)(rows_of(base, data)[:4])
+    model = attach(LlamaForCausalLM.from_pretrained(base), config)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    results = []
+    for run in (model, compiled):
+        model.zero_grad()
+        loss = run(**batch, use_cache=False).loss
+        loss.backward()
+        results.append([loss, *(p.grad.clone() for p in model.parameters() if p.requires_grad)])
+
+    for one, two in zip(*results, strict=True):
+        assert torch.allclose(one, two, rtol=1e-4, atol=1e-6)
+
+
+def test_bf16_trains_float32_adapters(base: Path, data: Path, tmp_path: Path) -> None:
+    record = infold.train(base, data, tmp_path / "out", **QUICK, bf16=True, packing=True)
+
+    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert {t.dtype for t in tensors.values()} == {torch.float32}
+    assert record.losses["last"] < record.losses["first"]
+
+
+# --- tasks ----------------------------------------------------------------------------------------
+
+REVIEWS = [
+    {"text": f"the film was {word} {i}", "label": int(word == "good")}
+    for i in range(12)
+    for word in ("good", "bad")
+]
+
+
+def test_a_causal_model_learns_to_write_the_label(base: Path, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "r.jsonl", REVIEWS)
+    with pytest.raises(Refusal, match="--labels negative,positive"):
+        infold.train(base, data, tmp_path / "out", **QUICK)
+
+    record = infold.train(
+        base, data, tmp_path / "out", **QUICK, labels=("bad", "good"), eval_split=0.25
+    )
+
+    assert record.task == "CAUSAL_LM" and record.classes == ["bad", "good"]
+    assert (record.data["rows"], record.data["eval_rows"]) == (18, 6)
+    assert record.losses["eval_last"] < record.losses["eval_first"]
+
+
+def test_another_model_gets_a_head_that_loads_anywhere(tmp_path: Path) -> None:
+    """BERT's language model has no pooler: the head is worth nothing without the one it learnt."""
+    bert = save_base(tmp_path / "bert", "bert")
+    data = write_jsonl(tmp_path / "r.jsonl", REVIEWS)
+    options: dict[str, Any] = dict(steps=75, batch_size=8, lr=1e-2, eval_split=0.25)
+
+    record = infold.train(bert, data, tmp_path / "out", **options, labels=("bad", "good"))
+
+    assert record.task == "SEQ_CLS" and record.losses["eval_accuracy"] == 1.0
+    texts = [row["text"] for row in REVIEWS]
+    batch = AutoTokenizer.from_pretrained(bert)(texts, padding=True, return_tensors="pt")
+    batch.pop("token_type_ids", None)
+    logits = []
+    for attached in (load, PeftModel.from_pretrained):
+        torch.manual_seed(len(logits))  # another pooler and head each time
+        model = AutoModelForSequenceClassification.from_pretrained(bert, num_labels=2)
+        with torch.no_grad():
+            logits.append(attached(model, tmp_path / "out").eval()(**batch).logits)
+    assert torch.allclose(*logits, atol=1e-5)
+    right = [a == row["label"] for a, row in zip(logits[0].argmax(-1), REVIEWS, strict=True)]
+    assert sum(right) >= 20  # of 24
+
+
+def test_tasks_that_do_not_fit_are_refused(base: Path, data: Path, tmp_path: Path) -> None:
+    bert = save_base(tmp_path / "bert", "bert")
+    for model, options, told in (
+        (bert, {}, "is made for BertForMaskedLM, which is no causal"),
+        (base, {"task": "SEQ_CLS"}, "needs the fields text and label"),
+        (base, {"labels": ("a", "b")}, "has no field label"),
+        (base, {"max_length": 65}, "takes 64 tokens at most"),
+    ):
+        with pytest.raises(Refusal, match=told):
+            infold.train(model, data, tmp_path / "out", **options)
+
+
+# --- refusals -------------------------------------------------------------------------------------
+
+
+def test_bad_data_is_found_before_the_weights_are_read(data: Path, tmp_path: Path) -> None:
+    hollow = save_base(tmp_path / "hollow")
+    (hollow / "model.safetensors").unlink()
+    long = write_jsonl(tmp_path / "d.jsonl", [{"text": "good"}, {"text": "x" * 99}, {"text": ""}])
+
+    with pytest.raises(Refusal, match=r"d\.jsonl, line 3: field 'text' is empty"):
+        infold.train(hollow, long, tmp_path / "out")
+    write_jsonl(long, [{"text": "good"}, {"text": "x" * 99}])
+    with pytest.raises(Refusal, match=r"d\.jsonl, line 2: has 101 tokens, 37 more than the 64"):
+        infold.train(hollow, long, tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["d.jsonl", "hollow"]
+
+
+def test_wrong_settings_are_told_together() -> None:
+    with pytest.raises(Refusal) as refused:
+        infold.train("b", "d", "o", method="lra", batch_size=0, eval_split=1.5, template="x")
+
+    for told in (
+        "--method: 'lra'",
+        "--batch-size: 0",
+        "--eval-split: 1.5",
+        "--template: must hold",
+    ):
+        assert told in str(refused.value)
+    with pytest.raises(TypeError, match="no option ranks"):
+        infold.train("b", "d", "o", ranks=3)
+
+
+def test_an_output_that_exists_is_replaced_only_by_force_and_only_an_adapter(
+    base: Path, data: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    infold.train(base, data, out, **QUICK)
+    before = adapter_bytes(out)
+    with pytest.raises(Refusal, match="exists already"):
+        infold.train(base, data, out, **QUICK, seed=1)
+    (out / "thesis.txt").write_text("mine")
+    with pytest.raises(Refusal, match=r"holds more than an adapter.*thesis\.txt"):
+        infold.train(base, data, out, **QUICK, seed=1, force=True)
+    assert adapter_bytes(out) == before
+    (out / "thesis.txt").unlink()
+
+    infold.train(base, data, out, **QUICK, seed=1, force=True)
+
+    assert adapter_bytes(out) != before
+
+
+def test_a_loss_that_is_no_number_stops_the_training(
+    base: Path, data: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(Refusal, match=r"step \d+: the .* is (nan|inf); the training was stopped"):
+        infold.train(base, data, tmp_path / "out", **QUICK | {"lr": 1e38})
+    assert not (tmp_path / "out").exists()
+
+
+# --- the command line, and several processes ------------------------------------------------------
+
+
+def run(*words: str | Path, launch: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", *launch, "infold", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment())
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+
+
+def test_the_command_line_trains(base: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = ("train", base, data, "--out", out, "--steps", "3", "--method", "ia3")
+
+    ran = run(*words, "--eval-split", "0.2", "--json")
+
+    assert ran.returncode == 0, ran.stderr
+    record = json.loads(ran.stdout)
+    assert record == json.loads((out / "infold-training.json").read_text())
+    assert record["steps"] == 3 and record["settings"]["lr"] == 3e-3 and ran.stderr == ""
+    entries = [json.loads(line) for line in (out / "loss.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in entries if "loss" in e] == [1, 2, 3]
+    assert [e["step"] for e in entries if "eval_loss" in e] == [0, 3]
+
+
+def test_the_curve_is_drawn(base: Path, data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    infold.train(base, data, tmp_path / "out", **QUICK)
+
+    assert (tmp_path / "out" / "loss.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_bad_data_ends_with_2_and_one_message(base: Path, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "d.jsonl", [{"prompt": "a", "completion": 1}])
+
+    ran = run("train", base, data, "--out", tmp_path / "out")
+
+    assert ran.returncode == 2 and ran.stdout == ""
+    assert "line 1: field 'completion' must be text, not a whole number" in ran.stderr
+    assert "Traceback" not in ran.stderr and not (tmp_path / "out").exists()
+
+
+def parallel(kind: str) -> tuple[str, ...]:
+    """accelerate launch for two processes; ACCELERATE_USE_CPU keeps them off any GPU."""
+    shared = "--num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+    kinds = {
+        "ddp": "--multi_gpu",
+        "fsdp": "--use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP",
+    }
+    words = f"accelerate.commands.launch {shared} --main_process_port 0 {kinds[kind]} -m"
+    return tuple(words.split())
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_processes_train_what_one_does(kind: str, base: Path, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "d.jsonl", sums(24))  # three steps of 8 rows an epoch
+    words = ("train", base, data, "--lr", "1e-3", "--epochs", "1", "--batch-size", "4", "--json")
+
+    ran = run(*words, "--out", tmp_path / "two", launch=parallel(kind))
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    one = infold.train(base, data, tmp_path / "one", lr=1e-3, epochs=1, batch_size=8)
+
+    record = json.loads(ran.stdout.splitlines()[-1])
+    assert (record["processes"], record["steps"]) == (2, one.steps) and one.processes == 1
+    for when in ("first", "last"):
+        assert record["losses"][when] == pytest.approx(one.losses[when], rel=1e-5)
+    mine, theirs = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("one", "two"))
+    assert mine.keys() == theirs.keys()
+    for key, value in mine.items():
+        assert torch.allclose(value, theirs[key], atol=1e-5), key
+
+
+def test_a_sharded_training_that_was_killed_continues_to_the_same_bytes(
+    base: Path, data: Path, tmp_path: Path
+) -> None:
+    options = {"steps": 6, "batch_size": 2, "save_every": 2, "dropout": 0.2}
+    child = (str(HERE / "train_child.py"), str(base), str(data))
+    launch = parallel("fsdp")[:-1]  # a script, not a module
+
+    def train(out: str, killed: int, **more: Any) -> int:
+        words = (*child, str(tmp_path / out), json.dumps(options | more), str(killed))
+        command = [sys.executable, "-m", *launch, *words]
+        return subprocess.run(command, capture_output=True, env=environment()).returncode
+
+    assert train("out", 5) != 0 and not (tmp_path / "out").exists()
+    assert train("out", 0, resume=True) == 0
+    assert train("whole", 0) == 0
+
+    record = json.loads((tmp_path / "out" / "infold-training.json").read_text())
+    assert record["resumed_step"] == 4
+    assert adapter_bytes(tmp_path / "out") == adapter_bytes(tmp_path / "whole")
