@@ -217,7 +217,7 @@ def test_an_interrupt_ends_with_130_and_the_next_run_finishes(
 ) -> None:
     """A patched read makes every block slow, so that the signal comes in the middle."""
     code = (
-        "import sys, time\nfrom infold.merge import stream as s\n"
+        "import sys, time\nfrom infold.checkpoint import inputs as s\n"
         "whole = s.read_exactly\n"
         "def slow(*a):\n"
         "    print('reading', flush=True); time.sleep(1); return whole(*a)\n"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 from peft import IA3Config, LoraConfig, PeftConfig, TrainableTokensConfig
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
+import handmade
 import infold
 from infold import Refusal
 from peft_oracle import Bench, Merged, read_tensors
@@ -281,3 +283,28 @@ def test_a_lone_file_cannot_be_untied(bench: Bench) -> None:
     lone = bench.write(read_tensors(base)) / "model.safetensors"
     with pytest.raises(Refusal, match=r"config\.json"):
         infold.merge(lone, adapter, bench.place("merged"))
+
+
+@pytest.mark.parametrize(
+    ("names", "kept"), [(["bad", "good"], True), (["a", "b", "c"], False), (None, False)]
+)
+def test_a_new_head_keeps_the_bases_labels_if_their_number_fits(
+    names: list[str] | None, kept: bool, tmp_path: Path
+) -> None:
+    config: dict[str, Any] = {"tie_word_embeddings": False, "model_type": "llama"}
+    if names:
+        config |= {"id2label": {str(n): name for n, name in enumerate(names)}}
+        config |= {"label2id": {name: n for n, name in enumerate(names)}}
+    weights = {"model.layers.0.q_proj.weight": torch.ones(4, 4)}
+    base = handmade.base_folder(tmp_path / "base", weights, config)
+    adapter = handmade.adapter_folder(
+        tmp_path / "adapter",
+        {"score.weight": torch.ones(2, 4)},
+        {"peft_type": "LORA", "task_type": "SEQ_CLS", "modules_to_save": ["score"]},
+    )
+
+    infold.merge(base, adapter, tmp_path / "out")
+
+    found = json.loads((tmp_path / "out" / "config.json").read_text())
+    usual = {"id2label": {"0": "LABEL_0", "1": "LABEL_1"}, "label2id": {"LABEL_0": 0, "LABEL_1": 1}}
+    assert found == (config if kept else config | usual)

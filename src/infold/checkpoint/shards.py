@@ -46,7 +46,6 @@ class Checkpoint:
     shards: tuple[Shard, ...]
     index: dict[str, Any] | None  # the parsed index of a sharded checkpoint
     config: dict[str, Any] | None  # config.json; None for a lone file
-    config_bytes: bytes | None
     side_files: tuple[str, ...]  # relative paths, copied as bytes
     left_out: tuple[str, ...]  # relative paths that a merged model must not carry
     where: Mapping[str, int] = field(repr=False)  # tensor name -> number of its shard
@@ -144,20 +143,18 @@ def _assemble(path: Path, shards: list[Shard], index: dict[str, Any] | None) -> 
             if name in where:
                 raise CorruptFile(f"{shard.path}: {name!r} is also in {shards[where[name]].path}")
             where[name] = number
-    config, config_bytes = None, None
+    config = None
     side: list[str] = []
     left: list[str] = []
     if path.is_dir():
         side, left = _beside(path, shards)
         if "config.json" in side:
-            config_bytes = read_bytes(safe_child(path, "config.json"))
-            value = parse_json(config_bytes, str(path / "config.json"), infinity=True)
+            raw = read_bytes(safe_child(path, "config.json"))
+            value = parse_json(raw, str(path / "config.json"), infinity=True)
             if not isinstance(value, dict):
                 raise CorruptFile(f"{path / 'config.json'}: must hold a JSON object")
             config = value
-    return Checkpoint(
-        path, tuple(shards), index, config, config_bytes, tuple(side), tuple(left), where
-    )
+    return Checkpoint(path, tuple(shards), index, config, tuple(side), tuple(left), where)
 
 
 def _beside(path: Path, shards: list[Shard]) -> tuple[list[str], list[str]]:

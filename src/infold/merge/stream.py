@@ -22,6 +22,7 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
+from infold.checkpoint.inputs import InputFiles
 from infold.checkpoint.shards import read_exactly
 from infold.checkpoint.staging import Progress, Staging, copy_range, storage_errors, write_fully
 from infold.dtypes import TORCH_DTYPES
@@ -37,6 +38,7 @@ __all__ = ["ShardDigests", "Streamed", "stream"]
 
 HASH_PIECE = 1 << 20  # bytes that are read and hashed while they are in the cache
 COPY_PIECE = 32 << 20  # bytes that one kernel copy moves
+_WAITING = 32  # finished stretches that the disk has not got yet
 KEEP_EVERY = 256 << 20  # bytes of a shard after which it is brought to the disk
 
 
@@ -48,28 +50,10 @@ class ShardDigests:
     output: str
 
 
-class _Files:
-    """Input files, each opened once."""
-
-    def __init__(self) -> None:
-        self._open: dict[Path, int] = {}
-        self._lock = threading.Lock()
-
-    def fd(self, path: Path) -> int:
-        with self._lock, storage_errors(path):
-            if path not in self._open:
-                self._open[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            return self._open[path]
-
-    def close(self) -> None:
-        for fd in self._open.values():
-            os.close(fd)
-
-
 class _Source:
     """Where the stored values of one edit come from: the base, or a tensor of an adapter."""
 
-    def __init__(self, plan: Plan, edit: Edit, files: _Files, columns: int) -> None:
+    def __init__(self, plan: Plan, edit: Edit, files: InputFiles, columns: int) -> None:
         self.files, self.columns = files, columns
         self.loaded: Tensor | None = None
         if isinstance(edit.source, BaseTensor):
@@ -94,7 +78,7 @@ class _Source:
         count = block.count * self.dtype.itemsize
         view = buffers.view("in", count)
         offset = self.begin + (block.row * self.columns + block.column) * self.dtype.itemsize
-        read_exactly(self.files.fd(self.path), view, offset, self.path)
+        self.files.read(self.path, view, offset)
         raw = torch.frombuffer(view, dtype=self.dtype, count=block.count)
         return raw.view(block.rows, block.columns)
 
@@ -149,12 +133,10 @@ class _Chain:
     first edit one digest serves for both.
     """
 
-    def __init__(self, plan: Plan, shard: OutputShard, staging: Staging, files: _Files) -> None:
-        assert shard.source is not None
-        self.shard = shard
+    def __init__(self, plan: Plan, shard: OutputShard, staging: Staging, files: InputFiles) -> None:
+        self.shard, self.files = shard, files
         self.path = staging.output / shard.name
         self.source_path = plan.base.shards[shard.source].path
-        self.source = files.fd(self.source_path)
         self.target = staging.open_file(shard.name, shard.header.file_size)
         self.in_step = shard.same_layout
         self._forget()
@@ -186,9 +168,9 @@ class _Chain:
             whole = done.position == size
             base, output = blake3(), blake3()
             if self.in_step:
-                _hash_file(self.source, self.source_path, base, done.position)
+                self._hash_source(base, done.position)
             elif whole:
-                _hash_file(self.source, self.source_path, base, os.fstat(self.source).st_size)
+                self._hash_source(base)
             _hash_file(self.target, self.path, output, done.position)
             checked = base.hexdigest() == done.base and output.hexdigest() == done.output
             if checked and (self.in_step or whole):
@@ -201,6 +183,12 @@ class _Chain:
         header = memoryview(raw)
         self.hash(header, header)
         return len(raw)
+
+    def _hash_source(self, hasher: blake3, count: int | None = None) -> None:
+        """The first bytes of the base's shard, or all of it."""
+        with self.files.use(self.source_path) as fd:
+            size = os.fstat(fd).st_size if count is None else count
+            _hash_file(fd, self.source_path, hasher, size)
 
     def hash(self, base: memoryview, output: memoryview) -> None:
         """The next bytes of both sides; `base` only counts where both are in step."""
@@ -215,7 +203,7 @@ class _Chain:
         size = self.shard.header.file_size
         if not self.in_step and position == size:
             self.base_hash = blake3()
-            _hash_file(self.source, self.source_path, self.base_hash, os.fstat(self.source).st_size)
+            self._hash_source(self.base_hash)
         base = self.base_hash.hexdigest()
         output = base if self.output_hash is None else self.output_hash.hexdigest()
         return Progress(position, base, output)
@@ -245,6 +233,7 @@ class _Keeper:
         self.staging = staging
         self.thread = Worker(self._work, "infold-keeper")
         self.queue: queue.SimpleQueue[tuple[_Chain, Progress] | None] = queue.SimpleQueue()
+        self.room = threading.Semaphore(_WAITING)  # each shard in the queue is open
         self.error: BaseException | None = None
 
     def _work(self) -> None:
@@ -257,6 +246,12 @@ class _Keeper:
                 self.error = error
             if progress.position == chain.shard.header.file_size:
                 chain.close()
+            self.room.release()
+
+    def give(self, chain: _Chain, progress: Progress) -> None:
+        """Waits where too much is waiting already."""
+        self.room.acquire()
+        self.queue.put((chain, progress))
 
     def finish(self) -> None:
         self.queue.put(None)
@@ -288,7 +283,7 @@ def stream(
     """Write every shard of the output. `limit` is the number of elements of a block; `advance` is
     told the bytes of output that are done.
     """
-    files = _Files()
+    files = InputFiles()
     keeper = _Keeper(staging)
     pool = _Pool(plan, staging, files, keeper, limit, device, advance)
     try:
@@ -305,10 +300,9 @@ def stream(
 
 
 def _chunks(
-    plan: Plan, shard: OutputShard, runs: dict[str, EditRun], files: _Files, limit: int
+    plan: Plan, shard: OutputShard, runs: dict[str, EditRun], files: InputFiles, limit: int
 ) -> Iterator[tuple[int, _Copy | _Compute]]:
     """(end, work) for every chunk after the header, in file order."""
-    assert shard.source is not None
     base = plan.base.shards[shard.source].header.tensors
     source = target = count = 0  # the unedited bytes that were gathered so far
 
@@ -347,7 +341,7 @@ class _Pool:
         self,
         plan: Plan,
         staging: Staging,
-        files: _Files,
+        files: InputFiles,
         keeper: _Keeper,
         limit: int,
         device: torch.device,
@@ -402,7 +396,7 @@ class _Pool:
         size = chain.shard.header.file_size
         progress = chain.progress(size)
         self.digests[chain.shard.name] = ShardDigests(progress.base, progress.output)
-        self.keeper.queue.put((chain, progress))
+        self.keeper.give(chain, progress)
 
     def run(self, threads: int) -> None:
         run_all([Worker(self._work, f"infold-{n}") for n in range(threads)], self.stopped.set)
@@ -431,12 +425,12 @@ class _Pool:
 
     def _copy(self, task: _Task, work: _Copy, buffers: _Buffers) -> None:
         chain = task.chain
-        with storage_errors(chain.path):
-            copy_range(chain.source, chain.target, work.source, work.target, work.count)
+        with self.files.use(chain.source_path) as source, storage_errors(chain.path):
+            copy_range(source, chain.target, work.source, work.target, work.count)
         with self._turn(task):
             for offset in range(0, work.count, HASH_PIECE):
                 piece = buffers.view("in", min(HASH_PIECE, work.count - offset))
-                read_exactly(chain.source, piece, work.source + offset, chain.source_path)
+                self.files.read(chain.source_path, piece, work.source + offset)
                 chain.hash(piece, piece)
         self.advance(work.count)
 
@@ -455,7 +449,7 @@ class _Pool:
         base = buffers.view("in", len(written))
         if chain.in_step and run.edit.source != BaseTensor(run.edit.tensor):
             # the values came from elsewhere, but the base's own bytes belong to its digest
-            read_exactly(chain.source, base, work.target, chain.source_path)
+            self.files.read(chain.source_path, base, work.target)
         with self._turn(task):
             chain.hash(base, written)
         if work.last:
@@ -477,7 +471,7 @@ class _Pool:
             self._finish(chain)
         elif chain.in_step and task.end - chain.kept >= KEEP_EVERY:
             chain.kept = task.end
-            self.keeper.queue.put((chain, chain.progress(task.end)))
+            self.keeper.give(chain, chain.progress(task.end))
         with chain.ready:
             chain.turn += 1
             chain.ready.notify_all()

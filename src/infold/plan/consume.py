@@ -41,13 +41,16 @@ class Consumer:
         return first != key
 
     def find(self, parameter: str, key: str) -> str | None:
-        """The output tensor for a parameter path; a tied head that is not on disk is found too."""
+        """The output tensor for a parameter path; more than one is a reason to refuse."""
         try:
-            name = self.draft.names.find(parameter)
+            return self._look(parameter)
         except LookupError as error:
             self.refuse(key, f"{parameter} {error}")
             return None
-        pair = self.draft.pair
+
+    def _look(self, parameter: str) -> str | None:
+        """The output tensor for a parameter path; a tied head that is not on disk is found too."""
+        name, pair = self.draft.names.find(parameter), self.draft.pair
         if name is None and pair and leaf(parameter) in HEADS and parameter.endswith(".weight"):
             return pair[1]
         return name
@@ -115,13 +118,9 @@ class Consumer:
 
     def _quietly(self, parameter: str) -> str | None:
         try:
-            name = self.draft.names.find(parameter)
+            return self._look(parameter)
         except LookupError:
             return None
-        pair = self.draft.pair
-        if name is None and pair and leaf(parameter) in HEADS:
-            return pair[1]
-        return name
 
     def _new(self, parameter: str, module: str, key: str) -> None:
         """A tensor that the base lacks: only a trained head may add one."""

@@ -59,7 +59,7 @@ class OutputShard:
 
     name: str
     header: Header
-    source: int | None  # number of the base's shard with the same name
+    source: int  # number of the base's shard with the same name
     same_layout: bool  # every tensor keeps its place, so unedited ranges move as they are
 
 

@@ -95,7 +95,8 @@ def config_changes(
             continue
         if edit.shape[:1] != base.info(name).shape[:1]:
             changes["vocab_size"] = edit.shape[0]
-    if labels is not None:
+    named = (base.config or {}).get("id2label")
+    if labels is not None and not (isinstance(named, dict) and len(named) == labels):
         changes["id2label"] = {str(n): f"LABEL_{n}" for n in range(labels)}
         changes["label2id"] = {f"LABEL_{n}": n for n in range(labels)}
     return changes

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from infold.checkpoint.inputs import InputFiles
 from infold.checkpoint.safetensors import TensorInfo
 from infold.plan.edits import Operation, Plan
 from infold.verify.reference import alpha_of, scaling_of
-from infold.verify.tensors import BaseCheck, EditCheck, Files, Workspace
+from infold.verify.tensors import BaseCheck, EditCheck, Workspace
 
 __all__ = ["Wrong", "hints"]
 
@@ -29,7 +30,7 @@ class Wrong:
     info: TensorInfo
 
 
-def hints(plan: Plan, wrong: Mapping[str, Wrong], files: Files) -> dict[str, str]:
+def hints(plan: Plan, wrong: Mapping[str, Wrong], files: InputFiles) -> dict[str, str]:
     """A sentence for each wrong tensor whose pattern is known."""
     workspace = Workspace()
     found: dict[str, str] = {}
@@ -53,14 +54,19 @@ def hints(plan: Plan, wrong: Mapping[str, Wrong], files: Files) -> dict[str, str
 
 
 def _anew(
-    plan: Plan, name: str, files: Files, scalings: Callable[[Operation, int], float] | None = None
+    plan: Plan,
+    name: str,
+    files: InputFiles,
+    scalings: Callable[[Operation, int], float] | None = None,
 ) -> BaseCheck | EditCheck:
     if name in plan.edits:
         return EditCheck(plan.edits[name], plan.base, plan.adapters, files, scalings)
     return BaseCheck(plan.base, plan.base.info(name), files)
 
 
-def _fits(check: BaseCheck | EditCheck, one: Wrong, files: Files, workspace: Workspace) -> bool:
+def _fits(
+    check: BaseCheck | EditCheck, one: Wrong, files: InputFiles, workspace: Workspace
+) -> bool:
     """Whether the bytes that are there fit another check, around the first that was wrong."""
     first = one.check.tally.first
     if first is None:
@@ -74,7 +80,9 @@ def _fits(check: BaseCheck | EditCheck, one: Wrong, files: Files, workspace: Wor
     return check.tally.wrong <= (1 - _ENOUGH) * count / width
 
 
-def _scaling(plan: Plan, name: str, one: Wrong, files: Files, workspace: Workspace) -> str | None:
+def _scaling(
+    plan: Plan, name: str, one: Wrong, files: InputFiles, workspace: Workspace
+) -> str | None:
     """Another scaling that fits, where the edit has one."""
     if name not in plan.edits:
         return None

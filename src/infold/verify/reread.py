@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 from blake3 import blake3
 
+from infold.checkpoint.inputs import InputFiles
 from infold.checkpoint.safetensors import Header, open_regular
-from infold.verify.tensors import COPIED, BaseCheck, EditCheck, Files, Workspace
+from infold.verify.tensors import COPIED, BaseCheck, EditCheck, Workspace
 from infold.workers import Worker, run_all
 
 __all__ = ["Found", "digest_of", "reread"]
@@ -51,7 +52,7 @@ class _Reread:
     def __init__(
         self,
         shards: Sequence[Found],
-        files: Files,
+        files: InputFiles,
         hashed: bool,
         progress: Callable[[int, int], None] | None,
     ) -> None:
@@ -139,7 +140,7 @@ class _Reread:
 
 def reread(
     shards: Sequence[Found],
-    files: Files,
+    files: InputFiles,
     *,
     hashed: bool,
     progress: Callable[[int, int], None] | None,

@@ -11,26 +11,24 @@ An edited tensor goes through three sieves, each for what the one before could n
 from __future__ import annotations
 
 import math
-import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from infold.checkpoint.adapter import Adapter
+from infold.checkpoint.inputs import InputFiles
 from infold.checkpoint.safetensors import TensorInfo
-from infold.checkpoint.shards import Checkpoint, read_exactly
+from infold.checkpoint.shards import Checkpoint
 from infold.dtypes import TORCH_DTYPES
-from infold.errors import StorageFailure
 from infold.plan.edits import BaseTensor, Edit, Operation
 from infold.verify.reference import STEP, LowRank, Reference, Sums, Values, reference_of
 from infold.verify.rounding import LINES
 
-__all__ = ["BaseCheck", "EditCheck", "Files", "Tally", "Workspace"]
+__all__ = ["BaseCheck", "EditCheck", "Tally", "Workspace"]
 
 BLOCK = 1 << 20  # elements that are read at once, but whole rows
 COPIED = 4 << 20  # bytes of an unedited tensor that are compared at once
@@ -38,29 +36,6 @@ TILE = 192 << 10  # elements; larger ones leave the cache, smaller ones cost mor
 TILE_COLUMNS = 2048
 JUDGED = 128 << 10  # elements that are decided one by one at once
 WIDER = 1 + 2.0**-10  # for what the bounds leave out, being first order
-
-
-class Files:
-    """Files that are read, each opened once."""
-
-    def __init__(self) -> None:
-        self._open: dict[Path, int] = {}
-        self._lock = threading.Lock()
-
-    def read(self, path: Path, view: memoryview, offset: int) -> None:
-        """Fill `view` from `offset` of a file."""
-        with self._lock:
-            if path not in self._open:
-                try:
-                    self._open[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                except OSError as error:
-                    raise StorageFailure(f"{path}: {error.strerror}") from error
-            fd = self._open[path]
-        read_exactly(fd, view, offset, path)
-
-    def close(self) -> None:
-        for fd in self._open.values():
-            os.close(fd)
 
 
 class Workspace:
@@ -116,7 +91,7 @@ class Tally:
 class BaseCheck:
     """A tensor that must be byte-equal to the base's."""
 
-    def __init__(self, base: Checkpoint, info: TensorInfo, files: Files) -> None:
+    def __init__(self, base: Checkpoint, info: TensorInfo, files: InputFiles) -> None:
         self.tally = Tally()
         self.info, self.files = info, files
         self.path = base.shards[base.where[info.name]].path
@@ -175,7 +150,7 @@ class EditCheck:
         edit: Edit,
         base: Checkpoint,
         adapters: tuple[Adapter, ...],
-        files: Files,
+        files: InputFiles,
         scalings: Callable[[Operation, int], float] | None = None,
     ) -> None:
         self.tally = Tally()

@@ -18,6 +18,7 @@ import torch
 
 from infold.adapters import METHODS
 from infold.checkpoint.adapter import Adapter, open_adapter
+from infold.checkpoint.inputs import InputFiles
 from infold.checkpoint.safetensors import read_header
 from infold.checkpoint.shards import RECEIPT, open_checkpoint
 from infold.errors import InfoldError, Refusal
@@ -32,7 +33,7 @@ from infold.verify.folder import (
 )
 from infold.verify.hints import Wrong, hints
 from infold.verify.reread import Found, digest_of, reread
-from infold.verify.tensors import BaseCheck, EditCheck, Files
+from infold.verify.tensors import BaseCheck, EditCheck
 from infold.verify.verdict import Offender, Verdict
 
 __all__ = ["verify_checkpoint"]
@@ -59,7 +60,7 @@ def verify_checkpoint(
         raise Refusal(f"{merged}: is no folder; infold verifies folders that a merge has made")
     offenders: list[Offender] = []
     plan, claims = _open(base, adapters, folder, offenders)
-    files = Files()
+    files = InputFiles()
     try:
         shards = _find_shards(plan, folder, files, base is None, offenders)
         offenders += extra_files(folder, plan)
@@ -180,7 +181,7 @@ def _compare_digests(
 
 
 def _find_shards(
-    plan: Plan, folder: Path, files: Files, base_hashed: bool, offenders: list[Offender]
+    plan: Plan, folder: Path, files: InputFiles, base_hashed: bool, offenders: list[Offender]
 ) -> list[Found]:
     """The shards of the output that can be read, each tensor with its check."""
     shards = []
@@ -200,13 +201,13 @@ def _find_shards(
             else:
                 checks[name] = BaseCheck(plan.base, plan.base.info(name), files)
         source = None
-        if base_hashed and planned.source is not None and planned.same_layout and not different:
+        if base_hashed and planned.same_layout and not different:
             source = plan.base.shards[planned.source].path
         shards.append(Found(planned.name, path, header, checks, source))
     return shards
 
 
-def _wrong_tensors(plan: Plan, shards: Sequence[Found], files: Files) -> list[Offender]:
+def _wrong_tensors(plan: Plan, shards: Sequence[Found], files: InputFiles) -> list[Offender]:
     wrong = {}
     for shard in shards:
         for name, check in shard.checks.items():
