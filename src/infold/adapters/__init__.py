@@ -74,9 +74,6 @@ class Method(Protocol):
     def prepare(self, parts: Parts, settings: Settings) -> Prepared:
         """The weight side, for merging."""
 
-    def changes_bias(self, parts: Parts, settings: Settings) -> bool:
-        """Whether `Prepared.bias` does something."""
-
     def init(self, geometry: Geometry, settings: Settings, base: Base) -> dict[str, Tensor]:
         """Parts to begin a training with, float32 on the CPU, that change nothing as a rule."""
 

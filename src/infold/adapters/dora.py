@@ -67,10 +67,6 @@ def prepare(parts: Mapping[str, Tensor], settings: Settings) -> _Directed:
     return _Directed(parts, settings)
 
 
-def changes_bias(parts: Mapping[str, Tensor], settings: Settings) -> bool:
-    return False
-
-
 def init(geometry: Geometry, settings: Settings, base: Base) -> dict[str, Tensor]:
     """LoRA's factors, and as magnitude the length that the rows have, so that nothing changes."""
     parts = lora.init(geometry, settings, base)

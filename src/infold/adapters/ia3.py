@@ -75,10 +75,6 @@ def prepare(parts: Mapping[str, Tensor], settings: Settings) -> _Output | _Input
     return _Output(scale) if settings.side == "out" else _Input(scale, settings)
 
 
-def changes_bias(parts: Mapping[str, Tensor], settings: Settings) -> bool:
-    return settings.side == "out"
-
-
 def init(geometry: Geometry, settings: Settings, base: Base) -> dict[str, Tensor]:
     """Ones, which change nothing; standard normal with `start=False` (PEFT's init_ia3_weights)."""
     out = settings.side == "out"

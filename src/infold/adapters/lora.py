@@ -105,10 +105,6 @@ def prepare(parts: Mapping[str, Tensor], settings: Settings) -> LowRank:
     return LowRank(parts, settings)
 
 
-def changes_bias(parts: Mapping[str, Tensor], settings: Settings) -> bool:
-    return "lora_bias" in parts
-
-
 def init(geometry: Geometry, settings: Settings, base: Base) -> dict[str, Tensor]:
     """An update of zero: one factor is random, the other 0.
 

@@ -67,10 +67,6 @@ def prepare(parts: Mapping[str, Tensor], settings: Settings) -> _Rows:
     return _Rows(parts["trainable_tokens_delta"], settings.tokens)
 
 
-def changes_bias(parts: Mapping[str, Tensor], settings: Settings) -> bool:
-    return False
-
-
 def init(geometry: Geometry, settings: Settings, base: Base) -> dict[str, Tensor]:
     """The values that the base has."""
     columns = base.matrix()[:, list(settings.tokens)]

@@ -14,11 +14,12 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from infold.adapters import METHODS
 from infold.checkpoint.adapter import Adapter as AdapterFile
 from infold.checkpoint.adapter import open_adapter
 from infold.errors import Refusal
 from infold.tuners.config import IA3Config, LoraConfig, TunerConfig, read_config
-from infold.tuners.layers import Adapted, AdaptedEmbedding, kind_of
+from infold.tuners.layers import Adapted, AdaptedEmbedding, Adapter, kind_of
 from infold.tuners.select import Selection, matches, modules_of
 
 if TYPE_CHECKING:
@@ -28,14 +29,6 @@ __all__ = ["load", "save"]
 
 PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
-_ENDINGS = {
-    "lora_A": ".lora_A.weight",
-    "lora_B": ".lora_B.weight",
-    "lora_bias": ".lora_B.bias",
-    "lora_magnitude_vector": ".lora_magnitude_vector",
-    "ia3_l": ".ia3_l",
-}
-_TABLE_ENDINGS = _ENDINGS | {"lora_A": ".lora_embedding_A", "lora_B": ".lora_embedding_B"}
 _INSIDE = ".base_layer.out_proj"  # PEFT's path of what MultiheadAttention holds
 
 
@@ -75,10 +68,11 @@ def tensors_of(
     for path, layer in attached.layers.items():
         if name not in layer.adapters:
             continue
-        endings = _TABLE_ENDINGS if isinstance(layer, AdaptedEmbedding) else _ENDINGS
-        for part, value in cast(Any, layer.adapters[name]).parts.items():
+        adapter = cast(Adapter, layer.adapters[name])
+        table = isinstance(layer, AdaptedEmbedding)
+        for part, value in adapter.parts.items():
             put(
-                key_path(attached.layers, path) + endings[part],
+                key_path(attached.layers, path) + _ending(adapter.method, part, table),
                 f"{path}.adapters.{name}.{part}",
                 value,
             )
@@ -94,6 +88,14 @@ def tensors_of(
         value = biases.parameters[path].data if biases.on else biases.others[path]
         put(f"{module_path}{wrapped}.bias" if path.endswith(".bias") else path, path, value)
     return found
+
+
+def _ending(method: str, part: str, table: bool) -> str:
+    """How the key of a part ends; for an embedding some parts have names of their own."""
+    facts = METHODS[method]
+    names = {own: name for name, own in facts.TABLE.items()} if table else {}
+    wanted = names.get(part, part)
+    return min((key for key, name in facts.KEYS.items() if name == wanted), key=len)
 
 
 def key_path(layers: Mapping[str, nn.Module], path: str) -> str:
@@ -219,10 +221,13 @@ def _group(file: AdapterFile) -> tuple[dict[str, dict[str, str]], list[str]]:
     parts: dict[str, dict[str, str]] = {}
     plain: list[str] = []
     endings = {
-        ending: part for table in (_TABLE_ENDINGS, _ENDINGS) for part, ending in table.items()
-    } | {".lora_magnitude_vector.weight": "lora_magnitude_vector"}
+        key: method.TABLE.get(name, name)
+        for method in METHODS.values()
+        for key, name in method.KEYS.items()
+    }
     for key in file.tensors:
-        ending = next((e for e in endings if key.endswith(e)), None)
+        # of `.token_adapter.trainable_tokens_delta` and `.trainable_tokens_delta` the longer one
+        ending = max((e for e in endings if key.endswith(e)), key=len, default=None)
         if ending is None or not key.startswith(PREFIX):
             plain.append(key)
             continue
@@ -252,11 +257,7 @@ def _misfit(
     method = getattr(config, "method", config.METHOD)
     if method not in kind.METHODS:
         return f"{method} does not exist for a {type(module).__name__}"
-    wanted = {
-        "ia3": {"ia3_l"},
-        "lora": {"lora_A", "lora_B"},
-        "dora": {"lora_A", "lora_B", "lora_magnitude_vector"},
-    }[method]
+    wanted = set(METHODS[method].REQUIRED)
     if isinstance(config, LoraConfig) and config.lora_bias:
         wanted = wanted | {"lora_bias"}
     if set(keys) != wanted:

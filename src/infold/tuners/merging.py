@@ -146,9 +146,15 @@ def _edits(
     weight = cast(nn.Parameter, layer._parameters[name])
     yield name, weight, [_step(a, weight, layer.transposed) for a in adapters]
     bias = layer._parameters.get("bias")
-    on_bias = [a for a in adapters if METHODS[a.method].changes_bias(a.parts, a.settings)]
+    on_bias = [a for a in adapters if _is_on_bias(a)]
     if bias is not None and on_bias:
         yield "bias", bias, [_step(a, bias, on_bias=True) for a in on_bias]
+
+
+def _is_on_bias(adapter: Adapter) -> bool:
+    """Whether an adapter changes the bias; one that scales inputs leaves it."""
+    parts = METHODS[adapter.method].ON_BIAS
+    return adapter.settings.side == "out" and not adapter.parts.keys().isdisjoint(parts)
 
 
 def _step(
@@ -173,7 +179,7 @@ def _dense(path: str, layer: AdaptedOpaque, adapters: list[Adapter], dtype: torc
     linear.weight = nn.Parameter(edit_tensor(weight, steps, f"{path}.weight"), requires_grad=False)
     if old is not None:
         bias = old.detach().to(dtype)
-        on_bias = [a for a in adapters if METHODS[a.method].changes_bias(a.parts, a.settings)]
+        on_bias = [a for a in adapters if _is_on_bias(a)]
         steps = [_step(a, bias, on_bias=True) for a in on_bias]
         linear.bias = nn.Parameter(edit_tensor(bias, steps, f"{path}.bias"), requires_grad=False)
     return linear

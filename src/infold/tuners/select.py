@@ -67,7 +67,7 @@ def select(model: nn.Module, config: TunerConfig) -> Selection:
         and _in_wanted_layer(config, path)
     }
     whole = {p: m for p, m in modules.items() if matches(config.modules_to_save, p)}
-    problems += _unmatched("modules_to_save", _own_list(config, modules), modules)
+    problems += _unmatched("modules_to_save", config.modules_to_save, modules)
     layers = {p: m for p, m in layers.items() if not matches(config.modules_to_save, p)}
     for path, module in layers.items():
         problems += _unfit(model, path, module, config)
@@ -77,16 +77,14 @@ def select(model: nn.Module, config: TunerConfig) -> Selection:
     if isinstance(config, IA3Config):
         feedforward = frozenset(p for p in layers if matches(config.feedforward_modules, p))
         problems += _unmatched("feedforward_modules", config.feedforward_modules, layers)
-        if isinstance(config.feedforward_modules, str) or isinstance(config.target_modules, str):
-            outside = [
-                p
-                for p in modules
-                if isinstance(config.feedforward_modules, str)
-                and matches(config.feedforward_modules, p)
-                and p not in layers
-                and kind_of(modules[p]) is not None
+        if isinstance(config.feedforward_modules, str):  # of a list, the config has seen to it
+            problems += [
+                f"feedforward_modules means {path}, which is no target"
+                for path, module in modules.items()
+                if matches(config.feedforward_modules, path)
+                and path not in layers
+                and kind_of(module) is not None
             ]
-            problems += [f"feedforward_modules means {p}, which is no target" for p in outside]
     if problems:
         raise Refusal(f"{type(config).__name__}: {problem}" for problem in problems)
     return Selection(config, layers, feedforward, whole)
@@ -173,10 +171,6 @@ def _in_wanted_layer(config: TunerConfig, path: str) -> bool:
     else:
         number = re.match(r".*\.[^.]*\.(\d+)\.", path)
     return number is not None and int(number[1]) in wanted
-
-
-def _own_list(config: TunerConfig, modules: dict[str, nn.Module]) -> list[str]:
-    return list(config.modules_to_save or [])
 
 
 def _unmatched(field: str, names: Names, modules: Iterable[str]) -> list[str]:
