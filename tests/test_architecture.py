@@ -31,7 +31,8 @@ MAY_IMPORT = {
     "verify": LEAVES | {"plan"},
     "tuners": LEAVES | {"edit"},
     "inspect": LEAVES | {"plan"},
-    "cli": LEAVES | {"plan", "edit", "merge", "tuners", "verify", "inspect"},
+    "loop": LEAVES | {"plan", "edit", "merge", "tuners", "verify", "inspect"},
+    "cli": LEAVES | {"plan", "edit", "merge", "tuners", "verify", "inspect", "loop"},
 }
 
 

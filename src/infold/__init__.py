@@ -20,6 +20,7 @@ from infold.errors import CorruptFile, InfoldError, ProofFailed, Refusal, Storag
 from infold.version import __version__
 
 if TYPE_CHECKING:
+    from infold.loop.run import Loop
     from infold.merge.receipt import Receipt
     from infold.tuners.combine import Combined
     from infold.tuners.config import IA3Config, LoraConfig
@@ -32,6 +33,7 @@ __all__ = [
     "CorruptFile",
     "IA3Config",
     "InfoldError",
+    "Loop",
     "LoraConfig",
     "Offender",
     "ProofFailed",
@@ -58,6 +60,7 @@ for _room in ("merge", "verify", "inspect"):
 _TYPES = {
     "Combined": "tuners.combine",
     "IA3Config": "tuners.config",
+    "Loop": "loop.run",
     "LoraConfig": "tuners.config",
     "Offender": "verify.verdict",
     "Receipt": "merge.receipt",

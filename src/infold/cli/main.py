@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from infold.cli import combine, inspect, merge, train, verify
+from infold.cli import combine, inspect, loop, merge, train, verify
 from infold.cli.output import complain, finish, protect_streams
 from infold.errors import InfoldError, ProofFailed, Refusal
 from infold.version import __version__
@@ -22,10 +22,12 @@ from infold.version import __version__
 _CONTINUES: dict[Callable[..., None], str] = {
     merge.merge: "; the same command continues",
     train.train: "; the same command with --resume continues",
+    loop.loop: "; the same command continues",
 }
 _LESS_MEMORY: dict[Callable[..., None], str] = {
     merge.merge: "; give a smaller --max-memory",
     train.train: "; give a smaller --batch-size and a larger --accumulate",
+    loop.loop: "; give a smaller collect.batch, or train.batch_size and a larger train.accumulate",
 }
 _SHOWN = 10  # reasons on a terminal; --json has all
 
@@ -106,7 +108,9 @@ def _together(reasons: Sequence[str]) -> list[str]:
     return lines
 
 
-for _verb in (merge.merge, train.train, combine.combine, inspect.inspect, verify.verify):
+for _verb in (
+    merge.merge, train.train, loop.loop, combine.combine, inspect.inspect, verify.verify
+):  # fmt: skip
     app.command()(_guarded(_verb))
 
 

@@ -37,7 +37,7 @@ from infold.tuners.settings import TrainSettings
 from infold.tuners.tokens import Collator, Tokens
 from infold.version import __version__
 
-__all__ = ["train_adapter"]
+__all__ = ["quiet_transformers", "train_adapter"]
 
 PathLike = str | os.PathLike[str]
 Progress = Callable[[int, int, "float | None"], None]
@@ -243,7 +243,7 @@ def _train(
 
     checkpoints = run / "checkpoints"
     checkpoint = last_checkpoint(checkpoints)
-    with _quiet_transformers():
+    with quiet_transformers():
         args = _arguments(settings, ready, checkpoints, fresh=checkpoint is None)
         with args.main_process_first():  # an interrupted training was checked by then
             pass
@@ -461,7 +461,7 @@ def _no_printing(trainer: Any) -> None:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Their bars and reports would stand between ours."""
     from transformers.utils import logging as untyped
 

@@ -1,0 +1,1 @@
+"""Collect, train, merge, evaluate, again: a model that learns from its own accepted answers."""

@@ -1,0 +1,130 @@
+"""A task: problems, the prompt of each, and who tells a right answer from a wrong one.
+
+The three functions of a task, built in or the user's `module:function`:
+
+    problems(split, count, seed) -> a list of at most `count` problems, JSON values
+                                    split is "collect" or "evaluate"; the two must not overlap
+    prompt(problem) -> a text, or chat messages [{"role": ..., "content": ...}, ...]
+    verify(problem, answer) -> whether the answer (a text) is right
+
+A problem that is an object with `level` is also scored by it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from infold.errors import Refusal
+
+__all__ = ["Task", "check_apart", "key_of", "open_task"]
+
+Prompt = str | list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """The functions, guarded: what they raise or return wrongly is told with the problem."""
+
+    make: Callable[[str, int, int], Sequence[Any]]
+    ask: Callable[[Any], Prompt]
+    check: Callable[[Any, str], bool]
+
+    def problems(self, split: str, count: int, seed: int) -> list[Any]:
+        """Problems as JSON keeps them. Raises Refusal for none, and for what is no JSON."""
+        try:
+            found = json.loads(json.dumps(list(self.make(split, count, seed))))
+        except Refusal:
+            raise
+        except Exception as error:
+            raise Refusal(f"task: problems({split!r}, {count}, {seed}) {_raised(error)}") from error
+        if not found:
+            raise Refusal(f"task: problems({split!r}, {count}, {seed}) gave none")
+        return found[:count]
+
+    def prompt(self, problem: Any) -> Prompt:
+        try:
+            found = self.ask(problem)
+        except Exception as error:
+            raise Refusal(f"task: prompt {_raised(error)} on {_short(problem)}") from error
+        if isinstance(found, str) and found:
+            return found
+        if (
+            isinstance(found, list)
+            and found
+            and all(isinstance(m, Mapping) and {"role", "content"} <= set(m) for m in found)
+        ):
+            return found
+        raise Refusal(f"task: the prompt of {_short(problem)} is neither a text nor messages")
+
+    def verify(self, problem: Any, answer: str) -> bool:
+        try:
+            return bool(self.check(problem, answer))
+        except Exception as error:
+            raise Refusal(
+                f"task: verify {_raised(error)}; problem: {_short(problem)}; answer: "
+                f"{_short(answer)}. The run is kept: correct the function and run again"
+            ) from error
+
+
+def open_task(options: Mapping[str, Any]) -> Task:
+    """The task that a configuration names. Raises Refusal, with all functions that fail."""
+    if "name" in options:
+        rest = {key: value for key, value in options.items() if key != "name"}
+        module = importlib.import_module(f"infold.loop.{options['name']}")
+        task: Task = module.task(rest)
+        return task
+    found, wrong = [], []
+    for name in ("problems", "prompt", "verify"):
+        try:
+            found.append(_function(str(options[name])))
+        except Exception as error:  # a module may raise what it likes
+            why = str(error) if isinstance(error, Refusal) else _raised(error)
+            wrong.append(f"task.{name} = {options[name]!r}: {why}")
+    if wrong:
+        raise Refusal(wrong)
+    return Task(*found)
+
+
+def key_of(prompt: Prompt) -> str:
+    """What two equal prompts have in common: case and white space do not make a new problem."""
+    text = prompt if isinstance(prompt, str) else "\n".join(str(m["content"]) for m in prompt)
+    return " ".join(text.casefold().split())
+
+
+def check_apart(held: Sequence[Prompt], collected: Sequence[Prompt]) -> None:
+    """Refuse held-out problems among those that answers are collected for, all of them."""
+    known = {key_of(prompt) for prompt in held}
+    both = sorted({key for prompt in collected if (key := key_of(prompt)) in known})
+    if both:
+        shown = [f"task: is held out and would be learnt from: {_short(key)}" for key in both[:10]]
+        more = [f"and {len(both) - 10} more"] if len(both) > 10 else []
+        raise Refusal([*shown, *more, "let problems() keep the splits collect and evaluate apart"])
+
+
+@functools.cache
+def _function(name: str) -> Callable[..., Any]:
+    module, _, attribute = name.partition(":")
+    if not (module and attribute):
+        raise Refusal("write module:function")
+    if os.getcwd() not in sys.path:  # as `python -m` does
+        sys.path.insert(0, os.getcwd())
+    found = getattr(importlib.import_module(module), attribute, None)
+    if not callable(found):
+        raise Refusal(f"{module} has no function {attribute}")
+    return found  # type: ignore[no-any-return]
+
+
+def _raised(error: Exception) -> str:
+    return f"raised {type(error).__name__}: {error}"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 300 else f"{text[:300]}..."
