@@ -201,7 +201,7 @@ def child(job: str, tool: str, method: str) -> dict[str, float]:
                 parameter.add_(torch.randn_like(parameter), alpha=0.01)
     found = {}
     before = peak()
-    for name in ("merge_adapter", "unmerge_adapter", "merge_and_unload"):
+    for name in ("merge_and_unload",) if job == "unload" else ("merge_adapter", "unmerge_adapter"):
         begin = time.perf_counter()
         getattr(model, name)()
         found[name] = time.perf_counter() - begin
@@ -240,7 +240,7 @@ GROUPS: dict[str, Callable[[int], dict[str, dict[str, list[float]]]]] = {
     "step": steps,
     "generate": generation,
     "rows": mixed,
-    "merge": lambda rounds: processes("merge", max(1, rounds // 2)),
+    "merge": lambda rounds: processes("merge", rounds) | processes("unload", rounds),
 }
 
 

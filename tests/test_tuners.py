@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from infold.adapters import METHODS
+from infold.adapters import METHODS, Settings, merge
 from infold.errors import Refusal
 from infold.tuners import IA3Config, LoraConfig, attach, load
 from infold.tuners.layers import Adapted
@@ -217,6 +217,86 @@ def test_merging_one_end_of_a_tie_unties_it(bench: Bench) -> None:
 
     assert torch.equal(again.lm_head.weight, old)
     assert_close(again(**model_inputs("llama")).logits, wanted)
+
+
+@pytest.mark.parametrize("config", [IA3Config(), LoraConfig(r=4)])
+def test_merging_for_good_writes_into_the_weights_it_has(calm: None, config: Any) -> None:
+    """A second copy of what changes would be most of the model."""
+    model = tuned("llama", config, torch.bfloat16)
+    before = {n: (p, p.data_ptr()) for n, p in model.named_parameters() if ".adapters." not in n}
+
+    plain = model.merge_and_unload()
+
+    for name, parameter in plain.named_parameters():
+        assert (parameter, parameter.data_ptr()) == (before[name][0], before[name][1])
+
+
+def test_merging_for_good_keeps_off_memory_that_others_use(calm: None) -> None:
+    model = tuned("llama", LoraConfig(r=4))
+    layers = model.model.layers
+    both = torch.zeros(2, *layers[0].self_attn.q_proj.weight.shape)
+    for number in (0, 1):  # overlapping views of one tensor, one of them of a frozen layer
+        layers[number].self_attn.q_proj.weight.data = both.view(-1)[: both[0].numel()].view_as(
+            both[0]
+        )
+    plain = model.merge_and_unload()
+
+    assert not both.any()
+    assert not torch.equal(layers[0].self_attn.q_proj.weight, layers[1].self_attn.q_proj.weight)
+    assert type(plain).__name__ == "LlamaForCausalLM"
+
+
+def test_an_interrupted_merge_for_good_leaves_the_same_function(
+    calm: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from infold.tuners import merging
+
+    model = tuned("llama", LoraConfig(r=4, target_modules="all-linear"))
+    wanted = model(**model_inputs("llama")).logits
+    done = 0
+
+    def interrupted(*args: Any, **kwargs: Any) -> Tensor:
+        nonlocal done
+        done += 1
+        if done == 6:
+            raise KeyboardInterrupt
+        return edit(*args, **kwargs)
+
+    edit = merging.edit_tensor
+    monkeypatch.setattr(merging, "edit_tensor", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.merge_and_unload()
+
+    assert any(isinstance(m, Adapted) and not len(m.adapters) for m in model.modules())
+    assert_close(model(**model_inputs("llama")).logits, wanted)
+    assert_close(model.merge_and_unload()(**model_inputs("llama")).logits, wanted)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_merged_element_exceeds_the_bound(seed: int) -> None:
+    """Where a method's bound were too small, a merge for good could stop half way."""
+    random = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=random) * 10 ** (3 * torch.rand(1, generator=random))
+
+    weight, bias, scaling = normal(8, 6).double(), normal(8).double(), -1.5
+    for groups in (1, 2):
+        cases = {
+            "lora": {"lora_A": normal(4, 6), "lora_B": normal(8, 4 // groups)}
+            | {"lora_bias": normal(8)},
+            "ia3": {"ia3_l": normal(8, 1) / 5},
+            "trainable_tokens": {"trainable_tokens_delta": normal(2, 6)},
+        }
+        for method, parts in cases.items():
+            settings = Settings(scaling, 2, out=8, groups=groups, side="out", tokens=(1, 3))
+            result = merge(
+                method, weight.T if "tokens" in method else weight, bias, parts, settings
+            )
+            peak = max(weight.abs().max().item(), bias.abs().max().item())
+            bound = METHODS[method].bound(peak, parts, settings)
+            assert result.weight.abs().max() <= bound * (1 + 1e-6), method
+            assert result.bias is not None and result.bias.abs().max() <= bound * (1 + 1e-6), method
 
 
 # --- a row of the batch, its adapter -------------------------------------------------------------

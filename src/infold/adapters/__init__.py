@@ -74,6 +74,10 @@ class Method(Protocol):
     def prepare(self, parts: Parts, settings: Settings) -> Prepared:
         """The weight side, for merging."""
 
+    def bound(self, peak: float, parts: Parts, settings: Settings) -> float:
+        """A magnitude that no element of the merged weight or bias exceeds where none of theirs
+        exceeds `peak`; infinite or NaN where the parts do not tell. It may be too large."""
+
     def init(self, geometry: Geometry, settings: Settings, base: Base) -> dict[str, Tensor]:
         """Parts to begin a training with, float32 on the CPU, that change nothing as a rule."""
 

@@ -8,6 +8,7 @@ the fixed order of `exact.squares`; square root and division are correctly round
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -65,6 +66,11 @@ class _Directed(LowRank):
 
 def prepare(parts: Mapping[str, Tensor], settings: Settings) -> _Directed:
     return _Directed(parts, settings)
+
+
+def bound(peak: float, parts: Mapping[str, Tensor], settings: Settings) -> float:
+    """Not known: a row of length 0 cannot be given another one."""
+    return math.inf
 
 
 def init(geometry: Geometry, settings: Settings, base: Base) -> dict[str, Tensor]:

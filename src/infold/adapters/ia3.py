@@ -75,6 +75,10 @@ def prepare(parts: Mapping[str, Tensor], settings: Settings) -> _Output | _Input
     return _Output(scale) if settings.side == "out" else _Input(scale, settings)
 
 
+def bound(peak: float, parts: Mapping[str, Tensor], settings: Settings) -> float:
+    return peak * max(1.0, parts["ia3_l"].detach().abs().max().item())
+
+
 def init(geometry: Geometry, settings: Settings, base: Base) -> dict[str, Tensor]:
     """Ones, which change nothing; standard normal with `start=False` (PEFT's init_ia3_weights)."""
     out = settings.side == "out"

@@ -105,6 +105,15 @@ def prepare(parts: Mapping[str, Tensor], settings: Settings) -> LowRank:
     return LowRank(parts, settings)
 
 
+def bound(peak: float, parts: Mapping[str, Tensor], settings: Settings) -> float:
+    """The sum over the rank of what the largest elements of both factors make."""
+    a = parts["lora_A"].detach().flatten(1).abs().amax(dim=1).double()
+    b = parts["lora_B"].detach().flatten(1).abs().amax(dim=0).double()
+    added = a @ b.repeat(settings.groups)
+    extra = parts["lora_bias"].detach().abs().max().item() if "lora_bias" in parts else 0.0
+    return peak + abs(settings.scaling) * (added.item() + extra)
+
+
 def init(geometry: Geometry, settings: Settings, base: Base) -> dict[str, Tensor]:
     """An update of zero: one factor is random, the other 0.
 

@@ -67,6 +67,10 @@ def prepare(parts: Mapping[str, Tensor], settings: Settings) -> _Rows:
     return _Rows(parts["trainable_tokens_delta"], settings.tokens)
 
 
+def bound(peak: float, parts: Mapping[str, Tensor], settings: Settings) -> float:
+    return max(peak, parts["trainable_tokens_delta"].detach().abs().max().item())
+
+
 def init(geometry: Geometry, settings: Settings, base: Base) -> dict[str, Tensor]:
     """The values that the base has."""
     columns = base.matrix()[:, list(settings.tokens)]
