@@ -231,6 +231,16 @@ class Staging:
             finally:
                 os.close(reader)
 
+    @property
+    def aside(self) -> Path:
+        """A file that is not the output's yet, and outlives a kill."""
+        return self.folder / "record"
+
+    def adopt(self, name: str) -> None:
+        """Make the file at `aside`, which is on the disk, part of the output."""
+        with storage_errors(self.output / name):
+            os.rename(self.aside, self.output / name)
+
     def publish(self) -> None:
         """Give the output its name. After this line returned it survives a power cut."""
         with storage_errors(self.out):

@@ -25,6 +25,7 @@ class Receipt:
     tensors: of the output. bytes: of its shards. edited_bytes: of its edited tensors.
     resumed_bytes: left by an interrupted run, checked and kept.
     notes: what the plan noted. seconds: from the first byte written to the receipt.
+    undo: of the undo record, {file, bytes, blake3}; None where there is none.
     peak_memory: resident, of the whole process. threads, device: what computed.
     """
 
@@ -45,6 +46,7 @@ class Receipt:
     peak_memory: int
     threads: int
     device: str
+    undo: dict[str, Any] | None = None
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"

@@ -13,10 +13,11 @@ import mmap
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from blake3 import blake3
@@ -24,14 +25,15 @@ from torch import Tensor
 
 from infold.checkpoint.inputs import InputFiles
 from infold.checkpoint.shards import read_exactly
-from infold.checkpoint.staging import Progress, Staging, copy_range, storage_errors, write_fully
+from infold.checkpoint.staging import Progress, copy_range, storage_errors, write_fully
 from infold.dtypes import TORCH_DTYPES
 from infold.edit.blocks import Block, cut
 from infold.edit.steps import Workspace
 from infold.edit.threads import take_one_core
 from infold.formats import format_of
-from infold.merge.apply import EditRun
-from infold.plan.edits import BaseTensor, Edit, OutputShard, Plan
+from infold.merge.apply import EditRun, Run
+from infold.merge.recording import Recording
+from infold.plan.edits import BaseTensor, OutputShard, Plan
 from infold.workers import Worker, run_all
 
 __all__ = ["ShardDigests", "Streamed", "stream"]
@@ -50,11 +52,25 @@ class ShardDigests:
     output: str
 
 
+class Target(Protocol):
+    """Where shards go: what `Staging` offers to the stream."""
+
+    output: Path
+    resumed: dict[str, Progress]
+
+    def open_file(self, name: str, size: int) -> int:
+        """A descriptor of a file that will have `size` bytes."""
+
+    def record(self, shard: str, fd: int, progress: Progress) -> None:
+        """So much of a shard is written."""
+
+
 class _Source:
     """Where the stored values of one edit come from: the base, or a tensor of an adapter."""
 
-    def __init__(self, plan: Plan, edit: Edit, files: InputFiles, columns: int) -> None:
-        self.files, self.columns = files, columns
+    def __init__(self, plan: Plan, run: Run, files: InputFiles) -> None:
+        edit, columns = run.edit, run.shape[1]
+        self.files, self.columns, self.reads = files, columns, run.reads
         self.loaded: Tensor | None = None
         if isinstance(edit.source, BaseTensor):
             info = plan.base.info(edit.source.name)
@@ -72,6 +88,8 @@ class _Source:
 
     def read(self, block: Block, buffers: _Buffers) -> Tensor:
         """The stored elements of a block, (rows, columns), in the worker's `in` buffer."""
+        if not self.reads:
+            return torch.empty(0, dtype=self.dtype)
         if self.loaded is not None:
             rows = self.loaded[block.row : block.row + block.rows]
             return rows[:, block.column : block.column + block.columns]
@@ -109,8 +127,9 @@ class _Copy:
 class _Compute:
     """A block of an edited tensor."""
 
-    run: EditRun
+    run: Run
     source: _Source
+    number: int  # of the block in its edit
     block: Block
     target: int
     last: bool  # of its edit
@@ -133,7 +152,7 @@ class _Chain:
     first edit one digest serves for both.
     """
 
-    def __init__(self, plan: Plan, shard: OutputShard, staging: Staging, files: InputFiles) -> None:
+    def __init__(self, plan: Plan, shard: OutputShard, staging: Target, files: InputFiles) -> None:
         self.shard, self.files = shard, files
         self.path = staging.output / shard.name
         self.source_path = plan.base.shards[shard.source].path
@@ -229,8 +248,8 @@ class _Stopped(Exception):
 class _Keeper:
     """Brings finished stretches to the disk, so that little is left to wait for at the end."""
 
-    def __init__(self, staging: Staging) -> None:
-        self.staging = staging
+    def __init__(self, staging: Target, recording: Recording | None) -> None:
+        self.staging, self.recording = staging, recording
         self.thread = Worker(self._work, "infold-keeper")
         self.queue: queue.SimpleQueue[tuple[_Chain, Progress] | None] = queue.SimpleQueue()
         self.room = threading.Semaphore(_WAITING)  # each shard in the queue is open
@@ -241,6 +260,8 @@ class _Keeper:
             chain, progress = item
             try:
                 if self.error is None:
+                    if self.recording is not None:
+                        self.recording.writer.sync()  # before the journal tells of these blocks
                     self.staging.record(chain.shard.name, chain.target, progress)
             except BaseException as error:
                 self.error = error
@@ -267,25 +288,30 @@ class Streamed:
     """What `stream` returns. `resumed`: bytes that an earlier run left and that were right."""
 
     digests: dict[str, ShardDigests]
-    runs: dict[str, EditRun]
+    runs: Mapping[str, Run]
     resumed: int
 
 
 def stream(
     plan: Plan,
-    staging: Staging,
+    staging: Target,
     *,
     threads: int,
     limit: int,
     device: torch.device,
     advance: Callable[[int], None],
+    runs: Mapping[str, Run] | None = None,
+    recording: Recording | None = None,
 ) -> Streamed:
     """Write every shard of the output. `limit` is the number of elements of a block; `advance` is
-    told the bytes of output that are done.
+    told the bytes of output that are done; `runs` compute the edits, as a rule by their operations;
+    `recording` gets what it takes to undo them.
     """
     files = InputFiles()
-    keeper = _Keeper(staging)
-    pool = _Pool(plan, staging, files, keeper, limit, device, advance)
+    keeper = _Keeper(staging, recording)
+    if runs is None:
+        runs = {name: EditRun(edit, plan.adapters, device) for name, edit in plan.edits.items()}
+    pool = _Pool(plan, staging, files, keeper, limit, device, advance, runs, recording)
     try:
         keeper.thread.start()
         pool.run(threads)
@@ -300,7 +326,7 @@ def stream(
 
 
 def _chunks(
-    plan: Plan, shard: OutputShard, runs: dict[str, EditRun], files: InputFiles, limit: int
+    plan: Plan, shard: OutputShard, runs: Mapping[str, Run], files: InputFiles, limit: int
 ) -> Iterator[tuple[int, _Copy | _Compute]]:
     """(end, work) for every chunk after the header, in file order."""
     base = plan.base.shards[shard.source].header.tensors
@@ -326,11 +352,11 @@ def _chunks(
         elements = run.shape[0] * run.shape[1]
         if not elements:  # such a shape may still tell of a very large number of rows
             continue
-        place = _Source(plan, run.edit, files, run.shape[1])
+        place = _Source(plan, run, files)
         position = info.begin
-        for block in cut(*run.shape, limit):
+        for number, block in enumerate(cut(*run.shape, limit)):
             begin, position = position, position + block.count * (info.nbytes // elements)
-            yield position, _Compute(run, place, block, begin, position == info.end)
+            yield position, _Compute(run, place, number, block, begin, position == info.end)
     yield from flush()
 
 
@@ -340,18 +366,18 @@ class _Pool:
     def __init__(
         self,
         plan: Plan,
-        staging: Staging,
+        staging: Target,
         files: InputFiles,
         keeper: _Keeper,
         limit: int,
         device: torch.device,
         advance: Callable[[int], None],
+        runs: Mapping[str, Run],
+        recording: Recording | None,
     ) -> None:
         self.plan, self.staging, self.files, self.keeper = plan, staging, files, keeper
         self.limit, self.device, self.advance = limit, device, advance
-        self.runs = {
-            name: EditRun(edit, plan.adapters, device) for name, edit in plan.edits.items()
-        }
+        self.runs, self.recording = runs, recording
         self.chains: list[_Chain] = []
         self.digests: dict[str, ShardDigests] = {}
         self.resumed = 0
@@ -368,20 +394,19 @@ class _Pool:
             if chain.kept:
                 self.resumed += chain.kept
             self.advance(chain.start)
-            todo = [
-                (end, work)
-                for end, work in _chunks(self.plan, shard, self.runs, self.files, self.limit)
-                if end > chain.start
-            ]
-            if todo and not self._starts_at(todo[0], chain.start):
-                # the blocks were cut elsewhere than now: begin this shard anew
+            chunks = list(_chunks(self.plan, shard, self.runs, self.files, self.limit))
+            todo = [chunk for chunk in chunks if chunk[0] > chain.start]
+            done = [work for end, work in chunks if end <= chain.start]
+            cut_elsewhere = todo and not self._starts_at(todo[0], chain.start)
+            if cut_elsewhere or not self._recorded(done):
+                # other blocks than now, or some without their way back: begin this shard anew
                 chain._forget()
                 chain.kept = 0
                 self.resumed -= chain.start
                 self.advance(-chain.start)
                 chain.start = chain._resume(None)
                 self.advance(chain.start)
-                todo = list(_chunks(self.plan, shard, self.runs, self.files, self.limit))
+                todo = chunks
             if not todo:
                 self._finish(chain)
             for number, (end, work) in enumerate(todo):
@@ -390,6 +415,13 @@ class _Pool:
     @staticmethod
     def _starts_at(first: tuple[int, _Copy | _Compute], position: int) -> bool:
         return first[1].target == position
+
+    def _recorded(self, done: Sequence[_Copy | _Compute]) -> bool:
+        """Whether the record has all blocks that an earlier run left."""
+        if self.recording is None:
+            return True
+        blocks = [(w.run, w.number) for w in done if isinstance(w, _Compute)]
+        return all(self.recording.has(run, number) for run, number in blocks)
 
     def _finish(self, chain: _Chain) -> None:
         """All of a shard is written and hashed."""
@@ -443,7 +475,9 @@ class _Pool:
         written = buffers.view("out", block.count * run.stored.itemsize)
         out = torch.frombuffer(written, dtype=run.stored, count=block.count)
         out = out.view(block.rows, block.columns)
-        run.run(raw.to(self.device), out, block, workspace)
+        before = run.run(raw.to(self.device), out, block, workspace)
+        if self.recording is not None and before is not None:
+            self.recording.add(run, work.number, before, out, block, workspace)
         with storage_errors(chain.path):
             write_fully(chain.target, written, work.target)
         base = buffers.view("in", len(written))
