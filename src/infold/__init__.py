@@ -11,6 +11,7 @@ with its input or the disk: Refusal (and CorruptFile, a kind of it) or StorageFa
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -146,11 +147,13 @@ def merge(
     given = _listed(adapters)
     _one_place(out, in_place)
     if in_place:
+        if sha256:
+            raise Refusal("--sha256 does not go with --in-place")
         from infold.merge.inplace import merge_in_place
 
         return merge_in_place(
             base, given, max_memory=max_memory, device=device, threads=threads, dry_run=dry_run,
-            sha256=sha256, progress=progress,
+            progress=progress, told=_log,
         )  # fmt: skip
     _settle(base, refuse=True)
     plan = open_plan(base, given)
@@ -187,8 +190,9 @@ def undo(
         from infold.merge.inplace import undo_in_place
 
         return undo_in_place(
-            merged, max_memory=max_memory, device=device, threads=threads, progress=progress
-        )
+            merged, max_memory=max_memory, device=device, threads=threads, progress=progress,
+            told=_log,
+        )  # fmt: skip
     from infold.merge.restore import undo_checkpoint
 
     _settle(merged)
@@ -206,7 +210,6 @@ def swap(
     device: str = "cpu",
     threads: int | None = None,
     force: bool = False,
-    sha256: bool = False,
     in_place: bool = False,
     progress: Progress | None = None,
 ) -> Receipt:
@@ -221,8 +224,8 @@ def swap(
         from infold.merge.inplace import swap_in_place
 
         return swap_in_place(
-            merged, given, max_memory=max_memory, device=device, threads=threads, sha256=sha256,
-            progress=progress,
+            merged, given, max_memory=max_memory, device=device, threads=threads,
+            progress=progress, told=_log,
         )  # fmt: skip
     from infold.merge.restore import open_swap, swap_checkpoint
 
@@ -231,7 +234,7 @@ def swap(
         merged, given, out or "", max_memory=max_memory, device=device, threads=threads, force=force
     )
     names = [os.fspath(adapter) for adapter in given]
-    return swap_checkpoint(prepared, sha256=sha256, progress=progress, names=names)
+    return swap_checkpoint(prepared, progress=progress, names=names)
 
 
 def _one_place(out: PathLike | None, in_place: bool) -> None:
@@ -239,12 +242,17 @@ def _one_place(out: PathLike | None, in_place: bool) -> None:
         raise TypeError("give either out or in_place=True")
 
 
+def _log(settled: object) -> None:
+    logging.getLogger("infold").warning("%s", settled)
+
+
 def _settle(folder: PathLike | None, *, refuse: bool = False) -> None:
     """Finish what a kill left of an edit in place, if there is such a thing."""
     if folder is not None and os.path.lexists(os.path.join(folder, "infold-undo.journal")):
         from infold.merge.inplace import settle
 
-        settle(folder, refuse=refuse)
+        if settled := settle(folder, refuse=refuse):
+            _log(f"{os.fspath(folder)}: {settled}")
 
 
 def combine(

@@ -55,7 +55,7 @@ class Frame:
 
 
 class RecordWriter:
-    """Writes frames, from any thread. `resume`: what an earlier run left is kept where it is whole."""
+    """Writes frames, from any thread. `resume`: whole ones of an earlier run are kept."""
 
     def __init__(self, path: Path, *, resume: bool = False) -> None:
         self.path, self._lock = path, threading.Lock()

@@ -111,7 +111,7 @@ class Staging:
 
     def _open(self) -> None:
         for made in reversed(self.made):  # else a power cut could take the output with its folder
-            _sync_folder(made.parent)
+            sync_folder(made.parent)
         self._restore()
         journal = self.folder / "journal"
         self.resumed = self._read_journal(journal)
@@ -245,7 +245,7 @@ class Staging:
         """Give the output its name. After this line returned it survives a power cut."""
         with storage_errors(self.out):
             for folder, _, _ in os.walk(self.output):
-                _sync_folder(Path(folder))
+                sync_folder(Path(folder))
             # from here on the folder must not be continued: after an exchange it holds the old one
             os.unlink(self.folder / "journal")
             if not os.path.lexists(self.out):
@@ -255,7 +255,7 @@ class Staging:
             elif not _exchange(self.output, self.out):
                 os.rename(self.out, self.folder / "replaced")
                 os.rename(self.output, self.out)
-            _sync_folder(self.out.parent)
+            sync_folder(self.out.parent)
             self.discard()
 
     def discard(self) -> None:
@@ -325,7 +325,7 @@ def copy_range(source: int, target: int, source_offset: int, offset: int, count:
         )
 
 
-def _sync_folder(path: Path) -> None:
+def sync_folder(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

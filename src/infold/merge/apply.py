@@ -109,7 +109,7 @@ class EditRun:
 
     def release(self) -> None:
         """Forget the parts."""
-        self._ready = None
+        self._ready = self._back = None
 
     def run(self, raw: Tensor, out: Tensor, block: Block, workspace: Workspace) -> Tensor | None:
         assert self._ready is not None

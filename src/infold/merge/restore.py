@@ -168,7 +168,6 @@ def open_swap(
 def swap_checkpoint(
     prepared: Prepared,
     *,
-    sha256: bool = False,
     progress: Callable[[int, int], None] | None = None,
     names: Sequence[str] | None = None,
 ) -> Receipt:
@@ -181,4 +180,4 @@ def swap_checkpoint(
     given = names or [str(adapter.path) for adapter in prepared.plan.adapters]
     with source.record:
         base = str(source.record.manifest["base"]["path"])
-        return execute(prepared, sha256=sha256, progress=progress, names=(base, given))
+        return execute(prepared, progress=progress, names=(base, given))

@@ -36,7 +36,7 @@ from infold.merge.recording import Recording
 from infold.plan.edits import BaseTensor, OutputShard, Plan
 from infold.workers import Worker, run_all
 
-__all__ = ["ShardDigests", "Streamed", "stream"]
+__all__ = ["Buffers", "Compute", "ShardDigests", "Streamed", "chunks_of", "stream"]
 
 HASH_PIECE = 1 << 20  # bytes that are read and hashed while they are in the cache
 COPY_PIECE = 32 << 20  # bytes that one kernel copy moves
@@ -86,7 +86,7 @@ class _Source:
             if tensor.end == tensor.begin:  # a pickle is in memory already
                 self.loaded = adapter.read(edit.source.key).view(-1, columns)
 
-    def read(self, block: Block, buffers: _Buffers) -> Tensor:
+    def read(self, block: Block, buffers: Buffers) -> Tensor:
         """The stored elements of a block, (rows, columns), in the worker's `in` buffer."""
         if not self.reads:
             return torch.empty(0, dtype=self.dtype)
@@ -101,7 +101,7 @@ class _Source:
         return raw.view(block.rows, block.columns)
 
 
-class _Buffers:
+class Buffers:
     """Page-aligned buffers of one worker, kept from chunk to chunk."""
 
     def __init__(self) -> None:
@@ -124,7 +124,7 @@ class _Copy:
 
 
 @dataclass(frozen=True, slots=True)
-class _Compute:
+class Compute:
     """A block of an edited tensor."""
 
     run: Run
@@ -141,7 +141,7 @@ class _Task:
 
     chain: _Chain
     number: int
-    work: _Copy | _Compute
+    work: _Copy | Compute
     end: int  # offset in the output where the chunk ends
 
 
@@ -325,9 +325,9 @@ def stream(
     return Streamed(pool.digests, pool.runs, pool.resumed)
 
 
-def _chunks(
+def chunks_of(
     plan: Plan, shard: OutputShard, runs: Mapping[str, Run], files: InputFiles, limit: int
-) -> Iterator[tuple[int, _Copy | _Compute]]:
+) -> Iterator[tuple[int, _Copy | Compute]]:
     """(end, work) for every chunk after the header, in file order."""
     base = plan.base.shards[shard.source].header.tensors
     source = target = count = 0  # the unedited bytes that were gathered so far
@@ -356,7 +356,7 @@ def _chunks(
         position = info.begin
         for number, block in enumerate(cut(*run.shape, limit)):
             begin, position = position, position + block.count * (info.nbytes // elements)
-            yield position, _Compute(run, place, number, block, begin, position == info.end)
+            yield position, Compute(run, place, number, block, begin, position == info.end)
     yield from flush()
 
 
@@ -394,7 +394,7 @@ class _Pool:
             if chain.kept:
                 self.resumed += chain.kept
             self.advance(chain.start)
-            chunks = list(_chunks(self.plan, shard, self.runs, self.files, self.limit))
+            chunks = list(chunks_of(self.plan, shard, self.runs, self.files, self.limit))
             todo = [chunk for chunk in chunks if chunk[0] > chain.start]
             done = [work for end, work in chunks if end <= chain.start]
             cut_elsewhere = todo and not self._starts_at(todo[0], chain.start)
@@ -413,14 +413,14 @@ class _Pool:
                 yield _Task(chain, number, work, end)
 
     @staticmethod
-    def _starts_at(first: tuple[int, _Copy | _Compute], position: int) -> bool:
+    def _starts_at(first: tuple[int, _Copy | Compute], position: int) -> bool:
         return first[1].target == position
 
-    def _recorded(self, done: Sequence[_Copy | _Compute]) -> bool:
+    def _recorded(self, done: Sequence[_Copy | Compute]) -> bool:
         """Whether the record has all blocks that an earlier run left."""
         if self.recording is None:
             return True
-        blocks = [(w.run, w.number) for w in done if isinstance(w, _Compute)]
+        blocks = [(w.run, w.number) for w in done if isinstance(w, Compute)]
         return all(self.recording.has(run, number) for run, number in blocks)
 
     def _finish(self, chain: _Chain) -> None:
@@ -437,7 +437,7 @@ class _Pool:
 
     def _work(self) -> None:
         take_one_core()
-        workspace, buffers = Workspace(self.device, self.limit), _Buffers()
+        workspace, buffers = Workspace(self.device, self.limit), Buffers()
         try:
             while not self.stopped.is_set() and self.keeper.error is None:
                 with self.lock:
@@ -455,7 +455,7 @@ class _Pool:
                 self.error = self.error or error
             self.stopped.set()
 
-    def _copy(self, task: _Task, work: _Copy, buffers: _Buffers) -> None:
+    def _copy(self, task: _Task, work: _Copy, buffers: Buffers) -> None:
         chain = task.chain
         with self.files.use(chain.source_path) as source, storage_errors(chain.path):
             copy_range(source, chain.target, work.source, work.target, work.count)
@@ -466,9 +466,7 @@ class _Pool:
                 chain.hash(piece, piece)
         self.advance(work.count)
 
-    def _compute(
-        self, task: _Task, work: _Compute, workspace: Workspace, buffers: _Buffers
-    ) -> None:
+    def _compute(self, task: _Task, work: Compute, workspace: Workspace, buffers: Buffers) -> None:
         chain, run, block = task.chain, work.run, work.block
         run.prepare(workspace, lambda piece: work.source.read(piece, buffers), self.limit)
         raw = work.source.read(block, buffers)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -65,6 +65,19 @@ class Merged:
 
     def number(self, tensor: str) -> int:
         return list(self.edits).index(tensor)
+
+    def observed(self, tensor: str) -> Callable[[int], Tensor] | None:
+        """What the steps on a tensor had observed of it, by their numbers; None where that is not
+        in the record, since they can observe it again."""
+        if not undone_by_residual(self.edits[tensor]):
+            return None
+        number = self.number(tensor) | SEEN
+
+        def recall(step: int) -> Tensor:
+            _, data = self.record.payload(number, step)
+            return torch.frombuffer(bytearray(data), dtype=torch.float64)
+
+        return recall
 
     def undo_plan(self) -> Plan:
         """The way back, as a plan over what lies there."""
@@ -313,13 +326,9 @@ class UndoRun:
         self.number = merged.number(tensor)
         self.guesser: EditRun | None = None
         if undone_by_residual(done):
-            self.guesser = EditRun(done, merged.adapters, device, self._observed)
+            self.guesser = EditRun(done, merged.adapters, device, merged.observed(tensor))
         self._numbers: dict[tuple[int, int], int] | None = None
         self._lock = threading.Lock()
-
-    def _observed(self, step: int) -> Tensor:
-        _, data = self.merged.record.payload(self.number | SEEN, step)
-        return torch.frombuffer(bytearray(data), dtype=torch.float64)
 
     def prepare(self, workspace: Workspace, read: Read, limit: int) -> None:
         if self.guesser is not None:
