@@ -18,7 +18,7 @@ import handmade
 import infold
 from crash_child import prepare
 from handmade import RECEIPT, digests
-from infold.checkpoint.shards import JOURNAL, read_receipt
+from infold.checkpoint.shards import JOURNAL, open_checkpoint, read_receipt
 from infold.merge import inplace
 from test_crash import Runner
 
@@ -118,9 +118,7 @@ def settle(place: Place, verb: str, caplog: pytest.LogCaptureFixture) -> bool:
         whole = place.weights(place.folder)
         assert whole in [place.weights(f[verb]) for f in (place.before, place.after)]
     with pytest.raises(infold.Refusal, match="edited in place"):
-        infold.merge(place.folder, place.second, place.root / "never", dry_run=True) if False else (
-            infold.checkpoint.shards.open_checkpoint(place.folder)
-        )
+        open_checkpoint(place.folder)
     caplog.clear()
     with caplog.at_level(logging.WARNING, "infold"):
         found = infold.inspect(place.folder)
@@ -233,12 +231,9 @@ def refused(place: Path, adapter: Path, match: str) -> None:
 
 
 def test_what_would_change_the_layout_is_refused(tmp_path: Path) -> None:
-    base = handmade.base_folder(tmp_path / "base", {"embed.weight": torch.ones(8, 4)})
-    adapter = handmade.adapter_folder(
-        tmp_path / "adapter",
-        {"embed.weight": torch.zeros(9, 4)},
-        {"peft_type": "LORA", "r": 1, "modules_to_save": ["embed"]},
-    )
+    tensors = {"model.embed_tokens.weight": torch.ones(8, 4)}
+    base = handmade.base_folder(tmp_path / "base", tensors, {"tie_word_embeddings": True})
+    adapter = handmade.lora(tmp_path / "adapter", {"lm_head": (8, 4)})
 
     refused(base, adapter, "layout would change")
 

@@ -9,7 +9,7 @@
 A frame's tensor is a number in the manifest's list, and its number is the block's, in the order of
 `edit.blocks.cut` with the manifest's `limit`. Tensors above SEEN hold what a method had observed of
 the tensor (number: its step), those at FILE whole pieces of data (number: as the manifest tells).
-What the blocks mean is not known here.
+What is in the blocks is `edit/residual.py`'s business.
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ from infold.checkpoint.shards import read_exactly
 from infold.checkpoint.staging import storage_errors, write_fully
 from infold.errors import CorruptFile, StorageFailure
 
-__all__ = ["FILE", "SEEN", "UNDO", "Record", "RecordWriter", "open_record"]
+__all__ = ["FILE", "ORIGINAL", "RESIDUAL", "SEEN", "UNDO", "Record", "RecordWriter", "open_record"]
 
 UNDO = "infold-undo.bin"
 MAGIC = b"infold undo 1\n\0\0"
 SEEN, FILE, MANIFEST = 1 << 31, 0xFFFFFFFE, 0xFFFFFFFF
-DATA = 0  # kind of a frame whose payload is its content
+# kinds of frames: content as it is; a block as the distance from a guess; a block as it was
+DATA, RESIDUAL, ORIGINAL = 0, 1, 2
 _FRAME = struct.Struct("<IIBQ16s")
 _TRAILER = struct.Struct("<Q16s")
 _PIECE = 1 << 20

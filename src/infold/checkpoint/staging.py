@@ -58,6 +58,8 @@ class Staging:
     An InfoldError removes it; an interruption or a crash leaves it for the next run.
     """
 
+    writes = True
+
     def __init__(self, out: Path, identity: str, force: bool) -> None:
         self.out, self.identity, self.force = out, identity, force
         self.folder = out.parent / f".{out.name}.infold"

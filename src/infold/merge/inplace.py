@@ -280,6 +280,8 @@ def _prepare(
 class _Rehearsal:
     """Takes the place of `Staging`: everything is computed and hashed, and goes nowhere."""
 
+    writes = False
+
     def __init__(self, folder: Path) -> None:
         self.output, self.resumed = folder, dict[str, Progress]()
 
@@ -315,11 +317,15 @@ class _Edit:
             if self.what and data:
                 self._close()
                 raise Refusal(f"{self.folder}: another edit in place has just begun; try again")
-            if self.what:
-                self._log({"what": self.what})
-                sync_folder(self.folder)
-            else:
-                self._read(data)
+            try:
+                if self.what:
+                    self._log({"what": self.what})
+                    sync_folder(self.folder)
+                else:
+                    self._read(data)
+            except BaseException as error:
+                self.__exit__(type(error), error, None)
+                raise
         return self
 
     def _read(self, data: bytes) -> None:
@@ -356,7 +362,7 @@ class _Edit:
             for name in (*names, PART, STEP, TOLD, JOURNAL):
                 if name == JOURNAL:
                     sync_folder(self.folder)
-                with suppress(FileNotFoundError):
+                if os.path.lexists(self.folder / name):
                     os.unlink(self.folder / name)
             sync_folder(self.folder)
 

@@ -57,6 +57,7 @@ class Target(Protocol):
 
     output: Path
     resumed: dict[str, Progress]
+    writes: bool  # False: all is computed and hashed, and goes nowhere
 
     def open_file(self, name: str, size: int) -> int:
         """A descriptor of a file that will have `size` bytes."""
@@ -457,8 +458,9 @@ class _Pool:
 
     def _copy(self, task: _Task, work: _Copy, buffers: Buffers) -> None:
         chain = task.chain
-        with self.files.use(chain.source_path) as source, storage_errors(chain.path):
-            copy_range(source, chain.target, work.source, work.target, work.count)
+        if self.staging.writes:
+            with self.files.use(chain.source_path) as source, storage_errors(chain.path):
+                copy_range(source, chain.target, work.source, work.target, work.count)
         with self._turn(task):
             for offset in range(0, work.count, HASH_PIECE):
                 piece = buffers.view("in", min(HASH_PIECE, work.count - offset))
@@ -476,8 +478,9 @@ class _Pool:
         before = run.run(raw.to(self.device), out, block, workspace)
         if self.recording is not None and before is not None:
             self.recording.add(run, work.number, before, out, block, workspace)
-        with storage_errors(chain.path):
-            write_fully(chain.target, written, work.target)
+        if self.staging.writes:
+            with storage_errors(chain.path):
+                write_fully(chain.target, written, work.target)
         base = buffers.view("in", len(written))
         if chain.in_step and run.edit.source != BaseTensor(run.edit.tensor):
             # the values came from elsewhere, but the base's own bytes belong to its digest
