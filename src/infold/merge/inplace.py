@@ -20,27 +20,24 @@ import fcntl
 import json
 import os
 import struct
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from blake3 import blake3
 
 from infold.checkpoint.adapter import open_adapter
 from infold.checkpoint.inputs import InputFiles
 from infold.checkpoint.record import UNDO, RecordWriter
 from infold.checkpoint.shards import JOURNAL, RECEIPT, Checkpoint, open_checkpoint
-from infold.checkpoint.staging import Progress, storage_errors, sync_folder, write_fully
-from infold.edit.steps import Workspace
-from infold.edit.threads import one_torch_thread, take_one_core, usual_threads
+from infold.checkpoint.staging import Progress, storage_errors, sync_folder
+from infold.edit.threads import one_torch_thread, usual_threads
 from infold.errors import Refusal
-from infold.merge.apply import EditRun, Run
+from infold.merge.apply import Run
+from infold.merge.inplace_steps import Crew, Piece, Places, grouped, program, write_file
 from infold.merge.receipt import Receipt
 from infold.merge.recording import Recording
 from infold.merge.restore import Undone, check_restored, undone
@@ -54,7 +51,7 @@ from infold.merge.run import (
     open_device,
     peak_memory,
 )
-from infold.merge.stream import Buffers, Compute, Streamed, chunks_of, stream
+from infold.merge.stream import Streamed, stream
 from infold.merge.undo import Merged, open_merged
 from infold.plan.build import plan_merge
 from infold.plan.edits import Plan
@@ -67,7 +64,6 @@ STEP_BYTES = 32 << 20  # of one step; more at once is not faster
 _MAGIC = b"infold step 1\n\0\0"
 _STEP = struct.Struct("<16sQQ32s")  # magic, number, bytes that follow, their BLAKE3
 _PLACE = struct.Struct("<IQQ")  # number of the shard, offset, bytes
-_CPU = torch.device("cpu")
 
 PathLike = str | os.PathLike[str]
 Advance = Callable[[int, int], None]
@@ -455,7 +451,7 @@ class _Edit:
                 return
             if os.path.lexists(self.folder / PART):
                 os.rename(self.folder / PART, self.folder / UNDO)
-            _write_file(self.folder / TOLD, Receipt(**result).to_json().encode())
+            write_file(self.folder / TOLD, Receipt(**result).to_json().encode())
             os.rename(self.folder / TOLD, self.folder / RECEIPT)
             sync_folder(self.folder)
             self._forget()
@@ -469,34 +465,34 @@ class _Edit:
             if self.what != "undo":
                 new = open_merged(self.folder, PART, in_place=True)
                 opened.callback(new.record.close)
-            plan, runs, limit = _program(old, new)
+            plan, runs, limit = program(old, new)
             finished = max((line.get("step", 0) for line in self.lines), default=0)
             size = next(line["step_bytes"] for line in self.lines if "step_bytes" in line)
-            writer = opened.enter_context(_Places(self.folder, [s.name for s in plan.shards]))
+            writer = opened.enter_context(Places(self.folder, [s.name for s in plan.shards]))
             finished = self._replay(writer, finished)
             files = InputFiles()
             opened.callback(files.close)
-            crew = opened.enter_context(_Crew(workers, limit, plan, files))
-            for number, works in enumerate(_grouped(plan, runs, files, limit, size), 1):
+            crew = opened.enter_context(Crew(workers, limit, plan, files))
+            for number, works in enumerate(grouped(plan, runs, files, limit, size), 1):
                 if number > finished:
                     self._step(writer, number, crew.compute(works))
                 self._advance(sum(work.count for work in works))
 
-    def _step(self, writer: _Places, number: int, pieces: Sequence[_Piece]) -> None:
+    def _step(self, writer: Places, number: int, pieces: Sequence[Piece]) -> None:
         body = b"".join(_PLACE.pack(p.shard, p.offset, len(p.data)) + p.data for p in pieces)
         head = _STEP.pack(_MAGIC, number, len(body), blake3(body).digest())
         with storage_errors(self.folder / STEP):
-            _write_file(self.folder / STEP, head + body)
+            write_file(self.folder / STEP, head + body)
             if number == 1:
                 sync_folder(self.folder)
         self._place(writer, number, pieces)
 
-    def _place(self, writer: _Places, number: int, pieces: Sequence[_Piece]) -> None:
+    def _place(self, writer: Places, number: int, pieces: Sequence[Piece]) -> None:
         writer.write(pieces)
         with storage_errors(self.folder / JOURNAL):
             self._log({"step": number})
 
-    def _replay(self, writer: _Places, finished: int) -> int:
+    def _replay(self, writer: Places, finished: int) -> int:
         """Write the step once more that the kill may have torn. Returns the last finished one."""
         try:
             data = (self.folder / STEP).read_bytes()
@@ -512,129 +508,7 @@ class _Edit:
         while position < len(body):
             shard, offset, count = _PLACE.unpack_from(body, position)
             position += _PLACE.size
-            pieces.append(_Piece(shard, offset, body[position : position + count]))
+            pieces.append(Piece(shard, offset, body[position : position + count]))
             position += count
         self._place(writer, number, pieces)
         return int(number)
-
-
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """New bytes, and where they go."""
-
-    shard: int
-    offset: int
-    data: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class _Work:
-    shard: int
-    chunk: Compute
-    count: int  # bytes
-
-
-def _program(old: Merged | None, new: Merged | None) -> tuple[Plan, dict[str, Run], int]:
-    """The plan over what lies there, what computes it, and the elements of a block: all from the
-    records alone."""
-    if new is None:
-        assert old is not None
-        return old.undo_plan(), old.undo_runs(_CPU), old.limit
-    forward = {
-        name: EditRun(edit, new.adapters, _CPU, new.observed(name))
-        for name, edit in new.edits.items()
-    }
-    undo = new.undo_plan()
-    plan = replace(undo, edits=new.edits, rewritten={}, copied=())
-    if old is None:
-        return plan, dict(forward), new.limit
-    both = replace(old.swap_plan(plan), adapters=new.adapters)
-    return both, old.swap_runs(plan, _CPU, forward), new.limit
-
-
-def _grouped(
-    plan: Plan, runs: Mapping[str, Run], files: InputFiles, limit: int, size: int
-) -> Iterator[list[_Work]]:
-    """The blocks of every step, in file order."""
-    works: list[_Work] = []
-    total = 0
-    for shard in plan.shards:
-        for end, chunk in chunks_of(plan, shard, runs, files, limit):
-            if not isinstance(chunk, Compute):
-                continue
-            works.append(_Work(shard.source, chunk, end - chunk.target))
-            total += end - chunk.target
-            if total >= size:
-                yield works
-                works, total = [], 0
-    if works:
-        yield works
-
-
-class _Crew:
-    """Threads that compute the blocks of one step side by side."""
-
-    def __init__(self, workers: int, limit: int, plan: Plan, files: InputFiles) -> None:
-        self.limit, self.own = limit, threading.local()
-        self.pool = ThreadPoolExecutor(workers, "infold-in-place", take_one_core)
-
-    def __enter__(self) -> _Crew:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.pool.shutdown(cancel_futures=True)
-
-    def compute(self, works: Sequence[_Work]) -> list[_Piece]:
-        pieces = list(self.pool.map(self._compute, works))
-        for work in works:
-            if work.chunk.last:
-                work.chunk.run.release()
-        return pieces
-
-    def _compute(self, work: _Work) -> _Piece:
-        if not hasattr(self.own, "buffers"):
-            self.own.workspace, self.own.buffers = Workspace(_CPU, self.limit), Buffers()
-        workspace, buffers, chunk = self.own.workspace, self.own.buffers, work.chunk
-        run, block = chunk.run, chunk.block
-        run.prepare(workspace, lambda piece: chunk.source.read(piece, buffers), self.limit)
-        raw = chunk.source.read(block, buffers)
-        data = bytearray(block.count * run.stored.itemsize)
-        out = torch.frombuffer(data, dtype=run.stored).view(block.rows, block.columns)
-        run.run(raw, out, block, workspace)
-        return _Piece(work.shard, chunk.target, bytes(data))
-
-
-class _Places:
-    """The shards, open for writing."""
-
-    def __init__(self, folder: Path, names: Sequence[str]) -> None:
-        self.paths = [folder / name for name in names]
-
-    def __enter__(self) -> _Places:
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
-
-    def write(self, pieces: Sequence[_Piece]) -> None:
-        """All pieces to their places, and on the disk."""
-        for number in dict.fromkeys(piece.shard for piece in pieces):
-            path = self.paths[number]
-            with storage_errors(path):
-                fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-                try:
-                    for piece in pieces:
-                        if piece.shard == number:
-                            write_fully(fd, memoryview(piece.data), piece.offset)
-                    os.fdatasync(fd)
-                finally:
-                    os.close(fd)
-
-
-def _write_file(path: Path, data: bytes) -> None:
-    """A whole file, on the disk."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-    try:
-        write_fully(fd, memoryview(data), 0)
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -173,7 +173,7 @@ def _record(folder: Path) -> dict[str, str]:
     """The digest of the undo record, where it can be read."""
     try:
         return {UNDO: digest_of(safe_child(folder, UNDO))}
-    except InfoldError:
+    except (InfoldError, OSError):
         return {}
 
 
