@@ -35,7 +35,7 @@ def curve() -> list[dict[str, Any]]:
     from infold.dtypes import TORCH_DTYPES
     from infold.edit import Step, edit_tensor
     from infold.edit.blocks import Block
-    from infold.edit.residual import _line, pack_residual
+    from infold.edit.residual import _fold, _integers, pack_residual
     from infold.edit.steps import Target, Workspace, backward, guess
     from infold.formats import dense
 
@@ -53,7 +53,7 @@ def curve() -> list[dict[str, Any]]:
         workspace = Workspace(torch.device("cpu"), SIDE * SIDE)
         guess(back, merged, near, block, Target("weight", dtype, dense), workspace)
         _, payload = pack_residual(weight, near)
-        _, counts = (_line(weight) - _line(near)).unique(return_counts=True)
+        _, counts = (_fold(_integers(weight)) - _fold(_integers(near))).unique(return_counts=True)
         return {
             "record": len(payload) / weight.nbytes,
             "stream": _entropy(counts.double() / counts.sum()) / (8 * weight.element_size()),
@@ -72,13 +72,10 @@ def curve() -> list[dict[str, Any]]:
         span = 400 if weight.element_size() == 2 else 60
         integer = {2: torch.int16, 4: torch.int32}[weight.element_size()]
         rows = slice(0, 256)
-        home = _line(weight[rows].contiguous()).view(256, SIDE).long()
+        home = _fold(_integers(weight[rows].contiguous())).view(256, SIDE).long()
         total, own = torch.zeros(256, SIDE).double(), torch.zeros(256, SIDE).double()
         for offset in range(-span, span + 1):
-            line = (home + offset).to(integer)
-            width = 8 * weight.element_size()
-            bits = line ^ ((line >> (width - 1)) & ((1 << (width - 1)) - 1))
-            other = bits.view(weight.dtype)
+            other = _fold((home + offset).to(integer)).view(weight.dtype)
             usable = other.isfinite()
             tried = torch.where(usable, other, 0).contiguous()
             x = tried.double()
@@ -172,7 +169,7 @@ def time_table(found: dict[str, Any]) -> str:
     copy = cases["cp + fsync"]["wall"]["median"]
     for name, case in cases.items():
         wall = case["wall"]["median"]
-        method = name.split()[-1] if name.startswith("swap") else (name.split() + [""])[1]
+        method = name.split()[-1] if name.startswith("swap") else [*name.split(), ""][1]
         own = cases.get(f"merge {method}")
         ratio = f"{wall / own['wall']['median']:.2f}" if own else ""
         cpu, memory = case["cpu"]["median"], case["memory"]["median"]
@@ -182,9 +179,10 @@ def time_table(found: dict[str, Any]) -> str:
         )
     rows.append("")
     for method, record in found["records"].items():
+        own = f"{record['share']:.2%} of the {record['edited_bytes']:,} edited bytes"
         rows.append(
-            f"{method}: the record has {record['bytes']:,} bytes, of which {record['adapters']:,} are "
-            f"the adapter's; the rest is {record['share']:.2%} of the {record['edited_bytes']:,} edited."
+            f"{method}: a record of {record['bytes']:,} bytes; without the adapter's copy, "
+            f"{record['adapters']:,} bytes, {own}."
         )
     return "\n".join(rows)
 
