@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -141,9 +142,7 @@ def time_cases(size: str, rounds: int) -> list[Case]:
 
 def timed(size: str, rounds: int, folder: Path, touch: int) -> dict[str, Any]:
     """Figures of all cases, and the sizes of the records."""
-    import infold
-
-    inputs.make(size, folder)
+    subprocess.run([sys.executable, str(HERE / "inputs.py"), size], check=True)
     name = inputs.names(size)
     records = {}
     bench = Bench(folder, touch)
@@ -152,8 +151,9 @@ def timed(size: str, rounds: int, folder: Path, touch: int) -> dict[str, Any]:
             for method in ("lora", "ia3"):
                 place = folder / f"undo-{size}-{method}"
                 shutil.rmtree(place, ignore_errors=True)
-                infold.merge(folder / name["base"], folder / name[method], place, undo=True)
-                shown = infold.inspect(place)
+                merge = ("merge", folder / name["base"], folder / name[method], "--undo", "--quiet")
+                _infold(*merge, "--out", place)
+                shown = json.loads(_infold("inspect", place, "--json"))
                 edited = shown["receipt"]["edited_bytes"]
                 records[method] = {**shown["undo"], "edited_bytes": edited}
             runs, _ = in_rounds(bench, time_cases(size, rounds))
@@ -161,6 +161,12 @@ def timed(size: str, rounds: int, folder: Path, touch: int) -> dict[str, Any]:
             for method in ("lora", "ia3"):
                 shutil.rmtree(folder / f"undo-{size}-{method}", ignore_errors=True)
     return {"records": records, "cases": {n: figures(r) for n, r in runs.items()}}
+
+
+def _infold(*words: str | Path) -> str:
+    """Its output. This process itself imports nothing large: see benchmarks/merge.py."""
+    command = [sys.executable, "-m", "infold", *map(str, words)]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def time_table(found: dict[str, Any]) -> str:
