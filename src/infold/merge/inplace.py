@@ -391,7 +391,7 @@ class _Edit:
             )
             writer.close()
             self._write(asdict(receipt), prepared.workers)
-        return receipt
+        return replace(receipt, seconds=round(time.perf_counter() - started, 3))
 
     def undo(self, prepared: Prepared) -> Undone:
         started, source = time.perf_counter(), prepared.source
@@ -402,7 +402,7 @@ class _Edit:
             check_restored(source, streamed)
             result = undone(source, self.folder, streamed, started)
             self._write(asdict(result), prepared.workers)
-        return result
+        return replace(result, seconds=round(time.perf_counter() - started, 3))
 
     def _rehearse(
         self,
