@@ -52,6 +52,17 @@ class Prepared(Protocol):
     def bias(self, x: Tensor, rows: Index) -> None:
         """Change x = bias[rows], float64, in place."""
 
+    def inverse(self) -> Prepared | None:
+        """What takes a merged block near to what it was, or None. Undo stores the rest, so nothing
+        depends on how near but the size of its record."""
+
+    @property
+    def observed(self) -> Tensor | None:
+        """What `observe` has learnt of the whole weight, float64; None where there is nothing."""
+
+    def recall(self, observed: Tensor) -> None:
+        """Instead of observing: what `observed` told when the same weight was merged."""
+
 
 class Method(Protocol):
     """A way to train an adapter: facts about it, its weight side and its activation side."""

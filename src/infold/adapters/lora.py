@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -69,12 +70,23 @@ class LowRank:
     observes = False
 
     def __init__(self, parts: Mapping[str, Tensor], settings: Settings) -> None:
+        self.parts, self.settings = parts, settings
         self.groups = _groups(parts, settings)
         self.per_group = settings.out // settings.groups
         bias = parts.get("lora_bias")
         self.delta_bias = None if bias is None else bias.double().flatten() * settings.scaling
 
+    def inverse(self) -> LowRank:
+        """W' - s B A, and the like of the bias."""
+        return LowRank(self.parts, replace(self.settings, scaling=-self.settings.scaling))
+
+    @property
+    def observed(self) -> Tensor | None:
+        return None
+
     def observe(self, x: Tensor, rows: Index, cols: Index) -> None: ...
+
+    def recall(self, observed: Tensor) -> None: ...
 
     def weight(self, x: Tensor, rows: Index, cols: Index) -> None:
         if len(self.groups) == 1:

@@ -13,11 +13,22 @@ from infold.checkpoint.files import exists, locate, read_bytes, read_json, read_
 from infold.checkpoint.safetensors import Header, TensorInfo, parse_json, read_header
 from infold.errors import CorruptFile, Refusal, StorageFailure
 
-__all__ = ["INDEX", "RECEIPT", "SINGLE", "Checkpoint", "Shard", "open_checkpoint", "read_exactly"]
+__all__ = [
+    "INDEX",
+    "JOURNAL",
+    "RECEIPT",
+    "SINGLE",
+    "Checkpoint",
+    "Shard",
+    "open_checkpoint",
+    "read_exactly",
+    "read_receipt",
+]
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 RECEIPT = "infold-receipt.json"
+JOURNAL = "infold-undo.journal"  # there while a folder is edited in place
 
 # A second copy of the base's weights in another container, or an adapter that a loader would attach
 # on top of the merged model: copying them would undo the merge behind the user's back.
@@ -62,12 +73,18 @@ class Checkpoint:
         return self.path.is_dir()
 
 
-def open_checkpoint(name: str | os.PathLike[str]) -> Checkpoint:
+def open_checkpoint(name: str | os.PathLike[str], *, in_place: bool = False) -> Checkpoint:
     """Open a folder, a single .safetensors file or a Hub id; read and check every header.
 
-    Raises CorruptFile for broken files, Refusal for what is no checkpoint.
+    Raises CorruptFile for broken files, Refusal for what is no checkpoint, and for a folder that
+    was left in the middle of an edit in place, but for those who finish that (`in_place`).
     """
     path = locate(name, never=_STALE)
+    if not in_place and os.path.lexists(path / JOURNAL):
+        raise Refusal(
+            f"{path}: is being edited in place, or was left in the middle of it; "
+            f"`infold inspect {path}` finishes that"
+        )
     if path.is_file():
         if path.suffix != ".safetensors":
             raise Refusal(f"{path}: not a .safetensors file; infold reads safetensors checkpoints")
