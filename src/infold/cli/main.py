@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from infold.cli import combine, inspect, merge, train, verify
+from infold.cli import checklist, combine, deploy, inspect, merge, report, train, verify
 from infold.cli.output import complain, finish, protect_streams
 from infold.errors import InfoldError, ProofFailed, Refusal
 from infold.version import __version__
@@ -106,7 +106,11 @@ def _together(reasons: Sequence[str]) -> list[str]:
     return lines
 
 
-for _verb in (merge.merge, train.train, combine.combine, inspect.inspect, verify.verify):
+_VERBS = (
+    merge.merge, train.train, combine.combine, inspect.inspect, verify.verify,
+    deploy.deploy, checklist.checklist, report.report,
+)  # fmt: skip
+for _verb in _VERBS:
     app.command()(_guarded(_verb))
 
 
