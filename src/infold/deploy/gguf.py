@@ -44,7 +44,7 @@ def ask_gguf(file: Path, request: dict[str, Any], timeout: float = 900) -> str:
 
 
 def _open(file: str, port: int) -> Any:
-    import xllamacpp  # type: ignore[import-not-found,unused-ignore]
+    import xllamacpp
 
     settings = xllamacpp.CommonParams()
     settings.model.path = file

@@ -120,7 +120,7 @@ def answer(folder: str, prompt: str, new_tokens: int, chat: bool) -> dict[str, A
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
     if chat:
         talk = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(
+        inputs: Any = tokenizer.apply_chat_template(
             talk, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
     else:
@@ -154,5 +154,8 @@ def _processor() -> str:
 
 
 if __name__ == "__main__":
-    wanted = {"measure": measure, "answer": answer}[sys.argv[1]]
-    print(json.dumps(wanted(sys.argv[2], **json.load(sys.stdin))))
+    given = json.load(sys.stdin)
+    made = (
+        measure(sys.argv[2], **given) if sys.argv[1] == "measure" else answer(sys.argv[2], **given)
+    )
+    print(json.dumps(made))

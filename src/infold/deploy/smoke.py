@@ -132,7 +132,7 @@ def _transformers(folder: Path, port: int) -> list[str]:
     return [sys.executable, "-c", start, *where]
 
 
-def _messages(prompt: str) -> list[dict[str, str]]:
+def _messages(prompt: str) -> list[Any]:
     return [{"role": "user", "content": prompt}]
 
 

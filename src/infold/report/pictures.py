@@ -7,8 +7,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from matplotlib import rc_context  # type: ignore[import-not-found,unused-ignore]
-from matplotlib.figure import Figure  # type: ignore[import-not-found,unused-ignore]
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 
 __all__ = ["pictures"]
 
