@@ -109,9 +109,8 @@ def test_hostile_records_are_refused(tmp_path: Path) -> None:
 def in_browser(page: str, folder: Path, width: int) -> tuple[list[str], list[str]]:
     """What is wider than the page, and what the console says, in a window of `width` pixels."""
     (folder / "report.html").write_text(page)
-    probe = (
-        """<!doctype html><meta charset="utf-8"><pre id="found"></pre>
-<iframe id="page" src="report.html" style="border:0;width:%dpx;height:800px"></iframe>
+    probe = """<!doctype html><meta charset="utf-8"><pre id="found"></pre>
+<iframe id="page" src="report.html" style="border:0;width:WIDTHpx;height:800px"></iframe>
 <script>
 page.onload = () => {
   const inside = page.contentDocument, wide = inside.documentElement.clientWidth;
@@ -119,9 +118,7 @@ page.onload = () => {
     e => e.getBoundingClientRect().right > wide + 0.5 || e.scrollWidth > wide + 0.5);
   found.textContent = "DONE " + over.map(e => e.tagName).join(" ");
 };
-</script>"""
-        % width
-    )
+</script>""".replace("WIDTH", str(width))
     (folder / "probe.html").write_text(probe)
     ran = subprocess.run(
         [

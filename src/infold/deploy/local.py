@@ -68,9 +68,9 @@ def measure(
 
     before = _resident()
     began = time.perf_counter()
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = model.to(device).eval()  # type: ignore[arg-type]
+    model = model.to(device).eval()
     loading = time.perf_counter() - began
     top = model.config.get_text_config().vocab_size
     seed = torch.Generator().manual_seed(0)
@@ -79,7 +79,7 @@ def measure(
 
     def timed(count: int) -> float:
         start = time.perf_counter()
-        model.generate(  # type: ignore[operator,misc]
+        model.generate(
             input_ids=prompt,
             attention_mask=mask,
             max_new_tokens=count,
@@ -117,7 +117,7 @@ def answer(folder: str, prompt: str, new_tokens: int, chat: bool) -> dict[str, A
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     if chat:
         talk = [{"role": "user", "content": prompt}]
         inputs: Any = tokenizer.apply_chat_template(
@@ -125,7 +125,7 @@ def answer(folder: str, prompt: str, new_tokens: int, chat: bool) -> dict[str, A
         )
     else:
         inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-    tokens = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
+    tokens = model.eval().generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
     new = tokens[0, inputs["input_ids"].shape[1] :]
     return {"text": tokenizer.decode(new, skip_special_tokens=True)}
 

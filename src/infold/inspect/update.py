@@ -109,6 +109,6 @@ def _moved(base: Checkpoint, merged: Checkpoint, name: str) -> dict[str, Any] | 
 
 
 def _piece(files: InputFiles, path: Path, offset: int, count: int, dtype: str) -> Tensor:
-    raw = torch.empty(count, dtype=torch.uint8)
-    files.read(path, memoryview(raw.numpy()), offset)
-    return raw.view(TORCH_DTYPES[dtype])
+    raw = bytearray(count)
+    files.read(path, memoryview(raw), offset)
+    return torch.frombuffer(raw, dtype=TORCH_DTYPES[dtype])

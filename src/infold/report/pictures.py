@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 __all__ = ["pictures"]
 
 _INK = "#010203"  # becomes currentColor
-_STYLE = {
+_STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "infold",  # the same records, the same bytes
     "text.color": _INK,
@@ -73,11 +73,11 @@ def _heat(values: Mapping[str, float], centre: float | None) -> str:
         if centre
         else 0.0
     )
-    limits = {"vmin": centre - spread, "vmax": centre + spread} if centre and spread else {}
+    limits: Any = {"vmin": centre - spread, "vmax": centre + spread} if centre and spread else {}
     mesh = axes.pcolormesh(rows, cmap="RdBu_r" if centre else "viridis", **limits)
     axes.set_yticks([n + 0.5 for n in range(len(modules))], modules)
     step = max(1, len(layers) // 10)
-    axes.set_xticks([n + 0.5 for n in range(0, len(layers), step)], layers[::step])
+    axes.set_xticks([n + 0.5 for n in range(0, len(layers), step)], [*map(str, layers[::step])])
     axes.set_xlabel("layer")
     axes.invert_yaxis()
     figure.colorbar(mesh, ax=axes)
