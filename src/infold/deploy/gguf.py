@@ -48,7 +48,7 @@ def _open(file: str, port: int) -> Any:
 
     settings = xllamacpp.CommonParams()
     settings.model.path = file
-    settings.hostname = "127.0.0.1"
+    settings.hostnames = ["127.0.0.1"]
     settings.port = port
     settings.n_ctx = 2048
     settings.n_parallel = 1
