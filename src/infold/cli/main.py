@@ -14,7 +14,18 @@ from typing import Annotated, Any
 
 import typer
 
-from infold.cli import combine, inspect, merge, swap, train, undo, verify
+from infold.cli import (
+    checklist,
+    combine,
+    deploy,
+    inspect,
+    merge,
+    report,
+    swap,
+    train,
+    undo,
+    verify,
+)
 from infold.cli.output import complain, finish, protect_streams
 from infold.errors import InfoldError, ProofFailed, Refusal
 from infold.version import __version__
@@ -119,6 +130,9 @@ _VERBS = (
     combine.combine,
     inspect.inspect,
     verify.verify,
+    deploy.deploy,
+    checklist.checklist,
+    report.report,
 )
 for _verb in _VERBS:
     app.command()(_guarded(_verb))

@@ -11,7 +11,7 @@ from typing import Any
 from infold.checkpoint.files import safe_child
 from infold.checkpoint.record import UNDO
 from infold.checkpoint.safetensors import Header, open_regular, read_header
-from infold.checkpoint.shards import RECEIPT, read_receipt
+from infold.checkpoint.shards import CARD, KEPT_CARD, RECEIPT, is_bundled, read_receipt
 from infold.errors import CorruptFile, InfoldError
 from infold.plan.edits import OutputShard, Plan
 from infold.verify.verdict import Offender
@@ -118,7 +118,9 @@ def side_files(folder: Path, plan: Plan) -> tuple[int, list[Offender]]:
             offenders.append(Offender("missing file", name, "it should be beside the weights"))
             continue
         try:
-            path = safe_child(folder, name)
+            # `infold deploy` keeps the base's card under another name when it writes its own
+            kept = KEPT_CARD if name == CARD and os.path.lexists(folder / KEPT_CARD) else name
+            path = safe_child(folder, kept)
             if name in plan.rewritten:
                 difference = _differs_from(path, plan.rewritten[name])
                 origin = "what the merge makes of the base's"
@@ -169,6 +171,7 @@ def extra_files(folder: Path, plan: Plan, recorded: bool) -> list[Offender]:
     known = {shard.name for shard in plan.shards} | {*plan.copied, *plan.rewritten, RECEIPT}
     if recorded:
         known.add(UNDO)
+    known |= {CARD} if os.path.lexists(folder / "deployment_config.json") else set()
     offenders = []
 
     def unreadable(error: OSError) -> None:
@@ -179,7 +182,7 @@ def extra_files(folder: Path, plan: Plan, recorded: bool) -> list[Offender]:
         links = [name for name in folders if os.path.islink(os.path.join(where, name))]
         for name in sorted([*names, *links]):
             relative = os.path.relpath(os.path.join(where, name), folder)
-            if relative not in known:
+            if relative not in known and not is_bundled(relative):
                 told = "neither the base nor the merge puts it there"
                 offenders.append(Offender("extra file", relative, told))
     return offenders
