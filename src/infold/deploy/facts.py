@@ -13,6 +13,7 @@ from typing import Any
 from blake3 import blake3
 
 from infold.checkpoint.files import exists, locate, read_bytes, read_object, safe_child
+from infold.checkpoint.record import UNDO
 from infold.checkpoint.safetensors import DTYPE_BITS
 from infold.checkpoint.shards import CARD, KEPT_CARD, RECEIPT, Checkpoint, open_checkpoint
 from infold.errors import Refusal
@@ -21,7 +22,7 @@ from infold.inspect.receipt import checked_receipt
 __all__ = ["CONFIG", "UNDO", "Facts", "KVCache", "read_facts", "receipt_digest"]
 
 CONFIG = "deployment_config.json"
-UNDO = "infold-undo.bin"
+
 _CONFIG_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
 
 
