@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import infold
 from infold.adapters import METHODS, Settings, merge
 from infold.errors import Refusal
 from infold.tuners import IA3Config, LoraConfig, attach, load
@@ -702,3 +703,91 @@ def test_every_method_is_the_same_on_activations_and_on_weights(calm: None) -> N
             plain = adapted.merge_and_unload()
             assert_close(plain(x if x.dtype == torch.int64 else x.double()), wanted, 1e-12)
     assert seen | {"trainable_tokens"} == set(METHODS)
+
+
+# --- several adapters into one -------------------------------------------------------------------
+
+
+def with_two(config: Any, other: Any) -> Any:
+    model = tuned("llama", config)
+    return randomized(attach(model, other, "other"), 3)
+
+
+@pytest.mark.parametrize(
+    "kind", ["svd", "linear", "cat", "ties", "dare_linear", "magnitude_prune_svd"]
+)
+def test_combining_in_memory_is_combining_files_lora(bench: Bench, kind: str) -> None:
+    pruned = {} if kind in ("svd", "linear", "cat") else {"density": 0.5}
+    model = with_two(LoraConfig(r=4), LoraConfig(r=4, lora_alpha=3))
+    folder = bench.place("both")
+    model.save_pretrained(folder)
+
+    model.add_weighted_adapter(["default", "other"], [0.7, -0.4], "sum", kind, **pruned)
+
+    model.save_pretrained(folder, selected_adapters=["sum"])
+    infold.combine(
+        [folder, folder / "other"],
+        bench.folder / "wanted",
+        weights=[0.7, -0.4],
+        kind=kind,
+        **pruned,
+    )
+    assert_same_bits(read_tensors(folder / "sum"), read_tensors(bench.folder / "wanted"))
+
+
+@pytest.mark.parametrize("kind", ["linear", "cat", "svd"])
+def test_combining_in_memory_is_what_peft_does_lora(calm: None, kind: str) -> None:
+    import peft
+
+    configs = [dict(r=4, lora_alpha=a, target_modules=["q_proj", "v_proj"]) for a in (8, 3)]
+    model = with_two(*(LoraConfig(**c) for c in configs))
+    theirs = peft.get_peft_model(copy.deepcopy(model).unload(), peft.LoraConfig(**configs[0]))
+    theirs.add_adapter("other", peft.LoraConfig(**configs[1]))
+    ours = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if ".lora_" in name:
+                path, part, adapter = (
+                    name.removeprefix("base_model.model.").split(".lora_")[0],
+                    *(name.split(".lora_")[1].split(".")[:2]),
+                )
+                parameter.copy_(ours[f"{path}.adapters.{adapter}.lora_{part}"])
+
+    for one in (model, theirs):
+        one.add_weighted_adapter(["default", "other"], [0.7, 0.4], "sum", combination_type=kind)
+        one.set_adapter("sum")
+
+    inputs = model_inputs("llama")
+    assert_close(model(**inputs).logits, theirs.eval()(**inputs).logits)
+
+
+def test_an_untouched_layer_counts_as_one_in_memory_too(calm: None) -> None:
+    model = with_two(
+        IA3Config(target_modules=["k_proj"], feedforward_modules=[]),
+        IA3Config(target_modules=["v_proj"], feedforward_modules=[]),
+    )
+    attention = model.model.layers[0].self_attn
+
+    model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "mean")
+
+    own = attention.k_proj.adapters["default"].ia3_l
+    mean = attention.k_proj.adapters["mean"].ia3_l
+    assert_close(mean, 0.5 * own + 0.5)
+    assert model.active_adapters == ["other"]
+    assert not mean.requires_grad
+
+
+def test_what_cannot_be_combined_leaves_the_model_alone(calm: None) -> None:
+    model = with_two(LoraConfig(r=4), LoraConfig(r=2))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    with pytest.raises(Refusal, match="ranks 4, 2: linear works element by element") as refused:
+        model.add_weighted_adapter(["default", "other"], [1, 1], "sum", "linear")
+    with pytest.raises(Refusal, match="there is no adapter missing"):
+        model.add_weighted_adapter(["default", "missing"], [1, 1], "sum")
+    with pytest.raises(Refusal, match="already"):
+        model.add_weighted_adapter(["default"], [1], "other")
+
+    assert not any("/tmp" in reason for reason in refused.value.reasons)
+    assert_same_bits(dict(model.state_dict()), before)
+    assert set(model.peft_config) == {"default", "other"}
