@@ -41,7 +41,7 @@ def checklist(
     else:
         for box in boxes:
             print(entry(f"{box.status:8}  {box.title:26}", box.evidence, 38))
-            if box.status != "PASS":
+            if box.status != "PASS" and box.command:
                 print(entry("", box.command, 38))
     failed = [box.title for box in boxes if box.status == "FAIL"]
     if failed:
