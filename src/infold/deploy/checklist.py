@@ -28,7 +28,7 @@ _SLACK = 0.02  # a merged model that is surely slower or larger than this has no
 
 @dataclass(frozen=True)
 class Box:
-    """One line of the checklist. command: what produces the evidence, to be run by the user, or ""."""
+    """One line of the checklist. command: what produces the evidence, if there is a verb for it."""
 
     part: str
     title: str
