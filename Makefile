@@ -19,6 +19,9 @@ lint: .venv/dev.done
 
 bench: .venv/dev.done
 	$(BIN)/python benchmarks/merge.py
+	$(BIN)/python benchmarks/tuners.py
+	$(BIN)/python benchmarks/undo.py curve
+	$(BIN)/python benchmarks/undo.py time
 
 # Runs every cell; NOTEBOOK=--save keeps the outputs
 notebook: .venv/notebook.done
