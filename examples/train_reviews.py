@@ -90,7 +90,7 @@ def run(
     model = infold.load(load_model(base), adapter)
     compare_with_peft(model, base, adapter, held_out[:16])
     unmerged = judge(model, held_out, answers)
-    parameters = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    parameters = sum(p.numel() for n, p in model.named_parameters() if ".adapters." in n)
 
     command("merge", base, adapter, "--out", merged, "--force")
     command("verify", base, adapter, merged)

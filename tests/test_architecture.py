@@ -32,7 +32,10 @@ MAY_IMPORT = {
     "tuners": LEAVES | {"edit"},
     "inspect": LEAVES | {"plan"},
     "loop": LEAVES | {"plan", "edit", "merge", "tuners", "verify", "inspect"},
-    "cli": LEAVES | {"plan", "edit", "merge", "tuners", "verify", "inspect", "loop"},
+    "deploy": LEAVES | {"inspect", "verify"},
+    "report": set(),
+    "cli": LEAVES
+    | {"plan", "edit", "merge", "tuners", "verify", "inspect", "loop", "deploy", "report"},
 }
 
 

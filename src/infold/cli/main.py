@@ -14,18 +14,34 @@ from typing import Annotated, Any
 
 import typer
 
-from infold.cli import combine, inspect, loop, merge, train, verify
+from infold.cli import (
+    checklist,
+    combine,
+    deploy,
+    inspect,
+    loop,
+    merge,
+    report,
+    swap,
+    train,
+    undo,
+    verify,
+)
 from infold.cli.output import complain, finish, protect_streams
 from infold.errors import InfoldError, ProofFailed, Refusal
 from infold.version import __version__
 
 _CONTINUES: dict[Callable[..., None], str] = {
     merge.merge: "; the same command continues",
+    undo.undo: "; the same command continues",
+    swap.swap: "; the same command continues",
     train.train: "; the same command with --resume continues",
     loop.loop: "; the same command continues",
 }
 _LESS_MEMORY: dict[Callable[..., None], str] = {
     merge.merge: "; give a smaller --max-memory",
+    undo.undo: "; give a smaller --max-memory",
+    swap.swap: "; give a smaller --max-memory",
     train.train: "; give a smaller --batch-size and a larger --accumulate",
     loop.loop: "; give a smaller collect.batch, or train.batch_size and a larger train.accumulate",
 }
@@ -50,7 +66,8 @@ def _guarded(verb: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(verb)
     def guarded(*args: Any, **given: Any) -> None:
-        writes = verb in (merge.merge, combine.combine, train.train) and not given.get("dry_run")
+        writing = (merge.merge, undo.undo, swap.swap, combine.combine, train.train)
+        writes = verb in writing and not given.get("dry_run")
         try:
             verb(*args, **given)
         except KeyboardInterrupt:
@@ -108,9 +125,19 @@ def _together(reasons: Sequence[str]) -> list[str]:
     return lines
 
 
-for _verb in (
-    merge.merge, train.train, loop.loop, combine.combine, inspect.inspect, verify.verify
-):  # fmt: skip
+_VERBS = (
+    merge.merge,
+    undo.undo,
+    swap.swap,
+    train.train,
+    combine.combine,
+    inspect.inspect,
+    verify.verify,
+    deploy.deploy,
+    checklist.checklist,
+    report.report,
+)
+for _verb in _VERBS:
     app.command()(_guarded(_verb))
 
 
