@@ -87,7 +87,9 @@ def _check_options(action: str, for_run: bool, for_checkout: bool) -> None:
 
 def _shown(found: dict[str, Any]) -> str:
     phases = ("collect", "train", "merge", "evaluate")
-    rows = [("iteration", "right", "95 %", "learnt", *phases, "merge memory")]
+    rows: list[tuple[str, ...]] = [
+        ("iteration", "right", "95 %", "learnt", *phases, "merge memory")
+    ]
     for it in found["iterations"]:
         score, merge = it["score"], it["merge"]
         rows.append(

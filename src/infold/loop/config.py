@@ -109,9 +109,10 @@ def _toml(path: Path) -> dict[str, Any]:
     else:
         import tomli as tomllib
     try:
-        return tomllib.loads(read_bytes(path).decode())
+        found: dict[str, Any] = tomllib.loads(read_bytes(path).decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise Refusal(f"{path}: is no TOML: {error}") from None
+    return found
 
 
 def _checked(given: dict[str, Any], where: str, folder: Path) -> LoopConfig:

@@ -88,8 +88,8 @@ class _Local:
         # float32 holds every bfloat16 and float16 exactly, and processors compute with it faster
         dtype: Any = "auto" if self.device == "cuda" else torch.float32
         with quiet_transformers():
-            self.model: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
-        self.model.to(self.device).eval()
+            loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+        self.model = loaded.to(self.device).eval()
         pads = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
         self.pad = next(int(i) for i in pads if i is not None)
 

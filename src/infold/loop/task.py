@@ -39,7 +39,8 @@ class Task:
     def problems(self, split: str, count: int, seed: int) -> list[Any]:
         """Problems as JSON keeps them. Raises Refusal for none, and for what is no JSON."""
         try:
-            found = json.loads(json.dumps(list(self.make(split, count, seed))))
+            made = json.dumps(list(self.make(split, count, seed)))
+            found: list[Any] = json.loads(made)
         except Refusal:
             raise
         except Exception as error:
