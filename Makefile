@@ -22,6 +22,9 @@ bench: .venv/dev.done
 	$(BIN)/python benchmarks/tuners.py
 	$(BIN)/python benchmarks/undo.py curve
 	$(BIN)/python benchmarks/undo.py time
+	$(BIN)/python benchmarks/loop.py drift
+	$(BIN)/python benchmarks/loop.py disk
+	$(BIN)/python benchmarks/loop.py speed
 
 # Runs every cell; NOTEBOOK=--save keeps the outputs
 notebook: .venv/notebook.done

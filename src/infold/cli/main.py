@@ -130,6 +130,7 @@ _VERBS = (
     undo.undo,
     swap.swap,
     train.train,
+    loop.loop,
     combine.combine,
     inspect.inspect,
     verify.verify,

@@ -18,7 +18,9 @@ def wilson(right: int, of: int) -> tuple[float, float]:
     share, square = right / of, _Z * _Z
     middle = (share + square / (2 * of)) / (1 + square / of)
     half = _Z / (1 + square / of) * math.sqrt(share * (1 - share) / of + square / (4 * of * of))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    low = middle - half if right else 0.0  # where rounding would miss it by a hair
+    high = middle + half if right < of else 1.0
+    return max(0.0, low), min(1.0, high)
 
 
 def score(problems: Sequence[Any], right: Sequence[bool]) -> dict[str, Any]:
