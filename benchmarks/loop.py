@@ -232,9 +232,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=HERE / "results")
     args = parser.parse_args()
     torch.manual_seed(0)
-    base = default_cache() / NAME
-    if not base.exists():
-        make_base(base)
+    base = make_base(default_cache())
     with tempfile.TemporaryDirectory(dir=default_cache()) as work:
         found = {"drift": drift, "disk": disk, "speed": speed}[args.what](base, Path(work))
     head = [f"# {TITLES[args.what]}", "", f"    python benchmarks/loop.py {args.what}", "",
