@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Tests and benchmarks never ask a model hub
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench notebook clean
 
 demo: .venv/demo.done
 	$(BIN)/python examples/demo.py
@@ -19,6 +19,13 @@ lint: .venv/dev.done
 
 bench: .venv/dev.done
 	$(BIN)/python benchmarks/merge.py
+	$(BIN)/python benchmarks/tuners.py
+	$(BIN)/python benchmarks/undo.py curve
+	$(BIN)/python benchmarks/undo.py time
+
+# Runs every cell; NOTEBOOK=--save keeps the outputs
+notebook: .venv/notebook.done
+	$(BIN)/python examples/notebook.py $(NOTEBOOK)
 
 .venv/%.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

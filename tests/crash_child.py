@@ -20,7 +20,7 @@ from typing import Any
 
 import infold
 from infold.checkpoint import staging
-from infold.merge import run, stream
+from infold.merge import inplace, run, stream
 
 PRIMITIVES = (
     "copy_file_range", "fdatasync", "fsync", "ftruncate", "mkdir", "open", "pwrite", "rename",
@@ -94,6 +94,7 @@ def prepare(request: dict[str, Any], put: Callable[[Any, str, Any], None] = seta
     put(run, "_BLOCK", request.get("block", 4096))
     put(run, "_SMALLEST_BLOCK", request.get("block", 4096))
     put(stream, "KEEP_EVERY", request.get("keep", 32 << 10))
+    put(inplace, "STEP_BYTES", request.get("step", 16 << 10))
     put(stream, "COPY_PIECE", request.get("copy", 16 << 10))
     if request.get("no_exchange"):
         put(staging, "_exchange", lambda one, two: False)
@@ -105,6 +106,18 @@ def prepare(request: dict[str, Any], put: Callable[[Any, str, Any], None] = seta
         put(os, name, os.fstat)
 
 
+def _run(request: dict[str, Any]) -> infold.Receipt | infold.Undone:
+    """The verb on its own: the folder `base`, in place unless there is an `out`."""
+    verb, threads = request.get("verb", "merge"), request.get("threads", 1)
+    more: dict[str, Any] = {"undo": True} if request.get("undo") else {}
+    if "force" in request:
+        more["force"] = request["force"]
+    inputs = [request["base"], *([] if verb == "undo" else [request["adapter"]])]
+    if "out" in request:
+        return getattr(infold, verb)(*inputs, request["out"], threads=threads, **more)  # type: ignore[no-any-return]
+    return getattr(infold, verb)(*inputs, in_place=True, threads=threads)  # type: ignore[no-any-return]
+
+
 def merge(request: dict[str, Any], seen: mmap.mmap) -> dict[str, Any]:
     """In the forked process: the merge."""
     prepare(request)
@@ -114,13 +127,7 @@ def merge(request: dict[str, Any], seen: mmap.mmap) -> dict[str, Any]:
     watch.install()
     result: dict[str, Any] = {}
     try:
-        receipt = infold.merge(
-            request["base"],
-            request["adapter"],
-            request["out"],
-            force=request.get("force", False),
-            threads=request.get("threads", 1),
-        )
+        receipt = _run(request)
         result["status"] = "done"
         result["resumed"] = receipt.resumed_bytes
         result["shards"] = receipt.shards

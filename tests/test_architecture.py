@@ -31,7 +31,9 @@ MAY_IMPORT = {
     "verify": LEAVES | {"plan"},
     "tuners": LEAVES | {"edit"},
     "inspect": LEAVES | {"plan"},
-    "cli": LEAVES | {"plan", "edit", "merge", "tuners", "verify", "inspect"},
+    "deploy": LEAVES | {"inspect", "verify"},
+    "report": set(),
+    "cli": LEAVES | {"plan", "edit", "merge", "tuners", "verify", "inspect", "deploy", "report"},
 }
 
 

@@ -173,3 +173,14 @@ def test_help_of_each_verb_is_plain_words() -> None:
         text = command.get_help(click.Context(command, info_name=f"infold {name}"))
 
         assert "Usage: infold" in text and "TODO" not in text
+
+
+def test_the_notebook_was_run_from_its_beginning_to_its_end() -> None:
+    path = ROOT / "examples" / "ia3_merge_and_deploy.ipynb"
+    cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells[1:] for output in cell["outputs"]]
+    assert len(outputs) >= len(cells) - 1
+    assert not [o for o in outputs if o["output_type"] == "error" or o.get("name") == "stderr"]
+    assert str(Path.home()) not in path.read_text() and str(ROOT) not in path.read_text()

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from infold.adapters import METHODS
+import infold
+from infold.adapters import METHODS, Settings, merge
 from infold.errors import Refusal
 from infold.tuners import IA3Config, LoraConfig, attach, load
 from infold.tuners.layers import Adapted
@@ -217,6 +218,86 @@ def test_merging_one_end_of_a_tie_unties_it(bench: Bench) -> None:
 
     assert torch.equal(again.lm_head.weight, old)
     assert_close(again(**model_inputs("llama")).logits, wanted)
+
+
+@pytest.mark.parametrize("config", [IA3Config(), LoraConfig(r=4)])
+def test_merging_for_good_writes_into_the_weights_it_has(calm: None, config: Any) -> None:
+    """A second copy of what changes would be most of the model."""
+    model = tuned("llama", config, torch.bfloat16)
+    before = {n: (p, p.data_ptr()) for n, p in model.named_parameters() if ".adapters." not in n}
+
+    plain = model.merge_and_unload()
+
+    for name, parameter in plain.named_parameters():
+        assert (parameter, parameter.data_ptr()) == (before[name][0], before[name][1])
+
+
+def test_merging_for_good_keeps_off_memory_that_others_use(calm: None) -> None:
+    model = tuned("llama", LoraConfig(r=4))
+    layers = model.model.layers
+    both = torch.zeros(2, *layers[0].self_attn.q_proj.weight.shape)
+    for number in (0, 1):  # overlapping views of one tensor, one of them of a frozen layer
+        layers[number].self_attn.q_proj.weight.data = both.view(-1)[: both[0].numel()].view_as(
+            both[0]
+        )
+    plain = model.merge_and_unload()
+
+    assert not both.any()
+    assert not torch.equal(layers[0].self_attn.q_proj.weight, layers[1].self_attn.q_proj.weight)
+    assert type(plain).__name__ == "LlamaForCausalLM"
+
+
+def test_an_interrupted_merge_for_good_leaves_the_same_function(
+    calm: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from infold.tuners import merging
+
+    model = tuned("llama", LoraConfig(r=4, target_modules="all-linear"))
+    wanted = model(**model_inputs("llama")).logits
+    done = 0
+
+    def interrupted(*args: Any, **kwargs: Any) -> Tensor:
+        nonlocal done
+        done += 1
+        if done == 6:
+            raise KeyboardInterrupt
+        return edit(*args, **kwargs)
+
+    edit = merging.edit_tensor
+    monkeypatch.setattr(merging, "edit_tensor", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.merge_and_unload()
+
+    assert any(isinstance(m, Adapted) and not len(m.adapters) for m in model.modules())
+    assert_close(model(**model_inputs("llama")).logits, wanted)
+    assert_close(model.merge_and_unload()(**model_inputs("llama")).logits, wanted)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_merged_element_exceeds_the_bound(seed: int) -> None:
+    """Where a method's bound were too small, a merge for good could stop half way."""
+    random = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=random) * 10 ** (3 * torch.rand(1, generator=random))
+
+    weight, bias, scaling = normal(8, 6).double(), normal(8).double(), -1.5
+    for groups in (1, 2):
+        cases = {
+            "lora": {"lora_A": normal(4, 6), "lora_B": normal(8, 4 // groups)}
+            | {"lora_bias": normal(8)},
+            "ia3": {"ia3_l": normal(8, 1) / 5},
+            "trainable_tokens": {"trainable_tokens_delta": normal(2, 6)},
+        }
+        for method, parts in cases.items():
+            settings = Settings(scaling, 2, out=8, groups=groups, side="out", tokens=(1, 3))
+            result = merge(
+                method, weight.T if "tokens" in method else weight, bias, parts, settings
+            )
+            peak = max(weight.abs().max().item(), bias.abs().max().item())
+            bound = METHODS[method].bound(peak, parts, settings)
+            assert result.weight.abs().max() <= bound * (1 + 1e-6), method
+            assert result.bias is not None and result.bias.abs().max() <= bound * (1 + 1e-6), method
 
 
 # --- a row of the batch, its adapter -------------------------------------------------------------
@@ -622,3 +703,91 @@ def test_every_method_is_the_same_on_activations_and_on_weights(calm: None) -> N
             plain = adapted.merge_and_unload()
             assert_close(plain(x if x.dtype == torch.int64 else x.double()), wanted, 1e-12)
     assert seen | {"trainable_tokens"} == set(METHODS)
+
+
+# --- several adapters into one -------------------------------------------------------------------
+
+
+def with_two(config: Any, other: Any) -> Any:
+    model = tuned("llama", config)
+    return randomized(attach(model, other, "other"), 3)
+
+
+@pytest.mark.parametrize(
+    "kind", ["svd", "linear", "cat", "ties", "dare_linear", "magnitude_prune_svd"]
+)
+def test_combining_in_memory_is_combining_files_lora(bench: Bench, kind: str) -> None:
+    pruned = {} if kind in ("svd", "linear", "cat") else {"density": 0.5}
+    model = with_two(LoraConfig(r=4), LoraConfig(r=4, lora_alpha=3))
+    folder = bench.place("both")
+    model.save_pretrained(folder)
+
+    model.add_weighted_adapter(["default", "other"], [0.7, -0.4], "sum", kind, **pruned)
+
+    model.save_pretrained(folder, selected_adapters=["sum"])
+    infold.combine(
+        [folder, folder / "other"],
+        bench.folder / "wanted",
+        weights=[0.7, -0.4],
+        kind=kind,
+        **pruned,
+    )
+    assert_same_bits(read_tensors(folder / "sum"), read_tensors(bench.folder / "wanted"))
+
+
+@pytest.mark.parametrize("kind", ["linear", "cat", "svd"])
+def test_combining_in_memory_is_what_peft_does_lora(calm: None, kind: str) -> None:
+    import peft
+
+    configs = [dict(r=4, lora_alpha=a, target_modules=["q_proj", "v_proj"]) for a in (8, 3)]
+    model = with_two(*(LoraConfig(**c) for c in configs))
+    theirs = peft.get_peft_model(copy.deepcopy(model).unload(), peft.LoraConfig(**configs[0]))
+    theirs.add_adapter("other", peft.LoraConfig(**configs[1]))
+    ours = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if ".lora_" in name:
+                path, part, adapter = (
+                    name.removeprefix("base_model.model.").split(".lora_")[0],
+                    *(name.split(".lora_")[1].split(".")[:2]),
+                )
+                parameter.copy_(ours[f"{path}.adapters.{adapter}.lora_{part}"])
+
+    for one in (model, theirs):
+        one.add_weighted_adapter(["default", "other"], [0.7, 0.4], "sum", combination_type=kind)
+        one.set_adapter("sum")
+
+    inputs = model_inputs("llama")
+    assert_close(model(**inputs).logits, theirs.eval()(**inputs).logits)
+
+
+def test_an_untouched_layer_counts_as_one_in_memory_too(calm: None) -> None:
+    model = with_two(
+        IA3Config(target_modules=["k_proj"], feedforward_modules=[]),
+        IA3Config(target_modules=["v_proj"], feedforward_modules=[]),
+    )
+    attention = model.model.layers[0].self_attn
+
+    model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "mean")
+
+    own = attention.k_proj.adapters["default"].ia3_l
+    mean = attention.k_proj.adapters["mean"].ia3_l
+    assert_close(mean, 0.5 * own + 0.5)
+    assert model.active_adapters == ["other"]
+    assert not mean.requires_grad
+
+
+def test_what_cannot_be_combined_leaves_the_model_alone(calm: None) -> None:
+    model = with_two(LoraConfig(r=4), LoraConfig(r=2))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    with pytest.raises(Refusal, match="ranks 4, 2: linear works element by element") as refused:
+        model.add_weighted_adapter(["default", "other"], [1, 1], "sum", "linear")
+    with pytest.raises(Refusal, match="there is no adapter missing"):
+        model.add_weighted_adapter(["default", "missing"], [1, 1], "sum")
+    with pytest.raises(Refusal, match="already"):
+        model.add_weighted_adapter(["default"], [1], "other")
+
+    assert not any("/tmp" in reason for reason in refused.value.reasons)
+    assert_same_bits(dict(model.state_dict()), before)
+    assert set(model.peft_config) == {"default", "other"}

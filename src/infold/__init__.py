@@ -11,6 +11,7 @@ with its input or the disk: Refusal (and CorruptFile, a kind of it) or StorageFa
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -21,6 +22,7 @@ from infold.version import __version__
 
 if TYPE_CHECKING:
     from infold.merge.receipt import Receipt
+    from infold.merge.restore import Undone
     from infold.tuners.combine import Combined
     from infold.tuners.config import IA3Config, LoraConfig
     from infold.tuners.model import attach, load
@@ -39,6 +41,7 @@ __all__ = [
     "Refusal",
     "StorageFailure",
     "Training",
+    "Undone",
     "Verdict",
     "__version__",
     "attach",
@@ -46,7 +49,9 @@ __all__ = [
     "inspect",
     "load",
     "merge",
+    "swap",
     "train",
+    "undo",
     "verify",
 ]
 
@@ -62,6 +67,7 @@ _TYPES = {
     "Offender": "verify.verdict",
     "Receipt": "merge.receipt",
     "Training": "tuners.record",
+    "Undone": "merge.restore",
     "Verdict": "verify.verdict",
     "attach": "tuners.model",
     "load": "tuners.model",
@@ -75,7 +81,7 @@ Progress = Callable[[int, int], None]
 def merge(
     base: PathLike,
     adapters: PathLike | Sequence[PathLike],
-    out: PathLike,
+    out: PathLike | None = ...,
     *,
     max_memory: int | str = ...,
     device: str = ...,
@@ -83,6 +89,8 @@ def merge(
     dry_run: Literal[False] = ...,
     force: bool = ...,
     sha256: bool = ...,
+    undo: bool = ...,
+    in_place: bool = ...,
     progress: Progress | None = ...,
 ) -> Receipt: ...
 
@@ -91,7 +99,7 @@ def merge(
 def merge(
     base: PathLike,
     adapters: PathLike | Sequence[PathLike],
-    out: PathLike,
+    out: PathLike | None = ...,
     *,
     max_memory: int | str = ...,
     device: str = ...,
@@ -99,6 +107,8 @@ def merge(
     dry_run: Literal[True],
     force: bool = ...,
     sha256: bool = ...,
+    undo: bool = ...,
+    in_place: bool = ...,
     progress: Progress | None = ...,
 ) -> dict[str, Any]: ...
 
@@ -106,7 +116,7 @@ def merge(
 def merge(
     base: PathLike,
     adapters: PathLike | Sequence[PathLike],
-    out: PathLike,
+    out: PathLike | None = None,
     *,
     max_memory: int | str = 1 << 30,
     device: str = "cpu",
@@ -114,6 +124,8 @@ def merge(
     dry_run: bool = False,
     force: bool = False,
     sha256: bool = False,
+    undo: bool = False,
+    in_place: bool = False,
     progress: Progress | None = None,
 ) -> Receipt | dict[str, Any]:
     """Merge adapters, in the order given and with one rounding at the end, into a new checkpoint.
@@ -123,6 +135,8 @@ def merge(
     such as "512MiB". device: "cpu", "cuda" or "cuda:N". threads: by default the processors, at
     most 8. dry_run: check everything, write nothing, and return the plan as JSON-ready values.
     force: replace an output of an earlier merge. sha256: add these digests to the receipt.
+    undo: also write what `infold.undo` needs. in_place: edit the base's folder itself, instead of
+    `out`; always with an undo record (docs/undo.md).
     progress: called with (bytes done, bytes in all), from several threads.
     Raises Refusal for bad input: its `reasons` list all offenders, and nothing is left behind.
     Raises CorruptFile, a Refusal, for files that break their format's rules, and StorageFailure
@@ -131,14 +145,114 @@ def merge(
     from infold.merge.run import execute, open_plan, prepare
 
     given = _listed(adapters)
+    _one_place(out, in_place)
+    if in_place:
+        if sha256:
+            raise Refusal("--sha256 does not go with --in-place")
+        from infold.merge.inplace import merge_in_place
+
+        return merge_in_place(
+            base, given, max_memory=max_memory, device=device, threads=threads, dry_run=dry_run,
+            progress=progress, told=_log,
+        )  # fmt: skip
+    _settle(base, refuse=True)
     plan = open_plan(base, given)
     prepared = prepare(
-        plan, out, max_memory=max_memory, device=device, threads=threads, force=force
-    )
+        plan, out or "", max_memory=max_memory, device=device, threads=threads, force=force,
+        undo=undo,
+    )  # fmt: skip
     if dry_run:
         return plan.summary()
     names = os.fspath(base), [os.fspath(a) for a in given]
     return execute(prepared, sha256=sha256, progress=progress, names=names)
+
+
+def undo(
+    merged: PathLike,
+    out: PathLike | None = None,
+    *,
+    max_memory: int | str = 1 << 30,
+    device: str = "cpu",
+    threads: int | None = None,
+    in_place: bool = False,
+    progress: Progress | None = None,
+) -> Undone:
+    """Restore the base of a merged folder that has an undo record, byte for byte.
+
+    Neither base nor adapters are needed. out: the new folder; in_place: turn the folder itself
+    back into the base, instead of `out`. The other arguments are those of `merge`.
+    Raises Refusal (CorruptFile) where there is no record, or it is damaged or of another output,
+    before anything is written; where the shards were changed, nothing is left. StorageFailure as
+    `merge` does.
+    """
+    _one_place(out, in_place)
+    if in_place:
+        from infold.merge.inplace import undo_in_place
+
+        return undo_in_place(
+            merged, max_memory=max_memory, device=device, threads=threads, progress=progress,
+            told=_log,
+        )  # fmt: skip
+    from infold.merge.restore import undo_checkpoint
+
+    _settle(merged)
+    return undo_checkpoint(
+        merged, out or "", max_memory=max_memory, device=device, threads=threads, progress=progress
+    )
+
+
+def swap(
+    merged: PathLike,
+    adapters: PathLike | Sequence[PathLike],
+    out: PathLike | None = None,
+    *,
+    max_memory: int | str = 1 << 30,
+    device: str = "cpu",
+    threads: int | None = None,
+    force: bool = False,
+    in_place: bool = False,
+    progress: Progress | None = None,
+) -> Receipt:
+    """Undo a merged folder and merge other adapters, in one pass and without the base.
+
+    The output is what merging the base with `adapters` would give, with an undo record. `merged`
+    must have one, too. The arguments are those of `merge`; raises as `undo` and `merge` do.
+    """
+    given = _listed(adapters)
+    _one_place(out, in_place)
+    if in_place:
+        from infold.merge.inplace import swap_in_place
+
+        return swap_in_place(
+            merged, given, max_memory=max_memory, device=device, threads=threads,
+            progress=progress, told=_log,
+        )  # fmt: skip
+    from infold.merge.restore import open_swap, swap_checkpoint
+
+    _settle(merged)
+    prepared = open_swap(
+        merged, given, out or "", max_memory=max_memory, device=device, threads=threads, force=force
+    )
+    names = [os.fspath(adapter) for adapter in given]
+    return swap_checkpoint(prepared, progress=progress, names=names)
+
+
+def _one_place(out: PathLike | None, in_place: bool) -> None:
+    if in_place == (out is not None):
+        raise TypeError("give either out or in_place=True")
+
+
+def _log(settled: object) -> None:
+    logging.getLogger("infold").warning("%s", settled)
+
+
+def _settle(folder: PathLike | None, *, refuse: bool = False) -> None:
+    """Finish what a kill left of an edit in place, if there is such a thing."""
+    if folder is not None and os.path.lexists(os.path.join(folder, "infold-undo.journal")):
+        from infold.merge.inplace import settle
+
+        if settled := settle(folder, refuse=refuse):
+            _log(f"{os.fspath(folder)}: {settled}")
 
 
 def combine(
@@ -184,6 +298,7 @@ def inspect(path: PathLike, *, base: PathLike | None = None) -> dict[str, Any]:
     """
     from infold.inspect.describe import describe_path
 
+    _settle(path)
     return describe_path(path, base)
 
 
@@ -243,6 +358,8 @@ def verify(
         base, merged = None, base
     if merged is None:
         raise TypeError("verify takes (merged) or (base, adapters, merged)")
+    _settle(merged)
+    _settle(base, refuse=True)
     if not outputs:
         return verify_checkpoint(base, given, merged, progress=progress)
     from infold.verify.both import verify_with_outputs

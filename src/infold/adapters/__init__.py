@@ -52,6 +52,17 @@ class Prepared(Protocol):
     def bias(self, x: Tensor, rows: Index) -> None:
         """Change x = bias[rows], float64, in place."""
 
+    def inverse(self) -> Prepared | None:
+        """What takes a merged block near to what it was, or None. Undo stores the rest, so nothing
+        depends on how near but the size of its record."""
+
+    @property
+    def observed(self) -> Tensor | None:
+        """What `observe` has learnt of the whole weight, float64; None where there is nothing."""
+
+    def recall(self, observed: Tensor) -> None:
+        """Instead of observing: what `observed` told when the same weight was merged."""
+
 
 class Method(Protocol):
     """A way to train an adapter: facts about it, its weight side and its activation side."""
@@ -73,6 +84,10 @@ class Method(Protocol):
 
     def prepare(self, parts: Parts, settings: Settings) -> Prepared:
         """The weight side, for merging."""
+
+    def bound(self, peak: float, parts: Parts, settings: Settings) -> float:
+        """A magnitude that no element of the merged weight or bias exceeds where none of theirs
+        exceeds `peak`; infinite or NaN where the parts do not tell. It may be too large."""
 
     def init(self, geometry: Geometry, settings: Settings, base: Base) -> dict[str, Tensor]:
         """Parts to begin a training with, float32 on the CPU, that change nothing as a rule."""

@@ -8,7 +8,9 @@ the fixed order of `exact.squares`; square root and division are correctly round
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -56,6 +58,16 @@ class _Directed(LowRank):
         squares(updated, total)
         self.total[rows] = total
 
+    @property
+    def observed(self) -> Tensor:
+        return self.total
+
+    def recall(self, observed: Tensor) -> None:
+        self.total = observed
+
+    def inverse(self) -> _Undirected:
+        return _Undirected(self)
+
     def weight(self, x: Tensor, rows: Index, cols: Index) -> None:
         if self.factor is None:
             self.factor = self.magnitude / self.total.sqrt()
@@ -63,8 +75,27 @@ class _Directed(LowRank):
         x.mul_(self.factor[rows, None])
 
 
+class _Undirected(LowRank):
+    """W' / f - s B A, with the f that the norms of the merge gave."""
+
+    def __init__(self, merged: _Directed) -> None:
+        settings = replace(merged.settings, scaling=-merged.settings.scaling)
+        super().__init__(merged.parts, settings)
+        back = merged.total.sqrt() / merged.magnitude
+        self.back = torch.where(back.isfinite(), back, 1.0)
+
+    def weight(self, x: Tensor, rows: Index, cols: Index) -> None:
+        x.mul_(self.back[rows, None])
+        super().weight(x, rows, cols)
+
+
 def prepare(parts: Mapping[str, Tensor], settings: Settings) -> _Directed:
     return _Directed(parts, settings)
+
+
+def bound(peak: float, parts: Mapping[str, Tensor], settings: Settings) -> float:
+    """Not known: a row of length 0 cannot be given another one."""
+    return math.inf
 
 
 def init(geometry: Geometry, settings: Settings, base: Base) -> dict[str, Tensor]:

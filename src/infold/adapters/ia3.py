@@ -36,13 +36,27 @@ def describe(settings: Settings) -> dict[str, Any]:
     return {"side": settings.side}
 
 
-class _Output:
+class _Scale:
     observes = False
+    observed: Tensor | None = None
 
+    def observe(self, x: Tensor, rows: Index, cols: Index) -> None: ...
+
+    def recall(self, observed: Tensor) -> None: ...
+
+
+def _inverted(scale: Tensor) -> Tensor:
+    """1 / scale; 1 where that is not finite, since nothing is left to scale back."""
+    inverse = 1 / scale
+    return torch.where(inverse.isfinite(), inverse, 1.0)
+
+
+class _Output(_Scale):
     def __init__(self, scale: Tensor) -> None:
         self.scale = scale  # (out,)
 
-    def observe(self, x: Tensor, rows: Index, cols: Index) -> None: ...
+    def inverse(self) -> _Output:
+        return _Output(_inverted(self.scale))
 
     def weight(self, x: Tensor, rows: Index, cols: Index) -> None:
         x.mul_(self.scale[rows, None])
@@ -51,14 +65,13 @@ class _Output:
         x.mul_(self.scale[rows])
 
 
-class _Input:
-    observes = False
+class _Input(_Scale):
+    def __init__(self, scale: Tensor, per_group: int) -> None:
+        self.scale = scale  # (groups, in * kernel)
+        self.per_group = per_group  # outputs that share a row of `scale`
 
-    def __init__(self, scale: Tensor, settings: Settings) -> None:
-        self.scale = scale.view(settings.groups, -1).repeat_interleave(settings.kernel, 1)
-        self.per_group = settings.out // settings.groups  # outputs that share a row of `scale`
-
-    def observe(self, x: Tensor, rows: Index, cols: Index) -> None: ...
+    def inverse(self) -> _Input:
+        return _Input(_inverted(self.scale), self.per_group)
 
     def weight(self, x: Tensor, rows: Index, cols: Index) -> None:
         if self.scale.shape[0] == 1:
@@ -72,7 +85,14 @@ class _Input:
 
 def prepare(parts: Mapping[str, Tensor], settings: Settings) -> _Output | _Input:
     scale = parts["ia3_l"].double().flatten()
-    return _Output(scale) if settings.side == "out" else _Input(scale, settings)
+    if settings.side == "out":
+        return _Output(scale)
+    rows = scale.view(settings.groups, -1).repeat_interleave(settings.kernel, 1)
+    return _Input(rows, settings.out // settings.groups)
+
+
+def bound(peak: float, parts: Mapping[str, Tensor], settings: Settings) -> float:
+    return peak * max(1.0, parts["ia3_l"].detach().abs().max().item())
 
 
 def init(geometry: Geometry, settings: Settings, base: Base) -> dict[str, Tensor]:

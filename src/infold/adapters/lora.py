@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -69,12 +70,23 @@ class LowRank:
     observes = False
 
     def __init__(self, parts: Mapping[str, Tensor], settings: Settings) -> None:
+        self.parts, self.settings = parts, settings
         self.groups = _groups(parts, settings)
         self.per_group = settings.out // settings.groups
         bias = parts.get("lora_bias")
         self.delta_bias = None if bias is None else bias.double().flatten() * settings.scaling
 
+    def inverse(self) -> LowRank:
+        """W' - s B A, and the like of the bias."""
+        return LowRank(self.parts, replace(self.settings, scaling=-self.settings.scaling))
+
+    @property
+    def observed(self) -> Tensor | None:
+        return None
+
     def observe(self, x: Tensor, rows: Index, cols: Index) -> None: ...
+
+    def recall(self, observed: Tensor) -> None: ...
 
     def weight(self, x: Tensor, rows: Index, cols: Index) -> None:
         if len(self.groups) == 1:
@@ -103,6 +115,15 @@ def _groups(parts: Mapping[str, Tensor], settings: Settings) -> list[Factors]:
 
 def prepare(parts: Mapping[str, Tensor], settings: Settings) -> LowRank:
     return LowRank(parts, settings)
+
+
+def bound(peak: float, parts: Mapping[str, Tensor], settings: Settings) -> float:
+    """The sum over the rank of what the largest elements of both factors make."""
+    a = parts["lora_A"].detach().flatten(1).abs().amax(dim=1).double()
+    b = parts["lora_B"].detach().flatten(1).abs().amax(dim=0).double()
+    added = a @ b.repeat(settings.groups)
+    extra = parts["lora_bias"].detach().abs().max().item() if "lora_bias" in parts else 0.0
+    return peak + abs(settings.scaling) * (added.item() + extra)
 
 
 def init(geometry: Geometry, settings: Settings, base: Base) -> dict[str, Tensor]:

@@ -44,10 +44,21 @@ class _Rows:
 
     def __init__(self, values: Tensor, tokens: tuple[int, ...]) -> None:
         order = sorted(range(len(tokens)), key=tokens.__getitem__)
-        self.tokens = torch.tensor([tokens[i] for i in order], device=values.device)
+        chosen = [tokens[i] for i in order]
+        self.tokens = torch.tensor(chosen, dtype=torch.int64, device=values.device)
         self.values = values[order].double()  # (tokens, out)
 
+    def inverse(self) -> _Rows:
+        """Nothing: the old values are in nobody's hands, all others are as they were."""
+        return _Rows(self.values[:0], ())
+
+    @property
+    def observed(self) -> Tensor | None:
+        return None
+
     def observe(self, x: Tensor, rows: Index, cols: Index) -> None: ...
+
+    def recall(self, observed: Tensor) -> None: ...
 
     def weight(self, x: Tensor, rows: Index, cols: Index) -> None:
         if isinstance(cols, slice):
@@ -65,6 +76,10 @@ class _Rows:
 
 def prepare(parts: Mapping[str, Tensor], settings: Settings) -> _Rows:
     return _Rows(parts["trainable_tokens_delta"], settings.tokens)
+
+
+def bound(peak: float, parts: Mapping[str, Tensor], settings: Settings) -> float:
+    return max(peak, parts["trainable_tokens_delta"].detach().abs().max().item())
 
 
 def init(geometry: Geometry, settings: Settings, base: Base) -> dict[str, Tensor]:

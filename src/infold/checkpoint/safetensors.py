@@ -27,6 +27,7 @@ __all__ = [
     "Header",
     "TensorInfo",
     "build_header",
+    "header_of",
     "open_regular",
     "parse_json",
     "read_header",
@@ -132,6 +133,17 @@ def read_header(path: Path) -> Header:
     except OSError as error:
         raise StorageFailure(f"{path}: {error.strerror}") from error
     return _check(path, prefix + text, parse_json(text, f"{path}: header"), size)
+
+
+def header_of(raw: bytes, where: str) -> Header:
+    """The header that a file begins with, where the file itself is not at hand.
+
+    Raises CorruptFile as `read_header` does.
+    """
+    fields = parse_json(raw[8:], where)
+    entries = fields.items() if isinstance(fields, dict) else ()
+    ends = [e["data_offsets"][1] for k, e in entries if k != "__metadata__"]
+    return _check(Path(where), raw, fields, len(raw) + max(ends, default=0))
 
 
 def _check(path: Path, raw: bytes, fields: Any, size: int) -> Header:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,11 +14,24 @@ from infold.checkpoint.files import exists, locate, read_bytes, read_json, read_
 from infold.checkpoint.safetensors import Header, TensorInfo, parse_json, read_header
 from infold.errors import CorruptFile, Refusal, StorageFailure
 
-__all__ = ["INDEX", "RECEIPT", "SINGLE", "Checkpoint", "Shard", "open_checkpoint", "read_exactly"]
+__all__ = [
+    "INDEX",
+    "JOURNAL",
+    "RECEIPT",
+    "SINGLE",
+    "Checkpoint",
+    "Shard",
+    "open_checkpoint",
+    "read_exactly",
+    "read_receipt",
+]
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 RECEIPT = "infold-receipt.json"
+JOURNAL = "infold-undo.journal"  # there while a folder is edited in place
+CARD = "README.md"
+KEPT_CARD = "README.base.md"  # the base's, where `infold deploy` wrote a card of its own
 
 # A second copy of the base's weights in another container, or an adapter that a loader would attach
 # on top of the merged model: copying them would undo the merge behind the user's back.
@@ -27,6 +41,10 @@ _STALE = (
     "adapter_config.json", "adapter_model.*", RECEIPT, "infold-undo*",
 )  # fmt: skip
 _NOT_CONTENT = (".git", ".cache", "__pycache__")
+# What `infold deploy` and the records of other verbs put beside merged weights.
+_BESIDE = re.compile(
+    r"deployment_config\.json|README\.base\.md|serving/(\w+\.sh|Modelfile)|records/[\w.-]+\.json"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +80,18 @@ class Checkpoint:
         return self.path.is_dir()
 
 
-def open_checkpoint(name: str | os.PathLike[str]) -> Checkpoint:
+def open_checkpoint(name: str | os.PathLike[str], *, in_place: bool = False) -> Checkpoint:
     """Open a folder, a single .safetensors file or a Hub id; read and check every header.
 
-    Raises CorruptFile for broken files, Refusal for what is no checkpoint.
+    Raises CorruptFile for broken files, Refusal for what is no checkpoint, and for a folder that
+    was left in the middle of an edit in place, but for those who finish that (`in_place`).
     """
     path = locate(name, never=_STALE)
+    if not in_place and os.path.lexists(path / JOURNAL):
+        raise Refusal(
+            f"{path}: is being edited in place, or was left in the middle of it; "
+            f"`infold inspect {path}` finishes that"
+        )
     if path.is_file():
         if path.suffix != ".safetensors":
             raise Refusal(f"{path}: not a .safetensors file; infold reads safetensors checkpoints")
@@ -183,11 +207,16 @@ def _beside(path: Path, shards: list[Shard]) -> tuple[list[str], list[str]]:
                 raise Refusal(f"{file}: neither a file nor a folder, or a dangling link; remove it")
             top = here == Path(".")
             stale = any(fnmatch.fnmatchcase(name, pattern) for pattern in _STALE)
-            if top and (stale or _repeats(file, shards)):
+            if is_bundled(relative) or (top and (stale or _repeats(file, shards))):
                 left.append(relative)
             else:
                 side.append(relative)
     return side, left
+
+
+def is_bundled(name: str) -> bool:
+    """Whether a file, by its path in a checkpoint, is of a deployment and not of the model."""
+    return _BESIDE.fullmatch(name) is not None
 
 
 def _repeats(file: Path, shards: list[Shard]) -> bool:

@@ -58,6 +58,8 @@ class Staging:
     An InfoldError removes it; an interruption or a crash leaves it for the next run.
     """
 
+    writes = True
+
     def __init__(self, out: Path, identity: str, force: bool) -> None:
         self.out, self.identity, self.force = out, identity, force
         self.folder = out.parent / f".{out.name}.infold"
@@ -111,7 +113,7 @@ class Staging:
 
     def _open(self) -> None:
         for made in reversed(self.made):  # else a power cut could take the output with its folder
-            _sync_folder(made.parent)
+            sync_folder(made.parent)
         self._restore()
         journal = self.folder / "journal"
         self.resumed = self._read_journal(journal)
@@ -231,11 +233,21 @@ class Staging:
             finally:
                 os.close(reader)
 
+    @property
+    def aside(self) -> Path:
+        """A file that is not the output's yet, and outlives a kill."""
+        return self.folder / "record"
+
+    def adopt(self, name: str) -> None:
+        """Make the file at `aside`, which is on the disk, part of the output."""
+        with storage_errors(self.output / name):
+            os.rename(self.aside, self.output / name)
+
     def publish(self) -> None:
         """Give the output its name. After this line returned it survives a power cut."""
         with storage_errors(self.out):
             for folder, _, _ in os.walk(self.output):
-                _sync_folder(Path(folder))
+                sync_folder(Path(folder))
             # from here on the folder must not be continued: after an exchange it holds the old one
             os.unlink(self.folder / "journal")
             if not os.path.lexists(self.out):
@@ -245,7 +257,7 @@ class Staging:
             elif not _exchange(self.output, self.out):
                 os.rename(self.out, self.folder / "replaced")
                 os.rename(self.output, self.out)
-            _sync_folder(self.out.parent)
+            sync_folder(self.out.parent)
             self.discard()
 
     def discard(self) -> None:
@@ -315,7 +327,7 @@ def copy_range(source: int, target: int, source_offset: int, offset: int, count:
         )
 
 
-def _sync_folder(path: Path) -> None:
+def sync_folder(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

@@ -11,6 +11,7 @@ import typer
 
 from infold.cli.edits import edits_text
 from infold.cli.output import entry, fold, plural, table
+from infold.cli.place import settle_first
 from infold.cli.startup import lasting_imports
 from infold.sizes import bytes_text
 
@@ -31,6 +32,7 @@ def inspect(
     with lasting_imports():
         from infold.inspect.describe import describe_path
 
+    settle_first(path)
     found = describe_path(path, base)
     if as_json:
         print(json.dumps(found))
@@ -120,6 +122,13 @@ def _merged(found: dict[str, Any]) -> None:
     print(entry("run", f"{run}, peak memory {bytes_text(receipt['peak_memory'])}"))
     for note in receipt["notes"]:
         print(entry("note", note))
+    if record := found["undo"]:
+        blocks = (
+            f"{plural('block', record['blocks'])}, {record['originals']:,} of them as they were"
+        )
+        print(entry("undo", f"{bytes_text(record['bytes'])}: {blocks}"))
+        inside = f"{bytes_text(record['adapters'])} of adapters"
+        print(entry("", f"{record['share']:.2%} of the edited bytes, without {inside}"))
     print("edits")
     print(edits_text(receipt["edits"], [adapter["path"] for adapter in receipt["adapters"]]))
     print("BLAKE3")

@@ -14,17 +14,32 @@ from typing import Annotated, Any
 
 import typer
 
-from infold.cli import combine, inspect, merge, train, verify
+from infold.cli import (
+    checklist,
+    combine,
+    deploy,
+    inspect,
+    merge,
+    report,
+    swap,
+    train,
+    undo,
+    verify,
+)
 from infold.cli.output import complain, finish, protect_streams
 from infold.errors import InfoldError, ProofFailed, Refusal
 from infold.version import __version__
 
 _CONTINUES: dict[Callable[..., None], str] = {
     merge.merge: "; the same command continues",
+    undo.undo: "; the same command continues",
+    swap.swap: "; the same command continues",
     train.train: "; the same command with --resume continues",
 }
 _LESS_MEMORY: dict[Callable[..., None], str] = {
     merge.merge: "; give a smaller --max-memory",
+    undo.undo: "; give a smaller --max-memory",
+    swap.swap: "; give a smaller --max-memory",
     train.train: "; give a smaller --batch-size and a larger --accumulate",
 }
 _SHOWN = 10  # reasons on a terminal; --json has all
@@ -48,7 +63,8 @@ def _guarded(verb: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(verb)
     def guarded(*args: Any, **given: Any) -> None:
-        writes = verb in (merge.merge, combine.combine, train.train) and not given.get("dry_run")
+        writing = (merge.merge, undo.undo, swap.swap, combine.combine, train.train)
+        writes = verb in writing and not given.get("dry_run")
         try:
             verb(*args, **given)
         except KeyboardInterrupt:
@@ -106,7 +122,19 @@ def _together(reasons: Sequence[str]) -> list[str]:
     return lines
 
 
-for _verb in (merge.merge, train.train, combine.combine, inspect.inspect, verify.verify):
+_VERBS = (
+    merge.merge,
+    undo.undo,
+    swap.swap,
+    train.train,
+    combine.combine,
+    inspect.inspect,
+    verify.verify,
+    deploy.deploy,
+    checklist.checklist,
+    report.report,
+)
+for _verb in _VERBS:
     app.command()(_guarded(_verb))
 
 

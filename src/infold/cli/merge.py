@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from infold.cli.edits import edits_text
-from infold.cli.output import entry, plural
+from infold.cli.output import complain, entry, plural
+from infold.cli.place import one_place, settle_first
 from infold.cli.progress import byte_progress
 from infold.cli.startup import lasting_imports
+from infold.errors import Refusal
 from infold.sizes import bytes_text
 
 if TYPE_CHECKING:
@@ -34,7 +36,16 @@ def merge(
             help="PEFT adapter folders or Hub ids; several merge in the order given.",
         ),
     ],
-    out: Annotated[str, typer.Option("--out", "-o", help="The folder to create.")],
+    out: Annotated[
+        str | None, typer.Option("--out", "-o", help="The folder to create.", show_default=False)
+    ] = None,
+    in_place: Annotated[
+        bool,
+        typer.Option("--in-place", help="Edit BASE itself instead; always with an undo record."),
+    ] = False,
+    undo: Annotated[
+        bool, typer.Option("--undo", help="Also write what `infold undo` needs.")
+    ] = False,
     max_memory: Annotated[
         str,
         typer.Option(
@@ -66,14 +77,21 @@ def merge(
     was when the same command is given again. Every tensor of every adapter is used, or nothing is
     written and all that does not fit is listed.
     """
+    place = one_place(out, in_place)
+    say = not (quiet or as_json)
+    if in_place:
+        if force or sha256:
+            raise Refusal("--force and --sha256 go with --out, not with --in-place")
+        _in_place(base, adapters, max_memory, device, threads, dry_run, as_json, say)
+        return
     with lasting_imports():
         from infold.merge.run import execute, open_plan, prepare
 
+    settle_first(base, refuse=True)
     plan = open_plan(base, adapters)
     prepared = prepare(
-        plan, out, max_memory=max_memory, device=device, threads=threads, force=force
+        plan, place, max_memory=max_memory, device=device, threads=threads, force=force, undo=undo
     )
-    say = not (quiet or as_json)
     if say:
         print(_summary(plan))
     if dry_run:
@@ -81,14 +99,44 @@ def merge(
             print(json.dumps(plan.summary()))
         elif say:
             print(edits_text(plan.summary()["edits"], [str(a.path) for a in plan.adapters]))
-            print(f"nothing was written; {out} would take {bytes_text(plan.nbytes)}")
+            print(f"nothing was written; {place} would take {bytes_text(plan.nbytes)}")
         return
     with byte_progress("merging", not say) as progress:
         receipt = execute(prepared, sha256=sha256, progress=progress, names=(base, adapters))
     if as_json:
         print(json.dumps(asdict(receipt)))
     elif say:
-        print(_done(receipt, out))
+        print(done_text(receipt, place))
+
+
+def _in_place(
+    base: str,
+    adapters: list[str],
+    max_memory: str,
+    device: str,
+    threads: int | None,
+    dry_run: bool,
+    as_json: bool,
+    say: bool,
+) -> None:
+    with lasting_imports():
+        from infold.merge.inplace import merge_in_place
+
+    with byte_progress("merging", not say) as progress:
+        done = merge_in_place(
+            base, adapters, max_memory=max_memory, device=device, threads=threads,
+            dry_run=dry_run, progress=progress, told=lambda s: complain(f"{base}: {s}"),
+        )  # fmt: skip
+    if isinstance(done, dict):
+        if as_json:
+            print(json.dumps(done))
+        elif say:
+            print(edits_text(done["edits"], adapters))
+            print(f"nothing was written; {bytes_text(done['edited_bytes'])} of {base} would change")
+    elif as_json:
+        print(json.dumps(asdict(done)))
+    elif say:
+        print(done_text(done, base))
 
 
 def _summary(plan: Plan) -> str:
@@ -100,7 +148,7 @@ def _summary(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _done(receipt: Receipt, out: str) -> str:
+def done_text(receipt: Receipt, out: str) -> str:
     kept = bytes_text(receipt.resumed_bytes)
     resumed = f", {kept} kept from an interrupted run" if receipt.resumed_bytes else ""
     speed = bytes_text(receipt.bytes / max(receipt.seconds, 1e-3))
@@ -122,4 +170,11 @@ def _done(receipt: Receipt, out: str) -> str:
                 "their change is zero or under half a unit of the stored dtype",
             )
         )
+    if receipt.undo:
+        size = receipt.undo["bytes"]
+        share = size / max(1, receipt.edited_bytes)
+        told = (
+            f"{bytes_text(size)}, {share:.1%} of the edited bytes: `infold undo` restores the base"
+        )
+        lines.append(entry("record", told))
     return "\n".join([*lines, entry("output", out)])

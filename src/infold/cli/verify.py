@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from infold.cli.output import complain, entry, plural
+from infold.cli.place import settle_first
 from infold.cli.progress import byte_progress
 from infold.cli.startup import lasting_imports
 from infold.errors import ProofFailed, Refusal
@@ -40,6 +41,9 @@ def verify(
         from infold.verify.weights import verify_checkpoint
 
     base = paths[0] if len(paths) > 1 else None
+    settle_first(paths[-1])
+    if base is not None:
+        settle_first(base, refuse=True)
     with byte_progress("verifying", quiet or as_json) as progress:
         verdict = verify_checkpoint(base, paths[1:-1], paths[-1], progress=progress)
     if as_json:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from infold.edit.blocks import Block, strips, tiles, within
 from infold.errors import Refusal
 from infold.formats import Format
 
-__all__ = ["Step", "Target", "Workspace", "compute", "observers", "show"]
+__all__ = ["Step", "Target", "Workspace", "backward", "compute", "guess", "observers", "show"]
 
 TILE = 192 << 10  # elements; smaller ones cost more in calls than they gain in the cache
 TILE_COLUMNS = 1536
@@ -140,6 +140,48 @@ def compute(
 
     Raises Refusal where a value of `out` is not finite.
     """
+    _fill(steps, raw, out, block, target, workspace)
+    if not math.isfinite(out.sum().item()):  # inf and NaN survive a sum; see below
+        _refuse_non_finite(raw, out, block, target)
+
+
+def backward(steps: Sequence[Step]) -> list[Step] | None:
+    """The steps that take a merged tensor near to its base; None where a method knows none.
+
+    Methods that observe must have seen the weight.
+    """
+    back = []
+    for step in reversed(steps):
+        inverse = step.prepared.inverse()
+        if inverse is None:
+            return None
+        back.append(replace(step, prepared=inverse))
+    return back
+
+
+def guess(
+    back: Sequence[Step],
+    merged: Tensor,
+    out: Tensor,
+    block: Block,
+    target: Target,
+    workspace: Workspace,
+) -> None:
+    """The base's block, or nearly, into `out`, by the steps of `backward`. As `compute`, the bits
+    are the same everywhere; what is not finite becomes 0."""
+    _fill(back, merged, out, block, target, workspace)
+    if not math.isfinite(out.sum().item()):
+        out.copy_(torch.where(out.isfinite(), out, 0))  # NaN has many bit patterns
+
+
+def _fill(
+    steps: Sequence[Step],
+    raw: Tensor,
+    out: Tensor,
+    block: Block,
+    target: Target,
+    workspace: Workspace,
+) -> None:
     form = target.form
     staging = form.staging(target.dtype)
     through = out if staging == out.dtype else workspace.stage(block, staging)
@@ -151,8 +193,6 @@ def compute(
         doubtful = form.finish(through, out)
         if len(doubtful[0]):
             _settle(steps, raw, out, block, doubtful, target, workspace)
-    if not math.isfinite(out.sum().item()):  # inf and NaN survive a sum; see below
-        _refuse_non_finite(raw, out, block, target)
 
 
 def _values(

@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor
 
 from infold.checkpoint.adapter import CONFIG, Adapter, open_adapter
 from infold.checkpoint.files import locate
+from infold.checkpoint.record import FILE, ORIGINAL, SEEN, UNDO, open_record
 from infold.checkpoint.shards import RECEIPT, Checkpoint, open_checkpoint
-from infold.errors import Refusal
+from infold.errors import CorruptFile, Refusal
 from infold.inspect.receipt import checked_receipt
 from infold.plan.build import plan_merge
 from infold.plan.config import read_config
@@ -43,8 +45,29 @@ def describe_path(
     if base is not None:
         raise Refusal(f"{path}: --base is for adapters, and this is none")
     if place.is_dir() and (place / RECEIPT).exists():
-        return {"kind": "merged", "path": str(place), "receipt": checked_receipt(place)}
+        receipt = checked_receipt(place)
+        undo = _record(place, receipt) if os.path.lexists(place / UNDO) else None
+        return {"kind": "merged", "path": str(place), "receipt": receipt, "undo": undo}
     return _checkpoint(open_checkpoint(place))
+
+
+def _record(folder: Path, receipt: dict[str, Any]) -> dict[str, Any]:
+    """The undo record, all of which is read and checked. Sizes are bytes; `share`: of the edited
+    ones, without what the record keeps of the adapters."""
+    with open_record(folder) as record:
+        blocks = [f for (tensor, _), f in record.frames.items() if tensor < SEEN]
+        files = record.manifest.get("files")
+        numbers = [n for label, n in (files or {}).items() if label.startswith("adapter/")]
+        adapters = sum(record.frames[FILE, n].length for n in numbers)
+        if record.manifest.get("shards") != receipt["shards"]:
+            raise CorruptFile(f"{record.path}: belongs to another output, not to that of {RECEIPT}")
+        return {
+            "bytes": record.nbytes,
+            "blocks": len(blocks),
+            "originals": sum(frame.kind == ORIGINAL for frame in blocks),
+            "adapters": adapters,
+            "share": (record.nbytes - adapters) / max(1, receipt["edited_bytes"]),
+        }
 
 
 def _adapter(adapter: Adapter, base: Checkpoint | None) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,57 +13,105 @@ from infold.adapters import METHODS
 from infold.adapters.exact import LEAF
 from infold.checkpoint.adapter import Adapter
 from infold.edit.blocks import Block, cut, matrix
-from infold.edit.steps import Step, Target, Workspace, compute, observers, show
+from infold.edit.steps import (
+    Step,
+    Target,
+    Workspace,
+    backward,
+    compute,
+    guess,
+    observers,
+    show,
+)
 from infold.formats import format_of
 from infold.plan.edits import Edit
 
-__all__ = ["EditRun"]
+__all__ = ["EditRun", "Read", "Run", "steps_of"]
+
+Read = Callable[[Block], Tensor]  # the stored elements of a block of the source
+
+
+class Run(Protocol):
+    """What computes one tensor of an output, shared by the workers."""
+
+    edit: Edit
+    shape: tuple[int, int]
+    stored: torch.dtype
+    changed: int  # elements that differ from the source's
+    reads: bool  # whether `run` needs the source's block
+    forward: EditRun | None  # what edits the base's block, where that happens
+
+    def prepare(self, workspace: Workspace, read: Read, limit: int) -> None:
+        """Make ready, once. `read` gives any block of the source; it is valid until the next."""
+
+    def run(self, raw: Tensor, out: Tensor, block: Block, workspace: Workspace) -> Tensor | None:
+        """Compute one block: `raw` as it is stored in the source, `out` as it will be stored.
+        Returns the base's block that `out` was made from, where there is one to go back to."""
+
+    def release(self) -> None:
+        """Forget what `prepare` loaded."""
+
+
+def steps_of(edit: Edit, adapters: Sequence[Adapter], device: torch.device) -> list[Step]:
+    """The operations of an edit with their parts loaded."""
+    steps = []
+    for op in edit.operations:
+        parts = {part: adapters[op.adapter].read(key).to(device) for part, key in op.parts.items()}
+        prepared = METHODS[op.method].prepare(parts, op.settings)
+        steps.append(Step(prepared, op.transposed, op.on_bias))
+    return steps
 
 
 class EditRun:
-    """One edit with its parts in memory, shared by the workers; the first that comes prepares."""
+    """One edit with its parts in memory; the first worker that comes prepares.
 
-    def __init__(self, edit: Edit, adapters: tuple[Adapter, ...], device: torch.device) -> None:
+    observed: tells what the step of that number had observed, so that it needs not do it again.
+    """
+
+    reads = True
+
+    def __init__(
+        self,
+        edit: Edit,
+        adapters: Sequence[Adapter],
+        device: torch.device,
+        observed: Callable[[int], Tensor] | None = None,
+    ) -> None:
         self.edit, self.adapters, self.device = edit, adapters, device
+        self.forward: EditRun | None = self
         self.shape = matrix(edit.shape)
         form = format_of(edit.dtype)
         assert form is not None  # the plan refuses what no format stores
         self.target = Target(edit.tensor, edit.dtype, form)
         self.stored = form.torch_dtype(edit.dtype)
         self.changed = 0
+        self._known = observed
         self._ready: list[Step] | None = None
+        self._back: list[Step] | None = None
         self._lock = threading.Lock()
 
-    def prepare(self, workspace: Workspace, read: Callable[[Block], Tensor], limit: int) -> None:
+    def prepare(self, workspace: Workspace, read: Read, limit: int) -> None:
         """Load the parts; where a method asks for it, show it the whole weight first."""
         with self._lock:
             if self._ready is not None:
                 return
-            steps = self._steps()
+            steps = steps_of(self.edit, self.adapters, self.device)
             for step, before in observers(steps):
+                if self._known is not None:
+                    step.prepared.recall(self._known(len(before)).to(self.device))
+                    continue
                 # a transposed weight shows its inputs as rows: whole leaves of them at once
                 whole = max(limit, LEAF * self.shape[1]) if step.transposed else limit
                 for block in cut(*self.shape, whole):
                     show(step, before, read(block).to(self.device), block, self.target, workspace)
+            self._back = None
             self._ready = steps
-
-    def _steps(self) -> list[Step]:
-        steps = []
-        for op in self.edit.operations:
-            parts = {
-                part: self.adapters[op.adapter].read(key).to(self.device)
-                for part, key in op.parts.items()
-            }
-            prepared = METHODS[op.method].prepare(parts, op.settings)
-            steps.append(Step(prepared, op.transposed, op.on_bias))
-        return steps
 
     def release(self) -> None:
         """Forget the parts."""
-        self._ready = None
+        self._ready = self._back = None
 
-    def run(self, raw: Tensor, out: Tensor, block: Block, workspace: Workspace) -> None:
-        """Compute one block: `raw` as it is stored in the source, `out` as it will be stored."""
+    def run(self, raw: Tensor, out: Tensor, block: Block, workspace: Workspace) -> Tensor | None:
         assert self._ready is not None
         there = out if out.device == self.device else torch.empty_like(out, device=self.device)
         compute(self._ready, raw, there, block, self.target, workspace)
@@ -73,3 +122,26 @@ class EditRun:
             out.copy_(there)
         with self._lock:
             self.changed += changed
+        return raw
+
+    def observed(self) -> dict[int, Tensor]:
+        """What the methods have observed, by number of the step."""
+        steps = enumerate(self._ready or ())
+        return {n: o for n, step in steps if (o := step.prepared.observed) is not None}
+
+    def guess(self, merged: Tensor, block: Block, workspace: Workspace) -> Tensor | None:
+        """The base's block, nearly, made of the merged one; None where no method knows the way.
+
+        On the CPU, contiguous.
+        """
+        assert self._ready is not None
+        with self._lock:
+            if self._back is None:
+                back = backward(self._ready)
+                if back is None:
+                    return None
+                self._back = back
+        out = torch.empty(merged.shape, dtype=self.stored, device=self.device)
+        raw = merged.to(self.device)
+        guess(self._back, raw, out, block, self.target, workspace)
+        return out.cpu()

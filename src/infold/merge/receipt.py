@@ -24,7 +24,9 @@ class Receipt:
     unchanged is the share of elements that rounding left as they were; None after a resumed run.
     tensors: of the output. bytes: of its shards. edited_bytes: of its edited tensors.
     resumed_bytes: left by an interrupted run, checked and kept.
-    notes: what the plan noted. seconds: from the first byte written to the receipt.
+    notes: what the plan noted. seconds: from the first byte written to the receipt; in the
+    file of an edit in place, to the end of its rehearsal.
+    undo: of the undo record, {file, bytes, blake3}; None where there is none.
     peak_memory: resident, of the whole process. threads, device: what computed.
     """
 
@@ -45,6 +47,7 @@ class Receipt:
     peak_memory: int
     threads: int
     device: str
+    undo: dict[str, Any] | None = None
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"

@@ -15,29 +15,50 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from blake3 import blake3
+from torch import Tensor
 
 from infold.checkpoint.adapter import Adapter, open_adapter
-from infold.checkpoint.files import read_json
+from infold.checkpoint.files import read_json, safe_child
+from infold.checkpoint.inputs import InputFiles
+from infold.checkpoint.record import UNDO, RecordWriter
 from infold.checkpoint.shards import RECEIPT, open_checkpoint
 from infold.checkpoint.staging import Staging, storage_errors
 from infold.dtypes import TORCH_DTYPES
+from infold.edit.blocks import Block
 from infold.edit.threads import one_torch_thread, usual_threads
 from infold.errors import InfoldError, Refusal, StorageFailure
 from infold.merge.receipt import Receipt
+from infold.merge.recording import Recording, block_of
 from infold.merge.stream import Streamed, stream
+from infold.merge.undo import Merged
 from infold.plan.build import plan_merge
 from infold.plan.edits import Plan, describe
 from infold.sizes import parse_bytes
 from infold.version import __version__
 
-__all__ = ["DEFAULT_MEMORY", "Prepared", "execute", "merge_checkpoint", "open_plan", "prepare"]
+__all__ = [
+    "DEFAULT_MEMORY",
+    "Prepared",
+    "block_size",
+    "check_output",
+    "check_space",
+    "digest_adapter",
+    "execute",
+    "finish_record",
+    "make_receipt",
+    "merge_checkpoint",
+    "open_device",
+    "open_plan",
+    "peak_memory",
+    "prepare",
+]
 
 DEFAULT_MEMORY = 1 << 30
 _BLOCK = 1 << 20  # elements of a block: larger ones are not faster
@@ -63,6 +84,8 @@ class Prepared:
     workers: int
     limit: int  # elements of a block
     digests: tuple[dict[str, str], ...]  # of the adapters' files: BLAKE3 by name
+    undo: bool = False  # whether a record is written
+    source: Merged | None = None  # swap: what the base is restored from, block by block
 
 
 def prepare(
@@ -73,23 +96,27 @@ def prepare(
     device: str = "cpu",
     threads: int | None = None,
     force: bool = False,
+    undo: bool = False,
+    source: Merged | None = None,
 ) -> Prepared:
     """Check device, output, memory, the adapters' values and the disk. Writes nothing.
 
     Raises Refusal or StorageFailure, as the merge would.
     """
-    where = _device(device)
+    where = open_device(device)
     workers = threads if threads is not None else usual_threads()
     if workers < 1:
         raise Refusal(f"--threads {workers}: at least 1")
     if not os.fspath(out):
         raise Refusal("--out is empty; is a variable of the command empty?")
     path = Path(os.path.abspath(out))
-    _check_output(path, plan, force)
-    workers, limit = _block_size(plan, parse_bytes(max_memory), workers, where, threads is None)
-    digests = tuple(_digest(adapter) for adapter in plan.adapters)
-    _check_space(path, plan)
-    return Prepared(plan, path, force, where, workers, limit, digests)
+    check_output(path, plan, force)
+    budget = parse_bytes(max_memory)
+    fixed = source.limit if source else None
+    workers, limit = block_size(plan, budget, workers, where, threads is None, undo, fixed)
+    digests = tuple(digest_adapter(adapter) for adapter in plan.adapters)
+    check_space(path, plan)
+    return Prepared(plan, path, force, where, workers, limit, digests, undo, source)
 
 
 def merge_checkpoint(
@@ -103,10 +130,11 @@ def merge_checkpoint(
     sha256: bool = False,
     progress: Callable[[int, int], None] | None = None,
     names: tuple[str, Sequence[str]] | None = None,
+    undo: bool = False,
 ) -> Receipt:
     """`prepare` and `execute`."""
     prepared = prepare(
-        plan, out, max_memory=max_memory, device=device, threads=threads, force=force
+        plan, out, max_memory=max_memory, device=device, threads=threads, force=force, undo=undo
     )
     return execute(prepared, sha256=sha256, progress=progress, names=names)
 
@@ -134,7 +162,9 @@ def _execute(
     names: tuple[str, Sequence[str]] | None,
 ) -> Receipt:
     started = time.perf_counter()
-    plan, path, adapters = prepared.plan, prepared.out, prepared.digests
+    plan, path, source = prepared.plan, prepared.out, prepared.source
+    over = source.swap_plan(plan) if source else plan  # the plan, over what lies there
+    runs = source.swap_runs(plan, prepared.device) if source else None
     done = 0
     total = sum(shard.header.file_size for shard in plan.shards)
 
@@ -144,55 +174,116 @@ def _execute(
         if progress is not None:
             progress(done, total)
 
-    with Staging(path, _identity(plan, adapters), prepared.force) as staging:
-        for name in plan.copied:
-            staging.copy_file(plan.base.path / name, name)
-        for name, data in plan.rewritten.items():
+    with ExitStack() as opened:
+        staging = opened.enter_context(Staging(path, _identity(prepared), prepared.force))
+        for name in over.copied:
+            staging.copy_file(over.base.path / name, name)
+        for name, data in over.rewritten.items():
             staging.write_bytes(name, data)
+        recording = None
+        if prepared.undo:
+            writer = RecordWriter(staging.aside, resume=bool(staging.resumed))
+            opened.callback(writer.close)
+            recording = Recording(writer, plan, prepared.limit)
         streamed = stream(
-            plan,
+            over,
             staging,
             threads=prepared.workers,
             limit=prepared.limit,
             device=prepared.device,
             advance=advance,
+            runs=runs,
+            recording=recording,
         )
+        if source:
+            source.check(streamed)
         hashes = _sha256(staging.output, plan) if sha256 else {}
-        given = names or (str(plan.base.path), [str(a.path) for a in plan.adapters])
-        receipt = Receipt(
-            infold=__version__,
-            out=str(path),
-            base={
-                "path": _absolute(given[0]),
-                "shards": {name: d.base for name, d in streamed.digests.items()},
-            },
-            adapters=[
-                {
-                    "path": _absolute(name),
-                    "method": adapter.config["peft_type"].lower(),
-                    "files": files,
-                }
-                for name, adapter, files in zip(given[1], plan.adapters, adapters, strict=True)
-            ],
-            shards={name: d.output for name, d in streamed.digests.items()},
-            sha256=hashes,
-            side_files=sorted([*plan.copied, *plan.rewritten]),
-            edits=_edits(plan, streamed),
-            tensors=sum(len(shard.header.tensors) for shard in plan.shards),
-            bytes=total,
-            edited_bytes=plan.edited_bytes,
-            resumed_bytes=streamed.resumed,
-            notes=list(plan.notes),
+        receipt = make_receipt(prepared, streamed, names, sha256=hashes)
+        if recording is not None:
+            told = finish_record(recording, receipt, source)
+            staging.adopt(UNDO)
+            receipt = replace(receipt, undo=told)
+        receipt = replace(
+            receipt,
             seconds=round(time.perf_counter() - started, 3),
-            peak_memory=_peak_memory(),
-            threads=prepared.workers,
-            device=str(prepared.device),
+            peak_memory=peak_memory(),
         )
         staging.write_bytes(RECEIPT, receipt.to_json().encode(errors="backslashreplace"))
         if prepared.force:
-            _check_output(path, plan, True)  # what came meanwhile is not lost either
+            check_output(path, plan, True)  # what came meanwhile is not lost either
         staging.publish()
     return receipt
+
+
+def make_receipt(
+    prepared: Prepared,
+    streamed: Streamed,
+    names: tuple[str, Sequence[str]] | None,
+    sha256: dict[str, str],
+) -> Receipt:
+    """The receipt of what was streamed. `names`: base and adapters as the user gave them."""
+    plan, source = prepared.plan, prepared.source
+    given = names or (str(plan.base.path), [str(a.path) for a in plan.adapters])
+    base = {"path": _absolute(given[0]), "shards": _of(streamed, "base")}
+    if source:
+        base = {**source.record.manifest["base"]}
+    return Receipt(
+        infold=__version__,
+        out=str(prepared.out),
+        base=base,
+        adapters=[
+            {
+                "path": _absolute(name),
+                "method": adapter.config["peft_type"].lower(),
+                "files": files,
+            }
+            for name, adapter, files in zip(given[1], plan.adapters, prepared.digests, strict=True)
+        ],
+        shards=_of(streamed, "output"),
+        sha256=sha256,
+        side_files=sorted([*plan.copied, *plan.rewritten]),
+        edits=_edits(plan, streamed),
+        tensors=sum(len(shard.header.tensors) for shard in plan.shards),
+        bytes=sum(shard.header.file_size for shard in plan.shards),
+        edited_bytes=plan.edited_bytes,
+        resumed_bytes=streamed.resumed,
+        notes=list(plan.notes),
+        seconds=0.0,
+        peak_memory=0,
+        threads=prepared.workers,
+        device=str(prepared.device),
+    )
+
+
+def _of(streamed: Streamed, side: str) -> dict[str, str]:
+    return {name: getattr(digests, side) for name, digests in streamed.digests.items()}
+
+
+def finish_record(recording: Recording, receipt: Receipt, source: Merged | None) -> dict[str, Any]:
+    """Write what is left of the record. Returns what the receipt tells of it."""
+    plan, writer, files = recording.plan, recording.writer, InputFiles()
+
+    def base(name: str, block: Block) -> Tensor:
+        if source:
+            return source.base_block(files, name, block)
+        return block_of(plan.base, files, name, block)
+
+    try:
+        recording.add_originals(base)
+    finally:
+        files.close()
+    had = [name for name in plan.rewritten if source or (plan.base.path / name).exists()]
+    if source:
+        sides = source.sides(had)
+    else:
+        sides = {name: safe_child(plan.base.path, name).read_bytes() for name in had}
+    origin = {"base": receipt.base, "adapters": receipt.adapters, "infold": __version__}
+    recording.finish(origin, receipt.shards, sides, source.sides_digests(plan) if source else None)
+    hasher = blake3()
+    with storage_errors(writer.path), open(writer.path, "rb") as file:
+        while data := file.read(1 << 20):
+            hasher.update(data)
+    return {"file": UNDO, "bytes": writer.end, "blake3": hasher.hexdigest()}
 
 
 def _absolute(name: str) -> str:
@@ -200,7 +291,7 @@ def _absolute(name: str) -> str:
     return os.path.abspath(name) if os.path.exists(name) else name
 
 
-def _device(name: str) -> torch.device:
+def open_device(name: str) -> torch.device:
     if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
         raise Refusal(f"--device {name}: cpu, cuda or cuda:N, with the number of a GPU")
     if name == "cpu":
@@ -213,7 +304,7 @@ def _device(name: str) -> torch.device:
     return found
 
 
-def _check_output(out: Path, plan: Plan, force: bool) -> None:
+def check_output(out: Path, plan: Plan, force: bool) -> None:
     """The output must be a new name, or with force an old output, and not lie in an input."""
     inputs = [plan.base.path, *(adapter.path for adapter in plan.adapters)]
     real = out.resolve()
@@ -254,7 +345,7 @@ def _foreign(out: Path, plan: Plan) -> list[str]:
             f"{out}: holds no {RECEIPT}, so it is no output of infold, and --force does not "
             "replace it; choose another name, or remove it yourself"
         ]
-    known = {RECEIPT, *plan.copied, *plan.rewritten, *(shard.name for shard in plan.shards)}
+    known = {RECEIPT, UNDO, *plan.copied, *plan.rewritten, *(shard.name for shard in plan.shards)}
     with suppress(InfoldError):  # a broken receipt tells of no file
         receipt = read_json(out / RECEIPT)
         told = receipt if isinstance(receipt, dict) else {}
@@ -272,22 +363,31 @@ def _foreign(out: Path, plan: Plan) -> list[str]:
     return reasons
 
 
-def _block_size(
-    plan: Plan, budget: int, workers: int, device: torch.device, fewer: bool
+def block_size(
+    plan: Plan,
+    budget: int,
+    workers: int,
+    device: torch.device,
+    fewer: bool,
+    undo: bool = False,
+    fixed: int | None = None,
 ) -> tuple[int, int]:
     """(workers, elements of a block), so that all workers together stay within the budget.
 
-    `fewer`: the number of workers is ours to lower. On a GPU the budget is the host's.
+    `fewer`: the number of workers is ours to lower. On a GPU the budget is the host's. `undo`: a
+    record is written or read; `fixed`: its blocks have this size.
     """
     sizes = sorted((_part_bytes(plan, name) for name in plan.edits), reverse=True)
-    widest = 12  # bytes an element takes at most: stored, computed, staged
+    widest = 40 if undo else 12  # bytes an element takes at most: stored, computed, staged
     needed = 0
     for count in range(workers, 0, -1) if fewer else (workers,):
         parts = sum(sizes[: count + 1])  # each worker can be at an edit of its own
         limit = min(_BLOCK, ((budget - parts) // count - _PER_WORKER) // widest)
-        if limit >= _SMALLEST_BLOCK:
+        if fixed is not None and limit >= min(fixed, _BLOCK):
+            return count, fixed
+        if fixed is None and limit >= _SMALLEST_BLOCK:
             return count, limit if device.type == "cpu" else min(8 * limit, 8 * _BLOCK // count)
-        needed = parts + count * (_PER_WORKER + _SMALLEST_BLOCK * widest)
+        needed = parts + count * (_PER_WORKER + (fixed or _SMALLEST_BLOCK) * widest)
     raise Refusal(
         f"--max-memory: {_mib(budget)} is too little: this merge needs {-(-needed >> 20)} MiB "
         f"with --threads {1 if fewer else workers}"
@@ -310,7 +410,7 @@ def _part_bytes(plan: Plan, name: str) -> int:
     return total
 
 
-def _digest(adapter: Adapter) -> dict[str, str]:
+def digest_adapter(adapter: Adapter) -> dict[str, str]:
     """BLAKE3 of an adapter's files. Refuses NaN and inf, all of them at once."""
     bad = []
     for key in adapter.tensors:
@@ -332,7 +432,7 @@ def _digest(adapter: Adapter) -> dict[str, str]:
     return digests
 
 
-def _check_space(out: Path, plan: Plan) -> None:
+def check_space(out: Path, plan: Plan) -> None:
     parent = out.parent
     staged = out.parent / f".{out.name}.infold"
     with storage_errors(parent):
@@ -353,8 +453,9 @@ def _check_space(out: Path, plan: Plan) -> None:
         raise StorageFailure(f"{out}: needs {needed:,} bytes, but {parent} has only {free:,} free")
 
 
-def _identity(plan: Plan, adapters: Sequence[dict[str, str]]) -> str:
+def _identity(prepared: Prepared) -> str:
     """What an interrupted run must have been doing, for its pieces to be of use."""
+    plan, adapters, source = prepared.plan, prepared.digests, prepared.source
     hasher = blake3(f"infold {__version__}\n".encode())
     for shard in plan.base.shards:
         hasher.update(os.fsencode(shard.name) + blake3(shard.header.raw).digest())
@@ -365,6 +466,8 @@ def _identity(plan: Plan, adapters: Sequence[dict[str, str]]) -> str:
         hasher.update(repr(sorted(files.items())).encode())
     hasher.update(repr([describe(edit) for edit in plan.edits.values()]).encode())
     hasher.update(repr([edit.operations for edit in plan.edits.values()]).encode())
+    if prepared.undo:  # a record has blocks of one size
+        hasher.update(repr([prepared.limit, source and source.record.identity]).encode())
     return hasher.hexdigest()
 
 
@@ -390,6 +493,6 @@ def _sha256(folder: Path, plan: Plan) -> dict[str, str]:
     return result
 
 
-def _peak_memory() -> int:
+def peak_memory() -> int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -13,10 +13,11 @@ import mmap
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from blake3 import blake3
@@ -24,17 +25,18 @@ from torch import Tensor
 
 from infold.checkpoint.inputs import InputFiles
 from infold.checkpoint.shards import read_exactly
-from infold.checkpoint.staging import Progress, Staging, copy_range, storage_errors, write_fully
+from infold.checkpoint.staging import Progress, copy_range, storage_errors, write_fully
 from infold.dtypes import TORCH_DTYPES
 from infold.edit.blocks import Block, cut
 from infold.edit.steps import Workspace
 from infold.edit.threads import take_one_core
 from infold.formats import format_of
-from infold.merge.apply import EditRun
-from infold.plan.edits import BaseTensor, Edit, OutputShard, Plan
+from infold.merge.apply import EditRun, Run
+from infold.merge.recording import Recording
+from infold.plan.edits import BaseTensor, OutputShard, Plan
 from infold.workers import Worker, run_all
 
-__all__ = ["ShardDigests", "Streamed", "stream"]
+__all__ = ["Buffers", "Compute", "ShardDigests", "Streamed", "chunks_of", "stream"]
 
 HASH_PIECE = 1 << 20  # bytes that are read and hashed while they are in the cache
 COPY_PIECE = 32 << 20  # bytes that one kernel copy moves
@@ -50,11 +52,26 @@ class ShardDigests:
     output: str
 
 
+class Target(Protocol):
+    """Where shards go: what `Staging` offers to the stream."""
+
+    output: Path
+    resumed: dict[str, Progress]
+    writes: bool  # False: all is computed and hashed, and goes nowhere
+
+    def open_file(self, name: str, size: int) -> int:
+        """A descriptor of a file that will have `size` bytes."""
+
+    def record(self, shard: str, fd: int, progress: Progress) -> None:
+        """So much of a shard is written."""
+
+
 class _Source:
     """Where the stored values of one edit come from: the base, or a tensor of an adapter."""
 
-    def __init__(self, plan: Plan, edit: Edit, files: InputFiles, columns: int) -> None:
-        self.files, self.columns = files, columns
+    def __init__(self, plan: Plan, run: Run, files: InputFiles) -> None:
+        edit, columns = run.edit, run.shape[1]
+        self.files, self.columns, self.reads = files, columns, run.reads
         self.loaded: Tensor | None = None
         if isinstance(edit.source, BaseTensor):
             info = plan.base.info(edit.source.name)
@@ -70,8 +87,10 @@ class _Source:
             if tensor.end == tensor.begin:  # a pickle is in memory already
                 self.loaded = adapter.read(edit.source.key).view(-1, columns)
 
-    def read(self, block: Block, buffers: _Buffers) -> Tensor:
+    def read(self, block: Block, buffers: Buffers) -> Tensor:
         """The stored elements of a block, (rows, columns), in the worker's `in` buffer."""
+        if not self.reads:
+            return torch.empty(0, dtype=self.dtype)
         if self.loaded is not None:
             rows = self.loaded[block.row : block.row + block.rows]
             return rows[:, block.column : block.column + block.columns]
@@ -83,7 +102,7 @@ class _Source:
         return raw.view(block.rows, block.columns)
 
 
-class _Buffers:
+class Buffers:
     """Page-aligned buffers of one worker, kept from chunk to chunk."""
 
     def __init__(self) -> None:
@@ -106,11 +125,12 @@ class _Copy:
 
 
 @dataclass(frozen=True, slots=True)
-class _Compute:
+class Compute:
     """A block of an edited tensor."""
 
-    run: EditRun
+    run: Run
     source: _Source
+    number: int  # of the block in its edit
     block: Block
     target: int
     last: bool  # of its edit
@@ -122,7 +142,7 @@ class _Task:
 
     chain: _Chain
     number: int
-    work: _Copy | _Compute
+    work: _Copy | Compute
     end: int  # offset in the output where the chunk ends
 
 
@@ -133,7 +153,7 @@ class _Chain:
     first edit one digest serves for both.
     """
 
-    def __init__(self, plan: Plan, shard: OutputShard, staging: Staging, files: InputFiles) -> None:
+    def __init__(self, plan: Plan, shard: OutputShard, staging: Target, files: InputFiles) -> None:
         self.shard, self.files = shard, files
         self.path = staging.output / shard.name
         self.source_path = plan.base.shards[shard.source].path
@@ -229,8 +249,8 @@ class _Stopped(Exception):
 class _Keeper:
     """Brings finished stretches to the disk, so that little is left to wait for at the end."""
 
-    def __init__(self, staging: Staging) -> None:
-        self.staging = staging
+    def __init__(self, staging: Target, recording: Recording | None) -> None:
+        self.staging, self.recording = staging, recording
         self.thread = Worker(self._work, "infold-keeper")
         self.queue: queue.SimpleQueue[tuple[_Chain, Progress] | None] = queue.SimpleQueue()
         self.room = threading.Semaphore(_WAITING)  # each shard in the queue is open
@@ -241,6 +261,8 @@ class _Keeper:
             chain, progress = item
             try:
                 if self.error is None:
+                    if self.recording is not None:
+                        self.recording.writer.sync()  # before the journal tells of these blocks
                     self.staging.record(chain.shard.name, chain.target, progress)
             except BaseException as error:
                 self.error = error
@@ -267,25 +289,30 @@ class Streamed:
     """What `stream` returns. `resumed`: bytes that an earlier run left and that were right."""
 
     digests: dict[str, ShardDigests]
-    runs: dict[str, EditRun]
+    runs: Mapping[str, Run]
     resumed: int
 
 
 def stream(
     plan: Plan,
-    staging: Staging,
+    staging: Target,
     *,
     threads: int,
     limit: int,
     device: torch.device,
     advance: Callable[[int], None],
+    runs: Mapping[str, Run] | None = None,
+    recording: Recording | None = None,
 ) -> Streamed:
     """Write every shard of the output. `limit` is the number of elements of a block; `advance` is
-    told the bytes of output that are done.
+    told the bytes of output that are done; `runs` compute the edits, as a rule by their operations;
+    `recording` gets what it takes to undo them.
     """
     files = InputFiles()
-    keeper = _Keeper(staging)
-    pool = _Pool(plan, staging, files, keeper, limit, device, advance)
+    keeper = _Keeper(staging, recording)
+    if runs is None:
+        runs = {name: EditRun(edit, plan.adapters, device) for name, edit in plan.edits.items()}
+    pool = _Pool(plan, staging, files, keeper, limit, device, advance, runs, recording)
     try:
         keeper.thread.start()
         pool.run(threads)
@@ -299,9 +326,9 @@ def stream(
     return Streamed(pool.digests, pool.runs, pool.resumed)
 
 
-def _chunks(
-    plan: Plan, shard: OutputShard, runs: dict[str, EditRun], files: InputFiles, limit: int
-) -> Iterator[tuple[int, _Copy | _Compute]]:
+def chunks_of(
+    plan: Plan, shard: OutputShard, runs: Mapping[str, Run], files: InputFiles, limit: int
+) -> Iterator[tuple[int, _Copy | Compute]]:
     """(end, work) for every chunk after the header, in file order."""
     base = plan.base.shards[shard.source].header.tensors
     source = target = count = 0  # the unedited bytes that were gathered so far
@@ -326,11 +353,11 @@ def _chunks(
         elements = run.shape[0] * run.shape[1]
         if not elements:  # such a shape may still tell of a very large number of rows
             continue
-        place = _Source(plan, run.edit, files, run.shape[1])
+        place = _Source(plan, run, files)
         position = info.begin
-        for block in cut(*run.shape, limit):
+        for number, block in enumerate(cut(*run.shape, limit)):
             begin, position = position, position + block.count * (info.nbytes // elements)
-            yield position, _Compute(run, place, block, begin, position == info.end)
+            yield position, Compute(run, place, number, block, begin, position == info.end)
     yield from flush()
 
 
@@ -340,18 +367,18 @@ class _Pool:
     def __init__(
         self,
         plan: Plan,
-        staging: Staging,
+        staging: Target,
         files: InputFiles,
         keeper: _Keeper,
         limit: int,
         device: torch.device,
         advance: Callable[[int], None],
+        runs: Mapping[str, Run],
+        recording: Recording | None,
     ) -> None:
         self.plan, self.staging, self.files, self.keeper = plan, staging, files, keeper
         self.limit, self.device, self.advance = limit, device, advance
-        self.runs = {
-            name: EditRun(edit, plan.adapters, device) for name, edit in plan.edits.items()
-        }
+        self.runs, self.recording = runs, recording
         self.chains: list[_Chain] = []
         self.digests: dict[str, ShardDigests] = {}
         self.resumed = 0
@@ -368,28 +395,34 @@ class _Pool:
             if chain.kept:
                 self.resumed += chain.kept
             self.advance(chain.start)
-            todo = [
-                (end, work)
-                for end, work in _chunks(self.plan, shard, self.runs, self.files, self.limit)
-                if end > chain.start
-            ]
-            if todo and not self._starts_at(todo[0], chain.start):
-                # the blocks were cut elsewhere than now: begin this shard anew
+            chunks = list(chunks_of(self.plan, shard, self.runs, self.files, self.limit))
+            todo = [chunk for chunk in chunks if chunk[0] > chain.start]
+            done = [work for end, work in chunks if end <= chain.start]
+            cut_elsewhere = todo and not self._starts_at(todo[0], chain.start)
+            if cut_elsewhere or not self._recorded(done):
+                # other blocks than now, or some without their way back: begin this shard anew
                 chain._forget()
                 chain.kept = 0
                 self.resumed -= chain.start
                 self.advance(-chain.start)
                 chain.start = chain._resume(None)
                 self.advance(chain.start)
-                todo = list(_chunks(self.plan, shard, self.runs, self.files, self.limit))
+                todo = chunks
             if not todo:
                 self._finish(chain)
             for number, (end, work) in enumerate(todo):
                 yield _Task(chain, number, work, end)
 
     @staticmethod
-    def _starts_at(first: tuple[int, _Copy | _Compute], position: int) -> bool:
+    def _starts_at(first: tuple[int, _Copy | Compute], position: int) -> bool:
         return first[1].target == position
+
+    def _recorded(self, done: Sequence[_Copy | Compute]) -> bool:
+        """Whether the record has all blocks that an earlier run left."""
+        if self.recording is None:
+            return True
+        blocks = [(w.run, w.number) for w in done if isinstance(w, Compute)]
+        return all(self.recording.has(run, number) for run, number in blocks)
 
     def _finish(self, chain: _Chain) -> None:
         """All of a shard is written and hashed."""
@@ -405,7 +438,7 @@ class _Pool:
 
     def _work(self) -> None:
         take_one_core()
-        workspace, buffers = Workspace(self.device, self.limit), _Buffers()
+        workspace, buffers = Workspace(self.device, self.limit), Buffers()
         try:
             while not self.stopped.is_set() and self.keeper.error is None:
                 with self.lock:
@@ -423,10 +456,11 @@ class _Pool:
                 self.error = self.error or error
             self.stopped.set()
 
-    def _copy(self, task: _Task, work: _Copy, buffers: _Buffers) -> None:
+    def _copy(self, task: _Task, work: _Copy, buffers: Buffers) -> None:
         chain = task.chain
-        with self.files.use(chain.source_path) as source, storage_errors(chain.path):
-            copy_range(source, chain.target, work.source, work.target, work.count)
+        if self.staging.writes:
+            with self.files.use(chain.source_path) as source, storage_errors(chain.path):
+                copy_range(source, chain.target, work.source, work.target, work.count)
         with self._turn(task):
             for offset in range(0, work.count, HASH_PIECE):
                 piece = buffers.view("in", min(HASH_PIECE, work.count - offset))
@@ -434,18 +468,19 @@ class _Pool:
                 chain.hash(piece, piece)
         self.advance(work.count)
 
-    def _compute(
-        self, task: _Task, work: _Compute, workspace: Workspace, buffers: _Buffers
-    ) -> None:
+    def _compute(self, task: _Task, work: Compute, workspace: Workspace, buffers: Buffers) -> None:
         chain, run, block = task.chain, work.run, work.block
         run.prepare(workspace, lambda piece: work.source.read(piece, buffers), self.limit)
         raw = work.source.read(block, buffers)
         written = buffers.view("out", block.count * run.stored.itemsize)
         out = torch.frombuffer(written, dtype=run.stored, count=block.count)
         out = out.view(block.rows, block.columns)
-        run.run(raw.to(self.device), out, block, workspace)
-        with storage_errors(chain.path):
-            write_fully(chain.target, written, work.target)
+        before = run.run(raw.to(self.device), out, block, workspace)
+        if self.recording is not None and before is not None:
+            self.recording.add(run, work.number, before, out, block, workspace)
+        if self.staging.writes:
+            with storage_errors(chain.path):
+                write_fully(chain.target, written, work.target)
         base = buffers.view("in", len(written))
         if chain.in_step and run.edit.source != BaseTensor(run.edit.tensor):
             # the values came from elsewhere, but the base's own bytes belong to its digest

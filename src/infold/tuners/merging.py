@@ -1,14 +1,16 @@
 """Adapters into the weights of a model in memory, and out again.
 
 It stands on the same methods and the same arithmetic as the merge of checkpoints, so both give the
-same bytes. The base's parameters are not written to: merged ones take their place in the modules,
-and unmerging puts them back.
+same bytes. A merge that can be undone does not write to the base's parameters: merged ones take
+their place in the modules, and unmerging puts them back. A merge for good writes into them, where
+it is certain beforehand that no result can overflow.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -80,9 +82,10 @@ def merged(
 ) -> Merged:
     """The base with `names` merged in this order, in force. Raises Refusal, and changes nothing.
 
-    keep: the base's tensors stay, so quantized layers cannot be merged.
+    keep: the base's tensors stay, so quantized layers cannot be merged. Without it an adapter
+    leaves a layer when its weight holds it: interrupted, the model is still the same function.
     """
-    if names == current.names and keep:
+    if names == current.names:
         return current
     current.show(False)
     try:
@@ -97,7 +100,8 @@ def merged(
 def _merge(
     model: AdaptedModel, names: tuple[str, ...], keep: bool, dequantize: torch.dtype | None
 ) -> Merged:
-    result = Merged(names)
+    result, later = Merged(names), []
+    alone = set() if keep else _alone(model)
     layers = {
         path: layer
         for path, layer in model._attached.layers.items()
@@ -110,11 +114,60 @@ def _merge(
             assert dequantize is not None
             result.dense[path] = _dense(path, layer, chosen, dequantize)
             continue
-        for name, parameter, steps in _edits(layer, chosen):
-            values = edit_tensor(parameter, steps, f"{path}.{name}")
+        if not keep and all(
+            id(parameter) in alone and _is_safe(parameter, on)
+            for _, parameter, on in _edited(layer, chosen)
+        ):
+            later.append((path, layer, chosen))
+            continue
+        for name, parameter, on in _edited(layer, chosen):
+            values = edit_tensor(parameter, _steps(layer, name, on), f"{path}.{name}")
             new = nn.Parameter(values, requires_grad=parameter.requires_grad)
             result.places.append(_Place(layer, name, parameter, new))
+    for path, layer, chosen in later:  # nothing can be refused from here on
+        for name, parameter, on in _edited(layer, chosen):
+            edit_tensor(parameter, _steps(layer, name, on), f"{path}.{name}", out=parameter.data)
+        layer._runs = tuple(run for run in layer._runs if run not in chosen)
+        for name in names:
+            if name in layer.adapters:
+                del layer.adapters[name]
     return result
+
+
+def _alone(model: nn.Module) -> set[int]:
+    """The ids of the parameters whose memory nothing else in the model uses."""
+    found: dict[int, int] = {}
+    spans = []
+    for _, tensor in [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]:
+        found[id(tensor)] = found.get(id(tensor), 0) + 1
+        if tensor.is_contiguous() and type(tensor.data) is Tensor:
+            begin = tensor.data_ptr()
+            spans.append((begin, begin + tensor.nbytes, id(tensor)))
+        else:
+            found[id(tensor)] += 1
+    end, before = 0, 0
+    for begin, stop, key in sorted(set(spans)):
+        if begin < end:
+            found[key] += 1
+            found[before] += 1
+        if stop > end:
+            end, before = stop, key
+    return {key for key, count in found.items() if count == 1}
+
+
+def _is_safe(parameter: Tensor, adapters: Iterable[Adapter]) -> bool:
+    """Whether no element can leave the range of the parameter's dtype."""
+    if parameter.dtype not in NAMES or parameter.is_meta or not parameter.numel():
+        return False
+    low, high = torch.aminmax(parameter.detach())
+    peak = max(-low.item(), high.item())
+    for adapter in adapters:
+        peak = METHODS[adapter.method].bound(peak, adapter.parts, adapter.settings)
+    # half of it: room for the roundings of the bound itself; NaN compares as not safe
+    return not math.isnan(low.item()) and peak <= torch.finfo(parameter.dtype).max / 2
 
 
 def _check_storage(layers: dict[str, Adapted], keep: bool, dequantize: torch.dtype | None) -> None:
@@ -138,17 +191,23 @@ def _check_storage(layers: dict[str, Adapted], keep: bool, dequantize: torch.dty
         raise Refusal(problems)
 
 
-def _edits(
+def _edited(
     layer: Adapted, adapters: list[Adapter]
-) -> Iterator[tuple[str, nn.Parameter, list[Step]]]:
-    """The parameters of a layer that change, each with its steps."""
+) -> Iterator[tuple[str, nn.Parameter, list[Adapter]]]:
+    """The parameters of a layer that change, each with the adapters that change it."""
     name = "in_proj_weight" if isinstance(layer, AdaptedAttention) else "weight"
-    weight = cast(nn.Parameter, layer._parameters[name])
-    yield name, weight, [_step(a, weight, layer.transposed) for a in adapters]
+    yield name, cast(nn.Parameter, layer._parameters[name]), adapters
     bias = layer._parameters.get("bias")
     on_bias = [a for a in adapters if _is_on_bias(a)]
     if bias is not None and on_bias:
-        yield "bias", bias, [_step(a, bias, on_bias=True) for a in on_bias]
+        yield "bias", bias, on_bias
+
+
+def _steps(layer: Adapted, name: str, adapters: Iterable[Adapter]) -> list[Step]:
+    stored = cast(Tensor, layer._parameters[name])
+    if name == "bias":
+        return [_step(a, stored, on_bias=True) for a in adapters]
+    return [_step(a, stored, layer.transposed) for a in adapters]
 
 
 def _is_on_bias(adapter: Adapter) -> bool:

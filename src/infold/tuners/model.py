@@ -25,6 +25,7 @@ from infold.tuners import files, merging
 from infold.tuners.config import IA3Config, LoraConfig, TunerConfig
 from infold.tuners.layers import Adapted, Adapter, Rows, Stage, adapt, restore
 from infold.tuners.select import Selection, select
+from infold.tuners.weighted import add_weighted
 from infold.tuners.whole import Whole, add_whole, restore_whole
 
 __all__ = ["AdaptedModel", "Attached", "attach", "insert", "load"]
@@ -354,6 +355,34 @@ class AdaptedModel(nn.Module):
                 del attached.whole[path]
         del attached.configs[adapter_name]
         attached.active = tuple(name for name in attached.active if name != adapter_name)
+        self._refresh()
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str | None = None,
+        svd_rank: int | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+        seed: int = 0,
+    ) -> None:
+        """Combine adapters, each with its weight, into a new one, which is not active yet.
+
+        It has the tensors that `infold combine` writes (docs/combine.md), which also tells the
+        types; default: svd for LoRA, linear for IA³. svd_rank: default the largest rank. density:
+        the share of elements that pruning keeps, in (0, 1]. seed: for DARE. What was no sum, such
+        as a saved module that is carried over, is told in a warning.
+        Raises Refusal with all reasons; the model is unchanged then.
+        """
+        self._known(adapters)
+        _check_name(self._attached, adapter_name)
+        options = {
+            "svd_rank": svd_rank, "density": density, "majority_sign": majority_sign_method,
+            "seed": seed,
+        }  # fmt: skip
+        add_weighted(self, adapters, weights, adapter_name, combination_type, options)
         self._refresh()
 
     def _known(self, names: Sequence[str]) -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from infold.checkpoint.files import safe_child
+from infold.checkpoint.record import UNDO
 from infold.checkpoint.safetensors import Header, open_regular, read_header
-from infold.checkpoint.shards import RECEIPT, read_receipt
+from infold.checkpoint.shards import CARD, KEPT_CARD, RECEIPT, is_bundled, read_receipt
 from infold.errors import CorruptFile, InfoldError
 from infold.plan.edits import OutputShard, Plan
 from infold.verify.verdict import Offender
@@ -29,6 +30,7 @@ class Claims:
     adapters: tuple[str, ...]
     adapter_files: tuple[Mapping[str, str], ...]
     shards: Mapping[str, str]
+    undo: str | None  # of the undo record, where the receipt tells of one
 
 
 def read_claims(folder: Path) -> Claims | None:
@@ -52,6 +54,9 @@ def read_claims(folder: Path) -> Claims | None:
     base, adapters = receipt.get("base"), receipt.get("adapters")
     if not isinstance(base, dict) or not isinstance(adapters, list) or not adapters:
         raise CorruptFile(f"{path}: not a receipt that infold writes")
+    undo = receipt.get("undo")
+    if undo is not None and not isinstance(undo, dict):
+        raise CorruptFile(f"{path}: not a receipt that infold writes")
     if not all(isinstance(adapter, dict) for adapter in adapters):
         raise CorruptFile(f"{path}: not a receipt that infold writes")
     return Claims(
@@ -60,6 +65,7 @@ def read_claims(folder: Path) -> Claims | None:
         tuple(text(adapter.get("path")) for adapter in adapters),
         tuple(digests(adapter.get("files")) for adapter in adapters),
         digests(receipt.get("shards")),
+        None if undo is None else text(undo.get("blake3")),
     )
 
 
@@ -112,7 +118,9 @@ def side_files(folder: Path, plan: Plan) -> tuple[int, list[Offender]]:
             offenders.append(Offender("missing file", name, "it should be beside the weights"))
             continue
         try:
-            path = safe_child(folder, name)
+            # `infold deploy` keeps the base's card under another name when it writes its own
+            kept = KEPT_CARD if name == CARD and os.path.lexists(folder / KEPT_CARD) else name
+            path = safe_child(folder, kept)
             if name in plan.rewritten:
                 difference = _differs_from(path, plan.rewritten[name])
                 origin = "what the merge makes of the base's"
@@ -158,9 +166,12 @@ def _common(one: bytes, two: bytes) -> int:
     return next((n for n, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), len(one))
 
 
-def extra_files(folder: Path, plan: Plan) -> list[Offender]:
+def extra_files(folder: Path, plan: Plan, recorded: bool) -> list[Offender]:
     """Files of the merged folder that nobody planned, and links to folders."""
     known = {shard.name for shard in plan.shards} | {*plan.copied, *plan.rewritten, RECEIPT}
+    if recorded:
+        known.add(UNDO)
+    known |= {CARD} if os.path.lexists(folder / "deployment_config.json") else set()
     offenders = []
 
     def unreadable(error: OSError) -> None:
@@ -171,7 +182,7 @@ def extra_files(folder: Path, plan: Plan) -> list[Offender]:
         links = [name for name in folders if os.path.islink(os.path.join(where, name))]
         for name in sorted([*names, *links]):
             relative = os.path.relpath(os.path.join(where, name), folder)
-            if relative not in known:
+            if relative not in known and not is_bundled(relative):
                 told = "neither the base nor the merge puts it there"
                 offenders.append(Offender("extra file", relative, told))
     return offenders

@@ -18,7 +18,9 @@ import torch
 
 from infold.adapters import METHODS
 from infold.checkpoint.adapter import Adapter, open_adapter
+from infold.checkpoint.files import safe_child
 from infold.checkpoint.inputs import InputFiles
+from infold.checkpoint.record import UNDO
 from infold.checkpoint.safetensors import read_header
 from infold.checkpoint.shards import RECEIPT, open_checkpoint
 from infold.errors import InfoldError, Refusal
@@ -63,7 +65,10 @@ def verify_checkpoint(
     files = InputFiles()
     try:
         shards = _find_shards(plan, folder, files, base is None, offenders)
-        offenders += extra_files(folder, plan)
+        recorded = claims is not None and claims.undo is not None
+        offenders += extra_files(folder, plan, recorded)
+        if claims is not None and claims.undo is not None:
+            offenders += _compare_digests("undo record", {UNDO: claims.undo}, _record(folder), "it")
         equal, different = side_files(folder, plan)
         offenders += different
         offenders += _unused(plan)
@@ -115,6 +120,11 @@ def _open(
     claims = read_claims(folder)
     if claims is None:
         raise Refusal(f"{folder}: holds no {RECEIPT}, so give base and adapters too")
+    if os.path.realpath(claims.base) == os.path.realpath(folder):
+        raise Refusal(
+            f"{folder}: was merged in place, so its base is not there any more; restore it with "
+            f"`infold undo {folder} --out BASE`, and give base and adapters too"
+        )
     gone = [
         n for n in (claims.base, *claims.adapters) if os.path.isabs(n) and not os.path.exists(n)
     ]
@@ -157,6 +167,14 @@ def _changed(claims: Claims, number: int, adapter: Adapter) -> list[Offender]:
     found = {name: digest_of(adapter.path / name) for name in names}
     told = f"adapter {adapter.path}"
     return _compare_digests("adapter changed", claims.adapter_files[number], found, told)
+
+
+def _record(folder: Path) -> dict[str, str]:
+    """The digest of the undo record, where it can be read."""
+    try:
+        return {UNDO: digest_of(safe_child(folder, UNDO))}
+    except (InfoldError, OSError):
+        return {}
 
 
 def _compare_digests(

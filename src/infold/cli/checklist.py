@@ -1,0 +1,48 @@
+"""infold checklist BASE ADAPTER MERGED"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from infold.cli.output import entry
+from infold.cli.progress import byte_progress
+from infold.cli.startup import lasting_imports
+from infold.errors import ProofFailed
+
+
+def checklist(
+    base: Annotated[str, typer.Argument(help="The base.")],
+    adapter: Annotated[str, typer.Argument(help="The adapter.")],
+    merged: Annotated[str, typer.Argument(help="The merged folder.")],
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object instead of text.")
+    ] = False,
+) -> None:
+    """Check every box from the trained adapter to delivery: PASS, FAIL or NOT DONE, and why.
+
+    The merge is verified anew; the rest is read from the records of other verbs.
+    """
+    with lasting_imports():
+        from infold.checkpoint.files import locate
+        from infold.deploy.checklist import check_boxes, checklist_record
+        from infold.deploy.facts import receipt_digest
+        from infold.deploy.records import save_record
+
+    with byte_progress("verifying", as_json) as progress:
+        boxes = check_boxes(base, adapter, merged, progress=progress)
+    folder = locate(merged)
+    record = checklist_record(boxes, receipt_digest(folder))
+    save_record(folder, record)
+    if as_json:
+        print(json.dumps(record))
+    else:
+        for box in boxes:
+            print(entry(f"{box.status:8}  {box.title:26}", box.evidence, 38))
+            if box.status != "PASS" and box.command:
+                print(entry("", box.command, 38))
+    failed = [box.title for box in boxes if box.status == "FAIL"]
+    if failed:
+        raise ProofFailed(f"{merged}: failed: {', '.join(failed)}")

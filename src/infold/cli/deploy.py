@@ -1,0 +1,113 @@
+"""infold deploy MERGED"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+
+from infold.cli.output import complain, entry, plural
+from infold.cli.progress import step_progress
+from infold.cli.startup import lasting_imports
+from infold.errors import ProofFailed, Refusal
+from infold.sizes import bytes_text
+
+
+def deploy(
+    merged: Annotated[str, typer.Argument(help="A merged folder; with --smoke also a GGUF file.")],
+    out: Annotated[
+        str | None,
+        typer.Option("--out", "-o", help="A new folder for model and bundle. Default: in place."),
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens that GPU memory is computed for.")
+    ] = None,
+    licence: Annotated[
+        str | None, typer.Option("--license", help="The licence that the model card names.")
+    ] = None,
+    no_measure: Annotated[
+        bool, typer.Option("--no-measure", help="Do not load and measure the model.")
+    ] = False,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="Serve it on loopback, ask it, watch it, stop it.")
+    ] = False,
+    port: Annotated[int, typer.Option(help="With --smoke: the port; 0 takes a free one.")] = 0,
+    requests: Annotated[int, typer.Option(help="With --smoke: how many requests.")] = 30,
+    seconds: Annotated[float, typer.Option(help="With --smoke: the time they spread over.")] = 10,
+    timeout: Annotated[
+        float, typer.Option(help="With --smoke: seconds until the server must be ready.")
+    ] = 300,
+    prompt: Annotated[str | None, typer.Option(help="With --smoke: what is asked.")] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object instead of text.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+) -> None:
+    """Write what a server needs beside a merged model, or with --smoke try a real server on it.
+
+    The bundle: deployment_config.json with measured figures, a model card, serving recipes.
+    """
+    if smoke:
+        bundled = {"--out": out, "--context": context, "--license": licence}
+        given = [name for name, value in bundled.items() if value is not None]
+        if given or no_measure:
+            names = ", ".join([*given, *(["--no-measure"] if no_measure else [])])
+            raise Refusal(f"--smoke writes no bundle, so {names} cannot be given with it")
+        settings: dict[str, Any] = {"port": port, "requests": requests, "seconds": seconds}
+        settings |= {"timeout": timeout} | ({} if prompt is None else {"prompt": prompt})
+        _smoke(merged, settings, as_json, quiet)
+        return
+    with lasting_imports():
+        from infold.deploy.bundle import deploy_bundle
+
+    done = deploy_bundle(merged, out, context=context, licence=licence, measured=not no_measure)
+    if as_json:
+        print(json.dumps(asdict(done)))
+        return
+    if quiet:
+        return
+    memory = done.config["deployment_requirements"]["gpu_memory"]
+    figures = done.config["performance_metrics"]
+    if figures["measured"]:
+        rate, first = figures["decode_tokens_per_second"], figures["first_token_seconds"]
+        told = f"{rate['median']:.1f} tokens/s, first token after {first['median']:.3f} s"
+        print(entry("measured", f"{told}, on {figures['device']}", 10))
+    else:
+        print(entry("measured", f"nothing: {figures['why']}", 10))
+    size = memory["total_bytes"]
+    needs = "unknown: " + memory["kv_cache_formula"] if size is None else bytes_text(size)
+    print(entry("memory", f"{needs}, weights and cache of {memory['context']:,} tokens", 10))
+    if done.kept:
+        print(entry("kept", f"the README.md that was there is {done.kept}", 10))
+    print(entry("bundle", f"{plural('file', len(done.files))} in {done.out}", 10))
+
+
+def _smoke(merged: str, settings: dict[str, Any], as_json: bool, quiet: bool) -> None:
+    with lasting_imports():
+        from infold.checkpoint.files import locate
+        from infold.deploy.records import save_record
+        from infold.deploy.smoke import smoke_test
+
+    with step_progress("asking", quiet or as_json) as progress:
+        found = smoke_test(merged, **settings, progress=progress)
+    if found["receipt"] is not None:
+        save_record(locate(merged), found)
+    if as_json:
+        print(json.dumps(found))
+    elif not quiet:
+        latency, memory = found["latency_seconds"], found["memory_bytes"]
+        print(entry("server", f"{found['server']}, ready after {found['ready_seconds']} s", 10))
+        print(entry("asked", found["prompt"], 10))
+        same = "the same as" if found["same"] else "unlike"
+        print(entry("answered", f"{found['served']!r}, {same} the model without a server", 10))
+        told = f"{found['requests']} requests over {found['seconds']} s"
+        print(entry("latency", f"{told}: median {latency['median']} s, p95 {latency['p95']} s", 10))
+        sizes = f"{bytes_text(memory['first'])} -> {bytes_text(memory['last'])}"
+        print(entry("memory", f"{sizes}, at most {bytes_text(memory['most'])}", 10))
+    if not found["ok"]:
+        if not as_json:
+            for problem in found["problems"]:
+                complain(f"{merged}: {problem}")
+        raise ProofFailed(f"{merged}: smoke test failed")

@@ -1,0 +1,1 @@
+"""The bundle that a server loads, its smoke test, and the checklist."""

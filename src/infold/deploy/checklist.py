@@ -1,0 +1,298 @@
+"""The deployment checklist: each box is checked by what was done, never by a mark that was set."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from infold.checkpoint.adapter import Adapter, open_adapter
+from infold.checkpoint.files import exists, read_object, safe_child
+from infold.checkpoint.shards import CARD, Checkpoint, open_checkpoint
+from infold.deploy.bundle import bundle_problems, read_config
+from infold.deploy.facts import CONFIG, UNDO, Facts, read_facts
+from infold.deploy.records import read_records
+from infold.errors import InfoldError
+from infold.verify.weights import verify_checkpoint
+from infold.version import __version__
+
+__all__ = ["Box", "check_boxes", "checklist_record"]
+
+Status = Literal["PASS", "FAIL", "NOT DONE"]
+_TRAINING = "infold-training.json"
+_SLACK = 0.02  # a merged model that is surely slower or larger than this has not become the base
+
+
+@dataclass(frozen=True)
+class Box:
+    """One line of the checklist. command: what produces the evidence, if there is a verb for it."""
+
+    part: str
+    title: str
+    status: Status
+    evidence: str
+    command: str
+
+
+@dataclass(frozen=True)
+class _Evidence:
+    """All that the boxes look at."""
+
+    base: Checkpoint
+    adapter: Adapter
+    facts: Facts
+    training: Mapping[str, Any] | None
+    records: Mapping[str, Mapping[str, Any]]
+    config: Mapping[str, Any] | None
+    words: Mapping[str, str]  # base, adapter and merged as a shell takes them
+    progress: Callable[[int, int], None] | None
+
+    def stale(self, record: Mapping[str, Any]) -> bool:
+        """Whether a record tells of another merge than the one that lies there."""
+        return record.get("receipt") not in (None, self.facts.digest)
+
+
+_Found = tuple[Status, str]
+_Check = Callable[[_Evidence], _Found]
+
+
+def check_boxes(
+    base: str | os.PathLike[str],
+    adapter: str | os.PathLike[str],
+    merged: str | os.PathLike[str],
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Box]:
+    """Check every box. The merge is verified anew; the rest is read from records.
+
+    progress: called with (bytes verified, bytes in all).
+    Raises Refusal for paths that are no base, adapter and merged folder.
+    """
+    facts, opened = read_facts(merged), open_adapter(adapter)
+    training = opened.path / _TRAINING
+    evidence = _Evidence(
+        base=open_checkpoint(base),
+        adapter=opened,
+        facts=facts,
+        training=read_object(training) if exists(training) else None,
+        records=read_records(facts.folder),
+        config=read_config(facts.folder),
+        words={
+            "base": shlex.quote(os.fspath(base)),
+            "adapter": shlex.quote(os.fspath(adapter)),
+            "merged": shlex.quote(os.fspath(merged)),
+        },
+        progress=progress,
+    )
+    boxes = []
+    for part, title, check, command in _BOXES:
+        status, told = check(evidence)
+        boxes.append(Box(part, title, status, told, command.format(**evidence.words)))
+    return boxes
+
+
+def checklist_record(boxes: list[Box], digest: str) -> dict[str, Any]:
+    """The boxes as a record, for `infold report`."""
+    return {
+        "kind": "checklist",
+        "version": 1,
+        "infold": __version__,
+        "receipt": digest,
+        "ok": all(box.status != "FAIL" for box in boxes),
+        "boxes": [asdict(box) for box in boxes],
+    }
+
+
+# --- the boxes -----------------------------------------------------------------------------------
+
+
+def _trained(e: _Evidence) -> _Found:
+    moved = 0
+    for name in e.adapter.tensors:
+        values = e.adapter.read(name).double()
+        if not bool(values.isfinite().all()):
+            return "FAIL", f"{name} holds values that are not finite"
+        start = 1.0 if "ia3_l" in name else 0.0
+        untouched = "lora_A" in name or "lora_embedding_A" in name  # random from the start
+        moved += not untouched and bool((values != start).any())
+    if not moved:
+        return "FAIL", "all tensors are as they were before training: it changes nothing"
+    told = f"{len(e.adapter.tensors)} tensors, finite, changed by training"
+    if e.training is not None:
+        told += f"; {e.training.get('steps')} steps, recorded"
+    return "PASS", told
+
+
+def _validated(e: _Evidence) -> _Found:
+    if e.training is None:
+        return "NOT DONE", f"no {_TRAINING} beside the adapter"
+    losses = e.training.get("losses", {})
+    first, last = losses.get("eval_first"), losses.get("eval_last")
+    if first is None or last is None:
+        return "NOT DONE", "trained without held-out rows"
+    accuracy = losses.get("eval_accuracy")
+    also = f", accuracy {accuracy:.3f}" if isinstance(accuracy, float) else ""
+    told = f"loss on held-out rows {first:.4f} -> {last:.4f}{also}"
+    return ("PASS" if last < first else "FAIL"), told
+
+
+def _baseline(e: _Evidence) -> _Found:
+    return _of_record(
+        e, "bench", lambda r: ("PASS", f"by infold {r['infold']}, in records/bench.json")
+    )
+
+
+def _merged(e: _Evidence) -> _Found:
+    verdict = verify_checkpoint(e.base.path, [e.adapter.path], e.facts.folder, progress=e.progress)
+    if not verdict.ok:
+        first = verdict.offenders[0]
+        return "FAIL", f"{len(verdict.offenders)} offenders, first {first.where}: {first.detail}"
+    return "PASS", (
+        f"{verdict.identical} tensors equal to the base's, {verdict.recomputed} to their "
+        f"recomputation, proven in {verdict.seconds:.1f} s"
+    )
+
+
+def _parameters(e: _Evidence) -> _Found:
+    was, now = ({n: c.info(n).shape for n in c.where} for c in (e.base, e.facts.checkpoint))
+    different = [n for n in {*was, *now} if was.get(n) != now.get(n)]
+    if different:
+        return "FAIL", f"{len(different)} tensors differ in shape or name, as {min(different)}"
+    return "PASS", f"{e.facts.parameters:,} in {len(now)} tensors, each of the base's shape"
+
+
+def _functions(e: _Evidence) -> _Found:
+    return _of_record(
+        e,
+        "smoke",
+        lambda r: (
+            ("PASS" if r["same"] else "FAIL"),
+            f"{r['server']} answers {r['served']!r}, in process {r['local']!r}",
+        ),
+    )
+
+
+def _speed(e: _Evidence) -> _Found:
+    return _of_record(e, "bench", lambda r: _compared(r, "speed"))
+
+
+def _memory(e: _Evidence) -> _Found:
+    return _of_record(e, "bench", lambda r: _compared(r, "memory"))
+
+
+def _sampling(e: _Evidence) -> _Found:
+    return _of_record(
+        e,
+        "outputs",
+        lambda r: (
+            ("PASS" if r["ok"] else "FAIL"),
+            "adapter mode and merged " + ("agree" if r["ok"] else "differ"),
+        ),
+    )
+
+
+def _stable(e: _Evidence) -> _Found:
+    return _of_record(
+        e,
+        "smoke",
+        lambda r: (
+            ("PASS" if r["stable"] else "FAIL"),
+            "; ".join(r["problems"])
+            if not r["stable"]
+            else f"{r['requests']} requests over {r['seconds']} s: median "
+            f"{r['latency_seconds']['median']} s, memory {r['memory_bytes']['first']:,} -> "
+            f"{r['memory_bytes']['last']:,} bytes",
+        ),
+    )
+
+
+def _configured(e: _Evidence) -> _Found:
+    if e.config is None:
+        return "NOT DONE", f"no {CONFIG}"
+    if e.stale(e.config):
+        return "FAIL", f"{CONFIG} tells of another merge"
+    problems = bundle_problems(e.facts.folder, e.config)
+    return ("FAIL", "; ".join(problems)) if problems else ("PASS", f"{CONFIG} fits this merge")
+
+
+def _measured(e: _Evidence) -> _Found:
+    found = (e.config or {}).get("performance_metrics", {})
+    if not found.get("measured"):
+        return "NOT DONE", str(found.get("why", f"no {CONFIG}"))
+    if e.config is not None and e.stale(e.config):
+        return "FAIL", f"{CONFIG} tells of another merge"
+    rate = found["decode_tokens_per_second"]["median"]
+    return "PASS", f"{rate:.1f} tokens/s on {found['device']}, in {CONFIG}"
+
+
+def _rollback(e: _Evidence) -> _Found:
+    way = (e.config or {}).get("rollback")
+    if not way:
+        return "NOT DONE", f"no {CONFIG} with a rollback plan"
+    if not exists(e.facts.folder / CARD):
+        return "FAIL", f"{CARD}, which tells the plan, is gone"
+    if way["exact"]:
+        if not exists(e.facts.folder / UNDO):
+            return "FAIL", f"the plan needs {UNDO}, which is gone"
+        return "PASS", f"{way['command']}: from {UNDO}"
+    return "PASS", f"{way['command']}: the base, checked by the receipt's digests"
+
+
+def _notes(e: _Evidence) -> _Found:
+    if e.config is None:
+        return "NOT DONE", f"no {CONFIG}"
+    scripts = [n for n in e.config.get("serving", []) if exists(safe_child(e.facts.folder, n))]
+    lacking = set(e.config.get("serving", [])) - set(scripts)
+    if lacking or not scripts:
+        return "FAIL", f"recipes are gone: {', '.join(sorted(lacking)) or 'all'}"
+    return "PASS", f"usage example, and recipes: {', '.join(Path(n).stem for n in scripts)}"
+
+
+def _compared(record: Mapping[str, Any], what: str) -> _Found:
+    """The merged model against the base, by `comparisons` of a bench record: each is
+    {what: "speed" or "memory", metric, ratio, low, high}, merged over base, more is worse."""
+    found = [c for c in record.get("comparisons", []) if c["what"] == what]
+    if not found:
+        return "NOT DONE", f"records/bench.json compares no {what} of merged and base"
+    told = [
+        f"{c['metric']} {c['ratio']:.3f}x the base's ({c['low']:.3f} to {c['high']:.3f})"
+        for c in found
+    ]
+    worse = any(c["low"] > 1 + _SLACK for c in found)
+    return ("FAIL" if worse else "PASS"), "; ".join(told)
+
+
+def _of_record(e: _Evidence, kind: str, check: Callable[[Mapping[str, Any]], _Found]) -> _Found:
+    record = e.records.get(kind)
+    if record is None:
+        return "NOT DONE", f"no records/{kind}.json in the merged folder"
+    if e.stale(record):
+        return "FAIL", f"records/{kind}.json tells of another merge"
+    try:
+        return check(record)
+    except (KeyError, TypeError, ValueError, IndexError, InfoldError) as error:
+        return "FAIL", f"records/{kind}.json cannot be read: {type(error).__name__} {error}"
+
+
+_TRAIN = "infold train {base} DATA --out {adapter} --eval-split 0.1"
+_BENCH = _OUTPUTS = ""  # no verb writes these records yet
+_DEPLOY, _SMOKE = "infold deploy {merged}", "infold deploy {merged} --smoke"
+_BOXES: tuple[tuple[str, str, _Check, str], ...] = (
+    ("before", "adapter trained and saved", _trained, _TRAIN),
+    ("before", "validated on held-out data", _validated, _TRAIN),
+    ("before", "baseline recorded", _baseline, _BENCH),
+    ("merge", "merged", _merged, "infold verify {base} {adapter} {merged}"),
+    ("merge", "parameter count unchanged", _parameters, "infold inspect {merged}"),
+    ("merge", "functions normally", _functions, _SMOKE),
+    ("after", "speed", _speed, _BENCH),
+    ("after", "memory", _memory, _BENCH),
+    ("after", "outputs sampled", _sampling, _OUTPUTS),
+    ("after", "stable over time", _stable, _SMOKE),
+    ("delivery", "configuration saved", _configured, _DEPLOY),
+    ("delivery", "benchmark recorded", _measured, _DEPLOY),
+    ("delivery", "rollback plan", _rollback, _DEPLOY),
+    ("delivery", "API notes", _notes, _DEPLOY),
+)

@@ -1,0 +1,189 @@
+"""What a merged folder is, from its headers, config and receipt alone: nothing is loaded."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+from infold.checkpoint.files import exists, locate, read_bytes, read_object, safe_child
+from infold.checkpoint.record import UNDO
+from infold.checkpoint.safetensors import DTYPE_BITS
+from infold.checkpoint.shards import CARD, KEPT_CARD, RECEIPT, Checkpoint, open_checkpoint
+from infold.errors import Refusal
+from infold.inspect.receipt import checked_receipt
+
+__all__ = ["CONFIG", "UNDO", "Facts", "KVCache", "read_facts", "receipt_digest"]
+
+CONFIG = "deployment_config.json"
+
+_CONFIG_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """Bytes of keys and values for one token of one sequence, and how they were counted."""
+
+    bytes_per_token: int
+    formula: str
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A merged folder. Sizes are bytes.
+
+    dtype: safetensors' name of the dtype that holds most bytes. digest: BLAKE3 of the receipt.
+    base: a name of the base that is no path of this machine. base_id: its Hub id, if one is known.
+    cache is None where the config does not tell its size; `cacheless` says why.
+    context: tokens of the longest sequence that the model was made for, None where not told.
+    """
+
+    checkpoint: Checkpoint
+    receipt: Mapping[str, Any]
+    digest: str
+    config: Mapping[str, Any]
+    parameters: int
+    weight_bytes: int
+    dtype: str
+    base: str
+    base_id: str | None
+    adapters: tuple[str, ...]
+    methods: tuple[str, ...]
+    licence: str | None
+    context: int | None
+    cache: KVCache | None
+    cacheless: str
+    undo: bool
+    chat: bool
+
+    @property
+    def folder(self) -> Path:
+        return self.checkpoint.path
+
+    @property
+    def name(self) -> str:
+        """The folder's name, in characters that every server takes for a model's name."""
+        return re.sub(r"[^\w.-]+", "-", self.folder.resolve().name).strip("-.") or "merged"
+
+    @property
+    def architecture(self) -> str:
+        named = self.config.get("architectures")
+        return str(named[0]) if isinstance(named, list) and named else "unknown"
+
+    @property
+    def generates(self) -> bool:
+        return self.architecture.endswith(("ForCausalLM", "LMHeadModel"))
+
+
+def read_facts(merged: str | os.PathLike[str]) -> Facts:
+    """The facts of a merged folder. Raises Refusal for a folder that infold did not make."""
+    folder = locate(merged)
+    if not folder.is_dir() or not exists(folder / RECEIPT):
+        raise Refusal(
+            f"{merged}: holds no {RECEIPT}: not a merged folder; make one with `infold merge`"
+        )
+    receipt = checked_receipt(folder)
+    checkpoint = open_checkpoint(folder)
+    if checkpoint.config is None:
+        raise Refusal(f"{merged}: has no config.json, without which no server loads it")
+    tensors = [t for shard in checkpoint.shards for t in shard.header.tensors.values()]
+    sizes: dict[str, int] = {}
+    for tensor in tensors:
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
+    dtype = max(sizes, key=lambda name: sizes[name], default="F32")
+    text = checkpoint.config.get("text_config")
+    config = checkpoint.config | text if isinstance(text, dict) else checkpoint.config
+    cache, why = _cache(config, dtype)
+    base_id = _base_id(receipt)
+    context = config.get("max_position_embeddings", config.get("n_positions"))
+    return Facts(
+        checkpoint=checkpoint,
+        receipt=receipt,
+        digest=receipt_digest(folder),
+        config=checkpoint.config,
+        parameters=sum(math.prod(t.shape) for t in tensors),
+        weight_bytes=sum(sizes.values()),
+        dtype=dtype,
+        base=base_id or _last(receipt["base"]["path"]),
+        base_id=base_id,
+        adapters=tuple(_last(a["path"]) for a in receipt["adapters"]),
+        methods=tuple(dict.fromkeys(a["method"] for a in receipt["adapters"])),
+        licence=_licence(folder),
+        context=context if isinstance(context, int) and context > 0 else None,
+        cache=cache,
+        cacheless=why,
+        undo=exists(folder / UNDO),
+        chat=_has_chat_template(folder),
+    )
+
+
+def receipt_digest(folder: Path) -> str:
+    """BLAKE3 of the receipt's bytes: records carry it, so that those of another merge are told."""
+    return blake3(read_bytes(safe_child(folder, RECEIPT))).hexdigest()
+
+
+def _base_id(receipt: Mapping[str, Any]) -> str | None:
+    """The base's Hub id: as it was given, or as the first adapter's config names it."""
+    given = receipt["base"]["path"]
+    if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", given) and not os.path.exists(given):
+        return str(given)
+    for adapter in receipt["adapters"]:
+        path = Path(adapter["path"]) / "adapter_config.json"
+        if exists(path):
+            named = read_object(path).get("base_model_name_or_path")
+            if isinstance(named, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", named):
+                return named
+    return None
+
+
+def _last(path: str) -> str:
+    return path if not os.path.isabs(path) else Path(path).name
+
+
+def _has_chat_template(folder: Path) -> bool:
+    if exists(folder / "chat_template.jinja"):
+        return True
+    settings = folder / "tokenizer_config.json"
+    return exists(settings) and bool(read_object(settings).get("chat_template"))
+
+
+def _licence(folder: Path) -> str | None:
+    """The `license:` of the front matter of the base's model card."""
+    for name in (KEPT_CARD, CARD):
+        if exists(folder / name):
+            text = read_bytes(safe_child(folder, name)).decode(errors="replace")
+            front = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+            found = front and re.search(r"^license: *['\"]?([\w.+-]+)", front[1], re.MULTILINE)
+            if found:
+                return str(found[1])
+    return None
+
+
+def _cache(config: Mapping[str, Any], dtype: str) -> tuple[KVCache | None, str]:
+    """The size of keys and values of one token; None and why, where the config does not tell it."""
+
+    def first(*names: str) -> int | None:
+        return next((v for n in names if isinstance(v := config.get(n), int) and v > 0), None)
+
+    if "kv_lora_rank" in config:
+        return None, "the attention compresses keys and values in a way of its own (kv_lora_rank)"
+    layers = first("num_hidden_layers", "n_layer", "num_layers")
+    heads = first("num_attention_heads", "n_head", "num_heads")
+    groups = first("num_key_value_heads", "num_kv_heads") or heads
+    width = first("hidden_size", "n_embd", "d_model")
+    size = first("head_dim", "d_kv") or (width // heads if width and heads else None)
+    if layers is None or groups is None or size is None:
+        return None, "config.json does not tell layers, heads and their size"
+    stored = _CONFIG_DTYPES.get(str(config.get("dtype", config.get("torch_dtype"))), dtype)
+    nbytes = DTYPE_BITS[stored] // 8
+    formula = (
+        f"2 (keys, values) x {layers} layers x {groups} heads x {size} elements x {nbytes} bytes "
+        f"({stored})"
+    )
+    return KVCache(2 * layers * groups * size * nbytes, formula), ""

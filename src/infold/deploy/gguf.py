@@ -1,0 +1,71 @@
+"""A GGUF file served, or asked in process, by llama.cpp through xllamacpp.
+
+python -m infold.deploy.gguf serve FILE PORT
+python -m infold.deploy.gguf answer FILE            (the question as JSON on standard input)
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from infold.deploy.local import LocalFailure
+from infold.errors import Refusal
+
+__all__ = ["ask_gguf", "gguf_command"]
+
+
+def gguf_command(file: Path, port: int) -> list[str]:
+    """The command that serves a file. Raises Refusal without xllamacpp."""
+    if find_spec("xllamacpp") is None:
+        raise Refusal("xllamacpp is not installed, and serves GGUF: pip install xllamacpp")
+    return [sys.executable, "-m", __name__, "serve", str(file), str(port)]
+
+
+def ask_gguf(file: Path, request: dict[str, Any], timeout: float = 900) -> str:
+    """The answer to a chat request of the file loaded in a process of its own, without HTTP."""
+    done = subprocess.run(
+        [sys.executable, "-m", __name__, "answer", str(file)],
+        input=json.dumps(request),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    if done.returncode:
+        raise LocalFailure(f"{file}: llama.cpp cannot run it: {done.stderr.strip()[-200:]}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return str(found["choices"][0]["message"]["content"])
+
+
+def _open(file: str, port: int) -> Any:
+    import xllamacpp
+
+    settings = xllamacpp.CommonParams()
+    settings.model.path = file
+    settings.hostnames = ["127.0.0.1"]
+    settings.port = port
+    settings.n_ctx = 2048
+    settings.n_parallel = 1
+    settings.warmup = False
+    return xllamacpp.Server(settings)
+
+
+def main() -> None:
+    what, file = sys.argv[1:3]
+    if what == "serve":
+        server = _open(file, int(sys.argv[3]))
+        print(f"listening on {server.listening_address}", flush=True)
+        while True:
+            time.sleep(3600)
+    found = _open(file, 0).handle_chat_completions(json.load(sys.stdin))
+    print(found if isinstance(found, str) else json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""A checkpoint loaded by plain transformers in a process of its own, so that its memory is its own.
+
+`run_local` starts this module as a program; the last line that it prints is its result, as JSON.
+Prompts go in by standard input.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from infold.errors import InfoldError, Refusal
+
+__all__ = ["LocalFailure", "run_local"]
+
+
+class LocalFailure(InfoldError):
+    """transformers could not load or run the folder."""
+
+    exit_code = 1
+
+
+def run_local(what: str, folder: Path, *, timeout: float = 900, **given: Any) -> dict[str, Any]:
+    """`what` is "measure" or "answer"; `given` are the keyword arguments of that function.
+
+    Raises Refusal without transformers, LocalFailure where the model does not load or run.
+    """
+    if find_spec("transformers") is None:
+        raise Refusal("transformers is not installed: pip install 'infold[serve]'")
+    command = [sys.executable, "-m", __name__, what, str(folder)]
+    quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    try:
+        done = subprocess.run(
+            command,
+            input=json.dumps(given),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env={**os.environ, **quiet},
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise LocalFailure(f"{folder}: did not {what} within {timeout:.0f} s") from None
+    if done.returncode:
+        lines = done.stderr.strip().splitlines()
+        told = lines[-1] if lines else f"exit code {done.returncode}"
+        raise LocalFailure(f"{folder}: transformers cannot run it: {told}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def measure(
+    folder: str, prompt_tokens: int = 128, new_tokens: int = 32, rounds: int = 5
+) -> dict[str, Any]:
+    """Load time, memory and speed at batch 1, greedy: medians over `rounds`, one more to warm up.
+
+    Seconds, bytes and tokens/s. The tokens are drawn by a fixed seed; no tokenizer is needed.
+    """
+    import torch
+    import transformers
+
+    before = _resident()
+    began = time.perf_counter()
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = model.to(device).eval()
+    loading = time.perf_counter() - began
+    top = model.config.get_text_config().vocab_size
+    seed = torch.Generator().manual_seed(0)
+    prompt = torch.randint(0, top, (1, prompt_tokens), generator=seed).to(device)
+    mask = torch.ones_like(prompt)
+
+    def timed(count: int) -> float:
+        start = time.perf_counter()
+        model.generate(
+            input_ids=prompt,
+            attention_mask=mask,
+            max_new_tokens=count,
+            min_new_tokens=count,
+            do_sample=False,
+        )
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    timed(2)
+    firsts, rates = [], []
+    for _ in range(rounds):
+        first, all_tokens = timed(1), timed(1 + new_tokens)
+        firsts.append(first)
+        rates.append(new_tokens / max(1e-9, all_tokens - first))
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else None
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"cpu, {_processor()}",
+        "threads": torch.get_num_threads(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "load_seconds": round(loading, 3),
+        "resident_bytes": _resident() - before,
+        "cuda_peak_bytes": peak,
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+        "rounds": rounds,
+        "first_token_seconds": _spread(firsts),
+        "decode_tokens_per_second": _spread(rates),
+    }
+
+
+def answer(folder: str, prompt: str, new_tokens: int, chat: bool) -> dict[str, Any]:
+    """The greedy continuation of a prompt, as text."""
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    if chat:
+        talk = [{"role": "user", "content": prompt}]
+        inputs: Any = tokenizer.apply_chat_template(
+            talk, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    tokens = model.eval().generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
+    new = tokens[0, inputs["input_ids"].shape[1] :]
+    return {"text": tokenizer.decode(new, skip_special_tokens=True)}
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {
+        "median": round(median(values), 5),
+        "least": round(min(values), 5),
+        "most": round(max(values), 5),
+    }
+
+
+def _resident() -> int:
+    """Bytes of this process that are in memory."""
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return "unknown"
+    return next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), "?")
+
+
+if __name__ == "__main__":
+    given = json.load(sys.stdin)
+    made = (
+        measure(sys.argv[2], **given) if sys.argv[1] == "measure" else answer(sys.argv[2], **given)
+    )
+    print(json.dumps(made))

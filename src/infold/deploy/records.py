@@ -1,0 +1,42 @@
+"""Records of other verbs: JSON objects with a `kind`, in `records/` of the merged folder."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from infold.checkpoint.files import exists, read_object, safe_child
+from infold.checkpoint.staging import storage_errors
+
+__all__ = ["RECORDS", "read_records", "save_record"]
+
+RECORDS = "records"
+
+
+def save_record(folder: Path, record: Mapping[str, Any]) -> Path:
+    """Write a record as records/KIND.json, whole or not at all; the last one of a kind stays."""
+    path = safe_child(folder, f"{RECORDS}/{record['kind']}.json")
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    with storage_errors(path):
+        path.parent.mkdir(exist_ok=True)
+        try:
+            draft.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+            draft.replace(path)
+        finally:
+            draft.unlink(missing_ok=True)
+    return path
+
+
+def read_records(folder: Path) -> dict[str, dict[str, Any]]:
+    """The records of a folder by their kind. Raises CorruptFile for files that are no JSON."""
+    place = folder / RECORDS
+    if not exists(place):
+        return {}
+    found = {}
+    for path in sorted(place.glob("*.json")):
+        record = read_object(safe_child(folder, f"{RECORDS}/{path.name}"))
+        found[str(record.get("kind", path.stem))] = record
+    return found

@@ -1,0 +1,114 @@
+"""How far a merge moved each tensor, measured from base and merged as they lie on the disk."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from infold.checkpoint.adapter import open_adapter
+from infold.checkpoint.inputs import InputFiles
+from infold.checkpoint.safetensors import DTYPE_BITS
+from infold.checkpoint.shards import Checkpoint, open_checkpoint
+from infold.dtypes import TORCH_DTYPES
+from infold.errors import InfoldError
+from infold.inspect.receipt import checked_receipt
+from infold.plan.config import read_config
+from infold.plan.match import group_keys
+
+__all__ = ["describe_update"]
+
+_PIECE = 1 << 20  # elements
+_BINS = 41
+
+
+def describe_update(merged: str | os.PathLike[str]) -> dict[str, Any]:
+    """The edits of a merged folder as a record: JSON-ready.
+
+    tensors: for each edited one {tensor, dtype, norm, relative, changed}: the Frobenius norm of
+    merged - base, the same over the base's, and the share of elements whose bits changed.
+    scales: IA³ scales by module {module, mean, least, most}, and their histogram {edges, counts}.
+    Without the base (or an adapter) at the path of the receipt those lists are empty, and `notes`
+    say why.
+    """
+    folder = Path(merged)
+    receipt = checked_receipt(folder)
+    found: dict[str, Any] = {"kind": "update", "version": 1, "tensors": [], "notes": []}
+    try:
+        base = open_checkpoint(receipt["base"]["path"])
+        now = open_checkpoint(folder)
+        names = [edit["tensor"] for edit in receipt["edits"]]
+        found["tensors"] = [row for n in names if (row := _moved(base, now, n)) is not None]
+    except InfoldError as error:
+        found["notes"].append(f"no norms of updates: {error}")
+    rows, values = [], []
+    for entry in receipt["adapters"]:
+        if entry["method"] != "ia3":
+            continue
+        try:
+            adapter = open_adapter(entry["path"])
+            read_config(adapter)
+        except InfoldError as error:
+            found["notes"].append(f"no scales of {entry['path']}: {error}")
+            continue
+        for module, parts in group_keys(adapter.tensors).modules.items():
+            if (key := parts.get("ia3_l")) is not None:
+                scale = adapter.read(key).double().flatten()
+                values.append(scale)
+                rows.append(
+                    {
+                        "module": module,
+                        "mean": float(scale.mean()),
+                        "least": float(scale.min()),
+                        "most": float(scale.max()),
+                    }
+                )
+    found["scales"] = rows
+    if values:
+        every = torch.cat(values)
+        counts, edges = torch.histogram(every, bins=_BINS)
+        found["histogram"] = {"edges": edges.tolist(), "counts": counts.int().tolist()}
+    return found
+
+
+def _moved(base: Checkpoint, merged: Checkpoint, name: str) -> dict[str, Any] | None:
+    """One tensor's row; None where it is new, resized or not stored as floats."""
+    if name not in base.where or name not in merged.where:
+        return None
+    was, now = base.info(name), merged.info(name)
+    if (was.dtype, was.shape) != (now.dtype, now.shape) or was.dtype not in TORCH_DTYPES:
+        return None
+    width = DTYPE_BITS[was.dtype] // 8
+    moved = size = 0.0
+    changed = 0
+    files = InputFiles()
+    try:
+        for at in range(0, was.nbytes, _PIECE * width):
+            count = min(_PIECE * width, was.nbytes - at)
+            pair = [
+                _piece(files, c.shards[c.where[name]].path, i.begin + at, count, i.dtype)
+                for c, i in ((base, was), (merged, now))
+            ]
+            old, new = (values.double() for values in pair)
+            moved += float((new - old).square().sum())
+            size += float(old.square().sum())
+            changed += int((pair[0] != pair[1]).sum())
+    finally:
+        files.close()
+    total = was.nbytes // width
+    return {
+        "tensor": name,
+        "dtype": was.dtype,
+        "norm": moved**0.5,
+        "relative": (moved / size) ** 0.5 if size else None,
+        "changed": changed / total if total else 0.0,
+    }
+
+
+def _piece(files: InputFiles, path: Path, offset: int, count: int, dtype: str) -> Tensor:
+    raw = bytearray(count)
+    files.read(path, memoryview(raw), offset)
+    return torch.frombuffer(raw, dtype=TORCH_DTYPES[dtype])

@@ -1,0 +1,514 @@
+"""Edits of a folder itself: merge, undo and swap without a second copy.
+
+A rehearsal comes first: it computes everything, refuses what is to be refused, and writes nothing
+but the record of the way back. Then the blocks are written, in steps:
+
+    infold-undo.journal   held (flock) by the running edit; JSON lines: what is done; after the
+                          rehearsal what comes out of it (from here on the edit will be completed,
+                          until here it is rolled back); each finished step; that all is written
+    infold-undo.part      the new record, until everything is written
+    infold-undo.step      one step: its number, a digest, and the new bytes with their places
+
+The step goes to the disk before its bytes go to their places, so one that a kill tore in the middle
+is written once more. A shard never changes its length or its header: what would need that is
+refused. All that a completion needs, adapters too, is in the records.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import struct
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+from infold.checkpoint.adapter import open_adapter
+from infold.checkpoint.inputs import InputFiles
+from infold.checkpoint.record import UNDO, RecordWriter
+from infold.checkpoint.shards import JOURNAL, RECEIPT, Checkpoint, open_checkpoint
+from infold.checkpoint.staging import Progress, storage_errors, sync_folder
+from infold.edit.threads import one_torch_thread, usual_threads
+from infold.errors import Refusal
+from infold.merge.apply import Run
+from infold.merge.inplace_steps import Crew, Piece, Places, grouped, program, write_file
+from infold.merge.receipt import Receipt
+from infold.merge.recording import Recording
+from infold.merge.restore import Undone, check_restored, undone
+from infold.merge.run import (
+    DEFAULT_MEMORY,
+    Prepared,
+    block_size,
+    digest_adapter,
+    finish_record,
+    make_receipt,
+    open_device,
+    peak_memory,
+)
+from infold.merge.stream import Streamed, stream
+from infold.merge.undo import Merged, open_merged
+from infold.plan.build import plan_merge
+from infold.plan.edits import Plan
+from infold.sizes import parse_bytes
+
+__all__ = ["Settled", "merge_in_place", "settle", "swap_in_place", "undo_in_place"]
+
+PART, STEP, TOLD = "infold-undo.part", "infold-undo.step", "infold-undo.receipt"
+STEP_BYTES = 32 << 20  # of one step; more at once is not faster
+_MAGIC = b"infold step 1\n\0\0"
+_STEP = struct.Struct("<16sQQ32s")  # magic, number, bytes that follow, their BLAKE3
+_PLACE = struct.Struct("<IQQ")  # number of the shard, offset, bytes
+
+PathLike = str | os.PathLike[str]
+Advance = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What became of an edit that was interrupted. result: of the edit, where it was completed."""
+
+    what: str  # merge, undo or swap
+    completed: bool
+    result: Mapping[str, Any]
+
+    def __str__(self) -> str:
+        if self.completed:
+            return f"an interrupted {self.what} in place was completed"
+        return f"an interrupted {self.what} in place was rolled back: nothing had been changed"
+
+
+# --- the verbs ---------------------------------------------------------------------------------
+
+
+def merge_in_place(
+    base: PathLike,
+    adapters: Sequence[PathLike],
+    *,
+    max_memory: int | str = DEFAULT_MEMORY,
+    device: str = "cpu",
+    threads: int | None = None,
+    dry_run: bool = False,
+    progress: Advance | None = None,
+    told: Callable[[Settled], None] | None = None,
+) -> Receipt | dict[str, Any]:
+    """Merge adapters into the folder of the base itself. Returns the receipt, or with `dry_run`
+    the plan. `told` is called where an interrupted edit was finished first."""
+    folder = _folder(base)
+    opened = [open_adapter(adapter) for adapter in adapters]
+    settled = settle(folder)
+    if settled and told:
+        told(settled)
+    if settled and settled.completed and settled.what == "merge":
+        files = [entry["files"] for entry in settled.result["adapters"]]
+        if files == [digest_adapter(adapter) for adapter in opened]:
+            return Receipt(**settled.result)
+    checkpoint = open_checkpoint(folder)
+    plan = plan_merge(checkpoint, opened)
+    _refuse([*_merged_already(checkpoint), *_obstacles(checkpoint, plan)])
+    prepared = _prepare(plan, folder, max_memory, device, threads, None)
+    if dry_run:
+        return plan.summary()
+    names = (os.fspath(base), [os.fspath(adapter) for adapter in adapters])
+    with _Edit(folder, "merge", progress) as edit:
+        return edit.merge(prepared, names)
+
+
+def swap_in_place(
+    merged: PathLike,
+    adapters: Sequence[PathLike],
+    *,
+    max_memory: int | str = DEFAULT_MEMORY,
+    device: str = "cpu",
+    threads: int | None = None,
+    progress: Advance | None = None,
+    told: Callable[[Settled], None] | None = None,
+) -> Receipt:
+    """Undo a merged folder and merge other adapters, in the folder itself."""
+    folder = _folder(merged)
+    opened = [open_adapter(adapter) for adapter in adapters]
+    settled = settle(folder)
+    if settled and told:
+        told(settled)
+    if settled and settled.completed and settled.what == "swap":
+        files = [entry["files"] for entry in settled.result["adapters"]]
+        if files == [digest_adapter(adapter) for adapter in opened]:
+            return Receipt(**settled.result)
+    source = open_merged(folder)
+    with source.record:
+        plan = plan_merge(source.base, opened)
+        over = source.swap_plan(plan)
+        _refuse([*_obstacles(source.checkpoint, over), *_removed(source)])
+        prepared = _prepare(plan, folder, max_memory, device, threads, source)
+        names = (str(folder), [os.fspath(adapter) for adapter in adapters])
+        with _Edit(folder, "swap", progress) as edit:
+            return edit.merge(prepared, names)
+
+
+def undo_in_place(
+    merged: PathLike,
+    *,
+    max_memory: int | str = DEFAULT_MEMORY,
+    device: str = "cpu",
+    threads: int | None = None,
+    progress: Advance | None = None,
+    told: Callable[[Settled], None] | None = None,
+) -> Undone:
+    """Turn a merged folder back into its base."""
+    folder = _folder(merged)
+    settled = settle(folder)
+    if settled and told:
+        told(settled)
+    if settled and settled.completed and settled.what == "undo":
+        return Undone(**settled.result)
+    source = open_merged(folder)
+    with source.record:
+        plan = source.undo_plan()
+        _refuse([*_obstacles(source.checkpoint, plan), *_removed(source)])
+        prepared = _prepare(plan, folder, max_memory, device, threads, source)
+        with _Edit(folder, "undo", progress) as edit:
+            return edit.undo(prepared)
+
+
+def settle(folder: PathLike, *, refuse: bool = False) -> Settled | None:
+    """Finish what a kill left of an edit in place; None where there is nothing.
+
+    Raises Refusal while another process is at it, and with `refuse` where the folder was the base
+    of what follows and has become a merged one.
+    """
+    path = Path(os.path.abspath(folder))
+    if not os.path.lexists(path / JOURNAL):
+        return None
+    with _Edit(path, "", None) as edit, one_torch_thread():
+        settled = edit.settle()
+    if refuse and settled.completed and settled.what != "undo":
+        raise Refusal(f"{folder}: {settled}; it is merged now, so undo it before it is a base")
+    return settled
+
+
+# --- checks ------------------------------------------------------------------------------------
+
+
+def _folder(name: PathLike) -> Path:
+    path = Path(os.path.abspath(name))
+    if not path.is_dir():
+        raise Refusal(f"{name}: is no folder here; --in-place edits a local folder")
+    return path
+
+
+def _obstacles(there: Checkpoint, plan: Plan) -> Iterator[str]:
+    """Why the files that are there cannot be edited as they lie."""
+    for shard in plan.shards:
+        if not shard.same_layout:
+            yield (
+                f"{there.path / shard.name}: its layout would change (new or resized tensors, "
+                "untied embeddings), which --in-place does not do; use --out"
+            )
+    for name in plan.rewritten:
+        yield f"{there.path / name}: would change, which --in-place does not do; use --out"
+    for old in there.shards:
+        path = there.path / old.name
+        if path.is_symlink() or os.stat(path).st_nlink > 1:
+            yield f"{path}: is a link, and what shares it would change too; use --out"
+        elif not os.access(path, os.W_OK):
+            yield f"{path}: cannot be written"
+    for name in there.left_out:
+        if not name.startswith(("infold-", ".git", ".cache", "__pycache__")):
+            yield (
+                f"{there.path / name}: repeats or would change the weights, and would not be "
+                "merged; move it elsewhere, or use --out"
+            )
+
+
+def _merged_already(there: Checkpoint) -> Iterator[str]:
+    if os.path.lexists(there.path / UNDO):
+        yield (
+            f"{there.path}: was merged already, and its undo record would be lost; `infold swap` "
+            "exchanges its adapters, `infold undo` restores its base"
+        )
+    elif os.path.lexists(there.path / RECEIPT):
+        yield (
+            f"{there.path}: was merged already, so its receipt would be lost; merge all adapters "
+            "into its base, or use --out"
+        )
+
+
+def _removed(source: Merged) -> Iterator[str]:
+    for name in source.rewritten:
+        yield f"{source.path / name}: would change, which --in-place does not do; use --out"
+
+
+def _refuse(reasons: Iterator[str] | Sequence[str]) -> None:
+    if listed := list(dict.fromkeys(reasons)):
+        raise Refusal(listed)
+
+
+def _prepare(
+    plan: Plan,
+    folder: Path,
+    max_memory: int | str,
+    device: str,
+    threads: int | None,
+    source: Merged | None,
+) -> Prepared:
+    where, count = open_device(device), threads if threads is not None else usual_threads()
+    if count < 1:
+        raise Refusal(f"--threads {count}: at least 1")
+    fixed = source.limit if source else None
+    workers, limit = block_size(
+        plan, parse_bytes(max_memory), count, where, threads is None, True, fixed
+    )
+    mine = (
+        source is None or plan.base is not source.checkpoint
+    )  # an undo has no adapters of its own
+    digests = tuple(digest_adapter(a) for a in plan.adapters) if mine else ()
+    return Prepared(plan, folder, False, where, workers, limit, digests, True, source)
+
+
+# --- one edit ----------------------------------------------------------------------------------
+
+
+class _Rehearsal:
+    """Takes the place of `Staging`: everything is computed and hashed, and goes nowhere."""
+
+    writes = False
+
+    def __init__(self, folder: Path) -> None:
+        self.output, self.resumed = folder, dict[str, Progress]()
+
+    def open_file(self, name: str, size: int) -> int:
+        return os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+
+    def record(self, shard: str, fd: int, progress: Progress) -> None: ...
+
+
+class _Edit:
+    """The journal of one edit in place, locked. An error before the first step rolls it back."""
+
+    def __init__(self, folder: Path, what: str, progress: Advance | None) -> None:
+        self.folder, self.what, self.progress = folder, what, progress
+        self.lines: list[dict[str, Any]] = []
+        self.fd, self.done, self.total = -1, 0, 0
+        self.committed = False
+
+    def __enter__(self) -> _Edit:
+        path = self.folder / JOURNAL
+        with storage_errors(path):
+            flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_CREAT if self.what else 0)
+            self.fd = os.open(path, flags, 0o644)
+            try:
+                fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                mine = path.exists() and os.path.samestat(os.stat(path), os.fstat(self.fd))
+            except BlockingIOError:
+                mine = False
+            if not mine:
+                self._close()
+                raise Refusal(f"{self.folder}: is being edited in place right now")
+            data = os.pread(self.fd, os.fstat(self.fd).st_size, 0)
+            if self.what and data:
+                self._close()
+                raise Refusal(f"{self.folder}: another edit in place has just begun; try again")
+            try:
+                if self.what:
+                    self._log({"what": self.what})
+                    sync_folder(self.folder)
+                else:
+                    self._read(data)
+            except BaseException as error:
+                self.__exit__(type(error), error, None)
+                raise
+        return self
+
+    def _read(self, data: bytes) -> None:
+        whole = data.rfind(b"\n") + 1
+        with suppress(ValueError):
+            self.lines = [json.loads(line) for line in data[:whole].splitlines()]
+        os.ftruncate(self.fd, whole)  # no line that the kill cut off in the middle
+        self.what = self.lines[0]["what"] if self.lines else "edit"
+        self.committed = any("result" in line for line in self.lines)
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, _: object) -> None:
+        try:
+            if error is not None and not self.committed:
+                self._forget()
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def _log(self, entry: Mapping[str, Any]) -> None:
+        self.lines.append(dict(entry))
+        os.lseek(self.fd, 0, os.SEEK_END)
+        line = memoryview(json.dumps(entry).encode() + b"\n")
+        while len(line):
+            line = line[os.write(self.fd, line) :]
+        os.fdatasync(self.fd)
+
+    def _forget(self, *names: str) -> None:
+        """Remove what belongs to the edit alone, the journal last."""
+        with storage_errors(self.folder):
+            for name in (*names, PART, STEP, TOLD, JOURNAL):
+                if name == JOURNAL:
+                    sync_folder(self.folder)
+                if os.path.lexists(self.folder / name):
+                    os.unlink(self.folder / name)
+            sync_folder(self.folder)
+
+    def _advance(self, count: int) -> None:
+        self.done += count
+        if self.progress is not None:
+            self.progress(self.done, self.total)
+
+    # the rehearsal
+
+    def merge(self, prepared: Prepared, names: tuple[str, Sequence[str]]) -> Receipt:
+        started, plan, source = time.perf_counter(), prepared.plan, prepared.source
+        over = source.swap_plan(plan) if source else plan
+        runs = source.swap_runs(plan, prepared.device) if source else None
+        with one_torch_thread(), ExitStack() as opened:
+            writer = RecordWriter(self.folder / PART)
+            opened.callback(writer.close)
+            recording = Recording(writer, plan, prepared.limit)
+            streamed = self._rehearse(over, prepared, runs, recording)
+            if source:
+                source.check(streamed)
+            receipt = make_receipt(prepared, streamed, names, sha256={})
+            told = finish_record(recording, receipt, source)
+            receipt = replace(
+                receipt,
+                undo=told,
+                out=str(self.folder),
+                seconds=round(time.perf_counter() - started, 3),
+                peak_memory=peak_memory(),
+            )
+            writer.close()
+            self._write(asdict(receipt), prepared.workers)
+        return replace(receipt, seconds=round(time.perf_counter() - started, 3))
+
+    def undo(self, prepared: Prepared) -> Undone:
+        started, source = time.perf_counter(), prepared.source
+        assert source is not None
+        with one_torch_thread():
+            runs = source.undo_runs(prepared.device)
+            streamed = self._rehearse(prepared.plan, prepared, runs, None)
+            check_restored(source, streamed)
+            result = undone(source, self.folder, streamed, started)
+            self._write(asdict(result), prepared.workers)
+        return replace(result, seconds=round(time.perf_counter() - started, 3))
+
+    def _rehearse(
+        self,
+        plan: Plan,
+        prepared: Prepared,
+        runs: Mapping[str, Run] | None,
+        recording: Recording | None,
+    ) -> Streamed:
+        self.total = sum(s.header.file_size for s in plan.shards) + plan.edited_bytes
+        return stream(
+            plan,
+            _Rehearsal(self.folder),
+            threads=prepared.workers,
+            limit=prepared.limit,
+            device=prepared.device,
+            advance=self._advance,
+            runs=runs,
+            recording=recording,
+        )
+
+    # the writing
+
+    def settle(self) -> Settled:
+        if not self.committed:
+            self._forget()
+            return Settled(self.what, False, {})
+        result = next(line["result"] for line in self.lines if "result" in line)
+        self._finish(result, usual_threads())
+        return Settled(self.what, True, result)
+
+    def _write(self, result: Mapping[str, Any], workers: int) -> None:
+        with storage_errors(self.folder / JOURNAL):
+            self._log({"result": result, "step_bytes": STEP_BYTES})
+        self.committed = True
+        self._finish(result, workers)
+
+    def _finish(self, result: Mapping[str, Any], workers: int) -> None:
+        """From wherever it stands to its end."""
+        if not any("written" in line for line in self.lines):
+            self._steps(workers)
+            with storage_errors(self.folder / JOURNAL):
+                self._log({"written": True})
+        with storage_errors(self.folder):
+            if self.what == "undo":
+                self._forget(RECEIPT, UNDO)
+                return
+            if os.path.lexists(self.folder / PART):
+                os.rename(self.folder / PART, self.folder / UNDO)
+            write_file(self.folder / TOLD, Receipt(**result).to_json().encode())
+            os.rename(self.folder / TOLD, self.folder / RECEIPT)
+            sync_folder(self.folder)
+            self._forget()
+
+    def _steps(self, workers: int) -> None:
+        with ExitStack() as opened:
+            old = new = None
+            if self.what != "merge":
+                old = open_merged(self.folder, in_place=True)
+                opened.callback(old.record.close)
+            if self.what != "undo":
+                new = open_merged(self.folder, PART, in_place=True)
+                opened.callback(new.record.close)
+            plan, runs, limit = program(old, new)
+            finished = max((line.get("step", 0) for line in self.lines), default=0)
+            size = next(line["step_bytes"] for line in self.lines if "step_bytes" in line)
+            writer = opened.enter_context(Places(self.folder, [s.name for s in plan.shards]))
+            finished = self._replay(writer, finished)
+            files = InputFiles()
+            opened.callback(files.close)
+            crew = opened.enter_context(Crew(workers, limit, plan, files))
+            for number, works in enumerate(grouped(plan, runs, files, limit, size), 1):
+                if number > finished:
+                    self._step(writer, number, crew.compute(works))
+                self._advance(sum(work.count for work in works))
+
+    def _step(self, writer: Places, number: int, pieces: Sequence[Piece]) -> None:
+        body = b"".join(_PLACE.pack(p.shard, p.offset, len(p.data)) + p.data for p in pieces)
+        head = _STEP.pack(_MAGIC, number, len(body), blake3(body).digest())
+        with storage_errors(self.folder / STEP):
+            write_file(self.folder / STEP, head + body)
+            if number == 1:
+                sync_folder(self.folder)
+        self._place(writer, number, pieces)
+
+    def _place(self, writer: Places, number: int, pieces: Sequence[Piece]) -> None:
+        writer.write(pieces)
+        with storage_errors(self.folder / JOURNAL):
+            self._log({"step": number})
+
+    def _replay(self, writer: Places, finished: int) -> int:
+        """Write the step once more that the kill may have torn. Returns the last finished one."""
+        try:
+            data = (self.folder / STEP).read_bytes()
+        except FileNotFoundError:
+            return finished
+        if len(data) < _STEP.size:
+            return finished
+        magic, number, length, digest = _STEP.unpack_from(data)
+        body = data[_STEP.size : _STEP.size + length]
+        if magic != _MAGIC or number != finished + 1 or blake3(body).digest() != digest:
+            return finished  # torn: none of its bytes has gone to its place
+        pieces, position = [], 0
+        while position < len(body):
+            shard, offset, count = _PLACE.unpack_from(body, position)
+            position += _PLACE.size
+            pieces.append(Piece(shard, offset, body[position : position + count]))
+            position += count
+        self._place(writer, number, pieces)
+        return int(number)

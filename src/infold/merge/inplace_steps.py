@@ -1,0 +1,147 @@
+"""The writing half of an edit in place: which blocks, in which steps, from the records alone."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from infold.checkpoint.inputs import InputFiles
+from infold.checkpoint.staging import storage_errors, write_fully
+from infold.edit.steps import Workspace
+from infold.edit.threads import take_one_core
+from infold.merge.apply import EditRun, Run
+from infold.merge.stream import Buffers, Compute, chunks_of
+from infold.merge.undo import Merged
+from infold.plan.edits import Plan
+
+__all__ = ["Crew", "Piece", "Places", "Work", "grouped", "program", "write_file"]
+
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """New bytes, and where they go."""
+
+    shard: int
+    offset: int
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    shard: int
+    chunk: Compute
+    count: int  # bytes
+
+
+def program(old: Merged | None, new: Merged | None) -> tuple[Plan, dict[str, Run], int]:
+    """The plan over what lies there, what computes it, and the elements of a block: all from the
+    records alone."""
+    if new is None:
+        assert old is not None
+        return old.undo_plan(), old.undo_runs(_CPU), old.limit
+    forward = {
+        name: EditRun(edit, new.adapters, _CPU, new.observed(name))
+        for name, edit in new.edits.items()
+    }
+    undo = new.undo_plan()
+    plan = replace(undo, edits=new.edits, rewritten={}, copied=())
+    if old is None:
+        return plan, dict(forward), new.limit
+    both = replace(old.swap_plan(plan), adapters=new.adapters)
+    return both, old.swap_runs(plan, _CPU, forward), new.limit
+
+
+def grouped(
+    plan: Plan, runs: Mapping[str, Run], files: InputFiles, limit: int, size: int
+) -> Iterator[list[Work]]:
+    """The blocks of every step, in file order."""
+    works: list[Work] = []
+    total = 0
+    for shard in plan.shards:
+        for end, chunk in chunks_of(plan, shard, runs, files, limit):
+            if not isinstance(chunk, Compute):
+                continue
+            works.append(Work(shard.source, chunk, end - chunk.target))
+            total += end - chunk.target
+            if total >= size:
+                yield works
+                works, total = [], 0
+    if works:
+        yield works
+
+
+class Crew:
+    """Threads that compute the blocks of one step side by side."""
+
+    def __init__(self, workers: int, limit: int, plan: Plan, files: InputFiles) -> None:
+        self.limit, self.own = limit, threading.local()
+        self.pool = ThreadPoolExecutor(workers, "infold-in-place", take_one_core)
+
+    def __enter__(self) -> Crew:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.pool.shutdown(cancel_futures=True)
+
+    def compute(self, works: Sequence[Work]) -> list[Piece]:
+        pieces = list(self.pool.map(self._compute, works))
+        for work in works:
+            if work.chunk.last:
+                work.chunk.run.release()
+        return pieces
+
+    def _compute(self, work: Work) -> Piece:
+        if not hasattr(self.own, "buffers"):
+            self.own.workspace, self.own.buffers = Workspace(_CPU, self.limit), Buffers()
+        workspace, buffers, chunk = self.own.workspace, self.own.buffers, work.chunk
+        run, block = chunk.run, chunk.block
+        run.prepare(workspace, lambda piece: chunk.source.read(piece, buffers), self.limit)
+        raw = chunk.source.read(block, buffers)
+        data = bytearray(block.count * run.stored.itemsize)
+        out = torch.frombuffer(data, dtype=run.stored).view(block.rows, block.columns)
+        run.run(raw, out, block, workspace)
+        return Piece(work.shard, chunk.target, bytes(data))
+
+
+class Places:
+    """The shards, open for writing."""
+
+    def __init__(self, folder: Path, names: Sequence[str]) -> None:
+        self.paths = [folder / name for name in names]
+
+    def __enter__(self) -> Places:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def write(self, pieces: Sequence[Piece]) -> None:
+        """All pieces to their places, and on the disk."""
+        for number in dict.fromkeys(piece.shard for piece in pieces):
+            path = self.paths[number]
+            with storage_errors(path):
+                fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+                try:
+                    for piece in pieces:
+                        if piece.shard == number:
+                            write_fully(fd, memoryview(piece.data), piece.offset)
+                    os.fdatasync(fd)
+                finally:
+                    os.close(fd)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """A whole file, on the disk."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    try:
+        write_fully(fd, memoryview(data), 0)
+        os.fsync(fd)
+    finally:
+        os.close(fd)

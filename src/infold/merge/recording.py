@@ -1,0 +1,159 @@
+"""What a merge writes down so that it can be undone. `merge/undo.py` reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from blake3 import blake3
+from torch import Tensor
+
+from infold.checkpoint.adapter import Adapter
+from infold.checkpoint.files import safe_child
+from infold.checkpoint.inputs import InputFiles
+from infold.checkpoint.record import SEEN, RecordWriter
+from infold.checkpoint.shards import Checkpoint
+from infold.checkpoint.staging import storage_errors
+from infold.dtypes import TORCH_DTYPES
+from infold.edit.blocks import Block, cut, matrix
+from infold.edit.residual import content, pack_original, pack_residual
+from infold.edit.steps import Workspace
+from infold.merge.apply import Run
+from infold.plan.edits import BaseTensor, Edit, Plan
+
+__all__ = ["BlockOf", "Recording", "block_of", "digest_file", "undone_by_residual"]
+
+BlockOf = Callable[[str, Block], Tensor]  # stored elements (rows, columns) of a tensor by its name
+
+
+def undone_by_residual(edit: Edit) -> bool:
+    """Whether the merged tensor tells of the base's; else the base's own bytes are kept."""
+    return edit.source == BaseTensor(edit.tensor)
+
+
+def block_of(checkpoint: Checkpoint, files: InputFiles, name: str, block: Block) -> Tensor:
+    """The stored elements of a block of a tensor, in memory of their own."""
+    info = checkpoint.info(name)
+    dtype = TORCH_DTYPES[info.dtype]
+    columns = matrix(info.shape)[1]
+    data = bytearray(block.count * dtype.itemsize)
+    if not data:
+        return torch.empty(block.rows, block.columns, dtype=dtype)
+    begin = info.begin + (block.row * columns + block.column) * dtype.itemsize
+    files.read(checkpoint.shards[checkpoint.where[name]].path, memoryview(data), begin)
+    return torch.frombuffer(data, dtype=dtype).view(block.rows, block.columns)
+
+
+class Recording:
+    """The record of one merge while it is made. `limit`: elements of a block."""
+
+    def __init__(self, writer: RecordWriter, plan: Plan, limit: int) -> None:
+        self.writer, self.plan, self.limit = writer, plan, limit
+        names = [name for shard in plan.base.shards for name in shard.header.tensors]
+        # new tensors have no number, since they have no way back
+        self.numbers = {name: n for n, name in enumerate(t for t in names if t in plan.edits)}
+
+    def has(self, run: Run, number: int) -> bool:
+        """Whether this block is in the record, or needs not be."""
+        tensor = self._tensor(run)
+        return tensor is None or (tensor, number) in self.writer.frames
+
+    def _tensor(self, run: Run) -> int | None:
+        edit = self.plan.edits.get(run.edit.tensor)
+        return None if edit is None or not undone_by_residual(edit) else self.numbers[edit.tensor]
+
+    def add(
+        self,
+        run: Run,
+        number: int,
+        before: Tensor,
+        merged: Tensor,
+        block: Block,
+        workspace: Workspace,
+    ) -> None:
+        """One block of the base and of the output, by the run that has just computed it."""
+        tensor, forward = self._tensor(run), run.forward
+        if tensor is None or forward is None:
+            return
+        if number == 0:
+            for step, observed in forward.observed().items():
+                self.writer.append(tensor | SEEN, step, 0, content(observed.cpu()))
+        near = forward.guess(merged, block, workspace)
+        before = before.cpu()
+        packed = pack_original(before) if near is None else pack_residual(before, near)
+        self.writer.append(tensor, number, *packed)
+
+    def add_originals(self, base: BlockOf) -> None:
+        """The base's own bytes of tensors that something else has replaced."""
+        for name, number in self.numbers.items():
+            if undone_by_residual(self.plan.edits[name]):
+                continue
+            for which, block in enumerate(
+                cut(*matrix(self.plan.base.info(name).shape), self.limit)
+            ):
+                if block.count:
+                    self.writer.append(number, which, *pack_original(base(name, block)))
+
+    def finish(
+        self,
+        origin: Mapping[str, Any],
+        shards: Mapping[str, str],
+        sides: Mapping[str, bytes],
+        copied: Mapping[str, str] | None = None,
+    ) -> None:
+        """Everything else that the base needs. `origin`: the receipt's `base` and `adapters`;
+        `shards`: digests of the output's; `sides`: what the base has of the rewritten files;
+        `copied`: digests of its other side files, if they are not to be read from it."""
+        plan = self.plan
+        files: dict[str, int] = {}
+
+        def keep(label: str, pieces: Iterable[bytes]) -> None:
+            files[label] = len(files)
+            self.writer.append_stream(files[label], pieces)
+
+        for shard, output in zip(plan.base.shards, plan.shards, strict=True):
+            if not output.same_layout:
+                keep(f"header/{shard.name}", [shard.header.raw])
+        for name, data in sides.items():
+            keep(f"side/{name}", [data])
+        for number, adapter in enumerate(plan.adapters):
+            keep(f"adapter/{number}", _contents(adapter))
+        self.writer.finish(
+            {
+                **origin,
+                "limit": self.limit,
+                "shards": dict(shards),
+                "rewritten": sorted(plan.rewritten),
+                "side_files": dict(copied)
+                if copied is not None
+                else {name: digest_file(plan.base, name) for name in plan.copied},
+                "contents": [_describe(adapter) for adapter in plan.adapters],
+                "files": files,
+                "tensors": list(self.numbers),
+                "edits": {name: asdict(plan.edits[name]) for name in self.numbers},
+            }
+        )
+
+
+def digest_file(folder: Checkpoint, name: str) -> str:
+    """BLAKE3 of a side file."""
+    hasher, path = blake3(), safe_child(folder.path, name)
+    with storage_errors(path), open(path, "rb") as file:
+        while data := file.read(1 << 20):
+            hasher.update(data)
+    return hasher.hexdigest()
+
+
+def _contents(adapter: Adapter) -> Iterator[bytes]:
+    """The tensors of an adapter, one after the other."""
+    for key in adapter.tensors:
+        for piece in adapter.pieces(key):
+            yield content(piece)
+
+
+def _describe(adapter: Adapter) -> dict[str, Any]:
+    """Of which tensors `_contents` consists."""
+    tensors = [[key, info.dtype, list(info.shape)] for key, info in adapter.tensors.items()]
+    return {"config": adapter.config, "tensors": tensors}

@@ -1,0 +1,401 @@
+"""From a merged folder and its record back to the base, or on to another merge of that base."""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from blake3 import blake3
+from torch import Tensor
+
+from infold.adapters import METHODS, Settings
+from infold.checkpoint.adapter import Adapter, AdapterTensor
+from infold.checkpoint.inputs import InputFiles
+from infold.checkpoint.record import FILE, SEEN, UNDO, Record, open_record
+from infold.checkpoint.safetensors import DTYPE_BITS, header_of, parse_json
+from infold.checkpoint.shards import (
+    INDEX,
+    RECEIPT,
+    Checkpoint,
+    Shard,
+    open_checkpoint,
+    read_receipt,
+)
+from infold.edit.blocks import Block, cut, matrix
+from infold.edit.residual import ORIGINAL, unpack
+from infold.edit.steps import Workspace
+from infold.errors import CorruptFile, Refusal
+from infold.formats import format_of
+from infold.merge.apply import EditRun, Read, Run
+from infold.merge.recording import block_of, digest_file, undone_by_residual
+from infold.merge.stream import Streamed
+from infold.plan.edits import BaseTensor, Edit, Operation, OutputShard, Plan, Replacement
+
+__all__ = ["Merged", "SwapRun", "UndoRun", "open_merged"]
+
+_ODD = (KeyError, TypeError, ValueError, AttributeError, IndexError)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A merged folder with its record: what it was made of, and how to get back."""
+
+    checkpoint: Checkpoint  # as it lies there
+    base: Checkpoint  # what it was: the base's headers and config, over the same folder
+    record: Record
+    receipt: Mapping[str, Any]
+    adapters: tuple[Adapter, ...]  # whose tensors lie in the record
+    edits: Mapping[str, Edit]  # that were done to the base's tensors
+    rewritten: Mapping[str, bytes]  # side files of the base that the merge changed
+    copied: tuple[str, ...]  # those that it left as they were
+    limit: int  # elements of a block
+    base_digests: Mapping[str, str]
+    digests: Mapping[str, str]
+
+    @property
+    def path(self) -> Path:
+        return self.checkpoint.path
+
+    def number(self, tensor: str) -> int:
+        return list(self.edits).index(tensor)
+
+    def observed(self, tensor: str) -> Callable[[int], Tensor] | None:
+        """What the steps on a tensor had observed of it, by their numbers; None where that is not
+        in the record, since they can observe it again."""
+        if not undone_by_residual(self.edits[tensor]):
+            return None
+        number = self.number(tensor) | SEEN
+
+        def recall(step: int) -> Tensor:
+            _, data = self.record.payload(number, step)
+            return torch.frombuffer(bytearray(data), dtype=torch.float64)
+
+        return recall
+
+    def undo_plan(self) -> Plan:
+        """The way back, as a plan over what lies there."""
+        shards = tuple(
+            OutputShard(was.name, was.header, number, was.header.raw == now.header.raw)
+            for number, (was, now) in enumerate(
+                zip(self.base.shards, self.checkpoint.shards, strict=True)
+            )
+        )
+        edits = {name: self.undo_edit(name) for name in self.edits}
+        return Plan(self.checkpoint, self.adapters, edits, shards, self.rewritten, self.copied, ())
+
+    def undo_edit(self, name: str) -> Edit:
+        info = self.base.info(name)
+        return Edit(name, BaseTensor(name), info.dtype, info.shape, ())
+
+    def undo_runs(self, device: torch.device) -> dict[str, Run]:
+        return {name: UndoRun(self, name, device) for name in self.edits}
+
+    def swap_plan(self, plan: Plan) -> Plan:
+        """A merge of the base, as a plan over what lies there."""
+        shards = tuple(
+            replace(s, same_layout=s.header.raw == self.checkpoint.shards[s.source].header.raw)
+            for s in plan.shards
+        )
+        edits = {
+            name: plan.edits.get(name) or self.undo_edit(name)
+            for shard in plan.shards
+            for name in shard.header.tensors
+            if name in plan.edits or name in self.edits
+        }
+        restored = {n: data for n, data in self.rewritten.items() if n in plan.copied}
+        return replace(
+            plan,
+            base=self.checkpoint,
+            edits=edits,
+            shards=shards,
+            rewritten={**restored, **plan.rewritten},
+            copied=tuple(name for name in plan.copied if name not in restored),
+        )
+
+    def swap_runs(
+        self, plan: Plan, device: torch.device, forward: Mapping[str, EditRun] | None = None
+    ) -> dict[str, Run]:
+        """What computes the tensors of `swap_plan(plan)`."""
+        runs: dict[str, Run] = {}
+        for name in {**plan.edits, **self.edits}:
+            edit = plan.edits.get(name)
+            if edit is None:
+                if name in self.base.where:
+                    runs[name] = UndoRun(self, name, device)
+                continue
+            new = forward[name] if forward else EditRun(edit, plan.adapters, device)
+            source = edit.source.name if isinstance(edit.source, BaseTensor) else ""
+            runs[name] = (
+                SwapRun(UndoRun(self, source, device), new) if source in self.edits else new
+            )
+        return runs
+
+    def base_block(self, files: InputFiles, name: str, block: Block) -> Tensor:
+        """A block of a tensor as the base had it."""
+        if name not in self.edits:
+            return block_of(self.checkpoint, files, name, block)
+        run = UndoRun(self, name, torch.device("cpu"))
+        workspace = Workspace(run.device, block.count)
+
+        def read(piece: Block) -> Tensor:
+            return block_of(self.checkpoint, files, name, piece)
+
+        run.prepare(workspace, read, self.limit)
+        return run.restore(read, block, workspace)
+
+    def sides(self, names: Sequence[str]) -> dict[str, bytes]:
+        """What the base has of these side files."""
+        found = {}
+        for name in names:
+            if name in self.rewritten:
+                found[name] = self.rewritten[name]
+            elif name in self.copied:
+                found[name] = (self.path / name).read_bytes()
+        return found
+
+    def sides_digests(self, plan: Plan) -> dict[str, str]:
+        """BLAKE3 of the base's side files that a merge of it copies."""
+        known = self.record.manifest["side_files"]
+        return {
+            name: blake3(self.rewritten[name]).hexdigest()
+            if name in self.rewritten
+            else known[name]
+            for name in plan.copied
+        }
+
+    def check(self, streamed: Streamed) -> None:
+        """Refuse where what was read is not what the record belongs to."""
+        wrong = [
+            f"{self.path / name}: was changed after it was merged: its BLAKE3 is {found.base}, the "
+            f"receipt's {self.digests.get(name)}; the base cannot be restored from it"
+            for name, found in streamed.digests.items()
+            if found.base != self.digests.get(name)
+        ]
+        if wrong:
+            raise Refusal(wrong)
+
+
+def open_merged(folder: Path, record_name: str = UNDO, *, in_place: bool = False) -> Merged:
+    """Open a merged folder and its record; all of the record is read and checked, of the shards
+    only the headers. The caller closes `record`.
+
+    Raises Refusal where there is no record, or it belongs to another output; CorruptFile where it
+    is damaged.
+    """
+    if not folder.is_dir():
+        raise Refusal(f"{folder}: is no folder; infold undoes folders that a merge has made")
+    if not os.path.lexists(folder / record_name):
+        raise Refusal(
+            f"{folder}: holds no {record_name}; only a merge with --undo or --in-place can be "
+            "undone. Merge once more from the base, with --undo"
+        )
+    with ExitStack() as undone:
+        record = open_record(folder, record_name)
+        undone.callback(record.close)
+        checkpoint = open_checkpoint(folder, in_place=in_place)
+        receipt: Mapping[str, Any] = {}
+        if record_name == UNDO:
+            if not os.path.lexists(folder / RECEIPT):
+                raise Refusal(f"{folder}: its {RECEIPT} is missing, which tells what it is")
+            receipt = read_receipt(folder)
+        try:
+            merged = _merged(checkpoint, record, receipt)
+        except _ODD as error:
+            raise CorruptFile(
+                f"{record.path}: its manifest is none that this infold writes ({error})"
+            ) from None
+        if receipt and receipt.get("shards") != dict(merged.digests):
+            raise Refusal(
+                f"{record.path}: belongs to another output: its shards are not those of "
+                f"{folder / RECEIPT}; put the record back that was written with this output"
+            )
+        _check_sides(merged)
+        undone.pop_all()
+        return merged
+
+
+def _merged(checkpoint: Checkpoint, record: Record, receipt: Mapping[str, Any]) -> Merged:
+    told = record.manifest
+    files: dict[str, int] = {str(k): int(v) for k, v in told["files"].items()}
+    shards = []
+    if [s.name for s in checkpoint.shards] != sorted(told["base"]["shards"]):
+        raise Refusal(f"{record.path}: belongs to another output: it has other shards")
+    for shard in checkpoint.shards:
+        header = shard.header
+        if (label := f"header/{shard.name}") in files:
+            header = header_of(record.file(files[label]), str(record.path))
+        shards.append(Shard(shard.name, shard.path, header))
+    rewritten = {
+        name: record.file(files[f"side/{name}"])
+        for name in ("config.json", INDEX)
+        if f"side/{name}" in files
+    }
+    config, index = checkpoint.config, checkpoint.index
+    if "config.json" in rewritten:
+        config = parse_json(rewritten["config.json"], str(record.path), infinity=True)
+    if INDEX in rewritten:
+        index = parse_json(rewritten[INDEX], str(record.path))
+    copied = tuple(str(name) for name in told["side_files"])
+    sides = sorted({*copied, *rewritten} - {INDEX})
+    where = {n: number for number, shard in enumerate(shards) for n in shard.header.tensors}
+    base = Checkpoint(checkpoint.path, tuple(shards), index, config, tuple(sides), (), where)
+    adapters = tuple(
+        _adapter(record, files[f"adapter/{n}"], entry) for n, entry in enumerate(told["contents"])
+    )
+    edits = {str(name): _edit(str(name), told["edits"][name]) for name in told["tensors"]}
+    lost = [name for name in edits if name not in where]
+    limit = int(told["limit"])
+    if lost or not 0 < limit <= 1 << 26:
+        raise CorruptFile(f"{record.path}: edits tensors that the base does not have: {lost}")
+    return Merged(
+        checkpoint, base, record, receipt, adapters, edits, rewritten, copied, limit,
+        {str(n): str(d) for n, d in told["base"]["shards"].items()},
+        {str(n): str(d) for n, d in told["shards"].items()},
+    )  # fmt: skip
+
+
+def _adapter(record: Record, number: int, entry: Mapping[str, Any]) -> Adapter:
+    """An adapter whose tensors are read from the record's own file."""
+    frame = record.frames[FILE, number]
+    position, tensors = frame.begin, {}
+    for key, dtype, shape in entry["tensors"]:
+        end = position + DTYPE_BITS[dtype] // 8 * math.prod(shape)
+        tensors[str(key)] = AdapterTensor(dtype, tuple(shape), position, end)
+        position = end
+    if position != frame.begin + frame.length:
+        raise CorruptFile(f"{record.path}: an adapter's tensors do not fill their place")
+    return Adapter(record.path, entry["config"], tensors, record.path)
+
+
+def _edit(name: str, entry: Mapping[str, Any]) -> Edit:
+    """The mirror of `dataclasses.asdict`."""
+    source = entry["source"]
+    operations = []
+    for op in entry["operations"]:
+        settings = {**op["settings"], "tokens": tuple(op["settings"]["tokens"])}
+        if op["method"] not in METHODS:
+            raise CorruptFile(f"{name}: merged by {op['method']!r}, a method unknown here")
+        operations.append(Operation(**{**op, "settings": Settings(**settings)}))
+    return Edit(
+        name,
+        BaseTensor(source["name"]) if "name" in source else Replacement(**source),
+        entry["dtype"],
+        tuple(entry["shape"]),
+        tuple(operations),
+    )
+
+
+def _check_sides(merged: Merged) -> None:
+    wrong = []
+    for name, digest in merged.record.manifest["side_files"].items():
+        if not os.path.lexists(merged.path / name):
+            wrong.append(f"{merged.path / name}: is missing; the base had this file too")
+        elif digest_file(merged.checkpoint, name) != digest:
+            wrong.append(
+                f"{merged.path / name}: was changed after it was merged, so it is not the base's "
+                "any more; put the old one back"
+            )
+    if wrong:
+        raise Refusal(wrong)
+
+
+class UndoRun:
+    """One tensor of the base, from the merged one and the record."""
+
+    def __init__(self, merged: Merged, tensor: str, device: torch.device) -> None:
+        self.merged, self.device = merged, device
+        self.forward: EditRun | None = None
+        self.edit = merged.undo_edit(tensor)
+        self.shape = matrix(self.edit.shape)
+        form = format_of(self.edit.dtype)
+        if form is None:
+            raise CorruptFile(f"{merged.record.path}: {tensor}: {self.edit.dtype} is never edited")
+        self.stored = form.torch_dtype(self.edit.dtype)
+        self.changed = 0
+        done = merged.edits[tensor]
+        now = merged.checkpoint
+        info = now.info(tensor) if tensor in now.where else None
+        self.reads = info is not None and info.shape == self.edit.shape
+        self.number = merged.number(tensor)
+        self.guesser: EditRun | None = None
+        if undone_by_residual(done):
+            self.guesser = EditRun(done, merged.adapters, device, merged.observed(tensor))
+        self._numbers: dict[tuple[int, int], int] | None = None
+        self._lock = threading.Lock()
+
+    def prepare(self, workspace: Workspace, read: Read, limit: int) -> None:
+        if self.guesser is not None:
+            self.guesser.prepare(workspace, read, limit)
+
+    def release(self) -> None:
+        if self.guesser is not None:
+            self.guesser.release()
+
+    def run(self, raw: Tensor, out: Tensor, block: Block, workspace: Workspace) -> None:
+        """`block` is one of the record's."""
+        where = f"{self.merged.record.path}: {self.edit.tensor}"
+        with self._lock:
+            if self._numbers is None:
+                blocks = enumerate(cut(*self.shape, self.merged.limit))
+                self._numbers = {(b.row, b.column): n for n, b in blocks}
+        number = self._numbers[block.row, block.column]
+        kind, payload = self.merged.record.payload(self.number, number)
+        if kind != ORIGINAL:
+            near = self.guesser.guess(raw, block, workspace) if self.guesser else None
+            if near is None:
+                raise CorruptFile(f"{where}: a residual, but no method that it belongs to")
+            out.copy_(near)
+        unpack(kind, payload, out, where)
+
+    def restore(self, read: Read, block: Block, workspace: Workspace) -> Tensor:
+        """Any block of whole rows, or within one; `read` gives merged blocks."""
+        out = torch.empty(block.rows, block.columns, dtype=self.stored)
+        for part in cut(*self.shape, self.merged.limit):
+            top, bottom = (
+                max(part.row, block.row),
+                min(part.row + part.rows, block.row + block.rows),
+            )
+            left = max(part.column, block.column)
+            right = min(part.column + part.columns, block.column + block.columns)
+            if top >= bottom or left >= right:
+                continue
+            piece = torch.empty(part.rows, part.columns, dtype=self.stored)
+            raw = read(part).to(self.device) if self.reads else piece
+            self.run(raw, piece, part, workspace)
+            out[
+                top - block.row : bottom - block.row, left - block.column : right - block.column
+            ] = piece[top - part.row : bottom - part.row, left - part.column : right - part.column]
+        return out
+
+
+class SwapRun:
+    """One tensor of another merge of the base: undone, and merged anew, block by block."""
+
+    def __init__(self, undo: UndoRun, forward: EditRun) -> None:
+        self.undo, self.new = undo, forward
+        self.forward: EditRun | None = forward
+        self.edit, self.shape, self.stored = forward.edit, forward.shape, forward.stored
+        self.reads = undo.reads
+        self.changed = 0
+
+    def prepare(self, workspace: Workspace, read: Read, limit: int) -> None:
+        self.undo.prepare(workspace, read, limit)
+        self.new.prepare(workspace, lambda block: self.undo.restore(read, block, workspace), limit)
+
+    def release(self) -> None:
+        self.undo.release()
+        self.new.release()
+
+    def run(self, raw: Tensor, out: Tensor, block: Block, workspace: Workspace) -> Tensor:
+        base = torch.empty(block.rows, block.columns, dtype=self.undo.stored)
+        self.undo.run(raw, base, block, workspace)
+        self.new.run(base.to(self.new.device), out, block, workspace)
+        self.changed = self.new.changed
+        return base

@@ -1,0 +1,170 @@
+"""Records as one page: HTML that needs no script and no network, or Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib.resources import files
+from importlib.util import find_spec
+from typing import Any
+
+from infold.errors import CorruptFile, Refusal
+from infold.report.records import Records
+from infold.sizes import bytes_text
+
+__all__ = ["render_html", "render_markdown"]
+
+Rows = list[tuple[str, ...]]
+_MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError)
+
+
+def render_html(records: Records) -> str:
+    """The page as HTML. Raises Refusal without the extra `report`, CorruptFile for odd records."""
+    lacking = [name for name in ("jinja2", "matplotlib") if find_spec(name) is None]
+    if lacking:
+        raise Refusal(f"{', '.join(lacking)} not installed: pip install 'infold[report]'")
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    from infold.report.pictures import pictures
+
+    sections = _sections(records)
+    drawn = _checked(records, "update", pictures)
+    text = files("infold.report").joinpath("page.html.j2").read_text(encoding="utf-8")
+    made = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    return made.from_string(text).render(
+        title=_title(records),
+        sections=sections,
+        pictures={name: [(t, Markup(svg)) for t, svg in found] for name, found in drawn.items()},
+    )
+
+
+def render_markdown(records: Records) -> str:
+    """The page as Markdown, without the pictures. Raises CorruptFile for odd records."""
+    lines = [f"# {_title(records)}"]
+    for title, heads, rows in _sections(records):
+        lines += ["", f"## {title}", "", _row(heads), _row(["---"] * len(heads))]
+        lines += [_row(row) for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _row(cells: list[str] | tuple[str, ...]) -> str:
+    return "| " + " | ".join(c.replace("|", "\\|").replace("\n", " ") for c in cells) + " |"
+
+
+def _title(records: Records) -> str:
+    named = records.get("deployment", {}).get("model_info", {})
+    name = named.get("name") if isinstance(named, dict) else None
+    return str(name) if name else "A merge"
+
+
+def _sections(records: Records) -> list[tuple[str, tuple[str, ...], Rows]]:
+    """Title, column heads and rows of each table, in the order of the page."""
+    makers: tuple[tuple[str, str, tuple[str, ...], Callable[[Mapping[str, Any]], Rows]], ...] = (
+        ("receipt", "What was merged", ("", ""), _receipt),
+        ("training", "Training", ("", ""), _training),
+        ("deployment", "Measured, and needed", ("", ""), _deployment),
+        ("bench", "Base, adapter mode, merged", ("what", "ratio", "interval"), _bench),
+        ("outputs", "Consistency", ("", ""), _flat),
+        ("smoke", "Served", ("", ""), _smoke),
+        ("checklist", "Checklist", ("", "box", "evidence"), _checklist),
+    )
+    found = []
+    for kind, title, heads, make in makers:
+        if kind in records and (rows := _checked(records, kind, make)):
+            found.append((title, heads, rows))
+    return found
+
+
+def _checked(records: Records, kind: str, make: Callable[[Mapping[str, Any]], Any]) -> Any:
+    try:
+        return make(records.get(kind, {}))
+    except _MALFORMED as error:
+        raise CorruptFile(
+            f"the {kind} record is not one that infold writes: {type(error).__name__} {error}"
+        ) from None
+
+
+def _receipt(r: Mapping[str, Any]) -> Rows:
+    rows: Rows = [("base", r["base"]["path"])]
+    rows += [("adapter", f"{a['path']} ({a['method']})") for a in r["adapters"]]
+    unchanged = [e["unchanged"] for e in r["edits"] if e["unchanged"] is not None]
+    survived = f"; {1 - sum(unchanged) / len(unchanged):.1%} of elements moved" if unchanged else ""
+    return [
+        *rows,
+        ("tensors", f"{r['tensors']:,}, {len(r['edits']):,} edited{survived}"),
+        ("size", f"{bytes_text(r['bytes'])}, {bytes_text(r['edited_bytes'])} edited"),
+        ("run", f"{r['seconds']:.1f} s, {bytes_text(r['peak_memory'])}, {r['device']}"),
+        ("infold", r["infold"]),
+        *(("note", note) for note in r["notes"]),
+    ]
+
+
+def _training(r: Mapping[str, Any]) -> Rows:
+    losses = [(k.replace("_", " "), f"{v:.4f}") for k, v in r["losses"].items() if v is not None]
+    return [("steps", f"{r['steps']:,}"), ("parameters", f"{r['parameters']:,}"), *losses]
+
+
+def _deployment(r: Mapping[str, Any]) -> Rows:
+    figures, memory = r["performance_metrics"], r["deployment_requirements"]["gpu_memory"]
+    rows: Rows = []
+    if figures["measured"]:
+        rate, first = figures["decode_tokens_per_second"], figures["first_token_seconds"]
+        rows += [
+            ("device", figures["device"]),
+            ("decoding", f"{rate['median']:.1f} tokens/s ({rate['least']:.1f} to "
+             f"{rate['most']:.1f})"),
+            ("first token", f"{first['median']:.3f} s ({first['least']:.3f} to "
+             f"{first['most']:.3f})"),
+            ("loading", f"{figures['load_seconds']:.2f} s"),
+        ]  # fmt: skip
+    else:
+        rows.append(("measured", f"nothing: {figures['why']}"))
+    if memory["total_bytes"] is not None:
+        told = f"{bytes_text(memory['total_bytes'])} at {memory['context']:,} tokens"
+        rows.append(("memory", f"{told}: weights and {memory['kv_cache_formula']}"))
+    return rows
+
+
+def _bench(r: Mapping[str, Any]) -> Rows:
+    return [
+        (
+            f"{c['metric']}, merged over base",
+            f"{c['ratio']:.3f}",
+            f"{c['low']:.3f} to {c['high']:.3f}",
+        )
+        for c in r.get("comparisons", [])
+    ]
+
+
+def _flat(r: Mapping[str, Any], head: str = "") -> Rows:
+    """Figures of any record by their names; lists are left out."""
+    rows: Rows = []
+    for name, value in r.items():
+        label = f"{head}{name}".replace("_", " ")
+        if isinstance(value, Mapping):
+            rows += _flat(value, f"{label}, ")
+        elif isinstance(value, bool):
+            rows.append((label, "yes" if value else "no"))
+        elif isinstance(value, float):
+            rows.append((label, f"{value:.6g}"))
+        elif isinstance(value, int | str) and name not in ("kind", "version", "receipt"):
+            rows.append((label, str(value)))
+    return rows
+
+
+def _smoke(r: Mapping[str, Any]) -> Rows:
+    latency, memory = r["latency_seconds"], r["memory_bytes"]
+    return [
+        ("server", f"{r['server']}, ready after {r['ready_seconds']} s"),
+        ("asked", r["prompt"]),
+        ("served answer", r["served"]),
+        ("in process", "the same" if r["same"] else r["local"]),
+        ("requests", f"{r['requests']} over {r['seconds']} s"),
+        ("latency", f"median {latency['median']} s, p95 {latency['p95']} s"),
+        ("memory", f"{bytes_text(memory['first'])} to {bytes_text(memory['last'])}"),
+        ("stable", "yes" if r["stable"] else "; ".join(r["problems"])),
+    ]
+
+
+def _checklist(r: Mapping[str, Any]) -> Rows:
+    return [(box["status"], box["title"], box["evidence"]) for box in r["boxes"]]

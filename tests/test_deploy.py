@@ -1,0 +1,338 @@
+"""The bundle, the smoke test of a real server, and the checklist."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import yaml
+from peft import IA3Config, get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+from typer.testing import CliRunner
+
+import infold
+from infold.cli.main import app
+from infold.deploy.bundle import bundle_problems, deploy_bundle, read_config
+from infold.deploy.checklist import Box, check_boxes
+from infold.deploy.facts import read_facts
+from infold.deploy.recipes import check_modelfile, check_recipes, recipes
+from infold.deploy.records import save_record
+from infold.deploy.server import LOOPBACK, ServerFailure, free_port, serve
+from infold.deploy.smoke import growth, smoke_test
+from infold.errors import Refusal
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+SERVING = [name for name in ("openai", "fastapi", "uvicorn") if find_spec(name) is None]
+SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """A tiny Llama with a tokenizer and a README, an IA³ adapter, and the two merged."""
+    folder = tmp_path_factory.mktemp("deploy")
+    torch.manual_seed(0)
+    words = ["<s>", "</s>", "<unk>", *"Name three colours . red green blue the a of".split()]
+    raw = Tokenizer(models.WordLevel({w: n for n, w in enumerate(words)}, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    config = LlamaConfig(
+        vocab_size=len(words), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
+        bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(folder / "base")
+    tokens = PreTrainedTokenizerFast(
+        tokenizer_object=raw, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    tokens.save_pretrained(folder / "base")
+    (folder / "base" / "README.md").write_text("---\nlicense: apache-2.0\n---\n# the base's own\n")
+    ia3 = IA3Config(
+        target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"],
+        init_ia3_weights=False,
+    )  # fmt: skip
+    get_peft_model(model, ia3).save_pretrained(folder / "adapter")
+    infold.merge(folder / "base", folder / "adapter", folder / "merged")
+    return folder / "base", folder / "adapter", folder / "merged"
+
+
+@pytest.fixture
+def merged(made: tuple[Path, Path, Path], tmp_path: Path) -> Path:
+    subprocess.run(["cp", "-r", made[2], tmp_path / "merged"], check=True)
+    return tmp_path / "merged"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = [p for p in folder.rglob("*") if p.is_file()]
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
+
+
+def test_the_bundle_lies_beside_the_weights_and_the_proof_still_holds(merged: Path) -> None:
+    before = contents(merged)
+
+    done = deploy_bundle(merged, measured=False)
+
+    after = contents(merged)
+    assert {n: after[n] for n in before if n != "README.md"} == {
+        n: before[n] for n in before if n != "README.md"
+    }
+    assert after["README.base.md"] == before["README.md"] and done.kept == "README.base.md"
+    assert infold.verify(merged).ok
+    front = after["README.md"].decode().split("---\n")[1]
+    assert yaml.safe_load(front)["license"] == "apache-2.0"
+    assert os.access(merged / "serving" / "vllm.sh", os.X_OK)
+
+
+def test_a_second_bundle_keeps_the_first_readme_and_refuses_to_lose_another(merged: Path) -> None:
+    deploy_bundle(merged, measured=False)
+    first = contents(merged)
+    deploy_bundle(merged, measured=False)
+    assert contents(merged) == first
+
+    (merged / "README.md").write_text("mine\n")
+    with pytest.raises(Refusal, match="would be lost"):
+        deploy_bundle(merged, measured=False)
+    assert (merged / "README.md").read_text() == "mine\n"
+
+
+def test_a_proof_still_sees_a_changed_readme_and_strange_files(merged: Path) -> None:
+    deploy_bundle(merged, measured=False)
+    (merged / "README.base.md").write_text("changed")
+    (merged / "serving" / "model.safetensors").write_bytes(b"")
+
+    found = {o.where for o in infold.verify(merged).offenders}
+    assert found == {"README.md", "serving/model.safetensors"}
+
+
+def test_a_new_folder_holds_all_of_it_and_the_old_one_is_left(merged: Path) -> None:
+    before = contents(merged)
+    out = merged.parent / "delivery"
+
+    deploy_bundle(merged, out, measured=False)
+
+    assert contents(merged) == before
+    assert infold.verify(out).ok
+    assert not list(out.parent.glob(".delivery*"))
+    config = read_config(out)
+    assert config is not None and bundle_problems(out, config) == []
+    with pytest.raises(Refusal, match="exists already"):
+        deploy_bundle(merged, out, measured=False)
+
+
+def test_the_figures_are_those_of_transformers(merged: Path) -> None:
+    """Parameters, and the cache's size, against a cache that transformers fills."""
+    config = deploy_bundle(merged, context=64).config
+    model = AutoModelForCausalLM.from_pretrained(merged, dtype="auto")
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(torch.zeros(1, 64, dtype=torch.long), past_key_values=cache, use_cache=True)
+    filled = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
+
+    memory = config["deployment_requirements"]["gpu_memory"]
+    assert config["model_info"]["parameters"] == model.num_parameters()
+    assert memory["kv_cache_bytes"] == filled
+    assert memory["weights_bytes"] == sum(p.nbytes for p in model.parameters())
+    figures = config["performance_metrics"]
+    assert figures["measured"] and figures["rounds"] == 5
+    rate = figures["decode_tokens_per_second"]
+    assert 0 < rate["least"] <= rate["median"] <= rate["most"]
+    assert config["deployment_requirements"]["packages"]["torch"] == torch.__version__
+    ran = subprocess.run(
+        [sys.executable, "-c", config["usage_example"]],
+        cwd=merged.parent, capture_output=True, text=True,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_recipes_name_the_folder_from_wherever_they_are_called(merged: Path) -> None:
+    deploy_bundle(merged, measured=False)
+    moved = merged.rename(merged.parent / "it's a new $(place)")
+    fake = merged.parent / "vllm"
+    fake.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    fake.chmod(0o755)
+    path = f"{fake.parent}{os.pathsep}{os.environ['PATH']}"
+
+    ran = subprocess.run(
+        [moved / "serving" / "vllm.sh"], cwd="/", env={**os.environ, "PATH": path},
+        capture_output=True, text=True,
+    )  # fmt: skip
+
+    assert ran.stdout.splitlines()[:2] == ["serve", str(moved)], ran.stderr
+
+
+def test_broken_recipes_are_found(merged: Path) -> None:
+    good = recipes(read_facts(merged), 128)
+
+    assert len(good) == 7 and check_recipes(good) == []
+    assert check_recipes({"serving/x.sh": "if true; then\n"})[0].startswith("serving/x.sh")
+    assert check_modelfile("FORM ..\n") == [
+        "line 1: 'FORM' is no instruction", "has 0 FROM lines, not one",
+    ]  # fmt: skip
+
+
+def test_what_is_no_merged_folder_is_refused(made: tuple[Path, Path, Path]) -> None:
+    ran = CliRunner().invoke(app, ["deploy", str(made[0])])
+
+    assert ran.exit_code == 2 and "not a merged folder" in ran.output
+
+
+# --- servers -------------------------------------------------------------------------------------
+
+
+def alive(pids: list[int]) -> list[int]:
+    return [p for p in pids if psutil.pid_exists(p) and psutil.Process(p).status() != "zombie"]
+
+
+def test_a_port_in_use_is_refused() -> None:
+    with socket.socket() as taken:
+        taken.bind((LOOPBACK, 0))
+        taken.listen()
+        with pytest.raises(Refusal, match=r"--port \d+: Address already in use"):
+            free_port(taken.getsockname()[1])
+
+
+def test_a_server_that_dies_is_told_with_its_last_words() -> None:
+    words = [sys.executable, "-c", "import sys; print('no such model'); sys.exit(3)"]
+    with pytest.raises(ServerFailure, match="exit code 3: no such model"):
+        with serve(words, free_port(0), timeout=30):
+            pass
+
+
+def test_a_server_that_is_late_is_stopped(tmp_path: Path) -> None:
+    note = tmp_path / "pids"
+    code = (
+        "import os, subprocess, signal, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']);"
+        f"open({str(note)!r}, 'w').write(f'{{os.getpid()}} {{child.pid}}'); time.sleep(600)"
+    )
+    with pytest.raises(ServerFailure, match="not ready within"):
+        with serve([sys.executable, "-c", code], free_port(0), timeout=2):
+            pass
+
+    pids = [int(p) for p in note.read_text().split()]
+    assert len(pids) == 2 and alive(pids) == [], "it, and what it started, ignore SIGTERM"
+
+
+def test_a_server_ends_with_the_process_that_was_killed(tmp_path: Path) -> None:
+    note = tmp_path / "pid"
+    server = f"import os, time; open({str(note)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    code = (
+        "import sys; from infold.deploy.server import serve\n"
+        f"with serve([sys.executable, '-c', {server!r}], 1, timeout=600): pass"
+    )
+    ours = subprocess.Popen([sys.executable, "-c", code])
+    wait_for(lambda: note.exists() and note.read_text())
+    ours.send_signal(signal.SIGKILL)
+    ours.wait()
+
+    wait_for(lambda: not alive([int(note.read_text())]))
+
+
+def wait_for(condition: Any, seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.05)
+
+
+def test_growth_is_found_and_noise_is_not() -> None:
+    flat = [1000 << 20] * 9
+    assert growth([1.0] * 9, flat) == []
+    assert growth([0.5, 1.5, 1.0] * 3, [*flat[:8], flat[0] + (60 << 20)]) == []
+    assert "latency grew" in growth([1, 1, 1, 2, 2, 2, 3, 3, 3], flat)[0]
+    assert "memory grew" in growth([1.0] * 9, [n << 20 for n in range(1000, 1900, 100)])[0]
+
+
+@pytest.mark.skipif(bool(SERVING), reason=f"the extra serve is missing: {SERVING}")
+def test_a_real_server_answers_as_the_model_does(made: Any, merged: Path) -> None:
+    before = {p.pid for p in psutil.Process().children(recursive=True)}
+
+    found = smoke_test(merged, requests=6, seconds=1, timeout=240)
+
+    assert found["same"] and found["ok"], found
+    assert found["served"] and found["receipt"] == read_facts(merged).digest
+    assert {p.pid for p in psutil.Process().children(recursive=True)} <= before
+
+    save_record(merged, found)
+    deploy_bundle(merged, measured=False)
+    boxes = by_title(check_boxes(made[0], made[1], merged))
+    assert boxes["functions normally"].status == boxes["stable over time"].status == "PASS"
+    assert boxes["merged"].status == "PASS"
+
+
+# --- the checklist -------------------------------------------------------------------------------
+
+
+def by_title(boxes: list[Box]) -> dict[str, Box]:
+    return {box.title: box for box in boxes}
+
+
+def test_nothing_is_ticked_that_was_not_done(made: tuple[Path, Path, Path], merged: Path) -> None:
+    boxes = by_title(check_boxes(made[0], made[1], merged))
+
+    done = {title for title, box in boxes.items() if box.status == "PASS"}
+    assert done == {"adapter trained and saved", "merged", "parameter count unchanged"}
+    assert {b.status for t, b in boxes.items() if t not in done} == {"NOT DONE"}
+    verbs = {command.callback.__name__ for command in app.registered_commands if command.callback}
+    named = [box.command.split()[:2] for box in boxes.values() if box.command]
+    assert all(tool == "infold" and verb in verbs for tool, verb in named)
+
+
+def test_what_was_changed_afterwards_fails(made: tuple[Path, Path, Path], merged: Path) -> None:
+    deploy_bundle(merged, measured=False)
+    with open(merged / "serving" / "vllm.sh", "a") as script:
+        script.write("if\n")
+    weights = merged / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    save_record(merged, {"kind": "smoke", "receipt": "0" * 64, "same": True, "stable": True})
+
+    ran = CliRunner().invoke(app, ["checklist", *map(str, (made[0], made[1], merged)), "--json"])
+
+    assert ran.exit_code == 1
+    boxes = {b["title"]: b for b in json.loads(ran.stdout.splitlines()[0])["boxes"]}
+    failed = {title for title, box in boxes.items() if box["status"] == "FAIL"}
+    assert failed == {
+        "merged", "functions normally", "stable over time", "configuration saved",
+    }  # fmt: skip
+    assert "another merge" in boxes["functions normally"]["evidence"]
+
+
+def test_an_adapter_that_was_never_trained_fails(made: Any, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(made[0])
+    ia3 = IA3Config(target_modules=["k_proj"], feedforward_modules=[])
+    get_peft_model(model, ia3).save_pretrained(tmp_path / "fresh")
+    infold.merge(made[0], tmp_path / "fresh", tmp_path / "merged")
+
+    boxes = by_title(check_boxes(made[0], tmp_path / "fresh", tmp_path / "merged"))
+    assert boxes["adapter trained and saved"].status == "FAIL"
+
+
+def test_validation_is_read_from_the_training_record(made: Any, merged: Path) -> None:
+    record = made[1] / "infold-training.json"
+    try:
+        for last, status in ((0.5, "PASS"), (1.5, "FAIL")):
+            losses = {"eval_first": 1.0, "eval_last": last, "eval_accuracy": None}
+            record.write_text(json.dumps({"losses": losses, "steps": 3}))
+            boxes = by_title(check_boxes(made[0], made[1], merged))
+            assert boxes["validated on held-out data"].status == status
+    finally:
+        record.unlink()

@@ -1,0 +1,147 @@
+"""The report: what it shows, and how a real browser takes it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+import infold
+from infold.cli.main import app
+from infold.inspect.update import describe_update
+from infold.report.page import render_html, render_markdown
+from infold.report.records import Records, collect
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A merge of three layers, with records beside it and a name that tries to be HTML."""
+    folder = tmp_path_factory.mktemp("report")
+    torch.manual_seed(0)
+    (folder / "base").mkdir()
+    (folder / "adapter").mkdir()
+    weights, scales = {}, {}
+    for n in range(3):
+        weights[f"model.layers.{n}.mlp.down_proj.weight"] = torch.randn(32, 48).bfloat16()
+        weights[f"model.layers.{n}.self_attn.k_proj.weight"] = torch.randn(16, 32).bfloat16()
+        prefix = f"base_model.model.model.layers.{n}"
+        scales[f"{prefix}.mlp.down_proj.ia3_l"] = 1 + torch.randn(1, 48) / 10
+        scales[f"{prefix}.self_attn.k_proj.ia3_l"] = 1 + torch.randn(16, 1) / 10
+    save_file(weights, folder / "base" / "model.safetensors", metadata={"format": "pt"})
+    save_file(scales, folder / "adapter" / "adapter_model.safetensors")
+    (folder / "base" / "config.json").write_text('{"model_type": "llama"}')
+    config = {"peft_type": "IA3", "feedforward_modules": ["down_proj"]}
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    infold.merge(folder / "base", folder / "adapter", folder / "merged")
+    long = "x" * 300
+    boxes = [
+        {"status": "PASS", "title": "merged", "evidence": long},
+        {"status": "FAIL", "title": "<script>alert(1)</script>", "evidence": "<b>&"},
+    ]
+    (folder / "merged" / "records").mkdir()
+    record = {"kind": "checklist", "version": 1, "boxes": boxes}
+    (folder / "merged" / "records" / "checklist.json").write_text(json.dumps(record))
+    return folder / "merged"
+
+
+@pytest.fixture(scope="module")
+def records(merged: Path) -> Records:
+    return {**collect(merged), "update": describe_update(merged)}
+
+
+def test_the_update_is_what_torch_says(merged: Path) -> None:
+    from safetensors.torch import load_file
+
+    base = load_file(merged.parent / "base" / "model.safetensors")
+    now = load_file(merged / "model.safetensors")
+    found = describe_update(merged)
+
+    assert {row["tensor"] for row in found["tensors"]} == set(base)
+    for row in found["tensors"]:
+        was, new = base[row["tensor"]], now[row["tensor"]]
+        norm = (new.double() - was.double()).norm()
+        assert math.isclose(row["norm"], norm, rel_tol=1e-12)
+        assert math.isclose(row["relative"], norm / was.double().norm(), rel_tol=1e-12)
+        assert row["changed"] == (new != was).double().mean().item()
+    assert sum(found["histogram"]["counts"]) == 3 * (48 + 16)
+
+
+def test_the_page_needs_nothing_but_itself(records: Records) -> None:
+    page = render_html(records)
+
+    assert "<script" not in page and "&lt;script&gt;" in page
+    links = re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"'\s>)]*)""", page)
+    assert all(link.startswith(("#", "data:")) for link in links), links
+    assert page.count("<svg") == 4
+    assert render_html(records) == page, "the same records, the same bytes"
+
+
+def test_markdown_has_the_same_figures(records: Records) -> None:
+    text = render_markdown(records)
+
+    assert "## Checklist" in text and "| FAIL | <script>alert(1)</script> | <b>& |" in text
+
+
+def test_hostile_records_are_refused(tmp_path: Path) -> None:
+    def told(content: str, *more: str) -> str:
+        (tmp_path / "records").mkdir(exist_ok=True)
+        (tmp_path / "records" / "smoke.json").write_text(content)
+        ran = CliRunner().invoke(app, ["report", str(tmp_path), *more])
+        assert ran.exit_code == 2, ran.output
+        return ran.output
+
+    assert "not JSON" in told("{")
+    assert "must hold a JSON object" in told("[1]")
+    assert "the smoke record is not one" in told('{"kind": "smoke"}')
+    assert "name an .html or .md file" in told("{}", "--out", "x.pdf")
+
+
+def in_browser(page: str, folder: Path, width: int) -> tuple[list[str], list[str]]:
+    """What is wider than the page, and what the console says, in a window of `width` pixels."""
+    (folder / "report.html").write_text(page)
+    probe = """<!doctype html><meta charset="utf-8"><pre id="found"></pre>
+<iframe id="page" src="report.html" style="border:0;width:WIDTHpx;height:800px"></iframe>
+<script>
+page.onload = () => {
+  const inside = page.contentDocument, wide = inside.documentElement.clientWidth;
+  const over = [...inside.querySelectorAll("body, body *:not(svg *)")].filter(
+    e => e.getBoundingClientRect().right > wide + 0.5 || e.scrollWidth > wide + 0.5);
+  found.textContent = "DONE " + over.map(e => e.tagName).join(" ");
+};
+</script>""".replace("WIDTH", str(width))
+    (folder / "probe.html").write_text(probe)
+    ran = subprocess.run(
+        [
+            str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
+            "--allow-file-access-from-files", f"--user-data-dir={folder / 'profile'}",
+            "--virtual-time-budget=5000", "--dump-dom", (folder / "probe.html").as_uri(),
+        ],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    found = re.search(r"DONE([A-Z0-9 a-z]*)</pre>", ran.stdout)
+    assert found, ran.stdout + ran.stderr
+    return found[1].split(), [x for x in ran.stderr.splitlines() if ":CONSOLE" in x]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+@pytest.mark.parametrize("width", [360, 1200])
+def test_a_browser_takes_the_page(records: Records, tmp_path: Path, width: int) -> None:
+    assert in_browser(render_html(records), tmp_path, width) == ([], [])
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+def test_the_browser_would_tell(records: Records, tmp_path: Path) -> None:
+    bad = '<p style="width:2000px">wide</p><script>console.error("x")</script>'
+    wide, said = in_browser(render_html(records).replace("</main>", bad + "</main>"), tmp_path, 360)
+
+    assert "P" in wide and said, "a wide element, and a script that the policy forbids"

@@ -1,0 +1,481 @@
+"""The base comes back bit for bit; a record that is damaged or foreign is refused; swaps."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import handmade
+import infold
+from handmade import digests
+from infold.checkpoint.record import UNDO, open_record
+from infold.edit.residual import RESIDUAL, pack_original, pack_residual, unpack
+
+DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+MODULES = {"a.q_proj": (48, 40), "b.down_proj": (40, 56)}
+
+
+def bits(tensor: Tensor) -> Tensor:
+    return tensor.view(INTEGERS[tensor.element_size()])
+
+
+# --- the coding of a block ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values())
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 1000])
+def test_any_block_comes_back_from_any_guess(dtype: torch.dtype, count: int) -> None:
+    """Any bits: infinities, every NaN, both zeros."""
+    kind = INTEGERS[dtype.itemsize]
+    span = torch.iinfo(kind)
+    random = torch.Generator().manual_seed(count)
+
+    def draw() -> Tensor:
+        return torch.randint(span.min, span.max, (count, 1), dtype=kind, generator=random)
+
+    block, strange = draw(), draw()
+    near = block + (torch.rand(count, 1, generator=random) < 0.3)
+    for guess in (strange, near, block, torch.full_like(block, span.min)):
+        for packed in (
+            pack_residual(block.view(dtype), guess.view(dtype)),
+            pack_original(block.view(dtype)),
+        ):
+            found = guess.clone().view(dtype)
+            unpack(*packed, found, "here")
+
+            assert torch.equal(block, bits(found))
+
+
+def test_the_residual_of_neighbours_is_small_also_across_zero() -> None:
+    block = torch.tensor([[0.0, -0.0, 1.0, -1.0] * 1000], dtype=torch.bfloat16)
+    smallest = torch.tensor(1, dtype=torch.int16).view(torch.bfloat16)
+    guess = torch.tensor([[-0.0, 0.0, 1.0, -1.0] * 1000], dtype=torch.bfloat16)
+    guess[:, 0] = -smallest
+
+    kind, payload = pack_residual(block, guess)
+
+    assert kind == RESIDUAL and len(payload) < 60
+
+
+def entropy(share: float) -> Tensor:
+    p = torch.tensor([share, 1 - share], dtype=torch.float64)
+    return -(p * p.log2()).sum()
+
+
+def test_the_mask_costs_about_its_entropy() -> None:
+    """An independent bound: bits that are set at random, each with the given probability."""
+    random = torch.Generator().manual_seed(0)
+    guess = torch.randn(1024, 1024, generator=random).to(torch.bfloat16)
+    for share in (0.02, 0.1, 0.3):
+        off = (torch.rand(guess.shape, generator=random) < share).to(torch.int16)
+        block = (bits(guess) + off * torch.where(bits(guess) < 0, -1, 1).to(torch.int16)).view(
+            torch.bfloat16
+        )
+        _, payload = pack_residual(block, guess)
+        least = float(entropy(share)) * guess.numel() / 8
+
+        assert least < len(payload) < 1.7 * least + 0.01 * guess.nbytes
+
+
+# --- whole merges ------------------------------------------------------------------------------
+
+
+def new_base(path: Path, dtype: torch.dtype = torch.bfloat16, shards: int = 2) -> Path:
+    random = torch.Generator().manual_seed(1)
+    tensors = {f"{m}.weight": torch.randn(*s, generator=random) for m, s in MODULES.items()}
+    tensors |= {"a.q_proj.bias": torch.randn(48, generator=random), "z.norm": torch.ones(40)}
+    tensors |= {"embed.weight": torch.randn(50, 40, generator=random)}
+    handmade.base_folder(path, {n: (t * 0.1).to(dtype) for n, t in tensors.items()}, shards=shards)
+    (path / "tokenizer.json").write_text("{}")
+    (path / "deep").mkdir()
+    (path / "deep" / "side.txt").write_text("side")
+    return path
+
+
+def random_ia3(path: Path, zero: bool = False) -> Path:
+    random = torch.Generator().manual_seed(5)
+    out, inner = (torch.rand(n, generator=random) * 0.2 + 0.9 for n in (48, 56))
+    if zero:
+        out[3], inner[7], inner[8] = 0.0, 1e-42, -1.5
+    vectors = {"a.q_proj": out[:, None], "b.down_proj": inner[None]}
+    return handmade.ia3(
+        path, vectors, target_modules=list(MODULES), feedforward_modules=["b.down_proj"]
+    )
+
+
+def tokens(path: Path) -> Path:
+    values = torch.randn(3, 40, generator=torch.Generator().manual_seed(2))
+    return handmade.adapter_folder(
+        path,
+        {"embed.token_adapter.trainable_tokens_delta": values},
+        {"peft_type": "TRAINABLE_TOKENS", "token_indices": [4, 0, 49], "target_modules": ["embed"]},
+    )
+
+
+def saved(path: Path) -> Path:
+    """A replaced module, and trained biases."""
+    random = torch.Generator().manual_seed(3)
+    a, b = torch.randn(4, 40, generator=random), torch.randn(48, 4, generator=random) * 0.02
+    return handmade.adapter_folder(
+        path,
+        {
+            "a.q_proj.lora_A.weight": a,
+            "a.q_proj.lora_B.weight": b,
+            "a.q_proj.bias": torch.randn(48, generator=random),
+            "b.down_proj.weight": torch.randn(40, 56, generator=random),
+        },
+        {
+            "peft_type": "LORA", "r": 4, "lora_alpha": 4, "bias": "all",
+            "modules_to_save": ["down_proj"],
+        },
+    )  # fmt: skip
+
+
+ADAPTERS: dict[str, list[Callable[[Path], Path]]] = {
+    "ia3": [random_ia3],
+    "ia3 with zeros": [lambda path: random_ia3(path, True)],
+    "lora": [lambda path: handmade.lora(path, MODULES)],
+    "huge lora": [lambda path: handmade.lora(path, MODULES, alpha=1e6)],
+    "dora": [lambda path: handmade.lora(path, MODULES, use_dora=True)],
+    "tokens": [tokens],
+    "saved": [saved],
+    "several": [
+        random_ia3,
+        lambda path: handmade.lora(path, MODULES, use_dora=True),
+        lambda path: handmade.lora(path, MODULES, seed=4),
+    ],
+}
+
+
+def make(root: Path, case: str) -> list[Path]:
+    return [new(root / f"adapter-{case}-{n}") for n, new in enumerate(ADAPTERS[case])]
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+@pytest.mark.parametrize("case", ADAPTERS)
+def test_undo_gives_the_base_back(case: str, dtype: str, tmp_path: Path) -> None:
+    if case == "huge lora" and dtype == "F16":
+        pytest.skip("overflows, which is refused")
+    base = new_base(tmp_path / "base", DTYPES[dtype])
+    adapters = make(tmp_path, case)
+    plain = infold.merge(base, adapters, tmp_path / "plain")
+    receipt = infold.merge(base, adapters, tmp_path / "merged", undo=True)
+    expected = digests(base)
+    shutil.rmtree(base)
+    for adapter in adapters:
+        shutil.rmtree(adapter)
+
+    undone = infold.undo(tmp_path / "merged", tmp_path / "restored", threads=2)
+
+    assert expected == digests(tmp_path / "restored")
+    assert receipt.base["shards"] == undone.shards
+    assert plain.shards == receipt.shards and plain.undo is None
+    assert receipt.undo and receipt.undo["bytes"] == (tmp_path / "merged" / UNDO).stat().st_size
+
+
+@pytest.mark.parametrize("case", ADAPTERS)
+@pytest.mark.parametrize("before", ["dora", "saved", "tokens"])
+def test_a_swap_is_a_merge_of_the_base(case: str, before: str, tmp_path: Path) -> None:
+    base = new_base(tmp_path / "base")
+    adapters = make(tmp_path, case)
+    infold.merge(base, make(tmp_path / "first", before), tmp_path / "merged", undo=True)
+    infold.merge(base, adapters, tmp_path / "expected")
+    expected = digests(base)
+    base.rename(tmp_path / "gone")
+
+    swapped = infold.swap(tmp_path / "merged", adapters, tmp_path / "swapped")
+    shutil.rmtree(tmp_path / "merged")
+    infold.undo(tmp_path / "swapped", tmp_path / "restored")
+
+    found = digests(tmp_path / "swapped")
+    assert found.pop(UNDO) == hashlib.sha256((tmp_path / "swapped" / UNDO).read_bytes()).hexdigest()
+    assert digests(tmp_path / "expected") == found
+    assert expected == digests(tmp_path / "restored")
+    told = json.loads((tmp_path / "expected" / "infold-receipt.json").read_text())
+    assert (told["base"], told["shards"]) == (swapped.base, swapped.shards)
+
+
+# --- many blocks, resumed, proven ----------------------------------------------------------------
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from infold.merge import run, stream
+
+    monkeypatch.setattr(run, "_BLOCK", 512)
+    monkeypatch.setattr(run, "_SMALLEST_BLOCK", 512)
+    monkeypatch.setattr(stream, "KEEP_EVERY", 2 << 10)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("case", ["several", "saved", "ia3 with zeros"])
+def test_many_small_blocks_and_threads(case: str, tmp_path: Path) -> None:
+    base = new_base(tmp_path / "base")
+    adapters = make(tmp_path, case)
+    other = make(tmp_path / "other", "several")
+    infold.merge(base, adapters, tmp_path / "merged", undo=True, threads=3)
+    with open_record(tmp_path / "merged") as record:
+        assert len(record.frames) > 8 and record.manifest["limit"] == 512
+    infold.undo(tmp_path / "merged", tmp_path / "restored", threads=3)
+    infold.swap(tmp_path / "merged", other, tmp_path / "swapped", threads=3)
+    infold.merge(base, other, tmp_path / "expected")
+    infold.undo(tmp_path / "swapped", tmp_path / "again")
+
+    assert digests(base) == digests(tmp_path / "restored") == digests(tmp_path / "again")
+    found = digests(tmp_path / "swapped")
+    del found[UNDO]
+    assert digests(tmp_path / "expected") == found
+
+
+def test_a_transposed_dora_is_swapped_into(tmp_path: Path) -> None:
+    """Conv1D stores (in, out): what DoRA observes there runs across the record's blocks."""
+    from peft import LoraConfig, get_peft_model
+
+    from tiny_models import new_model
+
+    new_model("gpt2").save_pretrained(tmp_path / "base")
+    for name, dora in (("one", True), ("two", True)):
+        torch.manual_seed(len(name))
+        config = LoraConfig(
+            r=2, use_dora=dora, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True,
+            init_lora_weights=False,
+        )  # fmt: skip
+        get_peft_model(new_model("gpt2"), config).save_pretrained(tmp_path / name)
+    with pytest.MonkeyPatch.context() as patch:
+        from infold.merge import run
+
+        patch.setattr(run, "_BLOCK", 200)
+        patch.setattr(run, "_SMALLEST_BLOCK", 200)
+        infold.merge(tmp_path / "base", tmp_path / "one", tmp_path / "merged", undo=True)
+        swapped = infold.swap(tmp_path / "merged", tmp_path / "two", tmp_path / "swapped")
+    plain = infold.merge(tmp_path / "base", tmp_path / "two", tmp_path / "plain")
+    infold.undo(tmp_path / "swapped", tmp_path / "restored")
+
+    assert plain.shards == swapped.shards
+    assert digests(tmp_path / "base") == digests(tmp_path / "restored")
+
+
+def test_untied_ends_a_new_head_and_the_config_are_undone(tmp_path: Path) -> None:
+    random = torch.Generator().manual_seed(0)
+    tensors = {"model.embed_tokens.weight": torch.randn(30, 40, generator=random).bfloat16()}
+    tensors |= {"model.q_proj.weight": torch.randn(40, 40, generator=random).bfloat16()}
+    base = handmade.base_folder(tmp_path / "base", tensors, {"tie_word_embeddings": True}, 2)
+    adapter = handmade.lora(tmp_path / "head", {"lm_head": (30, 40), "model.q_proj": (40, 40)})
+    infold.merge(base, adapter, tmp_path / "merged", undo=True)
+    other = handmade.lora(tmp_path / "other", {"model.q_proj": (40, 40)}, seed=2)
+    infold.merge(base, other, tmp_path / "expected")
+    infold.swap(tmp_path / "merged", other, tmp_path / "swapped")
+    infold.swap(tmp_path / "swapped", adapter, tmp_path / "back")
+    for name in ("merged", "swapped", "back"):
+        infold.undo(tmp_path / name, tmp_path / f"restored-{name}")
+
+        assert digests(base) == digests(tmp_path / f"restored-{name}"), name
+    found = digests(tmp_path / "swapped")
+    del found[UNDO]
+    assert digests(tmp_path / "expected") == found
+    weights = [digests(tmp_path / n)["config.json"] for n in ("merged", "back")]
+    assert weights[0] == weights[1] != digests(base)["config.json"]
+
+
+def test_verify_and_inspect_know_the_record(tmp_path: Path) -> None:
+    base = new_base(tmp_path / "base")
+    adapters = make(tmp_path, "several")
+    infold.merge(base, adapters, tmp_path / "merged", undo=True)
+
+    assert infold.verify(tmp_path / "merged").ok
+    shown = infold.inspect(tmp_path / "merged")["undo"]
+    assert shown["bytes"] == (tmp_path / "merged" / UNDO).stat().st_size
+    assert shown["blocks"] == 3 and not shown["originals"]
+
+    damage(tmp_path / "merged" / UNDO, -40)
+    verdict = infold.verify(tmp_path / "merged")
+    assert [offender.what for offender in verdict.offenders] == ["undo record"]
+    (tmp_path / "merged" / UNDO).unlink()
+    assert not infold.verify(tmp_path / "merged").ok
+
+
+def damage(path: Path, where: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[where] ^= 1
+    path.write_bytes(data)
+
+
+# --- refusals ----------------------------------------------------------------------------------
+
+
+def refused(merged: Path, match: str) -> None:
+    """Neither undo nor swap writes anything."""
+    out = merged.parent / "never"
+    before = digests(merged)
+    adapter = merged.parent / "adapter-lora-0"
+    for verb in (
+        lambda: infold.undo(merged, out),
+        lambda: infold.undo(merged, in_place=True),
+        lambda: infold.swap(merged, adapter, out),
+        lambda: infold.swap(merged, adapter, in_place=True),
+    ):
+        with pytest.raises(infold.Refusal, match=match):
+            verb()
+        assert not out.exists() and not (merged.parent / ".never.infold").exists()
+        assert before == digests(merged)
+
+
+@pytest.fixture
+def merged(tmp_path: Path) -> Path:
+    base = new_base(tmp_path / "base")
+    infold.merge(base, make(tmp_path, "lora"), tmp_path / "merged", undo=True)
+    return tmp_path / "merged"
+
+
+def test_any_damaged_byte_is_noticed(merged: Path) -> None:
+    record = merged / UNDO
+    whole = record.read_bytes()
+    wrong = []
+    step = max(1, len(whole) // 150)
+    for where in [*range(0, len(whole), step), *range(len(whole) - 30, len(whole))]:
+        damage(record, where)
+        try:
+            open_record(merged).close()
+            wrong.append(where)
+        except infold.CorruptFile:
+            pass
+        record.write_bytes(whole)
+    assert wrong == []
+    for length in (0, 10, len(whole) // 2, len(whole) - 1):
+        record.write_bytes(whole[:length])
+        with pytest.raises(infold.CorruptFile):
+            open_record(merged)
+    record.write_bytes(whole + b"x")
+    with pytest.raises(infold.CorruptFile):
+        open_record(merged)
+
+
+def test_a_damaged_record_is_refused_before_anything_is_written(merged: Path) -> None:
+    damage(merged / UNDO, 5000)
+    refused(merged, "damaged at byte")
+
+
+def test_the_record_of_another_output_is_refused(merged: Path, tmp_path: Path) -> None:
+    infold.merge(tmp_path / "base", make(tmp_path, "ia3"), tmp_path / "other", undo=True)
+    shutil.copy(tmp_path / "other" / UNDO, merged / UNDO)
+    refused(merged, "belongs to another output")
+
+
+def test_no_record_no_undo(merged: Path) -> None:
+    (merged / UNDO).unlink()
+    refused(merged, "only a merge with --undo")
+
+
+def test_changed_shards_are_refused_and_nothing_is_left(merged: Path) -> None:
+    damage(merged / "model-00002-of-00002.safetensors", -1)
+    refused(merged, "was changed after it was merged")
+
+
+def test_changed_side_files_are_refused(merged: Path) -> None:
+    (merged / "tokenizer.json").write_text("{ }")
+    (merged / "deep" / "side.txt").unlink()
+    refused(merged, r"side.txt: is missing[^$]*tokenizer.json: was changed")
+
+
+def test_the_kinds_of_blocks_have_one_number() -> None:
+    from infold.checkpoint import record
+    from infold.edit import residual
+
+    assert (record.RESIDUAL, record.ORIGINAL) == (residual.RESIDUAL, residual.ORIGINAL)
+
+
+def test_an_undo_that_was_killed_continues(tmp_path: Path) -> None:
+    """And a merge with --undo that was killed has the same record's worth in the end."""
+    from test_crash import Runner
+
+    base = new_base(tmp_path / "base")
+    adapter = make(tmp_path, "dora")[0]
+    runner = Runner()
+    try:
+        for verb, source in (("merge", base), ("undo", tmp_path / "made")):
+            request = {
+                "verb": verb, "base": source, "adapter": adapter, "undo": verb == "merge",
+                "block": 512, "keep": 1 << 10,
+            }  # fmt: skip
+            calls = runner.ask(**request, out=tmp_path / "calls")["calls"]
+            shutil.rmtree(tmp_path / "calls")
+            if verb == "undo":
+                expected = digests(base)
+            resumed = 0
+            for at in range(4, calls, 9):
+                out = tmp_path / f"{verb}-{at}"
+                killed = runner.ask(**request, out=out, at=at, how="kill in the middle")
+                assert killed["status"] == "killed" or out.exists()
+                if not out.exists():
+                    done = runner.ask(**request, out=out)
+                    assert done["status"] == "done", done
+                    resumed += done["resumed"]
+                if verb == "merge":
+                    infold.undo(out, tmp_path / f"restored-{at}")
+                    assert digests(base) == digests(tmp_path / f"restored-{at}")
+                else:
+                    assert expected == digests(out)
+            assert resumed > 0
+            if verb == "merge":
+                out.rename(tmp_path / "made")
+    finally:
+        runner.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "most"),
+    [
+        ("ia3", "BF16", 0.04), ("lora 2%", "BF16", 0.03), ("lora 16%", "BF16", 0.09),
+        ("ia3", "F16", 0.04), ("lora 16%", "F16", 0.09), ("ia3", "F32", 0.02),
+    ],
+)  # fmt: skip
+def test_the_record_is_small(name: str, dtype: str, most: float, tmp_path: Path) -> None:
+    random = torch.Generator().manual_seed(0)
+    weight = torch.randn(512, 768, generator=random) * 0.02
+    base = handmade.base_folder(tmp_path / "base", {"q.weight": weight.to(DTYPES[dtype])})
+    if name == "ia3":
+        scale = 1 + 0.1 * torch.randn(512, 1, generator=random)
+        adapter = handmade.ia3(
+            tmp_path / "adapter", {"q": scale}, target_modules=["q"], feedforward_modules=[]
+        )
+    else:
+        a, b = torch.randn(8, 768, generator=random), torch.randn(512, 8, generator=random)
+        b *= float(name[5:-1]) / 100 * weight.norm() / (b @ a).norm()
+        adapter = handmade.adapter_folder(
+            tmp_path / "adapter",
+            {"q.lora_A.weight": a, "q.lora_B.weight": b},
+            {"peft_type": "LORA", "r": 8, "lora_alpha": 8},
+        )
+    infold.merge(base, adapter, tmp_path / "merged", undo=True)
+
+    assert infold.inspect(tmp_path / "merged")["undo"]["share"] < most
+
+
+def test_the_verbs_on_the_command_line(merged: Path, tmp_path: Path) -> None:
+    def ran(*words: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "infold", *map(str, words)], capture_output=True, text=True
+        )
+
+    swapped = ran("swap", merged, tmp_path / "adapter-lora-0", "--out", tmp_path / "again")
+    assert swapped.returncode == 0 and "infold undo" in swapped.stdout, swapped
+    undone = ran("undo", merged, "--in-place", "--json")
+    assert undone.returncode == 0, undone
+    assert json.loads(undone.stdout)["shards"]
+    assert digests(tmp_path / "base") == digests(merged)
+    neither = ran("undo", tmp_path / "again")
+    assert (neither.returncode, neither.stderr) == (
+        2,
+        "infold: give either --out DIR or --in-place\n",
+    )
+    assert "without" in ran("inspect", tmp_path / "again").stdout
