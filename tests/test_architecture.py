@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "plan": LEAVES,
     "edit": {"adapters", "formats"},
     "merge": LEAVES | {"plan", "edit"},
-    "verify": LEAVES | {"plan"},
+    "verify": LEAVES | {"plan", "tuners"},
     "tuners": LEAVES | {"edit"},
     "inspect": LEAVES | {"plan"},
     "loop": LEAVES | {"plan", "edit", "merge", "tuners", "verify", "inspect"},

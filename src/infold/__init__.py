@@ -306,11 +306,30 @@ def inspect(path: PathLike, *, base: PathLike | None = None) -> dict[str, Any]:
 
 
 @overload
-def verify(merged: PathLike, /, *, progress: Progress | None = ...) -> Verdict: ...
+def verify(
+    merged: PathLike,
+    /,
+    *,
+    progress: Progress | None = ...,
+    outputs: bool = ...,
+    prompts: PathLike | None = ...,
+    text: PathLike | None = ...,
+    new_tokens: int = ...,
+    device: str = ...,
+) -> Verdict: ...
 
 
 @overload
-def verify(*, merged: PathLike, progress: Progress | None = ...) -> Verdict: ...
+def verify(
+    *,
+    merged: PathLike,
+    progress: Progress | None = ...,
+    outputs: bool = ...,
+    prompts: PathLike | None = ...,
+    text: PathLike | None = ...,
+    new_tokens: int = ...,
+    device: str = ...,
+) -> Verdict: ...
 
 
 @overload
@@ -320,6 +339,11 @@ def verify(
     merged: PathLike,
     *,
     progress: Progress | None = ...,
+    outputs: bool = ...,
+    prompts: PathLike | None = ...,
+    text: PathLike | None = ...,
+    new_tokens: int = ...,
+    device: str = ...,
 ) -> Verdict: ...
 
 
@@ -329,11 +353,19 @@ def verify(
     merged: PathLike | None = None,
     *,
     progress: Progress | None = None,
+    outputs: bool = False,
+    prompts: PathLike | None = None,
+    text: PathLike | None = None,
+    new_tokens: int = 32,
+    device: str = "cpu",
 ) -> Verdict:
     """Prove that a merged folder is what base and adapters make, byte for byte.
 
     `verify(merged)` takes base and adapters from the receipt, and checks their digests;
     `verify(base, adapters, merged)` takes those that are given.
+    outputs: also run the base with its adapters unmerged, and the merged folder, and compare their
+    logits (docs/verify.md; needs transformers). prompts, text: files for that, one prompt a line.
+    new_tokens: of each greedy continuation. device: "cpu", "cuda" or "cuda:N", for the outputs.
     Returns a Verdict whose `ok` tells the result and whose `offenders` lists every difference.
     Raises Refusal for inputs that make no merge, StorageFailure as `merge` does; never ProofFailed.
     """
@@ -346,7 +378,20 @@ def verify(
         raise TypeError("verify takes (merged) or (base, adapters, merged)")
     _settle(merged)
     _settle(base, refuse=True)
-    return verify_checkpoint(base, given, merged, progress=progress)
+    if not outputs:
+        return verify_checkpoint(base, given, merged, progress=progress)
+    from infold.verify.both import verify_with_outputs
+
+    return verify_with_outputs(
+        base,
+        given,
+        merged,
+        prompts=prompts,
+        text=text,
+        new_tokens=new_tokens,
+        device=device,
+        progress=progress,
+    )
 
 
 def __getattr__(name: str) -> Any:

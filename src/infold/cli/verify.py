@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from infold.cli.output import complain, entry, plural
+from infold.cli.output import complain, entry, plural, table
 from infold.cli.place import settle_first
-from infold.cli.progress import byte_progress
+from infold.cli.progress import byte_progress, step_progress
 from infold.cli.startup import lasting_imports
 from infold.errors import ProofFailed, Refusal
+
+if TYPE_CHECKING:
+    from infold.verify.verdict import Outputs, Verdict
 
 
 def verify(
@@ -25,6 +28,26 @@ def verify(
             "receipt tells the rest.",
         ),
     ],
+    outputs: Annotated[
+        bool,
+        typer.Option(
+            "--outputs",
+            help="Also run the base with its adapters unmerged, and the merged folder, and compare "
+            "their logits. Needs transformers.",
+        ),
+    ] = False,
+    prompts: Annotated[
+        str | None, typer.Option(help="With --outputs: a file of prompts, one a line.")
+    ] = None,
+    text: Annotated[
+        str | None, typer.Option(help="With --outputs: a file whose perplexity is measured.")
+    ] = None,
+    new_tokens: Annotated[
+        int, typer.Option(help="With --outputs: tokens of each greedy continuation.")
+    ] = 32,
+    device: Annotated[
+        str, typer.Option(help="With --outputs: cpu, cuda or cuda:N, to run the models on.")
+    ] = "cpu",
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object instead of text.")
     ] = False,
@@ -40,12 +63,20 @@ def verify(
     with lasting_imports():
         from infold.verify.weights import verify_checkpoint
 
+    if not outputs and (prompts or text or new_tokens != 32 or device != "cpu"):
+        raise Refusal("--prompts, --text, --new-tokens and --device belong to --outputs")
     base = paths[0] if len(paths) > 1 else None
     settle_first(paths[-1])
     if base is not None:
         settle_first(base, refuse=True)
-    with byte_progress("verifying", quiet or as_json) as progress:
-        verdict = verify_checkpoint(base, paths[1:-1], paths[-1], progress=progress)
+    if outputs:
+        verdict = _with_outputs(
+            base, paths[1:-1], paths[-1], quiet or as_json,
+            prompts=prompts, text=text, new_tokens=new_tokens, device=device,
+        )  # fmt: skip
+    else:
+        with byte_progress("verifying", quiet or as_json) as progress:
+            verdict = verify_checkpoint(base, paths[1:-1], paths[-1], progress=progress)
     if as_json:
         print(json.dumps(asdict(verdict)))
     elif not quiet:
@@ -56,15 +87,58 @@ def verify(
         if verdict.undecided:
             count = f"{verdict.undecided:,} elements lie on a rounding boundary"
             print(entry("", f"{count}: either way is right"))
+        if verdict.outputs is not None:
+            _show(verdict.outputs)
     if not verdict.ok:
         if not as_json:
             for offender in verdict.offenders:
                 complain(f"{offender.where}: {offender.what}: {offender.detail}")
-        offenders = plural("offender", len(verdict.offenders))
-        raise ProofFailed(f"{paths[-1]}: proof failed, {offenders}")
+        failed = [plural("offender", len(verdict.offenders))] if verdict.offenders else []
+        if verdict.outputs is not None and not verdict.outputs.ok:
+            failed.append("the outputs differ")
+        raise ProofFailed(f"{paths[-1]}: proof failed, {', '.join(failed)}")
     if not (quiet or as_json):
         told = f"{paths[-1]} is what base and adapters make"
         print(entry("proven", f"in {verdict.seconds:.1f} s: {told}"))
+
+
+def _with_outputs(
+    base: str | None, adapters: list[str], merged: str, quiet: bool, **run: Any
+) -> Verdict:
+    """The whole proof; what was found by running is kept for `infold checklist` and `report`."""
+    from infold.checkpoint.files import locate
+    from infold.deploy.facts import receipt_digest
+    from infold.deploy.records import save_record
+    from infold.verify.both import verify_with_outputs
+    from infold.version import __version__
+
+    with byte_progress("verifying", quiet) as read, step_progress("running", quiet) as steps:
+        verdict = verify_with_outputs(base, adapters, merged, progress=read, steps=steps, **run)
+    if verdict.outputs is not None:
+        folder = locate(merged)
+        facts = {"infold": __version__, "receipt": receipt_digest(folder)}
+        save_record(folder, asdict(verdict.outputs) | facts)
+    return verdict
+
+
+def _show(found: Outputs) -> None:
+    """Each bound beside what was measured."""
+    rows: list[tuple[str, ...]] = [("", "outputs, all in float32", "measured", "bound")]
+    rows += [
+        ("ok" if c.ok else "FAIL", c.what, f"{c.measured:.2e}", f"{c.bound:.2e}")
+        for c in found.checks
+    ]
+    print("\n" + table(rows) + "\n")
+    merged, pairs = found.differences["merged"], found.continuations
+    same = sum(c.differs_at is None for c in pairs)
+    print(entry("agree", f"best token at {merged.agreement:.2%} of {merged.positions:,} positions"))
+    print(entry("greedy", f"{same} of {len(pairs)} continuations equal, token by token"))
+    told = ", ".join(
+        f"{name} {found.perplexity[name]:.4f}" for name in ("base", "adapter", "merged")
+    )
+    print(entry("ppl", f"{told}, over {found.tokens:,} tokens"))
+    for note in found.notes:
+        print(entry("note", note))
 
 
 def _lacking(first: str, last: str) -> str:

@@ -278,7 +278,8 @@ def _of_record(e: _Evidence, kind: str, check: Callable[[Mapping[str, Any]], _Fo
 
 
 _TRAIN = "infold train {base} DATA --out {adapter} --eval-split 0.1"
-_BENCH = _OUTPUTS = ""  # no verb writes these records yet
+_BENCH = ""  # no verb writes this record yet
+_OUTPUTS = "infold verify {base} {adapter} {merged} --outputs"
 _DEPLOY, _SMOKE = "infold deploy {merged}", "infold deploy {merged} --smoke"
 _BOXES: tuple[tuple[str, str, _Check, str], ...] = (
     ("before", "adapter trained and saved", _trained, _TRAIN),

@@ -1,0 +1,213 @@
+"""The proof by running: right merges pass in every dtype, wrong ones fail by their outputs."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import infold
+from infold.errors import Refusal
+from infold.verify.logits import Distance
+from infold.verify.outputs import prove_outputs
+from infold.verify.prompts import TEXT
+from training import save_base
+
+pytestmark = pytest.mark.usefixtures("calm")
+PROMPTS = "the film was good\na bad plot\n"
+
+
+def make_adapter(base: Path, out: Path, kind: str) -> Path:
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    if kind == "ia3":
+        config: Any = IA3Config(target_modules=["k_proj", "v_proj", "down_proj"],
+                                feedforward_modules=["down_proj"])  # fmt: skip
+    else:
+        config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"])
+    model = get_peft_model(model, config)
+    for name, parameter in model.named_parameters():
+        if "ia3_l" in name:
+            parameter.data.uniform_(0.5, 1.5)
+        elif "lora_B" in name:
+            parameter.data.normal_(std=0.3)
+    model.save_pretrained(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """base-DTYPE for float32, bfloat16 and float16; adapters lora and ia3; prompts."""
+    place = tmp_path_factory.mktemp("outputs")
+    for name in ("float32", "bfloat16", "float16"):
+        base = save_base(place / f"base-{name}")
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        with torch.no_grad():  # logits far enough apart to be a language
+            model.lm_head.weight.mul_(20)
+        model.to(getattr(torch, name)).save_pretrained(base)
+    for kind in ("lora", "ia3"):
+        make_adapter(place / "base-float32", place / kind, kind)
+    (place / "prompts.txt").write_text(PROMPTS)
+    return place
+
+
+def prove(base: Path, adapter: Path, merged: Path, **options: Any) -> Any:
+    prompts = base.parent / "prompts.txt"
+    return prove_outputs(base, [adapter], merged, prompts=prompts, new_tokens=4, **options)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("kind", ["lora", "ia3"])
+def test_a_right_merge_passes(dtype: str, kind: str, place: Path, tmp_path: Path) -> None:
+    base = place / f"base-{dtype}"
+    infold.merge(base, place / kind, tmp_path / "merged")
+
+    found = prove(base, place / kind, tmp_path / "merged")
+
+    assert found.ok, [check for check in found.checks if not check.ok]
+    effect, merged = found.differences["effect"], found.differences["merged"]
+    assert merged.mean < effect.mean / 4 and merged.positions > 20
+    assert not found.notes
+
+
+def spoil_scale(base: Path, adapter: Path, out: Path) -> None:
+    """alpha instead of alpha / r."""
+    wrong = out.with_name("wrong")
+    shutil.copytree(adapter, wrong)
+    config = json.loads((wrong / "adapter_config.json").read_text())
+    config["lora_alpha"] *= config["r"]
+    (wrong / "adapter_config.json").write_text(json.dumps(config))
+    infold.merge(base, wrong, out)
+
+
+def spoil_layer(base: Path, adapter: Path, out: Path) -> None:
+    """One module's edit is missing."""
+    infold.merge(base, adapter, out)
+    name = "model.layers.1.self_attn.v_proj.weight"
+    tensors = load_file(out / "model.safetensors")
+    tensors[name] = load_file(base / "model.safetensors")[name]
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+
+
+def spoil_all(base: Path, adapter: Path, out: Path) -> None:
+    """The base, passed off as merged."""
+    infold.merge(base, adapter, out)
+    shutil.copyfile(base / "model.safetensors", out / "model.safetensors")
+
+
+@pytest.mark.parametrize("spoil", [spoil_scale, spoil_layer, spoil_all])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_wrong_merge_fails_by_its_outputs_alone(
+    spoil: Any, dtype: str, place: Path, tmp_path: Path
+) -> None:
+    base = place / f"base-{dtype}"
+    spoil(base, place / "lora", tmp_path / "merged")
+
+    found = prove(base, place / "lora", tmp_path / "merged")
+
+    assert not found.ok
+    assert not next(c for c in found.checks if c.what.startswith("the merged folder")).ok
+    assert any("is it the base?" in note for note in found.notes) is (spoil is spoil_all)
+
+
+def test_figures_are_those_of_peft_and_transformers(place: Path, tmp_path: Path) -> None:
+    """The largest and mean difference, agreement, perplexity and texts, by PEFT's own forward."""
+    base, merged = place / "base-bfloat16", tmp_path / "merged"
+    infold.merge(base, place / "lora", merged)
+    found = prove(base, place / "lora", merged)
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    one = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), place / "lora"
+    ).eval()
+    two = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
+    asked = PROMPTS.splitlines()
+    for prompt, pair in zip(asked, found.continuations, strict=True):
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        for model, text in ((one, pair.adapter), (two, pair.merged)):
+            out = model.generate(input_ids=ids, max_new_tokens=4, min_new_tokens=4,
+                                 do_sample=False, pad_token_id=2)  # fmt: skip
+            if 1 not in out[0]:  # generate forbids the end of text, the proof does not
+                assert tokenizer.decode(out[0, ids.shape[1] :]) == text
+    ids = tokenizer(TEXT, return_tensors="pt", verbose=False)["input_ids"]
+    windows = [w for w in ids.split(64, dim=1) if w.shape[1] > 1]  # the model takes 64
+    with torch.no_grad():
+        for model, name in ((one, "adapter"), (two, "merged")):
+            losses = [float(model(w, labels=w).loss) * (w.shape[1] - 1) for w in windows]
+            count = sum(w.shape[1] - 1 for w in windows)
+            assert found.perplexity[name] == pytest.approx(math.exp(sum(losses) / count), rel=1e-4)
+        apart = max(float((one(w).logits - two(w).logits).abs().max()) for w in windows)
+    assert apart <= found.differences["merged"].largest * (1 + 1e-3)
+
+
+def test_a_distance_of_known_logits() -> None:
+    distance = Distance()
+    one = torch.tensor([[2.0, 1.0, 0.0], [0.0, 3.0, 0.0]])
+    two = torch.tensor([[1.0, 2.0, 0.0], [0.0, 3.0, 0.5]])
+    distance.add(one, two)
+    found = distance.result()
+
+    kl = torch.nn.functional.kl_div(
+        two.log_softmax(-1), one.log_softmax(-1), log_target=True, reduction="batchmean"
+    )
+    assert (found.largest, found.positions, found.agreement, found.widest) == (1.0, 2, 0.5, 1.0)
+    assert found.mean == pytest.approx(2.5 / 6) and found.kl == pytest.approx(float(kl))
+    distance.add(one, two * float("nan"))
+    assert distance.result().largest == float("inf")
+
+
+def test_what_cannot_be_run_is_refused(place: Path, tmp_path: Path) -> None:
+    base, adapter, merged = place / "base-float32", place / "lora", tmp_path / "merged"
+    infold.merge(base, adapter, merged)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("one\n\nthree\n \n")
+    with pytest.raises(Refusal) as error:
+        prove_outputs(base, [adapter], merged, prompts=prompts)
+    assert [reason.split(": ")[1] for reason in error.value.reasons] == [
+        "line 2 is empty; remove it", "line 4 is empty; remove it",
+    ]  # fmt: skip
+    if not torch.cuda.is_available():
+        with pytest.raises(Refusal, match="sees no CUDA devices; give cpu"):
+            prove(base, adapter, merged, device="cuda")
+    with pytest.raises(Refusal, match="no such device"):
+        prove(base, adapter, merged, device="gpu")
+    bare = tmp_path / "bare"
+    shutil.copytree(base, bare, ignore=shutil.ignore_patterns("tokenizer*"))
+    with pytest.raises(Refusal, match="has no tokenizer"):
+        prove_outputs(bare, [adapter], merged, new_tokens=2)
+    with pytest.raises(Refusal, match="it is an adapter, give its base"):
+        prove(place / "ia3", adapter, merged)
+
+
+def test_the_command_line_records_and_fails(place: Path, tmp_path: Path) -> None:
+    base, adapter, merged = place / "base-bfloat16", place / "lora", tmp_path / "merged"
+    infold.merge(base, adapter, merged)
+
+    def run(*words: object) -> subprocess.CompletedProcess[str]:
+        line = [sys.executable, "-m", "infold", "verify", *map(str, words)]
+        return subprocess.run(line, capture_output=True, text=True)
+
+    options = ("--outputs", "--prompts", place / "prompts.txt", "--new-tokens", 3)
+    ran = run(base, adapter, merged, *options)
+    assert ran.returncode == 0, ran.stderr
+    assert "FAIL" not in ran.stdout and "continuations equal" in ran.stdout
+    record = json.loads((merged / "records" / "outputs.json").read_text())
+    assert (record["kind"], record["ok"], len(record["receipt"])) == ("outputs", True, 64)
+    assert infold.verify(base, adapter, merged).ok  # the record is no stranger to the proof
+
+    spoil_all(base, adapter, tmp_path / "base-again")
+    ran = run(base, adapter, tmp_path / "base-again", *options, "--json")
+    assert ran.returncode == 1
+    told = json.loads(ran.stdout.splitlines()[0])
+    assert told["offenders"] and not told["outputs"]["ok"]
+    assert run(base, adapter, merged, "--text", "x").returncode == 2
