@@ -14,13 +14,14 @@ import pytest
 import infold
 
 ROOT = Path(infold.__file__).parent
-FREE = {"errors", "version", "dtypes", "sizes", "workers"}  # every room may import these
+FREE = {"errors", "version", "dtypes", "sizes", "workers", "machine"}  # every room may import these
 LEAVES = {"adapters", "formats", "checkpoint"}
 MAY_IMPORT = {
     "errors": set(),
     "version": set(),
     "sizes": set(),
     "workers": set(),
+    "machine": set(),
     "dtypes": set(),
     "adapters": set(),
     "formats": set(),
@@ -31,11 +32,12 @@ MAY_IMPORT = {
     "verify": LEAVES | {"plan", "tuners"},
     "tuners": LEAVES | {"edit"},
     "inspect": LEAVES | {"plan"},
+    "bench": LEAVES | {"tuners"},
     "loop": LEAVES | {"plan", "edit", "merge", "tuners", "verify", "inspect"},
     "deploy": LEAVES | {"inspect", "verify"},
     "report": set(),
     "cli": LEAVES
-    | {"plan", "edit", "merge", "tuners", "verify", "inspect", "loop", "deploy", "report"},
+    | {"plan", "edit", "merge", "tuners", "verify", "inspect", "bench", "loop", "deploy", "report"},
 }
 
 

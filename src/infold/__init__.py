@@ -47,6 +47,7 @@ __all__ = [
     "Verdict",
     "__version__",
     "attach",
+    "bench",
     "combine",
     "inspect",
     "load",
@@ -59,7 +60,7 @@ __all__ = [
 
 # A room and its verb share a name. Importing a package for the first time binds its name here, so
 # do that now (the rooms' __init__ import nothing), and let the functions below take the names.
-for _room in ("merge", "verify", "inspect"):
+for _room in ("merge", "verify", "inspect", "bench"):
     import_module(f"infold.{_room}")
 
 _TYPES = {
@@ -392,6 +393,37 @@ def verify(
         device=device,
         progress=progress,
     )
+
+
+def bench(
+    base: PathLike,
+    adapter: PathLike,
+    merged: PathLike | None = None,
+    *,
+    prompt_tokens: int = 128,
+    new_tokens: int = 32,
+    batches: Sequence[int] = (1, 4),
+    rounds: int = 5,
+    starts: int = 3,
+    device: str = "cpu",
+    dtype: str = "auto",
+    progress: Callable[[int, int, float | None], None] | None = None,
+) -> dict[str, Any]:
+    """Measure base, adapter mode (infold's, and PEFT's where it is installed) and merged model.
+
+    Each runs in processes of its own, in turns (docs/bench.md; needs the extra `serve`).
+    prompt_tokens, new_tokens, batches: what is timed. rounds: in each start, after one to warm up.
+    starts: how often the processes are launched anew. dtype: "auto" as stored, or one for all.
+    progress: called with (steps done, steps in all, None).
+    Returns the record, JSON-ready: medians with intervals, and ratios to the base; it is not
+    saved. Raises Refusal for what cannot be run, StorageFailure where a model's process dies.
+    """
+    from infold.bench.run import measure_models
+
+    return measure_models(
+        base, adapter, merged, prompt_tokens=prompt_tokens, new_tokens=new_tokens, batches=batches,
+        rounds=rounds, starts=starts, device=device, dtype=dtype, progress=progress,
+    )  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

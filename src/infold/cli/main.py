@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from infold.cli import (
+    bench,
     checklist,
     combine,
     deploy,
@@ -134,6 +135,7 @@ _VERBS = (
     combine.combine,
     inspect.inspect,
     verify.verify,
+    bench.bench,
     deploy.deploy,
     checklist.checklist,
     report.report,

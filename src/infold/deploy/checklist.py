@@ -252,9 +252,10 @@ def _notes(e: _Evidence) -> _Found:
 
 
 def _compared(record: Mapping[str, Any], what: str) -> _Found:
-    """The merged model against the base, by `comparisons` of a bench record: each is
-    {what: "speed" or "memory", metric, ratio, low, high}, merged over base, more is worse."""
-    found = [c for c in record.get("comparisons", []) if c["what"] == what]
+    """The merged model against the base, by `comparisons` of a bench record: each is {model,
+    what: "speed" or "memory", metric, ratio, low, high}, over the base, more is worse."""
+    told_of = [c for c in record.get("comparisons", []) if c["what"] == what]
+    found = [c for c in told_of if c.get("model", "merged") == "merged"]
     if not found:
         return "NOT DONE", f"records/bench.json compares no {what} of merged and base"
     told = [
@@ -278,7 +279,7 @@ def _of_record(e: _Evidence, kind: str, check: Callable[[Mapping[str, Any]], _Fo
 
 
 _TRAIN = "infold train {base} DATA --out {adapter} --eval-split 0.1"
-_BENCH = ""  # no verb writes this record yet
+_BENCH = "infold bench {base} {adapter} {merged}"
 _OUTPUTS = "infold verify {base} {adapter} {merged} --outputs"
 _DEPLOY, _SMOKE = "infold deploy {merged}", "infold deploy {merged} --smoke"
 _BOXES: tuple[tuple[str, str, _Check, str], ...] = (

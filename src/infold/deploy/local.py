@@ -17,6 +17,7 @@ from statistics import median
 from typing import Any
 
 from infold.errors import InfoldError, Refusal
+from infold.machine import processor, resident_bytes
 
 __all__ = ["LocalFailure", "run_local"]
 
@@ -66,7 +67,7 @@ def measure(
     import torch
     import transformers
 
-    before = _resident()
+    before = resident_bytes()
     began = time.perf_counter()
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -98,11 +99,11 @@ def measure(
         rates.append(new_tokens / max(1e-9, all_tokens - first))
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else None
     return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else f"cpu, {_processor()}",
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"cpu, {processor()}",
         "threads": torch.get_num_threads(),
         "dtype": str(model.dtype).removeprefix("torch."),
         "load_seconds": round(loading, 3),
-        "resident_bytes": _resident() - before,
+        "resident_bytes": resident_bytes() - before,
         "cuda_peak_bytes": peak,
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
@@ -136,21 +137,6 @@ def _spread(values: list[float]) -> dict[str, float]:
         "least": round(min(values), 5),
         "most": round(max(values), 5),
     }
-
-
-def _resident() -> int:
-    """Bytes of this process that are in memory."""
-    import psutil
-
-    return int(psutil.Process().memory_info().rss)
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return "unknown"
-    return next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), "?")
 
 
 if __name__ == "__main__":

@@ -25,10 +25,12 @@ def render_html(records: Records) -> str:
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
-    from infold.report.pictures import pictures
+    from infold.report.pictures import bars, pictures
 
     sections = _sections(records)
     drawn = _checked(records, "update", pictures)
+    if found := _checked(records, "bench", bars):
+        drawn["Speed and memory"] = found
     text = files("infold.report").joinpath("page.html.j2").read_text(encoding="utf-8")
     made = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     return made.from_string(text).render(
@@ -128,7 +130,7 @@ def _deployment(r: Mapping[str, Any]) -> Rows:
 def _bench(r: Mapping[str, Any]) -> Rows:
     return [
         (
-            f"{c['metric']}, merged over base",
+            f"{c['metric']}, {c.get('model', 'merged')} over base",
             f"{c['ratio']:.3f}",
             f"{c['low']:.3f} to {c['high']:.3f}",
         )

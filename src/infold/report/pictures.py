@@ -10,7 +10,9 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-__all__ = ["pictures"]
+from infold.report.bars import bar_figure
+
+__all__ = ["bars", "pictures"]
 
 _INK = "#010203"  # becomes currentColor
 _STYLE: Any = {
@@ -24,6 +26,15 @@ _STYLE: Any = {
     "font.size": 9,
 }
 _FILL = "#4c8bf5"
+
+
+def bars(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(caption, SVG) of a bench record."""
+    if not record.get("models"):
+        return []
+    with rc_context(_STYLE):
+        drawn = _svg(bar_figure(record, _INK))
+    return [("Medians, and the intervals that hold them with 95 % where rounds allow.", drawn)]
 
 
 def pictures(update: Mapping[str, Any]) -> dict[str, list[tuple[str, str]]]:

@@ -1,0 +1,1 @@
+"""What a merge buys: base, adapter mode and merged model, timed side by side."""

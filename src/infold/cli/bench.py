@@ -1,0 +1,115 @@
+"""infold bench BASE ADAPTER [MERGED]"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from infold.cli.output import entry, table
+from infold.cli.progress import step_progress
+from infold.cli.startup import lasting_imports
+from infold.sizes import bytes_text
+
+
+def bench(
+    base: Annotated[str, typer.Argument(help="The base: a folder or a Hub id.")],
+    adapter: Annotated[str, typer.Argument(help="The adapter: a PEFT folder or a Hub id.")],
+    merged: Annotated[
+        str | None, typer.Argument(help="Their merged folder. Without it, it is not measured.")
+    ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(help="Batch size; may be given often. Default: 1 and 4.")
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 128,
+    new_tokens: Annotated[int, typer.Option(help="Tokens decoded after the first.")] = 32,
+    rounds: Annotated[int, typer.Option(help="Rounds from model to model, in each start.")] = 5,
+    starts: Annotated[int, typer.Option(help="How often every process is launched anew.")] = 3,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    dtype: Annotated[
+        str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")
+    ] = "auto",
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw the figures into this .svg or .png file.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object instead of text.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+) -> None:
+    """Measure what a merge buys: base, adapter mode (infold's and PEFT's) and merged model.
+
+    Load time, memory, prefill, first token, decoding and adapter swap, in turns, with intervals.
+    """
+    with lasting_imports():
+        from infold.bench.run import measure_models
+
+    if picture is not None:
+        from infold.report.bars import check_picture
+
+        check_picture(picture)
+    with step_progress("measuring", quiet or as_json) as progress:
+        record = measure_models(
+            base, adapter, merged, batches=batch or (1, 4), prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens, rounds=rounds, starts=starts, device=device, dtype=dtype,
+            progress=progress,
+        )  # fmt: skip
+    if merged is not None:
+        _save(merged, record)
+    if picture is not None:
+        from infold.report.bars import save_bars
+
+        save_bars(record, picture)
+    if as_json:
+        print(json.dumps(record))
+    elif not quiet:
+        _show(record)
+        if picture is not None:
+            print(entry("picture", str(picture), 10))
+
+
+def _save(merged: str, record: dict[str, Any]) -> None:
+    """Into the merged folder, where `infold checklist` and `report` read it."""
+    from infold.checkpoint.files import exists, locate
+    from infold.checkpoint.shards import RECEIPT
+    from infold.deploy.facts import receipt_digest
+    from infold.deploy.records import save_record
+
+    folder = locate(merged)
+    if exists(folder / RECEIPT):  # another tool's merge has none
+        save_record(folder, record | {"receipt": receipt_digest(folder)})
+
+
+def _show(record: dict[str, Any]) -> None:
+    models = record["models"]
+    metrics = dict.fromkeys(metric for found in models.values() for metric in found)
+    rows: list[tuple[str, ...]] = [("median", *models)]
+    for metric in metrics:
+        cells = [_value(metric, found.get(metric)) for found in models.values()]
+        rows.append((metric.replace("_", " "), *cells))
+    print(table(rows) + "\n")
+    rows = [("over the base", "ratio", "interval", "")]
+    for c in record["comparisons"]:
+        told = "within noise" if c["within_noise"] else ""
+        span = f"{c['low']:.3f} to {c['high']:.3f}"
+        rows.append((f"{c['model']}: {c['metric']}", f"{c['ratio']:.3f}", span, told))
+    print(table(rows) + "\n")
+    least = min(c["coverage"] for c in record["comparisons"])
+    told = f"median over rounds of the ratio to the base, order statistics, {least:.0%} or more"
+    print(entry("interval", told, 10))
+    where = f"{record['device']}, {record['processor']}, {record['threads']} threads"
+    print(entry("machine", f"{where}, {record['dtype']}", 10))
+    count = f"{record['rounds']} rounds in each of {record['starts']} starts"
+    print(entry("measured", f"{count}, after one to warm up, in {record['seconds']:.0f} s", 10))
+    for note in record["notes"]:
+        print(entry("note", note, 10))
+
+
+def _value(metric: str, found: dict[str, float] | None) -> str:
+    if found is None:
+        return "-"
+    if "bytes" in metric:
+        return bytes_text(round(found["median"]))
+    return f"{found['median']:.1f}" if "per_second" in metric else f"{found['median']:.4f}"
