@@ -25,6 +25,7 @@ bench: .venv/dev.done
 	$(BIN)/python benchmarks/loop.py drift
 	$(BIN)/python benchmarks/loop.py disk
 	$(BIN)/python benchmarks/loop.py speed
+	$(BIN)/python benchmarks/deployment.py
 
 # Runs every cell; NOTEBOOK=--save keeps the outputs
 notebook: .venv/notebook.done

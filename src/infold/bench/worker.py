@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,10 @@ class _Model:
         self, kind: str, folder: str, adapter: str, device: str, dtype: str, top: int
     ) -> None:
         import torch
-        import transformers  # noqa: F401  imported before the clock starts
 
         from infold.tuners.loading import attach_all, device_of, load_model
 
+        _import_all(Path(folder))
         if kind == "peft":
             import peft
 
@@ -124,6 +125,20 @@ class _Model:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
+
+
+def _import_all(folder: Path) -> None:
+    """Import what loading would, before the clock starts and memory is counted.
+
+    transformers imports the code of a model when it makes one; PEFT has imported most of it before.
+    """
+    import torch
+    import transformers
+
+    model_class: Any = transformers.AutoModelForCausalLM
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    with suppress(ValueError, KeyError, ImportError), torch.device("meta"):  # loading tells of it
+        model_class.from_config(config)
 
 
 def _serve() -> None:

@@ -1,0 +1,122 @@
+"""Measure base, adapter mode (infold, PEFT) and merged SmolLM2, with `infold bench`.
+
+    python benchmarks/deployment.py                    # the base and adapters of `make demo`
+    python benchmarks/deployment.py --starts 1 --rounds 1 --only ia3 --dtype float32
+
+Writes results/deployment.md, and results/deployment.json with medians and intervals.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import infold
+from infold.bench.run import measure_models
+from infold.cli.progress import step_progress
+from infold.sizes import bytes_text
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "examples"))
+
+from smollm2 import default_cache  # noqa: E402
+
+ADAPTERS = HERE.parent / "examples" / "adapters"
+DTYPES = ("bfloat16", "float32")
+# a merged model is the base's own architecture: anything beyond this is noise, or a defect
+NOISE = (0.98, 1.02)
+
+
+def main() -> None:
+    """Measure and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--base", type=Path, default=default_cache() / "SmolLM2-135M-Instruct")
+    parser.add_argument("--only", choices=("lora", "ia3"))
+    parser.add_argument("--dtype", choices=DTYPES)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--starts", type=int, default=3)
+    given = parser.parse_args()
+    records: dict[str, dict[str, Any]] = {}
+    for method in [given.only] if given.only else ["lora", "ia3"]:
+        adapter = ADAPTERS / f"{method}-reviews"
+        with tempfile.TemporaryDirectory() as made:
+            infold.merge(given.base, adapter, Path(made) / "merged")
+            for dtype in [given.dtype] if given.dtype else DTYPES:
+                with step_progress(f"{method} {dtype}", False) as progress:
+                    records[f"{method}, {dtype}"] = measure_models(
+                        given.base, adapter, Path(made) / "merged", rounds=given.rounds,
+                        starts=given.starts, dtype=dtype, device=given.device, progress=progress,
+                    )  # fmt: skip
+    results = HERE / "results"
+    results.mkdir(exist_ok=True)
+    (results / "deployment.json").write_text(json.dumps(records, indent=1) + "\n")
+    (results / "deployment.md").write_text(page(records))
+    print(page(records))
+
+
+def page(records: dict[str, dict[str, Any]]) -> str:
+    """The results as Markdown."""
+    one = next(iter(records.values()))
+    lines = [
+        "# Base, adapter mode, merged",
+        "",
+        "    python benchmarks/deployment.py",
+        "",
+        f"SmolLM2-135M-Instruct and the adapters of `examples/`. {one['processor']}, "
+        f"{one['threads']} threads, {one['device']}; "
+        + ", ".join(f"{name} {version}" for name, version in one["versions"].items())
+        + ".",
+        "",
+        f"`infold bench` with {one['rounds']} rounds in each of {one['starts']} starts, "
+        f"{one['prompt_tokens']} prompt tokens, {one['new_tokens']} decoded. In brackets: over the "
+        "base, the median of paired rounds and its interval of at least 95 % (load and memory: as "
+        "many values as starts, so less). More than 1 is worse.",
+    ]
+    for title, record in records.items():
+        models = record["models"]
+        lines += ["", f"## {title}", "", "| | " + " | ".join(models) + " |"]
+        lines.append("|---|" + "--:|" * len(models))
+        ratios = {(c["model"], c["metric"]): c for c in record["comparisons"]}
+        metrics = dict.fromkeys(metric for found in models.values() for metric in found)
+        for metric in metrics:
+            told = metric.replace("decode_tokens_per_second", "decode_seconds_per_token")
+            told = told.replace("_", " ")
+            cells = [_cell(metric, f.get(metric), ratios.get((m, told))) for m, f in models.items()]
+            lines.append(f"| {metric.replace('_', ' ')} | " + " | ".join(cells) + " |")
+        lines += ["", verdict(record)]
+    return "\n".join(lines) + "\n"
+
+
+def verdict(record: dict[str, Any]) -> str:
+    """Whether merged is the base's equal: every median in the band, and intervals that hold 1."""
+    found = [c for c in record["comparisons"] if c["model"] == "merged" and c["what"] == "speed"]
+    inside = [c for c in found if NOISE[0] <= c["ratio"] <= NOISE[1]]
+    apart = [c for c in found if not c["within_noise"]]
+    text = f"Merged over base: {len(inside)} of {len(found)} medians of speed lie in "
+    text += f"{NOISE[0]}–{NOISE[1]}; {len(found) - len(apart)} intervals hold 1."
+    if apart:
+        text += " Not: " + ", ".join(f"{c['metric']} {c['ratio']:.3f}" for c in apart) + "."
+    return text
+
+
+def _cell(metric: str, found: dict[str, float] | None, ratio: dict[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    if "bytes" in metric:
+        text = bytes_text(round(found["median"]))
+    elif "per_second" in metric:
+        text = f"{found['median']:.1f}"
+    else:
+        text = f"{found['median']:.3f} s"
+    if ratio is not None:
+        text += f" ({ratio['ratio']:.3f}: {ratio['low']:.3f}–{ratio['high']:.3f})"
+    return text
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,246 @@
+"""The measuring of base, adapter mode and merged: its statistics, processes and refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from peft import IA3Config, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+import infold
+from infold.bench.interval import median_interval, paired_ratio
+from infold.bench.run import measure_models
+from infold.cli.main import app
+from infold.deploy.checklist import check_boxes
+from infold.errors import Refusal, StorageFailure
+from infold.report.page import render_markdown
+from infold.report.records import collect
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+QUICK: dict[str, Any] = {
+    "batches": (1, 2), "prompt_tokens": 8, "new_tokens": 4, "rounds": 2, "starts": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """A tiny random Llama, an IA³ adapter and the two merged."""
+    folder = tmp_path_factory.mktemp("bench")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(folder / "base")
+    ia3 = IA3Config(
+        target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"],
+        init_ia3_weights=False,
+    )  # fmt: skip
+    get_peft_model(model, ia3).save_pretrained(folder / "adapter")
+    infold.merge(folder / "base", folder / "adapter", folder / "merged")
+    return folder / "base", folder / "adapter", folder / "merged"
+
+
+def workers() -> list[psutil.Process]:
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if "infold.bench.worker" in process.cmdline():
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+@pytest.mark.parametrize("count", [6, 9, 15, 30])
+def test_the_interval_holds_the_median_as_often_as_it_says(count: int) -> None:
+    """Against a skewed distribution whose median is known: ln 2 for the exponential."""
+    chance, held, trials = random.Random(count), 0, 4000
+    coverage = 0.0
+    for _ in range(trials):
+        found = median_interval([chance.expovariate(1) for _ in range(count)])
+        held += found.low <= 0.6931471805599453 <= found.high
+        coverage = found.coverage
+    assert coverage >= 0.95
+    assert abs(held / trials - coverage) < 4 * (coverage * (1 - coverage) / trials) ** 0.5
+
+
+def test_few_values_tell_the_coverage_they_have() -> None:
+    assert median_interval([3.0, 1.0, 2.0, 4.0]).coverage == 1 - 2 / 2**4
+    assert median_interval([3.0, 1.0, 2.0, 4.0]).low == 1.0
+    assert median_interval([5.0]).coverage == 0
+    with pytest.raises(ValueError, match="no values"):
+        median_interval([])
+
+
+def test_noise_that_both_share_does_not_hide_a_difference() -> None:
+    """Rounds of 1 s and of 10 s, always 5 % apart: only pairs can tell."""
+    base = [1.0, 10.0, 2.0, 7.0, 1.5, 4.0, 9.0]
+    found = paired_ratio([1.05 * b for b in base], base)
+    assert found.median == pytest.approx(1.05) and not found.holds_one
+    assert paired_ratio(base, base).holds_one
+    with pytest.raises(ValueError):
+        paired_ratio([1.0], base)
+
+
+def test_it_measures_every_model_and_the_record_is_read(made: tuple[Path, Path, Path]) -> None:
+    base, adapter, merged = made
+    steps: list[tuple[int, int]] = []
+
+    record = measure_models(
+        base, adapter, merged, **QUICK, progress=lambda done, of, _: steps.append((done, of))
+    )
+
+    assert list(record["models"]) == ["base", "infold", "PEFT", "merged"]
+    assert steps[-1] == (24, 24) and [done for done, _ in steps] == list(range(1, 25))
+    assert not workers()
+    for name, found in record["models"].items():
+        shared = {"load_seconds", "resident_bytes"}
+        shared |= {f"{m}, batch {b}" for b in (1, 2) for m in (
+            "prefill_seconds", "first_token_seconds", "decode_tokens_per_second")}  # fmt: skip
+        assert set(found) == shared | ({"swap_seconds"} if name in ("infold", "PEFT") else set())
+        assert all(one["low"] <= one["median"] <= one["high"] for one in found.values())
+        assert all(one["median"] > 0 for m, one in found.items() if m != "resident_bytes")
+        assert (
+            found["prefill_seconds, batch 1"]["count"] == 4 and found["load_seconds"]["count"] == 2
+        )
+    compared = {(c["model"], c["what"]) for c in record["comparisons"]}
+    assert compared == {(m, w) for m in ("infold", "PEFT", "merged") for w in (
+        "speed", "memory", "load")}  # fmt: skip
+    assert record["dtype"] == "bfloat16" and record["versions"]["torch"] == torch.__version__
+
+
+def test_memory_is_what_the_weights_take(tmp_path: Path) -> None:
+    """Twice the dtype, twice the memory; of a model so large that the allocator hardly matters."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=2048, hidden_size=1024, intermediate_size=4096, num_hidden_layers=3,
+        num_attention_heads=8, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "base")
+    ia3 = IA3Config(target_modules=["k_proj"], feedforward_modules=[])
+    weights = sum(p.nbytes for p in model.parameters())
+    get_peft_model(model, ia3).save_pretrained(tmp_path / "adapter")
+
+    found = [
+        measure_models(
+            tmp_path / "base", tmp_path / "adapter", batches=(1,), prompt_tokens=4, new_tokens=1,
+            rounds=1, starts=1, dtype=dtype,
+        )["models"]["base"]["resident_bytes"]["median"]
+        for dtype in ("bfloat16", "float32")
+    ]  # fmt: skip
+    assert weights * 0.9 < found[0] < weights * 1.6
+    assert weights * 1.8 < found[1] < weights * 2.9
+
+
+def test_the_verb_saves_what_checklist_and_report_read(
+    made: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    base, adapter, first = made
+    merged = tmp_path / "merged"
+    subprocess.run(["cp", "-r", first, merged], check=True)
+    arguments = ["bench", *map(str, (base, adapter, merged)), "--batch", "1", "--rounds", "2"]
+    arguments += ["--starts", "1", "--prompt-tokens", "8", "--new-tokens", "4"]
+
+    done = CliRunner().invoke(app, [*arguments, "--json", "--picture", str(tmp_path / "p.svg")])
+
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout)
+    saved = json.loads((merged / "records" / "bench.json").read_text())
+    assert told["comparisons"] == saved["comparisons"]
+    assert (tmp_path / "p.svg").read_text().rstrip().endswith("</svg>")
+    assert infold.verify(merged).ok
+    boxes = {box.title: box for box in check_boxes(base, adapter, merged)}
+    assert boxes["baseline recorded"].status == "PASS"
+    assert "the base's" in boxes["speed"].evidence
+    assert "decode seconds per token, batch 1, merged over base" in render_markdown(collect(merged))
+
+    # the same record, made to tell of a merged model that decodes a tenth slower
+    for one in saved["comparisons"]:
+        if one["model"] == "merged" and one["what"] == "speed":
+            one |= {"ratio": 1.1, "low": 1.08, "high": 1.12}
+    (merged / "records" / "bench.json").write_text(json.dumps(saved))
+    boxes = {box.title: box for box in check_boxes(base, adapter, merged)}
+    assert boxes["speed"].status == "FAIL"
+
+
+def test_all_that_is_wrong_is_told_at_once(made: tuple[Path, Path, Path]) -> None:
+    base, adapter, _ = made
+    with pytest.raises(Refusal) as told:
+        measure_models(base, adapter, rounds=0, starts=-1, batches=(2, 2, 0), dtype="fp8")
+    text = "\n".join(told.value.reasons)
+    for part in ("0 rounds", "-1 starts", "a batch of 0", "given twice", "dtype fp8"):
+        assert part in text
+
+
+def test_what_cannot_be_run_is_refused(made: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    base, adapter, merged = made
+    other = LlamaForCausalLM(LlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2, bos_token_id=0, eos_token_id=1))  # fmt: skip
+    other.save_pretrained(tmp_path / "other")
+
+    with pytest.raises(Refusal, match=r"infold: .*"):
+        measure_models(tmp_path / "other", adapter, **QUICK)
+    assert not workers()
+    with pytest.raises(Refusal, match="no folder with a config"):
+        measure_models(adapter, adapter, **QUICK)
+    with pytest.raises(Refusal, match="no such file or folder"):
+        measure_models(base, adapter, tmp_path / "nothing", **QUICK)
+    (tmp_path / "weightless").mkdir()
+    (tmp_path / "weightless" / "config.json").write_bytes((merged / "config.json").read_bytes())
+    with pytest.raises(Refusal, match="merged: "):
+        measure_models(base, adapter, tmp_path / "weightless", **QUICK)
+    if not torch.cuda.is_available():
+        with pytest.raises(Refusal, match="no CUDA devices"):
+            measure_models(base, adapter, **{**QUICK, "device": "cuda"})
+    done = CliRunner().invoke(app, ["bench", str(base), str(adapter), "--picture", "p.gif"])
+    assert done.exit_code == 2
+    assert not workers()
+
+
+def test_a_model_whose_process_dies_ends_the_run_and_leaves_none(
+    made: tuple[Path, Path, Path],
+) -> None:
+    base, adapter, merged = made
+
+    def kill(done: int, of: int, _: float | None) -> None:
+        workers()[0].send_signal(signal.SIGKILL)
+
+    with pytest.raises(StorageFailure, match="was killed"):
+        measure_models(base, adapter, merged, **QUICK, progress=kill)
+    assert not workers()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_a_killed_bench_leaves_no_process(made: tuple[Path, Path, Path]) -> None:
+    """The workers' standard input closes with their parent, and they end."""
+    base, adapter, merged = map(str, made)
+    parent = subprocess.Popen(
+        [sys.executable, "-m", "infold", "bench", base, adapter, merged, "--rounds", "500"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    begun = psutil.Process(parent.pid)
+    until = time.monotonic() + 120
+    while len(found := begun.children(recursive=True)) < 4 and time.monotonic() < until:
+        time.sleep(0.1)
+    parent.kill()
+    parent.wait()
+    assert len(found) >= 4
+    _, left = psutil.wait_procs(found, timeout=60)
+    assert not left
