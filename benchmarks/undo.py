@@ -187,8 +187,8 @@ def time_table(found: dict[str, Any]) -> str:
     for method, record in found["records"].items():
         own = f"{record['share']:.2%} of the {record['edited_bytes']:,} edited bytes"
         rows.append(
-            f"{method}: a record of {record['bytes']:,} bytes; without the adapter's copy, "
-            f"{record['adapters']:,} bytes, {own}."
+            f"{method}: a record of {record['bytes']:,} bytes, of which "
+            f"{record['adapters']:,} are the adapter's copy; the rest is {own}."
         )
     return "\n".join(rows)
 

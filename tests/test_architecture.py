@@ -33,11 +33,13 @@ MAY_IMPORT = {
     "tuners": LEAVES | {"edit"},
     "inspect": LEAVES | {"plan"},
     "bench": LEAVES | {"tuners"},
+    "methods": LEAVES | {"bench", "tuners"},
     "loop": LEAVES | {"plan", "edit", "merge", "tuners", "verify", "inspect"},
     "deploy": LEAVES | {"inspect", "verify"},
     "report": set(),
     "cli": LEAVES
-    | {"plan", "edit", "merge", "tuners", "verify", "inspect", "bench", "loop", "deploy", "report"},
+    | {"plan", "edit", "merge", "tuners", "verify", "inspect", "bench", "methods", "loop"}
+    | {"deploy", "report"},
 }
 
 

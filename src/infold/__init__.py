@@ -52,6 +52,7 @@ __all__ = [
     "inspect",
     "load",
     "merge",
+    "methods",
     "swap",
     "train",
     "undo",
@@ -60,7 +61,7 @@ __all__ = [
 
 # A room and its verb share a name. Importing a package for the first time binds its name here, so
 # do that now (the rooms' __init__ import nothing), and let the functions below take the names.
-for _room in ("merge", "verify", "inspect", "bench"):
+for _room in ("merge", "verify", "inspect", "bench", "methods"):
     import_module(f"infold.{_room}")
 
 _TYPES = {
@@ -424,6 +425,28 @@ def bench(
         base, adapter, merged, prompt_tokens=prompt_tokens, new_tokens=new_tokens, batches=batches,
         rounds=rounds, starts=starts, device=device, dtype=dtype, progress=progress,
     )  # fmt: skip
+
+
+def methods(
+    measure: PathLike | None = None,
+    *,
+    tokens: int = 64,
+    rounds: int = 9,
+    progress: Callable[[int, int, float | None], None] | None = None,
+) -> dict[str, list[dict[str, Any]]]:
+    """Which adapter methods end in one weight: by infold, by PEFT (tried), or not, and why.
+
+    measure: a base, on which PEFT also attaches each type; `rounds` forward passes of `tokens`
+    tokens are timed. progress: called with (steps done, steps in all, None), for each part.
+    Returns {"methods": rows, "measured": rows}, JSON-ready. Raises Refusal as `bench` does.
+    """
+    from infold.methods.measure import measure_methods
+    from infold.methods.table import method_rows
+
+    measured: list[dict[str, Any]] = []
+    if measure is not None:
+        measured = measure_methods(measure, tokens=tokens, rounds=rounds, progress=progress)
+    return {"methods": [row.as_dict() for row in method_rows(progress)], "measured": measured}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,92 @@
+"""The table of methods: what it says of merging is tried, and its page is current."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+import infold
+from infold.adapters import METHODS
+from infold.cli.main import app
+from infold.errors import Refusal
+from infold.methods import table
+from infold.methods.table import MethodRow, attach_peft, method_rows
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+PAGE = Path(__file__).parent.parent / "docs" / "methods.md"
+
+
+@pytest.fixture(scope="module")
+def rows() -> dict[str, MethodRow]:
+    return {row.name: row for row in method_rows()}
+
+
+def test_every_type_of_peft_has_a_row_and_every_type_of_ours_merges(
+    rows: dict[str, MethodRow],
+) -> None:
+    assert {kind.value for kind in peft.PeftType} < set(rows)
+    ours = {kind for method in METHODS.values() for kind in method.PEFT_TYPES}
+    assert {name for name, row in rows.items() if row.infold == "yes"} == ours
+    assert all(row.peft == "yes" for name, row in rows.items() if name in ours)
+    for name in ("PROMPT_TUNING", "PREFIX_TUNING", "bottleneck adapters"):
+        assert rows[name].infold.startswith("never")
+    assert rows["BitFit"].infold.startswith("yes")
+
+
+def test_a_merge_that_computes_something_else_is_not_called_a_merge(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """IA³ unmerged leaves the base: all of its update is missing."""
+    from peft.tuners.ia3.model import IA3Model
+
+    monkeypatch.setattr(IA3Model, "merge_and_unload", IA3Model.unload)
+    assert table._tried("IA3") == ("wrong by 100% of its update", False)
+
+
+def test_the_page_is_the_verbs_output(rows: dict[str, MethodRow]) -> None:
+    """Its first table is; the second, of --measure, differs from day to day."""
+    text = PAGE.read_text()
+    for row in rows.values():
+        cells = (row.name, row.infold, row.peft, row.merge)
+        assert "| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |" in text
+
+
+def test_parameters_and_overhead_of_a_real_class(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(tmp_path / "base")
+
+    arguments = ["methods", "--measure", str(tmp_path / "base"), "--rounds", "1", "--tokens", "4"]
+    done = CliRunner().invoke(app, [*arguments, "--json"])
+
+    assert done.exit_code == 0, done.output
+    found = {one["name"]: one for one in json.loads(done.stdout)["measured"]}
+    assert set(found) == {kind.value for kind in peft.PeftType}
+    for name in ("LORA", "IA3", "OFT", "PROMPT_TUNING"):
+        trained, total = attach_peft(LlamaForCausalLM(config), name).get_nb_trainable_parameters()
+        assert found[name]["parameters"] == trained and total
+        assert found[name]["low"] <= found[name]["ratio"] <= found[name]["high"]
+    assert found["PROMPT_TUNING"]["parameters"] == 20 * 64
+
+
+def test_what_cannot_be_measured_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Refusal, match="no such file or folder"):
+        infold.methods(tmp_path / "nothing")
+    done = CliRunner().invoke(app, ["methods", "--measure", str(tmp_path), "--rounds", "0"])
+    assert done.exit_code == 2
+
+
+def test_without_peft_it_lists_what_infold_merges(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "find_spec", lambda name: None)
+    found = {row.name: row for row in method_rows()}
+    assert found["IA3"].infold == "yes" and found["IA3"].peft == "PEFT is not installed"
