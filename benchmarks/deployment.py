@@ -52,11 +52,16 @@ def main() -> None:
                         given.base, adapter, Path(made) / "merged", rounds=given.rounds,
                         starts=given.starts, dtype=dtype, device=given.device, progress=progress,
                     )  # fmt: skip
+                _save(records)
+    print(page(records))
+
+
+def _save(records: dict[str, dict[str, Any]]) -> None:
+    """After each part, since all of them take an hour."""
     results = HERE / "results"
     results.mkdir(exist_ok=True)
     (results / "deployment.json").write_text(json.dumps(records, indent=1) + "\n")
     (results / "deployment.md").write_text(page(records))
-    print(page(records))
 
 
 def page(records: dict[str, dict[str, Any]]) -> str:

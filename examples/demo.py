@@ -1,4 +1,4 @@
-"""From a base and two trained adapters to two merged models, by the command line, then asked.
+"""From a base and two trained adapters to two merged models, one of them served, and a report.
 
     python examples/demo.py
 
@@ -27,6 +27,8 @@ REVIEWS = (
     ("It would be more fun to watch the paint dry.", "negative"),
     ("The best thing about it is that it ends.", "negative"),
 )
+
+QUESTION = "Is it wise to test a model before it is deployed?"
 
 
 def infold(*arguments: str | Path, head: int | None = None) -> None:
@@ -99,8 +101,16 @@ def main() -> int:
         models[f"+ {method}"] = merged
     show_answers(models)
 
-    print(f"Done in {time.perf_counter() - started:.0f} s. The merged models:")
-    for merged in list(models.values())[1:]:
+    served, report = cache / "demo" / "served", cache / "demo" / "report.html"
+    shutil.rmtree(served, ignore_errors=True)
+    infold("deploy", merged, "--out", served, "--no-measure", head=HEAD)
+    asked = ("--requests", "6", "--seconds", "1", "--prompt", QUESTION)
+    infold("deploy", served, "--smoke", *asked)
+    infold("report", served, "--out", report)
+
+    print(f"\nDone in {time.perf_counter() - started:.0f} s. The report, for a browser: {report}")
+    print("The merged models:")
+    for merged in [*list(models.values())[1:], served]:
         print(f"  {merged}")
     print("Each is an ordinary checkpoint folder:")
     print(f'  model = transformers.AutoModelForCausalLM.from_pretrained("{merged}")')

@@ -22,8 +22,8 @@ import torch
 from infold.errors import Refusal, StorageFailure
 from infold.loop.config import Collect
 from infold.loop.task import Prompt
+from infold.tuners.loading import calm
 from infold.tuners.tokens import special_ids
-from infold.tuners.train import quiet_transformers
 
 __all__ = ["Engine", "cut", "open_engine", "prompt_ids"]
 
@@ -87,7 +87,7 @@ class _Local:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         # float32 holds every bfloat16 and float16 exactly, and processors compute with it faster
         dtype: Any = "auto" if self.device == "cuda" else torch.float32
-        with quiet_transformers():
+        with calm():
             loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
         self.model = loaded.to(self.device).eval()
         pads = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)

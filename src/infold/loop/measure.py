@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
+
+from infold.machine import resident_bytes
 
 __all__ = ["measured"]
 
@@ -23,13 +23,13 @@ def measured() -> Iterator[dict[str, Any]]:
     system has no /proc.
     """
     found: dict[str, Any] = {}
-    before = peak = _resident()
+    before = peak = resident_bytes()
     over = threading.Event()
 
     def watch() -> None:
         nonlocal peak
         while not over.wait(_EVERY):
-            peak = max(peak, _resident())
+            peak = max(peak, resident_bytes())
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
@@ -40,14 +40,6 @@ def measured() -> Iterator[dict[str, Any]]:
         seconds = time.monotonic() - started
         over.set()
         watcher.join()
-        after = _resident()
+        after = resident_bytes()
         memory = {"before": before, "peak": max(peak, after), "after": after}
         found.update(seconds=round(seconds, 3), memory=memory if before else None)
-
-
-def _resident() -> int:
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:
-        return 0
-    return pages * os.sysconf("SC_PAGE_SIZE")

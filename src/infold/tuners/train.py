@@ -31,13 +31,14 @@ from blake3 import blake3
 from infold.checkpoint.files import exists, locate, read_bytes, read_object
 from infold.checkpoint.staging import Staging, storage_errors
 from infold.errors import Refusal
+from infold.tuners.loading import calm
 from infold.tuners.prepare import SMALL, Prepared, prepare
 from infold.tuners.record import RECORD, Training, loss_picture
 from infold.tuners.settings import TrainSettings
 from infold.tuners.tokens import Collator, Tokens
 from infold.version import __version__
 
-__all__ = ["quiet_transformers", "train_adapter"]
+__all__ = ["train_adapter"]
 
 PathLike = str | os.PathLike[str]
 Progress = Callable[[int, int, "float | None"], None]
@@ -243,7 +244,7 @@ def _train(
 
     checkpoints = run / "checkpoints"
     checkpoint = last_checkpoint(checkpoints)
-    with quiet_transformers():
+    with calm():
         args = _arguments(settings, ready, checkpoints, fresh=checkpoint is None)
         with args.main_process_first():  # an interrupted training was checked by then
             pass
@@ -458,23 +459,6 @@ def _no_printing(trainer: Any) -> None:
     from transformers.trainer_callback import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Their bars and reports would stand between ours."""
-    from transformers.utils import logging as untyped
-
-    logging: Any = untyped
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 # --- the result -----------------------------------------------------------------------------------
