@@ -1,0 +1,51 @@
+"""What a quantized format gets to see of one module, and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["Field", "NoFold", "Scale", "Stored"]
+
+
+class NoFold(ValueError):
+    """Rows of a module cannot be scaled without touching its codes. Tells why, as a sentence."""
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """One stored tensor: its dtype by safetensors' name, and its shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The tensors of one module as they lie on the disk.
+
+    name: of the module, on the disk. tensors: by their names below the module, such as `qweight`,
+    `weight.absmax`, `bias`. config: the checkpoint's quantization_config, empty without one.
+    read: the elements of a tensor, in its stored dtype and shape; a plan reads only small ones.
+    """
+
+    name: str
+    tensors: Mapping[str, Field]
+    config: Mapping[str, Any]
+    read: Callable[[str], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """A tensor of floats that is proportional to the module's rows.
+
+    part: its name below the module. transposed: its matrix (first dimension, all others) holds the
+    rows as columns. repeat: consecutive rows of it that belong to one row of the module.
+    """
+
+    part: str
+    transposed: bool = False
+    repeat: int = 1
