@@ -71,7 +71,9 @@ def run_local(
         finally:
             timer.cancel()
             process.kill()
-            process.communicate()
+            process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
         if late.is_set():
             raise LocalFailure(f"{folder}: did not {what} within {timeout:.0f} s")
         if process.returncode:
@@ -137,15 +139,17 @@ def measure(
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
+    def step(done: int) -> None:
+        print(f"{_STEP}{done} {rounds + 1}", flush=True)
+
     timed(2)
+    step(1)
     firsts, rates = [], []
     for number in range(rounds):
-        print(
-            f"{_STEP}{number + 1} {rounds + 1}", flush=True
-        )  # loading and warming up is the first
         first, all_tokens = timed(1), timed(1 + new_tokens)
         firsts.append(first)
         rates.append(new_tokens / max(1e-9, all_tokens - first))
+        step(number + 2)
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else None
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else f"cpu, {processor()}",
