@@ -277,7 +277,7 @@ def main() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    inputs.make(given.size, inputs.cache())
+    inputs.make(given.size, inputs.cache(), lone=False)
     given.out.mkdir(parents=True, exist_ok=True)
     command = "python benchmarks/gpu.py"
     command += "".join(f" --only {name}" for name in given.only or ())
