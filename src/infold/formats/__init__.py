@@ -11,7 +11,18 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from infold.formats import bitsandbytes, dense, gptq
+from infold.formats import (
+    awq,
+    bitsandbytes,
+    compressed_tensors,
+    dense,
+    eetq,
+    fp8,
+    gptq,
+    hqq,
+    torchao,
+    unscalable,
+)
 from infold.formats.stored import Field, NoFold, Scale, Stored
 
 __all__ = [
@@ -66,13 +77,16 @@ class Quantized(Protocol):
     """
 
     NAME: str  # what people call it
-    CORE: str  # the tensor that every module of this format has, by its name below the module
+    CORE: tuple[str, ...]  # what every module of it has one of, by its name below the module
 
     def accepts(self, stored: Stored) -> bool:
         """Whether the module is of this format."""
 
     def shape(self, stored: Stored) -> tuple[int, int]:
-        """(out, in) of the logical weight."""
+        """(out, in) of the logical weight. Raises NoFold where the module does not tell it."""
+
+    def words(self, stored: Stored) -> str:
+        """The format for a person, such as "GPTQ, 4 bits, groups of 128"."""
 
     def scales(self, stored: Stored) -> tuple[Scale, ...]:
         """What to multiply so that rows of the weight are multiplied, and nothing else changes.
@@ -82,7 +96,17 @@ class Quantized(Protocol):
 
 
 FORMATS: dict[str, Format] = {"dense": dense}
-QUANTIZED: dict[str, Quantized] = {"gptq": gptq, "bitsandbytes": bitsandbytes}
+QUANTIZED: dict[str, Quantized] = {
+    "gptq": gptq,
+    "awq": awq,
+    "bitsandbytes": bitsandbytes,
+    "compressed_tensors": compressed_tensors,
+    "fp8": fp8,
+    "eetq": eetq,
+    "hqq": hqq,
+    "torchao": torchao,
+    "unscalable": unscalable,
+}
 
 
 def format_of(dtype: str) -> Format | None:

@@ -21,7 +21,7 @@ from typing import Any
 from infold.formats.stored import NoFold, Scale, Stored
 
 NAME = "bitsandbytes"
-CORE = "weight"
+CORE: tuple[str, ...] = ("weight",)
 _STATE = "weight.quant_state.bitsandbytes__"
 
 
@@ -35,7 +35,6 @@ def accepts(stored: Stored) -> bool:
 
 
 def shape(stored: Stored) -> tuple[int, int]:
-    """(out, in). Raises NoFold where quant_state does not tell it."""
     weight = stored.tensors["weight"]
     if weight.dtype == "I8":
         return weight.shape[0], weight.shape[1]
@@ -43,6 +42,15 @@ def shape(stored: Stored) -> tuple[int, int]:
     if not (isinstance(told, list) and len(told) == 2 and all(type(n) is int for n in told)):
         raise NoFold("its quant_state tells no shape of a matrix")
     return told[0], told[1]
+
+
+def words(stored: Stored) -> str:
+    if stored.tensors["weight"].dtype == "I8":
+        return "bitsandbytes, int8"
+    name = _state_name(stored)
+    assert name is not None
+    nested = ", double quantization" if stored.dtype("weight.absmax") == "U8" else ""
+    return f"bitsandbytes, {name.removeprefix(_STATE).upper()}{nested}"
 
 
 def scales(stored: Stored) -> tuple[Scale, ...]:

@@ -15,39 +15,40 @@ from __future__ import annotations
 from infold.formats.stored import NoFold, Scale, Stored
 
 NAME = "GPTQ"
-CORE = "qweight"
+CORE: tuple[str, ...] = ("qweight",)
 
 
 def accepts(stored: Stored) -> bool:
-    codes, scales = stored.tensors.get("qweight"), stored.tensors.get("scales")
-    if codes is None or scales is None or stored.config.get("quant_method", "gptq") == "awq":
+    codes, scales, zeros = (stored.shape(part) for part in ("qweight", "scales", "qzeros"))
+    if codes is None or scales is None or zeros is None or stored.dtype("qweight") != "I32":
         return False
-    if codes.dtype != "I32" or len(codes.shape) != 2 or len(scales.shape) != 2:
+    if stored.config.get("quant_method") == "awq" or len(codes) != 2 or len(scales) != 2:
         return False
-    return codes.shape[1] == scales.shape[1] and "qzeros" in stored.tensors
+    return codes[1] == scales[1] and len(zeros) == 2
 
 
 def shape(stored: Stored) -> tuple[int, int]:
-    """(out, in)."""
     packed, out = stored.tensors["qweight"].shape
-    index = stored.tensors.get("g_idx")
-    if index is not None and index.shape:
-        return out, index.shape[0]
-    return out, packed * 32 // bits(stored)
+    index = stored.shape("g_idx")
+    return out, index[0] if index else packed * 32 // bits(stored)
 
 
 def bits(stored: Stored) -> int:
     """Bits of a code: of the config, else as the zeros are packed."""
     told = stored.config.get("bits")
-    if isinstance(told, int) and told in (2, 3, 4, 8):
+    if type(told) is int and told in (2, 3, 4, 8):
         return told
-    zeros, out = stored.tensors["qzeros"].shape, stored.tensors["scales"].shape[1]
-    return 32 * zeros[1] // max(out, 1)
+    out = stored.tensors["scales"].shape[1]
+    return max(1, 32 * stored.tensors["qzeros"].shape[1] // max(out, 1))
+
+
+def words(stored: Stored) -> str:
+    groups, inputs = stored.tensors["scales"].shape[0], shape(stored)[1]
+    return f"GPTQ, {bits(stored)} bits, groups of {inputs // max(groups, 1)}"
 
 
 def scales(stored: Stored) -> tuple[Scale, ...]:
-    if "marlin" in str(stored.config.get("checkpoint_format", "")) or stored.config.get(
-        "is_marlin_format"
-    ):
-        raise NoFold("its scales are permuted for Marlin kernels; use the plain GPTQ checkpoint")
+    told = (stored.config.get(field) for field in ("checkpoint_format", "format"))
+    if any("marlin" in str(kind) for kind in told) or stored.config.get("is_marlin_format"):
+        raise NoFold("its scales lie in the order of Marlin kernels; use the plain GPTQ checkpoint")
     return (Scale("scales", transposed=True),)
