@@ -4,8 +4,8 @@
     gemv       qweight I32 [out, in / 8], qzeros I32 [out, ...], scales F16 [out, groups, padded]
     gemv_fast  qweight I16 [out / 4, in], qzeros and scales F16 [groups, padded; out]
 
-gemm and gemv: W[o, i] = scales * (code - zero). gemv_fast stores -scale * zero as qzeros, in floats:
-there W[o, i] = scales * code + qzeros, and a fold multiplies both.
+gemm and gemv: W[o, i] = scales * (code - zero). gemv_fast stores -scale * zero as qzeros, in
+floats: there W[o, i] = scales * code + qzeros, and a fold multiplies both.
 """
 
 from __future__ import annotations

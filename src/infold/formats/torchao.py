@@ -2,12 +2,12 @@
 
     _weight_qdata, _weight_scale and others, by the class that the file's metadata names:
 
-    Int8Tensor                qdata I8 [out, in],      scale [out, 1] or [];   zero_point, as a code
-    Float8Tensor              qdata F8 [out, in],      scale [out, 1] or []
-    IntxUnpackedToInt8Tensor  qdata I8 [out, in],      scale [out, in / group]; zero_point, as a code
-    Int4PlainInt32Tensor      qdata I32 [out, in / 8], scale [in / group, out]; zero_point, as a code
-    Int4Tensor                qdata [out, in / 2],     scale and zero_point [in / group, out]
-    Int4TilePackedTo4dTensor  qdata, in tiles,         scale_and_zero [in / group, out, 2], padded
+    Int8Tensor                qdata I8 [out, in], scale [out, 1] or [];   zero_point a code
+    Float8Tensor              qdata F8 [out, in], scale [out, 1] or []
+    IntxUnpackedToInt8Tensor  qdata I8 [out, in], scale [out, in / group]; zero_point a code
+    Int4PlainInt32Tensor      qdata I32 [out, in / 8], scale [in / group, out]; zero_point a code
+    Int4Tensor                qdata [out, in / 2], scale and zero_point [in / group, out]
+    Int4TilePackedTo4dTensor  qdata, in tiles, scale_and_zero [in / group, out, 2], padded
 
 W = (code - zero_point) * scale. In the last two the zero is a value: W = code * scale + zero, with
 codes around 0, and a fold multiplies both.
