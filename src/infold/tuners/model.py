@@ -117,6 +117,8 @@ def load(
 def _check_name(attached: Attached | None, name: str) -> None:
     if not name or "." in name or name == BASE:
         raise Refusal(f"an adapter cannot be called {name!r}: give a name without dots")
+    if hasattr(nn.ModuleDict(), name):
+        raise Refusal(f"an adapter cannot be called {name!r}: PyTorch's ModuleDict has that name")
     if attached is not None and name in attached.configs:
         raise Refusal(f"there is an adapter {name!r} already; delete_adapter({name!r}) removes it")
 
