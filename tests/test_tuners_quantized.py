@@ -198,6 +198,55 @@ def test_training_moves_the_adapter_and_no_bit_of_the_base(
     assert torch.equal(plain.train()(IDS).logits, logits)
 
 
+@pytest.mark.parametrize("evaluated", ["before", "after"])
+@pytest.mark.parametrize("kind", ["nf4", "nested", "int8"])
+def test_an_evaluation_does_not_end_the_learning(folder: Path, kind: str, evaluated: str) -> None:
+    """On some CPUs it brings 4-bit layers to a kernel that has no gradient, and says nothing."""
+    model = quantized(folder, kind)
+    if evaluated == "before":
+        with torch.no_grad():
+            model(IDS)
+        wanted = None
+    model = randomized(attach(model, LoraConfig(r=4, target_modules=["q_proj"])))
+    if evaluated == "after":
+        _, wanted = run(model)
+        with torch.no_grad():
+            model.eval()(IDS)
+
+    _, grads = run(model)
+
+    assert len(grads) == 4 and all(g.abs().max() > 0 for g in grads.values())
+    for name, value in (wanted or {}).items():
+        assert torch.equal(grads[name], value)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "nested"])
+def test_layers_that_were_packed_for_a_cpu_compute_the_same_and_learn(
+    folder: Path, kind: str
+) -> None:
+    """As the test before, on any CPU."""
+    model = quantized(folder, kind).train()
+    for layer in linears(model).values():
+        weight: Any = layer.weight
+        weight.data, weight.quant_state = functional._convert_weight_packed_for_cpu(
+            weight.data, weight.quant_state
+        )
+    values = {name: dequantized(layer) for name, layer in linears(model).items()}
+
+    model = attach(model, LoraConfig(r=4))
+
+    for name, layer in linears(model).items():
+        before = values[name]
+        assert before is not None and torch.equal(float32_of(layer), before)
+    _, grads = run(randomized(model))
+    assert all(g.abs().max() > 0 for g in grads.values())
+    flags = [getattr(m, "support_avx512bf16_for_cpu", None) for m in linears(model).values()]
+    assert not any(flags)
+    plain = model.unload()
+    known = bool(functional.has_avx512bf16())
+    assert {m.support_avx512bf16_for_cpu for m in linears(plain).values()} <= {known, int(known)}
+
+
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_each_row_goes_through_its_own_adapter(folder: Path, kind: str) -> None:
     model = randomized(attach(quantized(folder, kind), IA3Config(), "scale"))

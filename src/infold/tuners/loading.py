@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging as python_logging
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -113,14 +114,18 @@ def calm() -> Iterator[None]:
     logging: Any = untyped
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    other = python_logging.getLogger("bitsandbytes")  # a line for each call of an 8-bit layer
+    other_level = other.level
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    other.setLevel(python_logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.set_verbosity(level)
+        other.setLevel(other_level)
         if bars:
             logging.enable_progress_bar()
 

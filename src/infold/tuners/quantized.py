@@ -14,7 +14,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-__all__ = ["dequantized", "exclude_from_quantization", "is_bitsandbytes", "is_readable"]
+from infold.errors import Refusal
+
+__all__ = [
+    "dequantized",
+    "exclude_from_quantization",
+    "is_bitsandbytes",
+    "is_readable",
+    "keep_gradients",
+]
 
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 # Where the classes of transformers' quantization configs name the modules that they leave alone.
@@ -57,20 +65,58 @@ def _state_4bit(module: nn.Module) -> Any:
 
 
 def _from_4bit(module: nn.Module) -> Tensor | None:
-    codes = cast(Tensor, module.weight).data
-    state = copy.copy(_state_4bit(module))
-    if getattr(state, "packing_format_for_cpu", False):
-        # The first evaluation on a CPU with AVX512-BF16 lays the codes out for that CPU's kernel,
-        # in place, and rounds the scales to bfloat16. Since then they are what the layer runs with.
-        unpack = getattr(_functional(), "_convert_weight_packed_for_cpu_inverse", None)
-        if unpack is None:
-            return None
-        scales = state.absmax.t().reshape(-1).float()
-        state.original_nested = False
-        codes, state = unpack(codes, state)
-        state.absmax = scales
+    found = _unpacked(module)
+    if found is None:
+        return None
+    codes, state = found
     state.dtype = torch.float32
     return cast(Tensor, _functional().dequantize_4bit(codes.view(-1, 1), state))
+
+
+def _unpacked(module: nn.Module) -> tuple[Tensor, Any] | None:
+    """The codes in their usual order, and a copy of what describes them; None if that is unknown.
+
+    The first evaluation on a CPU with AVX512-BF16 lays the codes out for a kernel of that CPU, in
+    place, and rounds the scales to bfloat16. From then on these are what the layer runs with.
+    """
+    codes, state = cast(Tensor, module.weight).data, copy.copy(_state_4bit(module))
+    if not getattr(state, "packing_format_for_cpu", False):
+        return codes, state
+    unpack = getattr(_functional(), "_convert_weight_packed_for_cpu_inverse", None)
+    if unpack is None:
+        return None
+    scales = state.absmax.t().reshape(-1).float()
+    state.original_nested = False
+    codes, state = unpack(codes, state)
+    state.absmax = scales
+    return codes, state
+
+
+def keep_gradients(model: nn.Module) -> list[nn.Module]:
+    """Keep 4-bit layers off the kernel above, which has no gradient: without an error, whatever is
+    below such a layer would stop to learn after the first evaluation.
+
+    Layers that went that way already come back. Returns those that would go; set
+    `support_avx512bf16_for_cpu` of them when the training is over.
+    """
+    found = []
+    for module in model.modules():
+        if not is_bitsandbytes(module) or _state_4bit(module) is None:
+            continue
+        if getattr(_state_4bit(module), "packing_format_for_cpu", False):
+            usual = _unpacked(module)
+            if usual is None:
+                raise Refusal(
+                    "a 4-bit layer was evaluated on this CPU, and its codes cannot be brought back "
+                    "into an order that can be trained through; load the model anew"
+                )
+            weight: Any = module.weight
+            weight.data, weight.quant_state = usual
+            module.quant_state = weight.quant_state
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = cast(Any, False)
+            found.append(module)
+    return found
 
 
 def _scales_8bit(module: nn.Module) -> Tensor | None:
