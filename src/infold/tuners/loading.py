@@ -20,6 +20,9 @@ __all__ = ["attach_all", "calm", "device_of", "load_model", "model_folder", "tok
 
 PathLike = str | os.PathLike[str]
 
+# They tell of kernels that are not there, when they are imported, or at each call of a layer.
+_TALKATIVE = ("bitsandbytes", "torchao", "torch.utils._pytree")
+
 
 def device_of(name: str) -> torch.device:
     """The device of "cpu", "cuda" or "cuda:N". Raises Refusal for one that is not there."""
@@ -114,18 +117,19 @@ def calm() -> Iterator[None]:
     logging: Any = untyped
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    other = python_logging.getLogger("bitsandbytes")  # a line for each call of an 8-bit layer
-    other_level = other.level
+    others = {log: log.level for log in map(python_logging.getLogger, _TALKATIVE)}
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    other.setLevel(python_logging.ERROR)
+    for log in others:
+        log.setLevel(python_logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.set_verbosity(level)
-        other.setLevel(other_level)
+        for log, was in others.items():
+            log.setLevel(was)
         if bars:
             logging.enable_progress_bar()
 
