@@ -4,7 +4,7 @@
     python benchmarks/gpu.py --only step       # merge, memory, step or bench
     python benchmarks/gpu.py --size tiny --device cpu      # whether it runs at all
 
-Writes results/gpu.md and results/gpu.json after each part, and keeps the other parts that are there;
+Writes results/gpu.md and results/gpu.json after each part, and keeps the other parts of them;
 --out takes another folder.
 
 The model has Qwen2.5-1.5B's shape and random weights (benchmarks/inputs.py), which speed does not
@@ -241,7 +241,7 @@ def page(parts: Mapping[str, Any]) -> str:
         "",
         "A model of Qwen2.5-1.5B's shape with random weights, in bfloat16. Medians (least to "
         "greatest), seconds or MB; ratios to the first of each group: above 1 is slower, or more. "
-        "LoRA: rank 16 on all linear layers. IA³: on k, v and down. Each part was a run of its own.",
+        "LoRA: rank 16 on all linear layers. IA³: on k, v and down. Each part is a run of its own.",
     ]
     for name, part in parts.items():
         where = part["machine"]
