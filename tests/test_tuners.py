@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -247,30 +250,54 @@ def test_merging_for_good_keeps_off_memory_that_others_use(calm: None) -> None:
     assert type(plain).__name__ == "LlamaForCausalLM"
 
 
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+@pytest.mark.parametrize("config", [IA3Config(), LoraConfig(r=4, target_modules="all-linear")])
+@pytest.mark.parametrize("where", ["here", "in a thread"])
 def test_an_interrupted_merge_for_good_leaves_the_same_function(
-    calm: None, monkeypatch: pytest.MonkeyPatch
+    calm: None, monkeypatch: pytest.MonkeyPatch, architecture: str, config: Any, where: str
 ) -> None:
-    from infold.tuners import merging
+    """Qwen2's biases change together with their weights."""
+    from infold.edit import tensor
 
-    model = tuned("llama", LoraConfig(r=4, target_modules="all-linear"))
-    wanted = model(**model_inputs("llama")).logits
-    done = 0
+    model = tuned(architecture, copy.deepcopy(config))
+    inputs = model_inputs(architecture)
+    wanted = model(**inputs).logits
+    calls = 0
 
-    def interrupted(*args: Any, **kwargs: Any) -> Tensor:
-        nonlocal done
-        done += 1
-        if done == 6:
+    def interrupted(*args: Any) -> None:
+        nonlocal calls
+        calls += 1
+        mine = calls
+        if mine == 3 and where == "here":
+            main = threading.main_thread().ident
+            assert main is not None
+            signal.pthread_kill(main, signal.SIGINT)
+        if mine == 3 and where == "in a thread":
             raise KeyboardInterrupt
-        return edit(*args, **kwargs)
+        if mine >= 3 and where == "here":
+            assert heard.wait(60)
+            time.sleep(0.05)  # for what the main thread does about it
+        compute(*args)
 
-    edit = merging.edit_tensor
-    monkeypatch.setattr(merging, "edit_tensor", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        model.merge_and_unload()
+    def hear(*_: Any) -> None:
+        heard.set()
+        raise KeyboardInterrupt
 
-    assert any(isinstance(m, Adapted) and not len(m.adapters) for m in model.modules())
-    assert_close(model(**model_inputs("llama")).logits, wanted)
-    assert_close(model.merge_and_unload()(**model_inputs("llama")).logits, wanted)
+    heard = threading.Event()
+    compute = tensor.compute
+    monkeypatch.setattr(tensor, "compute", interrupted)
+    monkeypatch.setattr(tensor, "usual_threads", lambda: 2)
+    before = signal.signal(signal.SIGINT, hear)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            model.merge_and_unload()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+    left = [len(m.adapters) for m in model.modules() if isinstance(m, Adapted)]
+    assert 0 < left.count(0) < len(left)
+    assert_close(model(**inputs).logits, wanted)
+    assert_close(model.merge_and_unload()(**inputs).logits, wanted)
 
 
 @pytest.mark.parametrize("seed", range(5))
