@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from infold.dtypes import TORCH_DTYPES
 from infold.formats import dense
+from infold.formats.gguf import PACKINGS, Packing
 
-__all__ = ["FORMATS", "Format", "format_of"]
+__all__ = ["FORMATS", "Floats", "Format", "Packing", "floats_of", "format_of"]
 
 
 class Format(Protocol):
@@ -48,3 +53,40 @@ FORMATS: dict[str, Format] = {"dense": dense}
 def format_of(dtype: str) -> Format | None:
     """The format that stores `dtype`, or None."""
     return next((form for form in FORMATS.values() if form.accepts(dtype)), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Floats:
+    """The floats of a stored tensor, as the matrix that a merge computes on.
+
+    Of a dense tensor these are its elements, in rows and columns as they are stored; a vector is a
+    column. Of a quantized one a row is a block, and the codes of the block are left alone: only
+    what multiplies whole rows of the weight can be done to it.
+    """
+
+    rows: int
+    columns: int
+    dtype: str  # of each float
+    width: int  # bytes of the tensor for each float: its own, and its share of the codes
+    per_row: int  # rows of this matrix that are one row of the weight
+    packing: Packing | None
+
+    def share(self, limit: int) -> int:
+        """How many floats a block of a tensor has, if `limit` is right for dense elements: about
+        as many bytes, so that no worker needs more memory than it would for those."""
+        if self.packing is None:
+            return limit
+        return max(self.columns, 4 * limit // self.width)
+
+
+def floats_of(dtype: str, shape: Sequence[int]) -> Floats | None:
+    """The floats of a tensor of such a dtype and shape; None where no format knows them."""
+    if format_of(dtype) is not None:
+        rows, columns = (shape[0], math.prod(shape[1:])) if shape else (1, 1)
+        return Floats(rows, columns, dtype, TORCH_DTYPES[dtype].itemsize, 1, None)
+    packing = PACKINGS.get(dtype)
+    if packing is None or not shape:
+        return None
+    per_row, count = shape[-1] // packing.elements, len(packing.offsets)
+    rows = math.prod(shape) // packing.elements
+    return Floats(rows, count, packing.dtype, packing.size // count, per_row, packing)

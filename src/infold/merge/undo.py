@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,11 +28,12 @@ from infold.checkpoint.shards import (
     open_checkpoint,
     read_receipt,
 )
-from infold.edit.blocks import Block, cut, matrix
+from infold.dtypes import TORCH_DTYPES
+from infold.edit.blocks import Block, cut
 from infold.edit.residual import ORIGINAL, unpack
 from infold.edit.steps import Workspace
 from infold.errors import CorruptFile, Refusal
-from infold.formats import format_of
+from infold.formats import floats_of
 from infold.merge.apply import EditRun, Read, Run
 from infold.merge.recording import block_of, digest_file, undone_by_residual
 from infold.merge.stream import Streamed
@@ -313,11 +314,11 @@ class UndoRun:
         self.merged, self.device = merged, device
         self.forward: EditRun | None = None
         self.edit = merged.undo_edit(tensor)
-        self.shape = matrix(self.edit.shape)
-        form = format_of(self.edit.dtype)
-        if form is None:
+        floats = floats_of(self.edit.dtype, self.edit.shape)
+        if floats is None:
             raise CorruptFile(f"{merged.record.path}: {tensor}: {self.edit.dtype} is never edited")
-        self.stored = form.torch_dtype(self.edit.dtype)
+        self.floats, self.shape = floats, (floats.rows, floats.columns)
+        self.stored = TORCH_DTYPES[floats.dtype]
         self.changed = 0
         done = merged.edits[tensor]
         now = merged.checkpoint
@@ -343,7 +344,7 @@ class UndoRun:
         where = f"{self.merged.record.path}: {self.edit.tensor}"
         with self._lock:
             if self._numbers is None:
-                blocks = enumerate(cut(*self.shape, self.merged.limit))
+                blocks = enumerate(self._cut())
                 self._numbers = {(b.row, b.column): n for n, b in blocks}
         number = self._numbers[block.row, block.column]
         kind, payload = self.merged.record.payload(self.number, number)
@@ -354,10 +355,14 @@ class UndoRun:
             out.copy_(near)
         unpack(kind, payload, out, where)
 
+    def _cut(self) -> Iterator[Block]:
+        """The blocks of the record."""
+        return cut(*self.shape, self.floats.share(self.merged.limit))
+
     def restore(self, read: Read, block: Block, workspace: Workspace) -> Tensor:
         """Any block of whole rows, or within one; `read` gives merged blocks."""
         out = torch.empty(block.rows, block.columns, dtype=self.stored)
-        for part in cut(*self.shape, self.merged.limit):
+        for part in self._cut():
             top, bottom = (
                 max(part.row, block.row),
                 min(part.row + part.rows, block.row + block.rows),
@@ -382,6 +387,7 @@ class SwapRun:
         self.undo, self.new = undo, forward
         self.forward: EditRun | None = forward
         self.edit, self.shape, self.stored = forward.edit, forward.shape, forward.stored
+        self.floats = forward.floats
         self.reads = undo.reads
         self.changed = 0
 
