@@ -1,20 +1,49 @@
-"""STORAGE OF ONE WEIGHT: stored parts <-> values. One file a format, one line here."""
+"""STORAGE OF ONE WEIGHT: stored parts <-> values. One file a format, one line here.
+
+Two tables. `FORMATS` store floats one by one: a tensor is a weight. `QUANTIZED` store the weight of
+a module as codes and scales in several tensors, whose float scales are dense tensors again. ggml's
+types, with scales and codes in one tensor, are a table of their own (`gguf.PACKINGS`); `floats_of`
+shows the floats of any tensor as a matrix.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from infold.dtypes import TORCH_DTYPES
-from infold.formats import dense
-from infold.formats.gguf import PACKINGS, Packing
+from infold.formats import (
+    awq,
+    bitsandbytes,
+    compressed_tensors,
+    dense,
+    eetq,
+    fp8,
+    gptq,
+    hqq,
+    torchao,
+    unscalable,
+)
+from infold.formats.floats import Floats, floats_of
+from infold.formats.gguf import Packing
+from infold.formats.stored import Field, NoFold, Scale, Stored
 
-__all__ = ["FORMATS", "Floats", "Format", "Packing", "floats_of", "format_of"]
+__all__ = [
+    "FORMATS",
+    "QUANTIZED",
+    "Field",
+    "Floats",
+    "Format",
+    "NoFold",
+    "Packing",
+    "Quantized",
+    "Scale",
+    "Stored",
+    "floats_of",
+    "format_of",
+    "quantized_of",
+]
 
 
 class Format(Protocol):
@@ -47,7 +76,44 @@ class Format(Protocol):
         that may be rounded twice now, which `encode` must settle from their float64 values."""
 
 
+class Quantized(Protocol):
+    """How the weight of a module is stored as codes and scales, in tensors of their own.
+
+    A format is recognised by what lies there: names, dtypes and shapes, and the checkpoint's
+    quantization_config where that is needed to tell two of them apart.
+    """
+
+    NAME: str  # what people call it
+    CORE: tuple[str, ...]  # what every module of it has one of, by its name below the module
+
+    def accepts(self, stored: Stored) -> bool:
+        """Whether the module is of this format."""
+
+    def shape(self, stored: Stored) -> tuple[int, int]:
+        """(out, in) of the logical weight. Raises NoFold where the module does not tell it."""
+
+    def words(self, stored: Stored) -> str:
+        """The format for a person, such as "GPTQ, 4 bits, groups of 128"."""
+
+    def scales(self, stored: Stored) -> tuple[Scale, ...]:
+        """What to multiply so that rows of the weight are multiplied, and nothing else changes.
+
+        Each of them by the same vector. Raises NoFold where there is no such thing.
+        """
+
+
 FORMATS: dict[str, Format] = {"dense": dense}
+QUANTIZED: dict[str, Quantized] = {
+    "gptq": gptq,
+    "awq": awq,
+    "bitsandbytes": bitsandbytes,
+    "compressed_tensors": compressed_tensors,
+    "fp8": fp8,
+    "eetq": eetq,
+    "hqq": hqq,
+    "torchao": torchao,
+    "unscalable": unscalable,
+}
 
 
 def format_of(dtype: str) -> Format | None:
@@ -55,38 +121,6 @@ def format_of(dtype: str) -> Format | None:
     return next((form for form in FORMATS.values() if form.accepts(dtype)), None)
 
 
-@dataclass(frozen=True, slots=True)
-class Floats:
-    """The floats of a stored tensor, as the matrix that a merge computes on.
-
-    Of a dense tensor these are its elements, in rows and columns as they are stored; a vector is a
-    column. Of a quantized one a row is a block, and the codes of the block are left alone: only
-    what multiplies whole rows of the weight can be done to it.
-    """
-
-    rows: int
-    columns: int
-    dtype: str  # of each float
-    width: int  # bytes of the tensor for each float: its own, and its share of the codes
-    per_row: int  # rows of this matrix that are one row of the weight
-    packing: Packing | None
-
-    def share(self, limit: int) -> int:
-        """How many floats a block of a tensor has, if `limit` is right for dense elements: about
-        as many bytes, so that no worker needs more memory than it would for those."""
-        if self.packing is None:
-            return limit
-        return max(self.columns, 4 * limit // self.width)
-
-
-def floats_of(dtype: str, shape: Sequence[int]) -> Floats | None:
-    """The floats of a tensor of such a dtype and shape; None where no format knows them."""
-    if format_of(dtype) is not None:
-        rows, columns = (shape[0], math.prod(shape[1:])) if shape else (1, 1)
-        return Floats(rows, columns, dtype, TORCH_DTYPES[dtype].itemsize, 1, None)
-    packing = PACKINGS.get(dtype)
-    if packing is None or not shape:
-        return None
-    per_row, count = shape[-1] // packing.elements, len(packing.offsets)
-    rows = math.prod(shape) // packing.elements
-    return Floats(rows, count, packing.dtype, packing.size // count, per_row, packing)
+def quantized_of(stored: Stored) -> Quantized | None:
+    """The quantized format of a module, or None."""
+    return next((form for form in QUANTIZED.values() if form.accepts(stored)), None)
