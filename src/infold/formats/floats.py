@@ -1,4 +1,4 @@
-"""The floats of a stored tensor as a matrix: what a merge computes on, whatever lies between them."""
+"""The floats of a stored tensor as a matrix: what a merge computes on, whatever lies between."""
 
 from __future__ import annotations
 
