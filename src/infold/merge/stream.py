@@ -43,10 +43,11 @@ KEEP_EVERY = 256 << 20  # bytes of a shard after which it is brought to the disk
 
 @dataclass(frozen=True)
 class ShardDigests:
-    """BLAKE3 of one shard of the output and of the base's shard that it came from."""
+    """BLAKE3 of one shard of the output and of the base's shard that it came from, by its name."""
 
     base: str
     output: str
+    source: str
 
 
 class Target(Protocol):
@@ -385,7 +386,9 @@ class _Pool:
         """All of a shard is written and hashed."""
         size = chain.shard.header.file_size
         progress = chain.progress(size)
-        self.digests[chain.shard.name] = ShardDigests(progress.base, progress.output)
+        self.digests[chain.shard.name] = ShardDigests(
+            progress.base, progress.output, self.plan.base.shards[chain.shard.source].name
+        )
         self.keeper.give(chain, progress)
 
     def run(self, threads: int) -> None:

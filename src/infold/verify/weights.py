@@ -22,10 +22,11 @@ from infold.checkpoint.files import safe_child
 from infold.checkpoint.inputs import InputFiles
 from infold.checkpoint.record import UNDO
 from infold.checkpoint.safetensors import read_header
-from infold.checkpoint.shards import RECEIPT, open_checkpoint
+from infold.checkpoint.shards import RECEIPT, companion, is_lone, open_checkpoint
 from infold.errors import InfoldError, Refusal
 from infold.plan.build import plan_merge
 from infold.plan.edits import Operation, Plan, Replacement
+from infold.plan.output import placed
 from infold.verify.folder import (
     Claims,
     compare_header,
@@ -58,17 +59,21 @@ def verify_checkpoint(
     """
     started = time.perf_counter()
     folder = Path(os.path.abspath(merged))
-    if not os.path.isdir(folder):
-        raise Refusal(f"{merged}: is no folder; infold verifies folders that a merge has made")
+    if not os.path.isdir(folder) and not (is_lone(folder) and os.path.isfile(folder)):
+        raise Refusal(
+            f"{merged}: is neither a folder nor a GGUF file; infold verifies what a merge has made"
+        )
     offenders: list[Offender] = []
     plan, claims = _open(base, adapters, folder, offenders)
+    plan = placed(plan, folder)
     files = InputFiles()
     try:
         shards = _find_shards(plan, folder, files, base is None, offenders)
         recorded = claims is not None and claims.undo is not None
         offenders += extra_files(folder, plan, recorded)
         if claims is not None and claims.undo is not None:
-            offenders += _compare_digests("undo record", {UNDO: claims.undo}, _record(folder), "it")
+            told = {companion(folder, UNDO).name: claims.undo}
+            offenders += _compare_digests("undo record", told, _record(folder), "it")
         equal, different = side_files(folder, plan)
         offenders += different
         offenders += _unused(plan)
@@ -79,10 +84,9 @@ def verify_checkpoint(
             claimed = {n: digest for n, digest in claims.shards.items() if n not in unread}
             offenders += _compare_digests("digest", claimed, output, "the output")
         if claims is not None and base is None:
-            for shard in plan.base.shards:
-                if shard.name not in sources:
-                    sources[shard.name] = digest_of(shard.path)
-            offenders += _compare_digests("base changed", claims.base_shards, sources, "the base")
+            found = {plan.base.shards[s.source].name: sources.get(s.name) for s in plan.shards}
+            own = {s.name: found.get(s.name) or digest_of(s.path) for s in plan.base.shards}
+            offenders += _compare_digests("base changed", claims.base_shards, own, "the base")
         offenders += _wrong_tensors(plan, shards, files)
     finally:
         files.close()
@@ -113,13 +117,15 @@ def _open(
         try:
             claims = read_claims(folder)
         except InfoldError as error:
-            offenders.append(Offender("receipt", RECEIPT, str(error)))
+            offenders.append(Offender("receipt", companion(folder, RECEIPT).name, str(error)))
         return plan_merge(open_checkpoint(base), [open_adapter(a) for a in adapters]), claims
     if adapters:
         raise Refusal("adapters without a base; give both, or only the merged folder")
     claims = read_claims(folder)
     if claims is None:
-        raise Refusal(f"{folder}: holds no {RECEIPT}, so give base and adapters too")
+        raise Refusal(
+            f"{folder}: has no {companion(folder, RECEIPT).name}, so give base and adapters too"
+        )
     if os.path.realpath(claims.base) == os.path.realpath(folder):
         raise Refusal(
             f"{folder}: was merged in place, so its base is not there any more; restore it with "
@@ -149,7 +155,7 @@ def _open(
 def _refuse_swapped(base: PathLike, folder: Path) -> None:
     """A base whose receipt says that it was made from the folder that is to be verified."""
     first = Path(os.path.abspath(base))
-    if not first.is_dir() or os.path.lexists(folder / RECEIPT):
+    if not first.is_dir() or os.path.lexists(companion(folder, RECEIPT)):
         return
     claims = None
     with suppress(InfoldError):
@@ -172,7 +178,8 @@ def _changed(claims: Claims, number: int, adapter: Adapter) -> list[Offender]:
 def _record(folder: Path) -> dict[str, str]:
     """The digest of the undo record, where it can be read."""
     try:
-        return {UNDO: digest_of(safe_child(folder, UNDO))}
+        path = companion(folder, UNDO)
+        return {path.name: digest_of(safe_child(path.parent, path.name))}
     except (InfoldError, OSError):
         return {}
 
@@ -204,7 +211,7 @@ def _find_shards(
     """The shards of the output that can be read, each tensor with its check."""
     shards = []
     for planned in plan.shards:
-        found, different = compare_header(folder, planned)
+        found, different = compare_header(folder.parent if is_lone(folder) else folder, planned)
         offenders += different
         if found is None:
             continue
