@@ -16,7 +16,7 @@ Rows do not cross blocks, so a row's floats lie together, whatever the type.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +27,7 @@ from infold.formats import floats_of
 from infold.plan.fold import Part, Place, Unfoldable
 from infold.plan.match import Names
 
-__all__ = ["ARCHITECTURES", "GgufModules"]
+__all__ = ["ARCHITECTURES", "GgufModules", "Home"]
 
 _ATTENTION = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
@@ -110,7 +110,7 @@ _APART = frozenset(
 
 
 @dataclass(frozen=True)
-class _Home:
+class Home:
     """Where a module's weight lies: a tensor, or one of the experts in it."""
 
     weight: str
@@ -141,14 +141,14 @@ class GgufModules:
                 "checkpoint instead, and convert the result"
             )
         self.kind, self.table = kind, ARCHITECTURES[kind]
-        self.homes = dict(self._homes())
+        self.homes: Mapping[str, Home] = dict(self._homes())
         self.names = Names(f"{module}.weight" for module in self.homes)
 
-    def _homes(self) -> Iterator[tuple[str, _Home]]:
+    def _homes(self) -> Iterator[tuple[str, Home]]:
         below = {gguf: ours for ours, gguf in self.table.names.items()}
         for module, name in self.table.outside.items():
             if f"{name}.weight" in self.base.where:
-                yield module, _Home(f"{name}.weight", name, -1)
+                yield module, Home(f"{name}.weight", name, -1)
         for tensor in self.base.where:
             found = _BLOCK.fullmatch(tensor)
             if found is None or found[2] not in below:
@@ -156,11 +156,11 @@ class GgufModules:
             layer, module = int(found[1]), below[found[2]]
             path = f"{self.table.layers}{layer}.{module}"
             if "{}" not in path:
-                yield path, _Home(tensor, found[2], layer)
+                yield path, Home(tensor, found[2], layer)
                 continue
             shape = self.base.info(tensor).shape
             for expert in range(shape[0] if len(shape) == 3 and shape[0] <= 1 << 16 else 0):
-                yield path.format(expert), _Home(tensor, found[2], layer, expert)
+                yield path.format(expert), Home(tensor, found[2], layer, expert)
 
     def find(self, module: str) -> str | None:
         """The module's path as the tables spell it, from that in an adapter.
@@ -198,20 +198,20 @@ class GgufModules:
         info = self.base.info(home.weight)
         floats = floats_of(info.dtype, info.shape)
         if size is None:
-            raise Unfoldable(f"{module}: {home.weight} has the shape {list(info.shape)}")
+            raise Unfoldable(f"{module} ({home.weight}): shape {list(info.shape)}")
         if floats is None:
             raise Unfoldable(
-                f"{module}: {home.weight} is stored as {info.dtype}, whose scales cannot take a "
-                "factor without changing codes; --promote writes this weight unquantized instead"
+                f"{module} ({home.weight}, {info.dtype}): the scales of this type are no floats "
+                "that a factor could go into; --promote writes this weight unquantized instead"
             )
         if home.expert is not None and floats.packing is None:
             raise Unfoldable(
-                f"{module}: {home.weight} holds all experts as {info.dtype}; experts are merged "
-                "where they are quantized. Merge into the safetensors checkpoint instead"
+                f"{module} ({home.weight}, {info.dtype}): all experts are one dense tensor here, "
+                "which is not supported; merge into the safetensors checkpoint, and convert that"
             )
         settings = self.order(module)
         if part is not None and settings.order:
-            raise Unfoldable(f"{module}: a part of rows that GGUF has in another order")
+            raise Unfoldable(f"{module}: a part of its rows, which GGUF has in another order")
         first, rows = (part.first, size[0]) if part is not None else (0, 0)
         if home.expert is not None:
             first, rows = home.expert * size[0] + first, info.shape[0] * size[0]
@@ -222,7 +222,7 @@ class GgufModules:
         if home.bias in self.base.where:
             if self.base.info(home.bias).shape != ((rows or size[0]),):
                 shape = list(self.base.info(home.bias).shape)
-                raise Unfoldable(f"{module}: {home.bias} has the shape {shape}")
+                raise Unfoldable(f"{module}, whose bias {home.bias} has the shape {shape}")
             own = Settings(view=settings.view, order=settings.order, first=first, rows=rows)
             places.append(Place(home.bias, own, on_bias=True))
         return places
