@@ -21,7 +21,7 @@ from infold.checkpoint.adapter import Adapter, open_adapter
 from infold.checkpoint.files import safe_child
 from infold.checkpoint.inputs import InputFiles
 from infold.checkpoint.record import UNDO
-from infold.checkpoint.safetensors import read_header
+from infold.checkpoint.safetensors import TensorInfo, read_header
 from infold.checkpoint.shards import RECEIPT, companion, is_lone, open_checkpoint
 from infold.errors import InfoldError, Refusal
 from infold.plan.build import plan_merge
@@ -224,11 +224,14 @@ def _find_shards(
             if name in plan.edits:
                 checks[name] = EditCheck(plan.edits[name], plan.base, plan.adapters, files)
             else:
-                checks[name] = BaseCheck(plan.base, plan.base.info(name), files)
-        source = None
-        if base_hashed and planned.same_layout and not different:
-            source = plan.base.shards[planned.source].path
-        shards.append(Found(planned.name, path, header, checks, source))
+                place = plan.base.shards[plan.base.where[name]].path
+                checks[name] = BaseCheck(place, plan.base.info(name), files)
+        source = between = None
+        if planned.same_layout and not different:
+            theirs, size = plan.base.shards[planned.source].path, header.file_size
+            source = theirs if base_hashed else None
+            between = BaseCheck(theirs, TensorInfo("", "U8", (size,), 0, size), files)
+        shards.append(Found(planned.name, path, header, checks, source, between))
     return shards
 
 
@@ -240,11 +243,19 @@ def _wrong_tensors(plan: Plan, shards: Sequence[Found], files: InputFiles) -> li
                 info = shard.header.tensors[name]
                 wrong[name] = Wrong(check, shard.path, info)
     told = hints(plan, wrong, files)
-    return [_describe(name, one, told.get(name)) for name, one in wrong.items()]
+    offenders = [_describe(name, one, told.get(name)) for name, one in wrong.items()]
+    for shard in shards:
+        tally = None if shard.between is None else shard.between.tally
+        if tally is not None and tally.first is not None:
+            detail = f"{tally.wrong:,} bytes differ from the base's, first byte {tally.first[0]:,}"
+            offenders.append(Offender("between tensors", shard.name, detail))
+    return offenders
 
 
 def _describe(name: str, one: Wrong, hint: str | None) -> Offender:
-    tally, shape = one.check.tally, one.info.shape
+    tally, shape, what = one.check.tally, one.info.shape, "elements"
+    if isinstance(one.check, EditCheck) and one.check.blocks is not None:
+        shape, what = one.check.grid, "scales, by block,"
     assert tally.first is not None
     number, stored, expected = tally.first
     index = []
@@ -252,11 +263,11 @@ def _describe(name: str, one: Wrong, hint: str | None) -> Offender:
         number, rest = divmod(number, size)
         index.append(rest)
     detail = (
-        f"{tally.wrong:,} of {math.prod(shape):,} elements differ, first {index[::-1]}: "
+        f"{tally.wrong:,} of {math.prod(shape):,} {what} differ, first {index[::-1]}: "
         f"stored {stored}, expected {expected}"
     )
-    what = "edited tensor" if isinstance(one.check, EditCheck) else "unedited tensor"
-    return Offender(what, name, f"{detail}; {hint}" if hint else detail)
+    kind = "edited tensor" if isinstance(one.check, EditCheck) else "unedited tensor"
+    return Offender(kind, name, f"{detail}; {hint}" if hint else detail)
 
 
 # --- adapters ----------------------------------------------------------------------------------
