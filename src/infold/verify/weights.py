@@ -23,6 +23,7 @@ from infold.checkpoint.inputs import InputFiles
 from infold.checkpoint.record import UNDO
 from infold.checkpoint.safetensors import TensorInfo, read_header
 from infold.checkpoint.shards import RECEIPT, companion, is_lone, open_checkpoint
+from infold.dtypes import BLOCKS
 from infold.errors import InfoldError, Refusal
 from infold.plan.build import plan_merge
 from infold.plan.edits import Operation, Plan, Replacement
@@ -256,6 +257,8 @@ def _describe(name: str, one: Wrong, hint: str | None) -> Offender:
     tally, shape, what = one.check.tally, one.info.shape, "elements"
     if isinstance(one.check, EditCheck) and one.check.blocks is not None:
         shape, what = one.check.grid, "scales, by block,"
+    elif one.info.dtype in BLOCKS:
+        shape, what = (one.info.nbytes,), "bytes"
     assert tally.first is not None
     number, stored, expected = tally.first
     index = []
