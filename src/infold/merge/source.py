@@ -11,6 +11,7 @@ import mmap
 import torch
 from torch import Tensor
 
+from infold.checkpoint.direct import ALIGN
 from infold.checkpoint.inputs import InputFiles
 from infold.dtypes import TORCH_DTYPES
 from infold.edit.blocks import Block
@@ -29,11 +30,12 @@ class Buffers:
     def __init__(self) -> None:
         self._maps: dict[str, mmap.mmap] = {}
 
-    def view(self, name: str, count: int) -> memoryview:
-        have = self._maps.get(name)
-        if have is None or len(have) < count:
-            self._maps[name] = have = mmap.mmap(-1, max(count, _LEAST))
-        return memoryview(have)[:count]
+    def view(self, name: str, count: int, place: int = 0) -> memoryview:
+        """`place`: where in a file the bytes belong, so that they can go there directly."""
+        have, begin = self._maps.get(name), place % ALIGN
+        if have is None or len(have) < begin + count:
+            self._maps[name] = have = mmap.mmap(-1, max(count, _LEAST) + ALIGN)
+        return memoryview(have)[begin : begin + count]
 
 
 class Source:
