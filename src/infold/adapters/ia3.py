@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infold.adapters.exact import Index
+from infold.adapters.exact import Index, root
 from infold.adapters.layer import Base, Dropout, Geometry
 from infold.adapters.settings import Settings
 
@@ -116,7 +116,7 @@ def _by_rows(scale: Tensor, settings: Settings) -> Tensor:
     """The factors of the rows, before each stands for `repeat` of them."""
     scale = settings.arranged(scale)
     if settings.root == 2:
-        scale = scale.sqrt()
+        scale = root(scale)
     if not settings.rows:
         return scale
     whole = scale.new_ones(settings.rows)
