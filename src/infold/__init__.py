@@ -253,18 +253,15 @@ def _log(settled: object) -> None:
 
 def _settle(folder: PathLike | None, *, refuse: bool = False) -> None:
     """Finish what a kill left of an edit in place, if there is such a thing."""
-    if folder is not None and _left_behind(folder):
+    from pathlib import Path
+
+    from infold.checkpoint.shards import JOURNAL, companion
+
+    if folder is not None and os.path.lexists(companion(Path(folder), JOURNAL)):
         from infold.merge.inplace import settle
 
         if settled := settle(folder, refuse=refuse):
             _log(f"{os.fspath(folder)}: {settled}")
-
-
-def _left_behind(model: PathLike) -> bool:
-    """Whether a kill left the journal of an edit in place, in a folder or beside a file."""
-    name = os.fspath(model)
-    between = "." if name.endswith(".gguf") and not os.path.isdir(name) else os.sep
-    return os.path.lexists(f"{name}{between}infold-undo.journal")
 
 
 def combine(

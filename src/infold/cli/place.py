@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from infold import _left_behind
+import os
+from pathlib import Path
+
 from infold.cli.output import complain
 from infold.errors import Refusal
 
@@ -18,7 +20,9 @@ def one_place(out: str | None, in_place: bool) -> str:
 
 def settle_first(folder: str, *, refuse: bool = False) -> None:
     """Finish what a kill left of an edit in place, and say what became of it."""
-    if _left_behind(folder):
+    from infold.checkpoint.shards import JOURNAL, companion
+
+    if os.path.lexists(companion(Path(folder), JOURNAL)):
         from infold.merge.inplace import settle
 
         if settled := settle(folder, refuse=refuse):
