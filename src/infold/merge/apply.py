@@ -25,6 +25,7 @@ from infold.edit.steps import (
     show,
 )
 from infold.formats import Floats, floats_of, format_of
+from infold.merge.scales import Scales
 from infold.plan.edits import Edit
 
 __all__ = ["EditRun", "Read", "Run", "steps_of"]
@@ -89,6 +90,7 @@ class EditRun:
         self.target = Target(edit.tensor, floats.dtype, form)
         self.stored = TORCH_DTYPES[floats.dtype]
         self.changed = 0
+        self.scales = None if floats.packing is None else Scales()
         self._known = observed
         self._ready: list[Step] | None = None
         self._back: list[Step] | None = None
@@ -119,6 +121,12 @@ class EditRun:
         assert self._ready is not None
         there = out if out.device == self.device else torch.empty_like(out, device=self.device)
         compute(self._ready, raw, there, block, self.target, workspace)
+        if self.scales is not None:
+            exact = raw.to(torch.float64, copy=True)
+            for step in self._ready:
+                rows = slice(block.row, block.row + block.rows)
+                step.change(exact, rows, slice(block.column, block.column + block.columns))
+            self.scales.add(exact, there)
         changed = block.count
         if raw.dtype == there.dtype:
             changed = workspace.count_changed(there, raw)

@@ -22,6 +22,8 @@ class Receipt:
     side_files: all other files of the output but the receipt.
     edits: one for each edited tensor: {tensor, dtype, shape, source, operations, unchanged}.
     unchanged is the share of elements that rounding left as they were; None after a resumed run.
+    Of ggml's quantized tensors the elements are their scales, and there is one field more, scales:
+    {count, subnormal, zeroed, error}, that lost bits, became zero, and the relative error of all.
     tensors: of the output. bytes: of its shards. edited_bytes: of its edited tensors.
     resumed_bytes: left by an interrupted run, checked and kept.
     notes: what the plan noted. seconds: from the first byte written to the receipt; in the

@@ -42,6 +42,7 @@ from infold.edit.threads import one_torch_thread, usual_threads
 from infold.errors import InfoldError, Refusal, StorageFailure
 from infold.merge.receipt import Receipt
 from infold.merge.recording import Recording, block_of
+from infold.merge.scales import scale_notes
 from infold.merge.stream import Streamed, stream
 from infold.merge.undo import Merged
 from infold.plan.build import plan_merge
@@ -234,7 +235,10 @@ def make_receipt(
     names: tuple[str, Sequence[str]] | None,
     sha256: dict[str, str],
 ) -> Receipt:
-    """The receipt of what was streamed. `names`: base and adapters as the user gave them."""
+    """The receipt of what was streamed. `names`: base and adapters as the user gave them.
+
+    Raises Refusal where scales of a quantized tensor were lost.
+    """
     plan, source = prepared.plan, prepared.source
     given = names or (str(plan.base.path), [str(a.path) for a in plan.adapters])
     digests = streamed.digests.items()
@@ -261,7 +265,7 @@ def make_receipt(
         bytes=sum(shard.header.file_size for shard in plan.shards),
         edited_bytes=plan.edited_bytes,
         resumed_bytes=streamed.resumed,
-        notes=list(plan.notes),
+        notes=[*plan.notes, *scale_notes(streamed.scales)],
         seconds=0.0,
         peak_memory=0,
         threads=prepared.workers,
@@ -503,12 +507,15 @@ def _identity(prepared: Prepared) -> str:
 
 def _edits(plan: Plan, streamed: Streamed) -> list[dict[str, object]]:
     """Every edit, with the share of elements that rounding left as they were."""
-    result = []
+    result, scales = [], streamed.scales
     for name, edit in plan.edits.items():
-        count = math.prod(edit.shape)
-        changed = streamed.runs[name].changed
-        unchanged = round(1 - changed / count, 6) if count and not streamed.resumed else None
-        result.append({**describe(edit), "unchanged": unchanged})
+        run = streamed.runs[name]
+        count = run.floats.rows * run.floats.columns
+        unchanged = round(1 - run.changed / count, 6) if count and not streamed.resumed else None
+        entry = {**describe(edit), "unchanged": unchanged}
+        if (told := scales.get(name)) is not None:
+            entry["scales"] = told.describe()
+        result.append(entry)
     return result
 
 

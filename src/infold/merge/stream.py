@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -31,6 +32,7 @@ from infold.edit.steps import Workspace
 from infold.edit.threads import take_one_core
 from infold.merge.apply import EditRun, Run
 from infold.merge.recording import Recording
+from infold.merge.scales import Scales
 from infold.merge.source import Buffers, Source
 from infold.plan.edits import BaseTensor, OutputShard, Plan
 from infold.workers import Worker, run_all
@@ -243,6 +245,12 @@ class Streamed:
     runs: Mapping[str, Run]
     resumed: int
 
+    @property
+    def scales(self) -> dict[str, Scales]:
+        """Of each quantized tensor that was merged: how its scales were rounded."""
+        runs = {name: run.forward for name, run in self.runs.items()}
+        return {n: r.scales for n, r in runs.items() if r is not None and r.scales is not None}
+
 
 def stream(
     plan: Plan,
@@ -347,6 +355,7 @@ class _Pool:
         self.chains: list[_Chain] = []
         self.digests: dict[str, ShardDigests] = {}
         self.resumed = 0
+        self.left: list[Compute] = []  # of quantized tensors, that an earlier run has written
         self.tasks = self._tasks()
         self.lock = threading.Lock()
         self.stopped = threading.Event()
@@ -372,7 +381,10 @@ class _Pool:
                 self.advance(-chain.start)
                 chain.start = chain._resume(None)
                 self.advance(chain.start)
-                todo = chunks
+                todo, done = chunks, []
+            self.left += [
+                w for w in done if isinstance(w, Compute) and w.run.floats.packing is not None
+            ]
             if not todo:
                 self._finish(chain)
             for number, (end, work) in enumerate(todo):
@@ -404,6 +416,19 @@ class _Pool:
         self.writers.shutdown(wait=False)  # each worker has waited for its own
         if self.error is not None:
             raise self.error
+        self._count_again()
+
+    def _count_again(self) -> None:
+        """Blocks that an earlier run has written: nothing more is known of how they came out."""
+        workspace, buffers = Workspace(self.device, self.limit), Buffers()
+        for work in self.left:
+            run, block = work.run, work.block
+            run.prepare(workspace, partial(work.source.read, buffers=buffers), self.limit)
+            raw = work.source.read(block, buffers)
+            out = torch.empty(block.rows, block.columns, dtype=run.stored)
+            run.run(raw.to(self.device), out, block, workspace)
+            if work.last:
+                run.release()
 
     def _work(self) -> None:
         take_one_core()
