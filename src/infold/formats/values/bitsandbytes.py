@@ -1,0 +1,76 @@
+"""bitsandbytes: int8 rows, and NF4 or FP4 in blocks.
+
+int8      weight I8 (out, in), SCB F32 (out): W = weight * SCB / 127
+NF4, FP4  weight U8, two codes a byte, the first in the high half; quant_map F32 (16)
+          W.flatten()[n] = quant_map[code[n]] * absmax[n // blocksize]
+
+absmax is F32, or doubly quantized: U8 codes of nested_quant_map, times nested_absmax of every
+nested_block blocks, plus nested_offset; in float32, as bitsandbytes computes it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from infold.formats.values import integers
+from infold.formats.values.scheme import Parts, Scheme, stored_scales
+
+__all__ = ["decode", "encode"]
+
+_ALL = slice(None)
+
+
+def decode(parts: Parts, scheme: Scheme, rows: slice) -> Tensor:
+    """float64 (rows, in)."""
+    if not scheme.kind:
+        return integers.decode(parts["weight"][rows, _ALL], parts["SCB"][rows, _ALL], None, 0, 127)
+    inputs = scheme.shape[1]
+    first, last = rows.start * inputs, rows.stop * inputs
+    packed = parts["weight"][slice(first // 2, -(-last // 2)), _ALL].flatten()
+    codes = torch.stack((packed >> 4, packed & 15), 1).flatten()
+    codes = codes[first % 2 : first % 2 + last - first].to(torch.int64)
+    table = parts["weight.quant_map"][_ALL, _ALL].flatten().to(torch.float64)
+    size = scheme.group
+    top, bottom = first // size, -(-last // size)
+    absmax = _absmax(parts, scheme, slice(top, bottom)).to(torch.float64)
+    values = table[codes]
+    values *= absmax.repeat_interleave(size)[first - top * size : last - top * size]
+    return values.view(rows.stop - rows.start, inputs)
+
+
+def _absmax(parts: Parts, scheme: Scheme, blocks: slice) -> Tensor:
+    """float32 absmax of some blocks, unnested as bitsandbytes does it."""
+    stored = parts["weight.absmax"][blocks, _ALL].flatten()
+    if stored.dtype != torch.uint8:
+        return stored
+    table = parts["weight.nested_quant_map"][_ALL, _ALL].flatten()
+    size = scheme.nested_block
+    first = blocks.start // size
+    outer = parts["weight.nested_absmax"][slice(first, -(-blocks.stop // size)), _ALL].flatten()
+    spread = outer.repeat_interleave(size)[blocks.start - first * size : blocks.stop - first * size]
+    return table[stored.to(torch.int64)] * spread + torch.tensor(scheme.offset, dtype=torch.float32)
+
+
+def encode(
+    values: Tensor, scheme: Scheme, parts: Parts, rows: slice, out: dict[str, Tensor]
+) -> None:
+    """Round float64 rows to the nearest codes under each row's or block's absmax.
+
+    absmax is written plain, not quantized itself. For 4 bits rows are whole blocks.
+    """
+    if not scheme.kind:
+        codes, scales = integers.encode(values, 0, 127, torch.float32, 127)
+        out["weight"][rows] = codes.to(torch.int8)
+        out["SCB"][rows] = scales
+        return
+    first, last = rows.start * scheme.shape[1], rows.stop * scheme.shape[1]
+    blocks = values.view(-1, scheme.group)
+    absmax = stored_scales(blocks.abs().amax(1), torch.float32)
+    table = parts["weight.quant_map"][_ALL, _ALL].flatten().to(torch.float64)
+    levels, order = table.sort()
+    middles = (levels[1:] + levels[:-1]) / 2
+    codes = order[torch.bucketize(blocks / absmax[:, None], middles)].flatten().to(torch.uint8)
+    out["weight"].view(-1)[first // 2 : last // 2] = codes[0::2] << 4 | codes[1::2]
+    start = first // scheme.group
+    out["weight.absmax"].view(-1)[start : start + len(absmax)] = absmax.float()

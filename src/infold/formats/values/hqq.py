@@ -1,0 +1,67 @@
+"""HQQ: W = ((codes - zero) * scale).reshape(out, in).
+
+axis 1   codes (out * in / group, group): a group is a piece of a row, scale (groups, 1)
+axis 0   codes (group, out * in / group): a group is a column here, scale (1, groups)
+
+W_q packs codes along their first dimension, which is cut into as many equal parts as codes go into
+a byte (3 bits: into ten parts of an int32), the first part in the highest bits.
+Source: hqq.core.bitpack and hqq.core.quantize.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from infold.formats.values.scheme import Parts, Scheme
+
+__all__ = ["decode"]
+
+_ALL = slice(None)
+_PER = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}  # codes in one stored element
+
+
+def decode(parts: Parts, scheme: Scheme, rows: slice) -> Tensor:
+    """float64 (rows, in)."""
+    inputs = scheme.shape[1]
+    total, group = scheme.shape[0] * inputs, scheme.group
+    first, last = rows.start * inputs, rows.stop * inputs
+    if scheme.axis == 1:
+        # a row of codes is a group; take whole groups around what is asked for
+        top, bottom = first // group, -(-last // group)
+        numbers = torch.arange(top, bottom)
+        values = _codes(parts, scheme, numbers, _ALL, total // group).to(torch.float64)
+        values -= _vector(parts, "zero", slice(top, bottom))[:, None]
+        values *= _vector(parts, "scale", slice(top, bottom))[:, None]
+        flat = values.flatten()[first - top * group : last - top * group]
+        return flat.view(-1, inputs)
+    width = total // group  # of the matrix of codes; its rows, one after another, are W
+    top, bottom = first // width, -(-last // width)
+    numbers = torch.arange(top, bottom)
+    values = _codes(parts, scheme, numbers, _ALL, group).to(torch.float64)
+    values -= _vector(parts, "zero", _ALL)
+    values *= _vector(parts, "scale", _ALL)
+    return values.flatten()[first - top * width : last - top * width].view(-1, inputs)
+
+
+def _vector(parts: Parts, name: str, where: slice) -> Tensor:
+    """Scales or zero points as a vector, however they are shaped."""
+    stored = parts[name]
+    if stored.shape[0] == 1:
+        return stored[_ALL, where].flatten().to(torch.float64)
+    return stored[where, _ALL].flatten().to(torch.float64)
+
+
+def _codes(parts: Parts, scheme: Scheme, numbers: Tensor, columns: slice, count: int) -> Tensor:
+    """Rows `numbers` (ascending, without a gap) of the `count` rows of codes."""
+    stored, per = parts["W_q"], _PER[scheme.bits]
+    step = stored.shape[0]
+    found = []
+    for part in range(per):
+        inside = numbers[(numbers >= part * step) & (numbers < (part + 1) * step)]
+        if len(inside):
+            at = slice(int(inside[0]) - part * step, int(inside[-1]) + 1 - part * step)
+            shift = (per - 1 - part) * scheme.bits
+            packed = stored[at, columns].to(torch.int32)
+            found.append((packed >> shift) & ((1 << scheme.bits) - 1))
+    return torch.cat(found)
