@@ -82,6 +82,12 @@ def page(records: dict[str, dict[str, Any]]) -> str:
         "base, the median of paired rounds and its interval of at least 95 % (load and memory: as "
         "many values as starts, so less). More than 1 is worse.",
     ]
+    return "\n".join([*lines, *tables(records)]) + "\n"
+
+
+def tables(records: dict[str, dict[str, Any]]) -> list[str]:
+    """One table for each record of `infold bench`, as lines."""
+    lines = []
     for title, record in records.items():
         models = record["models"]
         lines += ["", f"## {title}", "", "| | " + " | ".join(models) + " |"]
@@ -94,7 +100,7 @@ def page(records: dict[str, dict[str, Any]]) -> str:
             cells = [_cell(metric, f.get(metric), ratios.get((m, told))) for m, f in models.items()]
             lines.append(f"| {metric.replace('_', ' ')} | " + " | ".join(cells) + " |")
         lines += ["", verdict(record)]
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def verdict(record: dict[str, Any]) -> str:

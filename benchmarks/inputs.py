@@ -121,21 +121,22 @@ def names(size: str) -> dict[str, str]:
     }
 
 
-def make(size: str, folder: Path) -> None:
-    """Make what is missing of the inputs of a size."""
+def make(size: str, folder: Path, lone: bool = True) -> None:
+    """Make what is missing of the inputs of a size; `lone`: the large tensor too."""
     shape, name = SIZES[size], names(size)
     folder.mkdir(parents=True, exist_ok=True)
     with _new(folder / name["base"]) as out:
         if out is not None:
             _write_model(shape, out)
-    with _new(folder / name["lone"]) as out:
-        if out is not None:
-            lone = {f"{LONE}.weight": Drawn(shape.lone), "model.norm.weight": Drawn((1024,), 1.0)}
-            _write_safetensors(out / "model.safetensors", lone)
-    for adapter, linears in (
-        ("lora", shape.linears()),
-        ("lone lora", {LONE: shape.lone}),
-    ):
+    adapters = {"lora": shape.linears()}
+    if lone:
+        adapters["lone lora"] = {LONE: shape.lone}
+        with _new(folder / name["lone"]) as out:
+            if out is not None:
+                norm = Drawn((1024,), 1.0)
+                tensors = {f"{LONE}.weight": Drawn(shape.lone), "model.norm.weight": norm}
+                _write_safetensors(out / "model.safetensors", tensors)
+    for adapter, linears in adapters.items():
         with _new(folder / name[adapter]) as out:
             if out is not None:
                 _write_adapter(out, _lora_tensors(linears), _lora_config(linears))

@@ -292,7 +292,7 @@ def main() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    inputs.make("3gb", inputs.cache())
+    inputs.make("3gb", inputs.cache(), lone=False)
     results: dict[str, Any] = {}
     for name, group in GROUPS.items():
         if options.only in (None, name):

@@ -33,6 +33,7 @@ from infold.cli.main import app
 from infold.deploy.bundle import bundle_problems, deploy_bundle, read_config
 from infold.deploy.checklist import Box, check_boxes
 from infold.deploy.facts import read_facts
+from infold.deploy.local import LocalFailure, run_local
 from infold.deploy.recipes import check_modelfile, check_recipes, recipes
 from infold.deploy.records import save_record
 from infold.deploy.server import LOOPBACK, ServerFailure, free_port, serve
@@ -336,3 +337,15 @@ def test_validation_is_read_from_the_training_record(made: Any, merged: Path) ->
             assert boxes["validated on held-out data"].status == status
     finally:
         record.unlink()
+
+
+def test_measuring_tells_how_far_it_is_and_ends_in_time(merged: Path) -> None:
+    steps: list[tuple[int, int]] = []
+
+    deploy_bundle(merged, context=64, progress=lambda done, of, _: steps.append((done, of)))
+
+    assert steps == [(n, 6) for n in range(1, 7)]
+    began = time.monotonic()
+    with pytest.raises(LocalFailure, match="did not measure within 1 s"):
+        run_local("measure", merged, timeout=1, prompt_tokens=8, new_tokens=100, rounds=10**6)
+    assert time.monotonic() - began < 30

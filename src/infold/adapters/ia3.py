@@ -5,6 +5,10 @@
 
 `ia3_l` has one element per output or input channel, in any shape. A convolution's input vector
 repeats over the kernel; with groups, each group of outputs sees its own part of the vector.
+
+On the output side a *row map* (the fields of `Settings` from `view` to `repeat`) tells which stored
+row gets which element: rows in another order, a part of a fused tensor, or the float scales of a
+quantized weight, several for each of its rows. What is multiplied is then the stored row.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ ON_BIAS: tuple[str, ...] = PARTS
 KEYS: Mapping[str, str] = {".ia3_l": "ia3_l"}
 PEFT_TYPES: Mapping[str, frozenset[str]] = {"IA3": frozenset(("feedforward_modules",))}
 REFUSED: Mapping[str, str] = {}
+_ROW_MAP = ("view", "order", "root", "first", "rows", "repeat")
 
 
 def owns(parts: Collection[str], fields: Mapping[str, Any]) -> bool:
@@ -33,7 +38,13 @@ def owns(parts: Collection[str], fields: Mapping[str, Any]) -> bool:
 
 
 def describe(settings: Settings) -> dict[str, Any]:
-    return {"side": settings.side}
+    told: dict[str, Any] = {"side": settings.side}
+    plain = Settings()
+    for name in _ROW_MAP:
+        value = getattr(settings, name)
+        if value != getattr(plain, name):
+            told[name] = list(value) if isinstance(value, tuple) else value
+    return told
 
 
 class _Scale:
@@ -52,17 +63,27 @@ def _inverted(scale: Tensor) -> Tensor:
 
 
 class _Output(_Scale):
-    def __init__(self, scale: Tensor) -> None:
+    def __init__(self, scale: Tensor, repeat: int) -> None:
         self.scale = scale  # (out,)
+        self.repeat = repeat  # stored rows that share an element
 
     def inverse(self) -> _Output:
-        return _Output(_inverted(self.scale))
+        return _Output(_inverted(self.scale), self.repeat)
 
     def weight(self, x: Tensor, rows: Index, cols: Index) -> None:
-        x.mul_(self.scale[rows, None])
+        x.mul_(self._of(rows)[:, None])
 
     def bias(self, x: Tensor, rows: Index) -> None:
-        x.mul_(self.scale[rows])
+        x.mul_(self._of(rows))
+
+    def _of(self, rows: Index) -> Tensor:
+        """The factors of stored rows."""
+        if self.repeat == 1:
+            return self.scale[rows]
+        if isinstance(rows, slice):
+            bounds = rows.indices(len(self.scale) * self.repeat)
+            rows = torch.arange(*bounds, device=self.scale.device)
+        return self.scale[rows // self.repeat]
 
 
 class _Input(_Scale):
@@ -86,9 +107,22 @@ class _Input(_Scale):
 def prepare(parts: Mapping[str, Tensor], settings: Settings) -> _Output | _Input:
     scale = parts["ia3_l"].double().flatten()
     if settings.side == "out":
-        return _Output(scale)
+        return _Output(_by_rows(scale, settings), settings.repeat)
     rows = scale.view(settings.groups, -1).repeat_interleave(settings.kernel, 1)
     return _Input(rows, settings.out // settings.groups)
+
+
+def _by_rows(scale: Tensor, settings: Settings) -> Tensor:
+    """The factors of the rows, before each stands for `repeat` of them."""
+    if settings.order:
+        scale = scale.view(settings.view).permute(settings.order).flatten()
+    if settings.root == 2:
+        scale = scale.sqrt()
+    if not settings.rows:
+        return scale
+    whole = scale.new_ones(settings.rows)
+    whole[settings.first : settings.first + len(scale)] = scale
+    return whole
 
 
 def bound(peak: float, parts: Mapping[str, Tensor], settings: Settings) -> float:

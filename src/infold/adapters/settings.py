@@ -21,3 +21,11 @@ class Settings:
     rank: int = 0  # LoRA, DoRA: for `init` alone, as are the two below
     start: bool | str = True  # how `init` fills the parts: True is the method's own way
     with_bias: bool = False  # LoRA: also a bias of lora_B
+    # IA³ on stored rows that are not the module's outputs one by one (side "out"): a row map, in
+    # this order. The float scales of a quantized weight are such rows; see plan/fold.py
+    view: tuple[int, ...] = ()  # vector.view(view).permute(order).flatten(), unless empty
+    order: tuple[int, ...] = ()
+    root: int = 1  # 2: the square root of each element, for a vector moved through relu²
+    first: int = 0  # where the vector begins in a fused tensor of `rows` rows; 1 elsewhere
+    rows: int = 0  # 0: as many as the vector has elements
+    repeat: int = 1  # consecutive stored rows that share one of these elements

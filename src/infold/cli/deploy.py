@@ -62,7 +62,11 @@ def deploy(
     with lasting_imports():
         from infold.deploy.bundle import deploy_bundle
 
-    done = deploy_bundle(merged, out, context=context, licence=licence, measured=not no_measure)
+    with step_progress("measuring", quiet or as_json) as progress:
+        done = deploy_bundle(
+            merged, out, context=context, licence=licence, measured=not no_measure,
+            progress=progress,
+        )  # fmt: skip
     if as_json:
         print(json.dumps(asdict(done)))
         return

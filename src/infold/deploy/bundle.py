@@ -11,7 +11,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -56,12 +56,14 @@ def deploy_bundle(
     context: int | None = None,
     licence: str | None = None,
     measured: bool = True,
+    progress: Callable[[int, int, float | None], None] | None = None,
 ) -> Bundle:
     """Write the bundle of a merged folder into it, or with `out` a new folder that holds all of it.
 
     context: tokens that memory is computed for; by default the model's, at most 4096.
     licence: of the merged model; by default the one that the base's card tells.
     measured: load the model and measure it; else the figures are null, and say so.
+    progress: of the measuring, called with (steps done, steps in all, None).
     Raises Refusal before anything is written, LocalFailure where the model does not run.
     """
     facts = read_facts(merged)
@@ -76,7 +78,7 @@ def deploy_bundle(
     compile(example, "usage_example", "exec")
     if problems:  # a bug of ours, or a folder name that breaks a script
         raise Refusal(problems)
-    performance = _performance(facts, measured)
+    performance = _performance(facts, measured, progress)
     config = deployment_config(facts, length, performance, example, licence)
     kept = _kept(facts.folder)
     files[CARD] = model_card(facts, config, kept is not None or exists(facts.folder / KEPT_CARD))
@@ -159,7 +161,9 @@ def rollback(facts: Facts) -> dict[str, Any]:
     }
 
 
-def _performance(facts: Facts, measured: bool) -> dict[str, Any]:
+def _performance(
+    facts: Facts, measured: bool, progress: Callable[[int, int, float | None], None] | None
+) -> dict[str, Any]:
     if not measured:
         return {"measured": False, "why": "not asked for (--no-measure)"}
     if not facts.generates:
@@ -168,7 +172,9 @@ def _performance(facts: Facts, measured: bool) -> dict[str, Any]:
     prompt = max(1, min(128, longest - 34))
     return {
         "measured": True,
-        **run_local("measure", facts.folder, prompt_tokens=prompt, new_tokens=32),
+        **run_local(
+            "measure", facts.folder, prompt_tokens=prompt, new_tokens=32, progress=progress
+        ),
     }
 
 

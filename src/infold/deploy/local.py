@@ -10,7 +10,11 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -21,6 +25,8 @@ from infold.machine import processor, resident_bytes
 
 __all__ = ["LocalFailure", "run_local"]
 
+_STEP = "step "  # begins a line that is no result
+
 
 class LocalFailure(InfoldError):
     """transformers could not load or run the folder."""
@@ -28,33 +34,75 @@ class LocalFailure(InfoldError):
     exit_code = 1
 
 
-def run_local(what: str, folder: Path, *, timeout: float = 900, **given: Any) -> dict[str, Any]:
+def run_local(
+    what: str,
+    folder: Path,
+    *,
+    timeout: float = 900,
+    progress: Callable[[int, int, float | None], None] | None = None,
+    **given: Any,
+) -> dict[str, Any]:
     """`what` is "measure" or "answer"; `given` are the keyword arguments of that function.
 
+    progress: called with (steps done, steps in all, None).
     Raises Refusal without transformers, LocalFailure where the model does not load or run.
     """
     if find_spec("transformers") is None:
         raise Refusal("transformers is not installed: pip install 'infold[serve]'")
-    command = [sys.executable, "-m", __name__, what, str(folder)]
-    quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    try:
-        done = subprocess.run(
-            command,
-            input=json.dumps(given),
-            capture_output=True,
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", __name__, what, str(folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
             text=True,
-            timeout=timeout,
-            env={**os.environ, **quiet},
-            check=False,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"},
         )
-    except subprocess.TimeoutExpired:
-        raise LocalFailure(f"{folder}: did not {what} within {timeout:.0f} s") from None
-    if done.returncode:
-        lines = done.stderr.strip().splitlines()
-        told = lines[-1] if lines else f"exit code {done.returncode}"
-        raise LocalFailure(f"{folder}: transformers cannot run it: {told}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        late = threading.Event()
+
+        def stop() -> None:
+            late.set()
+            process.kill()
+
+        timer = threading.Timer(timeout, stop)
+        timer.start()
+        try:
+            lines = _heard(process, json.dumps(given), progress)
+        finally:
+            timer.cancel()
+            process.kill()
+            process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
+        if late.is_set():
+            raise LocalFailure(f"{folder}: did not {what} within {timeout:.0f} s")
+        if process.returncode:
+            errors.seek(0)
+            told = errors.read().strip().splitlines() or [f"exit code {process.returncode}"]
+            raise LocalFailure(f"{folder}: transformers cannot run it: {told[-1]}")
+    found: dict[str, Any] = json.loads(lines[-1])
     return found
+
+
+def _heard(
+    process: subprocess.Popen[str],
+    given: str,
+    progress: Callable[[int, int, float | None], None] | None,
+) -> list[str]:
+    """All lines that the process prints until its end; steps are passed on as they come."""
+    assert process.stdin is not None and process.stdout is not None
+    with suppress(BrokenPipeError), process.stdin:  # it died; why stands in its errors
+        process.stdin.write(given)
+    lines = []
+    for line in process.stdout:
+        if line.startswith(_STEP):
+            if progress is not None:
+                done, total = map(int, line.removeprefix(_STEP).split())
+                progress(done, total, None)
+        else:
+            lines.append(line)
+    process.wait()
+    return lines
 
 
 def measure(
@@ -91,12 +139,17 @@ def measure(
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
+    def step(done: int) -> None:
+        print(f"{_STEP}{done} {rounds + 1}", flush=True)
+
     timed(2)
+    step(1)
     firsts, rates = [], []
-    for _ in range(rounds):
+    for number in range(rounds):
         first, all_tokens = timed(1), timed(1 + new_tokens)
         firsts.append(first)
         rates.append(new_tokens / max(1e-9, all_tokens - first))
+        step(number + 2)
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else None
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else f"cpu, {processor()}",

@@ -1,4 +1,8 @@
-"""STORAGE OF ONE WEIGHT: stored parts <-> values. One file a format, one line here."""
+"""STORAGE OF ONE WEIGHT: stored parts <-> values. One file a format, one line here.
+
+Two tables. `FORMATS` store floats one by one: a tensor is a weight. `QUANTIZED` store the weight of
+a module as codes and scales in several tensors, whose float scales are dense tensors again.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,32 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from infold.formats import dense
+from infold.formats import (
+    awq,
+    bitsandbytes,
+    compressed_tensors,
+    dense,
+    eetq,
+    fp8,
+    gptq,
+    hqq,
+    torchao,
+    unscalable,
+)
+from infold.formats.stored import Field, NoFold, Scale, Stored
 
-__all__ = ["FORMATS", "Format", "format_of"]
+__all__ = [
+    "FORMATS",
+    "QUANTIZED",
+    "Field",
+    "Format",
+    "NoFold",
+    "Quantized",
+    "Scale",
+    "Stored",
+    "format_of",
+    "quantized_of",
+]
 
 
 class Format(Protocol):
@@ -42,9 +69,51 @@ class Format(Protocol):
         that may be rounded twice now, which `encode` must settle from their float64 values."""
 
 
+class Quantized(Protocol):
+    """How the weight of a module is stored as codes and scales, in tensors of their own.
+
+    A format is recognised by what lies there: names, dtypes and shapes, and the checkpoint's
+    quantization_config where that is needed to tell two of them apart.
+    """
+
+    NAME: str  # what people call it
+    CORE: tuple[str, ...]  # what every module of it has one of, by its name below the module
+
+    def accepts(self, stored: Stored) -> bool:
+        """Whether the module is of this format."""
+
+    def shape(self, stored: Stored) -> tuple[int, int]:
+        """(out, in) of the logical weight. Raises NoFold where the module does not tell it."""
+
+    def words(self, stored: Stored) -> str:
+        """The format for a person, such as "GPTQ, 4 bits, groups of 128"."""
+
+    def scales(self, stored: Stored) -> tuple[Scale, ...]:
+        """What to multiply so that rows of the weight are multiplied, and nothing else changes.
+
+        Each of them by the same vector. Raises NoFold where there is no such thing.
+        """
+
+
 FORMATS: dict[str, Format] = {"dense": dense}
+QUANTIZED: dict[str, Quantized] = {
+    "gptq": gptq,
+    "awq": awq,
+    "bitsandbytes": bitsandbytes,
+    "compressed_tensors": compressed_tensors,
+    "fp8": fp8,
+    "eetq": eetq,
+    "hqq": hqq,
+    "torchao": torchao,
+    "unscalable": unscalable,
+}
 
 
 def format_of(dtype: str) -> Format | None:
     """The format that stores `dtype`, or None."""
     return next((form for form in FORMATS.values() if form.accepts(dtype)), None)
+
+
+def quantized_of(stored: Stored) -> Quantized | None:
+    """The quantized format of a module, or None."""
+    return next((form for form in QUANTIZED.values() if form.accepts(stored)), None)

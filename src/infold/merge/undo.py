@@ -279,7 +279,10 @@ def _edit(name: str, entry: Mapping[str, Any]) -> Edit:
     source = entry["source"]
     operations = []
     for op in entry["operations"]:
-        settings = {**op["settings"], "tokens": tuple(op["settings"]["tokens"])}
+        settings: dict[str, Any] = {
+            field: tuple(value) if isinstance(value, list) else value
+            for field, value in op["settings"].items()
+        }
         if op["method"] not in METHODS:
             raise CorruptFile(f"{name}: merged by {op['method']!r}, a method unknown here")
         operations.append(Operation(**{**op, "settings": Settings(**settings)}))

@@ -16,9 +16,11 @@ import re
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from infold.adapters import Settings
 from infold.errors import Refusal
 from infold.plan.edits import Operation
 
@@ -164,18 +166,32 @@ class Reference(Protocol):
 
 
 class _OutputScale:
-    """l * W for each output, and l * b."""
+    """l * W for each output, and l * b. Stored row i belongs to element `element(i)` of l."""
 
-    def __init__(self, vector: Tensor) -> None:
-        self.vector = vector
+    def __init__(self, vector: Tensor, settings: Settings) -> None:
+        self.vector = torch.from_numpy(np.sqrt(vector.numpy())) if settings.root == 2 else vector
+        self.map = settings
+        order = settings.order or (0,)
+        sizes = settings.view or (len(vector),)
+        self.sizes = [sizes[axis] for axis in order]  # of the stored order
+        self.steps = [math.prod(sizes[axis + 1 :]) for axis in order]  # of its axes, in l
 
     def estimate(self, values: Values, rows: slice, columns: slice) -> None:
-        values.multiply(self.vector[rows, None])
+        values.multiply(self._factor(torch.arange(rows.start, rows.stop))[:, None])
 
     contract = estimate  # one rounding of IEEE arithmetic is the contract
 
     def settle(self, values: Values, i: Tensor, j: Tensor) -> None:
-        values.multiply(self.vector[i])
+        values.multiply(self._factor(i))
+
+    def _factor(self, i: Tensor) -> Tensor:
+        place = i // self.map.repeat - self.map.first
+        inside = (place >= 0) & (place < len(self.vector))
+        place, element = place.clamp(0, len(self.vector) - 1), torch.zeros_like(place)
+        for size, step in zip(reversed(self.sizes), reversed(self.steps), strict=True):
+            element += place % size * step
+            place = place // size
+        return torch.where(inside, self.vector[element], 1.0)
 
 
 class _InputScale:
@@ -475,7 +491,7 @@ def reference_of(
     if operation.method == "ia3":
         vector = parts["ia3_l"].double().flatten()
         if settings.side == "out":
-            return _OutputScale(vector)
+            return _OutputScale(vector, settings)
         return _InputScale(vector, settings.kernel, settings.groups, settings.out)
     if operation.method == "trainable_tokens":
         return _Tokens(parts["trainable_tokens_delta"], settings.tokens)
