@@ -12,12 +12,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from infold.formats.stored import Field, Stored
 from infold.formats.values.bits import pack, unpack
-from infold.formats.values.scheme import Parts, Scheme, affine, span, stored_scales
+from infold.formats.values.scheme import NoValues, Parts, Scheme, affine, span, stored_scales
 
-__all__ = ["ALIGN", "decode", "encode"]
+__all__ = ["PARTS", "decode", "encode", "encoded", "scheme"]
 
-ALIGN = 8
+PARTS: tuple[str, ...] = ("qweight", "qzeros", "scales")
+
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _PLACE = torch.tensor([ORDER.index(output) for output in range(8)])  # where each output lies
 _ORDER = torch.tensor(ORDER)
@@ -34,6 +36,23 @@ def _stored(codes: Tensor) -> Tensor:
     """Codes (outputs, n) -> words (n, outputs / 8)."""
     ordered = codes.t().reshape(codes.shape[1], -1, 8)[:, :, _ORDER]
     return pack(ordered.reshape(codes.shape[1], -1), 4)
+
+
+def scheme(stored: Stored) -> Scheme:
+    """Raises NoValues for the other orders of AWQ."""
+    told = [str(stored.config.get(field, "")).lower() for field in ("version", "format")]
+    (inputs, packed), scales = stored.tensors["qweight"].shape, stored.tensors["scales"].shape
+    plain = stored.dtype("qweight") == "I32" and packed * 8 == scales[1]
+    if not plain or any("marlin" in kind or "gemv" in kind for kind in told):
+        raise NoValues("only AWQ's gemm order is known here")
+    if stored.config.get("bits", 4) != 4 or inputs % scales[0]:
+        raise NoValues("only AWQ of 4 bits in whole groups is known here")
+    return Scheme((packed * 8, inputs), 4, inputs // scales[0], symmetric=False)
+
+
+def encoded(stored: Stored) -> dict[str, Field]:
+    """The tensors that `encode` writes anew."""
+    return {part: stored.tensors[part] for part in PARTS}
 
 
 def decode(parts: Parts, scheme: Scheme, rows: slice) -> Tensor:
@@ -55,10 +74,7 @@ def decode(parts: Parts, scheme: Scheme, rows: slice) -> Tensor:
 def encode(
     values: Tensor, scheme: Scheme, parts: Parts, rows: slice, out: dict[str, Tensor]
 ) -> None:
-    """Round float64 rows to the nearest of 16 steps from min(w, 0) to max(w, 0) of each group.
-
-    Rows begin at a multiple of ALIGN.
-    """
+    """Round float64 rows to the nearest of 16 steps from min(w, 0) to max(w, 0) of each group."""
     group = scheme.group or scheme.shape[1]
     grouped = values.view(len(values), -1, group)
     low, high = grouped.amin(2).clamp(max=0), grouped.amax(2).clamp(min=0)

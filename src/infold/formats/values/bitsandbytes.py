@@ -10,15 +10,68 @@ nested_block blocks, plus nested_offset; in float32, as bitsandbytes computes it
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from infold.formats import bitsandbytes
+from infold.formats.stored import Field, NoFold, Stored
 from infold.formats.values import integers
-from infold.formats.values.scheme import Parts, Scheme, stored_scales
+from infold.formats.values.scheme import NoValues, Parts, Scheme, stored_scales
 
-__all__ = ["decode", "encode"]
+__all__ = ["PARTS", "decode", "encode", "encoded", "scheme"]
+
+PARTS: tuple[str, ...] = (
+    "weight", "SCB", "weight_format", "weight.absmax", "weight.quant_map", "weight.nested_absmax",
+    "weight.nested_quant_map", "weight.quant_state.bitsandbytes__nf4",
+    "weight.quant_state.bitsandbytes__fp4",
+)  # fmt: skip
 
 _ALL = slice(None)
+
+
+def scheme(stored: Stored) -> Scheme:
+    """Raises NoValues where quant_state does not tell what is needed."""
+    try:
+        outputs, inputs = bitsandbytes.shape(stored)
+        if stored.dtype("weight") == "I8":
+            return Scheme((outputs, inputs))
+        told = bitsandbytes.state(stored)
+    except NoFold as error:
+        raise NoValues(str(error)) from None
+    block, kind = told.get("blocksize"), told.get("quant_type")
+    count, absmax = outputs * inputs, stored.shape("weight.absmax")
+    if type(block) is not int or block < 1 or kind not in ("nf4", "fp4"):
+        raise NoValues("its quant_state tells no blocksize or no type that is known here")
+    if stored.shape("weight.quant_map") != (16,) or absmax != (-(-count // block),):
+        raise NoValues("its quant_map or absmax does not suit its weight")
+    if math.prod(stored.tensors["weight"].shape) != -(-count // 2):
+        raise NoValues("its codes do not fill its weight")
+    offset, nested = 0.0, 256
+    if stored.dtype("weight.absmax") == "U8":
+        size, shift = told.get("nested_blocksize"), told.get("nested_offset")
+        outer = stored.shape("weight.nested_absmax")
+        if type(size) is not int or size < 1 or not isinstance(shift, int | float):
+            raise NoValues("its quant_state does not tell how absmax is quantized")
+        if outer != (-(-absmax[0] // size),):
+            raise NoValues("its nested_absmax does not suit its absmax")
+        offset, nested = float(shift), size
+    elif stored.dtype("weight.absmax") != "F32":
+        raise NoValues(f"its absmax is {stored.dtype('weight.absmax')}")
+    return Scheme((outputs, inputs), 4, block, kind=kind, offset=offset, nested_block=nested)
+
+
+def encoded(stored: Stored) -> dict[str, Field]:
+    """The tensors that `encode` writes anew."""
+    if stored.dtype("weight") == "I8":
+        return {part: stored.tensors[part] for part in ("weight", "SCB")}
+    how = scheme(stored)
+    if stored.dtype("weight.absmax") == "U8":
+        raise NoValues("its scales are quantized themselves (double quantization)")
+    if how.shape[1] % how.group:
+        raise NoValues(f"its rows of {how.shape[1]} elements share blocks of {how.group}")
+    return {part: stored.tensors[part] for part in ("weight", "weight.absmax")}
 
 
 def decode(parts: Parts, scheme: Scheme, rows: slice) -> Tensor:

@@ -11,17 +11,74 @@ W = (code - zero) * scale. Source: the files that the compressed-tensors package
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from infold.dtypes import TORCH_DTYPES
+from infold.formats import compressed_tensors
+from infold.formats.stored import Field, NoFold, Stored
 from infold.formats.values import fp8, integers
-from infold.formats.values.bits import pack, unpack
-from infold.formats.values.scheme import Parts, Scheme, affine, span, spread, stored_scales
+from infold.formats.values.bits import pack, unpack, words
+from infold.formats.values.scheme import (
+    NoValues,
+    Parts,
+    Scheme,
+    affine,
+    span,
+    spread,
+    stored_scales,
+)
 
-__all__ = ["ALIGN", "decode", "encode"]
+__all__ = ["PARTS", "decode", "encode", "encoded", "scheme"]
 
-ALIGN = 32
+PARTS: tuple[str, ...] = (
+    "weight_packed", "weight", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx",
+    "weight_global_scale", "input_scale", "input_zero_point", "input_global_scale",
+)  # fmt: skip
+
 _ALL = slice(None)
+
+
+def scheme(stored: Stored) -> Scheme:
+    """Raises NoValues for what is not known here: NVFP4, MX formats, sparsity."""
+    if stored.dtype("weight") == "F8_E4M3":
+        return fp8.scheme(stored)
+    try:
+        outputs, inputs = compressed_tensors.shape(stored)
+    except NoFold as error:
+        raise NoValues(str(error)) from None
+    scale = stored.shape("weight_scale")
+    floats = stored.dtype("weight_packed") == "U8" or "weight_global_scale" in stored.tensors
+    if scale is None or floats:
+        raise NoValues("its 4-bit floats (NVFP4, MXFP4) are not known here")
+    count = scale if len(scale) == 2 else (math.prod(scale), 1)
+    rows = count[0] == outputs and count[1] > 0 and inputs % count[1] == 0
+    if stored.dtype("weight_scale") not in TORCH_DTYPES or not (count == (1, 1) or rows):
+        raise NoValues(f"its scales {list(scale)} do not suit its shape {[outputs, inputs]}")
+    bits, packed = 8, stored.shape("weight_packed")
+    if packed is not None:
+        fitting = [b for b in range(1, 9) if words(inputs, b) == packed[1]]
+        if len(fitting) != 1 or packed[0] != outputs:
+            raise NoValues(f"how many bits its codes have is not clear from {list(packed)}")
+        bits = fitting[0]
+    zero = stored.tensors.get("weight_zero_point")
+    if zero is not None and packed is not None and zero.dtype == "I32":
+        if zero.shape != (words(outputs, bits), count[1]):
+            raise NoValues(f"its zero points {list(zero.shape)} do not suit its scales")
+    return Scheme((outputs, inputs), bits, inputs // count[1], zero is None, kind="int")
+
+
+def encoded(stored: Stored) -> dict[str, Field]:
+    """The tensors that `encode` writes anew."""
+    if stored.dtype("weight") == "F8_E4M3":
+        return fp8.encoded(stored)
+    how = scheme(stored)
+    if math.prod(stored.tensors["weight_scale"].shape) < how.shape[0]:
+        raise NoValues("one scale belongs to the whole tensor, so its rows cannot be rounded apart")
+    changed = ("weight_packed", "weight", "weight_scale", "weight_zero_point")
+    return {part: stored.tensors[part] for part in changed if part in stored.tensors}
 
 
 def decode(parts: Parts, scheme: Scheme, rows: slice) -> Tensor:
@@ -58,8 +115,8 @@ def _zeros(parts: Parts, scheme: Scheme, rows: slice) -> Tensor | None:
     stored = parts["weight_zero_point"]
     if "weight_packed" in parts and stored.shape[0] != scheme.shape[0]:
         wide, mine = span(rows, scheme.shape[0], 32)
-        words = slice(wide.start * scheme.bits // 32, -(-wide.stop * scheme.bits // 32))
-        packed = stored[words, _ALL].t().contiguous()
+        there = slice(wide.start * scheme.bits // 32, words(wide.stop, scheme.bits))
+        packed = stored[there, _ALL].t().contiguous()
         zeros = unpack(packed, scheme.bits, wide.stop - wide.start).t()[mine]
         return (zeros - (1 << (scheme.bits - 1))).to(torch.float64)
     return stored[rows if stored.shape[0] > 1 else _ALL, _ALL].to(torch.float64)
@@ -103,5 +160,5 @@ def encode(
         if target.shape[0] == scheme.shape[0]:
             target[rows] = zeros.to(target.dtype)
         else:
-            words = slice(rows.start * scheme.bits // 32, -(-rows.stop * scheme.bits // 32))
-            target[words] = pack((zeros - least).to(torch.int64).t(), scheme.bits).t()
+            there = slice(rows.start * scheme.bits // 32, words(rows.stop, scheme.bits))
+            target[there] = pack((zeros - least).to(torch.int64).t(), scheme.bits).t()

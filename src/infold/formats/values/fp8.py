@@ -9,13 +9,19 @@ Despite its name weight_scale_inv is multiplied. Source: DeepSeek-V3's files, tr
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection, Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from infold.errors import Refusal
+from infold.formats.stored import Field, Stored
 from infold.formats.values.scheme import (
     E4M3_MAX,
     Matrix,
+    NoValues,
     Parts,
     Scheme,
     e8m0,
@@ -23,12 +29,59 @@ from infold.formats.values.scheme import (
     to_e4m3,
 )
 
-__all__ = ["decode", "encode", "scale_part"]
+__all__ = ["PARTS", "decode", "encode", "encoded", "scale_part", "scheme"]
+
+PARTS: tuple[str, ...] = (
+    "weight", "weight_scale_inv", "weight_scale", "activation_scale", "input_scale",
+    "input_scale_ub",
+)  # fmt: skip
 
 _ALL = slice(None)
 
 
-def scale_part(parts: Parts) -> str:
+def scheme(stored: Stored) -> Scheme:
+    """Raises NoValues where the shape of the blocks is not told."""
+    weight = stored.tensors["weight"]
+    scale = stored.tensors[scale_part(stored.tensors)]
+    if len(weight.shape) != 2 or weight.dtype != "F8_E4M3":
+        raise NoValues(f"its weight is {weight.dtype} {list(weight.shape)}, no matrix of F8_E4M3")
+    if scale.dtype not in ("F32", "BF16", "F16", "F8_E8M0"):
+        raise NoValues(f"its scales are {scale.dtype}")
+    outputs, inputs = weight.shape
+    count = scale.shape if len(scale.shape) == 2 else (math.prod(scale.shape), 1)
+    if count == (1, 1):
+        return Scheme((outputs, inputs), kind="fp8")
+    if count == (outputs, 1):
+        return Scheme((outputs, inputs), block=(1, 0), kind="fp8")
+    block = _told_block(stored.config)
+    if block is None or count != (-(-outputs // block[0]), -(-inputs // block[1])):
+        raise NoValues(f"what its scales {list(scale.shape)} belong to is not told by the config")
+    return Scheme((outputs, inputs), block=block, kind="fp8")
+
+
+def _told_block(config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """The blocks' shape as the config tells it, for all modules."""
+    found = [config.get("weight_block_size")]
+    groups = config.get("config_groups")
+    for group in groups.values() if isinstance(groups, dict) else ():
+        weights = group.get("weights") if isinstance(group, dict) else None
+        found.append(weights.get("block_structure") if isinstance(weights, dict) else None)
+    told = {tuple(b) for b in found if isinstance(b, list) and len(b) == 2}
+    block = told.pop() if len(told) == 1 else None
+    if block is None or not all(type(n) is int and n > 0 for n in block):
+        return None
+    return block[0], block[1]
+
+
+def encoded(stored: Stored) -> dict[str, Field]:
+    """The tensors that `encode` writes anew."""
+    name = scale_part(stored.tensors)
+    if math.prod(stored.tensors[name].shape) == 1 and stored.tensors["weight"].shape[0] > 1:
+        raise NoValues("one scale belongs to the whole tensor, so its rows cannot be rounded apart")
+    return {part: stored.tensors[part] for part in ("weight", name)}
+
+
+def scale_part(parts: Collection[str]) -> str:
     """The name of the scale's tensor."""
     return next(n for n in ("weight_scale_inv", "weight_scale") if n in parts)
 
@@ -92,4 +145,4 @@ def encode(
     spread = spread.repeat_interleave(wide, 1)[:, : scheme.shape[1]]
     out["weight"][rows] = to_e4m3(values / spread)
     first = rows.start // tall
-    target[first : first + down] = stored
+    target.view(-1, across)[first : first + down] = stored

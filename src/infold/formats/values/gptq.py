@@ -15,13 +15,39 @@ import torch
 from torch import Tensor
 
 from infold.errors import Refusal
-from infold.formats.values.bits import pack, unpack
-from infold.formats.values.scheme import Parts, Scheme, affine, span, stored_scales
+from infold.formats import gptq
+from infold.formats.stored import Field, Stored
+from infold.formats.values.bits import pack, unpack, words
+from infold.formats.values.scheme import NoValues, Parts, Scheme, affine, span, stored_scales
 
-__all__ = ["ALIGN", "decode", "encode"]
+__all__ = ["PARTS", "decode", "encode", "encoded", "scheme"]
 
-ALIGN = 32  # outputs whose zero points end with a word, at any number of bits
+PARTS: tuple[str, ...] = ("qweight", "qzeros", "scales", "g_idx")
+
 _ALL = slice(None)
+
+
+def scheme(stored: Stored) -> Scheme:
+    """Raises NoValues where the files do not tell how they are to be read."""
+    told = [str(stored.config.get(field, "")) for field in ("checkpoint_format", "format")]
+    if any("marlin" in kind for kind in told) or stored.config.get("is_marlin_format"):
+        raise NoValues(
+            "its codes lie in the order of Marlin kernels; use the plain GPTQ checkpoint"
+        )
+    bits, (outputs, inputs) = gptq.bits(stored), gptq.shape(stored)
+    groups = stored.tensors["scales"].shape[0]
+    packed = stored.tensors["qweight"].shape[0], stored.tensors["qzeros"].shape[1]
+    if bits not in (2, 3, 4, 8) or packed != (words(inputs, bits), words(outputs, bits)):
+        raise NoValues(f"codes of {bits} bits do not fill its words {list(packed)}")
+    symmetric = stored.config.get("sym") is not False
+    plus_one = "gptq_v2" not in told
+    group = -(-inputs // max(groups, 1))
+    return Scheme((outputs, inputs), bits, group, symmetric, plus_one)
+
+
+def encoded(stored: Stored) -> dict[str, Field]:
+    """The tensors that `encode` writes anew."""
+    return {part: stored.tensors[part] for part in ("qweight", "qzeros", "scales")}
 
 
 def decode(parts: Parts, scheme: Scheme, rows: slice) -> Tensor:
@@ -51,7 +77,7 @@ def _groups(parts: Parts, scheme: Scheme) -> Tensor:
 
 def _zeros(parts: Parts, scheme: Scheme, rows: slice) -> Tensor:
     """Zero points (rows, groups)."""
-    wide, mine = span(rows, scheme.shape[0], ALIGN)
+    wide, mine = span(rows, scheme.shape[0], 32)
     columns = slice(wide.start * scheme.bits // 32, -(-wide.stop * scheme.bits // 32))
     zeros = unpack(parts["qzeros"][_ALL, columns].contiguous(), scheme.bits, wide.stop - wide.start)
     zeros = zeros[:, mine].t()
@@ -71,8 +97,7 @@ def encode(
     """Round float64 rows to the nearest codes, with the group scales that their extremes ask for.
 
     Symmetric: scale = 2 max|w| / (2^bits - 1), zero = 2^(bits - 1), as GPTQ's own grid. Otherwise
-    from min(w, 0) to max(w, 0). `g_idx` stays: groups keep their inputs. Rows begin at a multiple
-    of ALIGN. `out`: the parts as they will be stored, of which these rows are written.
+    from min(w, 0) to max(w, 0). `g_idx` stays: groups keep their inputs. `out`: the parts as they will be stored, of which these rows are written.
     """
     groups = _groups(parts, scheme)
     count, top = parts["scales"].shape[0], (1 << scheme.bits) - 1

@@ -13,12 +13,49 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from infold.formats.values.scheme import Parts, Scheme
+from infold.formats import hqq
+from infold.formats.stored import Field, NoFold, Stored
+from infold.formats.values.scheme import NoValues, Parts, Scheme
 
-__all__ = ["decode"]
+__all__ = ["PARTS", "decode", "encoded", "scheme"]
+
+PARTS: tuple[str, ...] = (
+    "W_q", "nbits", "group_size", "shape", "scale", "zero", "axis", "packing", "unpack_view_dtype",
+    "view_as_float", "quant_scale", "quant_zero", "compute_dtype", "offload_meta",
+    "encoded_state_dict", "stores_quant_config", "channel_wise", "optimize", "round_zero",
+)  # fmt: skip
 
 _ALL = slice(None)
 _PER = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}  # codes in one stored element
+
+
+def scheme(stored: Stored) -> Scheme:
+    """Raises NoValues where the settings beside the codes do not suit them."""
+    try:
+        outputs, inputs = hqq.shape(stored)
+    except NoFold as error:
+        raise NoValues(str(error)) from None
+    bits, group, axis = (_number(stored, part) for part in ("nbits", "group_size", "axis"))
+    packed = stored.tensors["W_q"]
+    if bits not in _PER or not group or axis not in (0, 1) or outputs * inputs % group:
+        raise NoValues(f"{bits} bits, groups of {group} and axis {axis} are not known here")
+    if "scale" not in stored.tensors or "zero" not in stored.tensors:
+        raise NoValues("its scales are quantized themselves")
+    if packed.dtype != ("I32" if bits == 3 else "U8"):
+        raise NoValues(f"its codes are viewed as {packed.dtype}")
+    many = outputs * inputs // group
+    rows, columns = (many, group) if axis else (group, many)
+    if packed.shape != (-(-rows // _PER[bits]), columns):
+        raise NoValues(f"its codes {list(packed.shape)} do not suit its shape {[outputs, inputs]}")
+    return Scheme((outputs, inputs), bits, group, False, axis=axis, kind="hqq")
+
+
+def _number(stored: Stored, part: str) -> int:
+    return int(stored.read(part).item()) if stored.shape(part) in ((), (1,)) else 0
+
+
+def encoded(stored: Stored) -> dict[str, Field]:
+    raise NoValues("HQQ optimizes its zero points, which plain rounding does not")
 
 
 def decode(parts: Parts, scheme: Scheme, rows: slice) -> Tensor:

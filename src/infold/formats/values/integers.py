@@ -13,7 +13,7 @@ from torch import Tensor
 
 from infold.formats.values.scheme import spread, stored_scales
 
-__all__ = ["decode", "encode"]
+__all__ = ["decode", "encode", "spread_scales"]
 
 
 def decode(
@@ -28,6 +28,16 @@ def decode(
     if divisor != 1.0:
         values /= divisor
     return values
+
+
+def spread_scales(
+    values: Tensor, group: int, top: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """(scales that broadcast over the values, scales (rows, groups) of `dtype`) with which the
+    absmax of each group of inputs goes to +-top."""
+    rows, inputs = values.shape
+    scales = stored_scales(values.view(rows, -1, group or inputs).abs().amax(2) / top, dtype)
+    return spread(scales, group or inputs, inputs), scales.to(dtype)
 
 
 def encode(

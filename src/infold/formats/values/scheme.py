@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,6 +17,7 @@ from infold.formats.dense import round_to_odd
 
 __all__ = [
     "Matrix",
+    "NoValues",
     "Parts",
     "Scheme",
     "affine",
@@ -25,6 +27,10 @@ __all__ = [
     "stored_scales",
     "to_e4m3",
 ]
+
+
+class NoValues(ValueError):
+    """A module's values cannot be told, or not written again. Tells why, as a sentence."""
 
 
 class Matrix(Protocol):
@@ -60,6 +66,11 @@ class Scheme:
     kind: str = ""
     offset: float = 0.0
     nested_block: int = 256
+
+    @property
+    def align(self) -> int:
+        """Rows are encoded in multiples of this: of what shares words, blocks or scales."""
+        return math.lcm(32, self.block[0] or 1)
 
 
 def affine(codes: Tensor, zero: Tensor | float, scale: Tensor) -> Tensor:
