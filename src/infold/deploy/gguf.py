@@ -7,6 +7,7 @@ python -m infold.deploy.gguf answer FILE            (the question as JSON on sta
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from infold.checkpoint.staging import storage_errors
 from infold.deploy.local import LocalFailure
 from infold.errors import Refusal
 
@@ -21,26 +23,43 @@ __all__ = ["ask_gguf", "gguf_command"]
 
 
 def gguf_command(file: Path, port: int) -> list[str]:
-    """The command that serves a file. Raises Refusal without xllamacpp."""
+    """The command that serves a file. Raises Refusal without xllamacpp, or for another format."""
     if find_spec("xllamacpp") is None:
-        raise Refusal("xllamacpp is not installed, and serves GGUF: pip install xllamacpp")
+        raise Refusal("xllamacpp is not installed, and serves GGUF: pip install 'infold[gguf]'")
+    with storage_errors(file), file.open("rb") as opened:
+        if opened.read(4) != b"GGUF":
+            raise Refusal(f"{file}: does not begin with GGUF, so it is no such file")
     return [sys.executable, "-m", __name__, "serve", str(file), str(port)]
 
 
 def ask_gguf(file: Path, request: dict[str, Any], timeout: float = 900) -> str:
-    """The answer to a chat request of the file loaded in a process of its own, without HTTP."""
-    done = subprocess.run(
-        [sys.executable, "-m", __name__, "answer", str(file)],
-        input=json.dumps(request),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
+    """The answer to a chat request of the file loaded in a process of its own, without HTTP.
+
+    Raises LocalFailure where llama.cpp does not load it, or does not answer within `timeout` s.
+    """
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", __name__, "answer", str(file)],
+            input=json.dumps(request),
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=timeout,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise LocalFailure(f"{file}: did not answer within {timeout:.0f} s") from None
     if done.returncode:
-        raise LocalFailure(f"{file}: llama.cpp cannot run it: {done.stderr.strip()[-200:]}")
+        raise LocalFailure(f"{file}: llama.cpp cannot run it: {_reason(done.stderr)}")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return str(found["choices"][0]["message"]["content"])
+
+
+def _reason(said: str) -> str:
+    """The first error of llama.cpp's log, of which all others follow; else the last line."""
+    lines = said.strip().splitlines() or ["it said nothing"]
+    errors = [told[1] for line in lines if (told := re.match(r"[\d.]+ E (.*)", line))]
+    return errors[0].strip() if errors else lines[-1]
 
 
 def _open(file: str, port: int) -> Any:

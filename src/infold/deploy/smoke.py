@@ -46,13 +46,14 @@ def smoke_test(
     Raises Refusal for what cannot be started (no extra, port in use), ServerFailure for a server
     that dies or is late, LocalFailure for a model that does not load.
     """
-    lacking = [name for name in ("openai", "psutil") if find_spec(name) is None]
-    if lacking:
-        raise Refusal(f"{', '.join(lacking)} not installed: pip install 'infold[serve]'")
-    if requests < 6:
-        raise Refusal(f"--requests {requests}: at least 6, to compare their first and last thirds")
     place = locate(merged)
     gguf = place if place.suffix == ".gguf" else None
+    lacking = [name for name in ("openai", "psutil") if find_spec(name) is None]
+    if lacking:
+        extra = "serve" if gguf is None else "gguf"
+        raise Refusal(f"{', '.join(lacking)} not installed: pip install 'infold[{extra}]'")
+    if requests < 6:
+        raise Refusal(f"--requests {requests}: at least 6, to compare their first and last thirds")
     port = free_port(port)
     talk: dict[str, Any] = {"max_tokens": _NEW_TOKENS, "temperature": 0}
     digest = None

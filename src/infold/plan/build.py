@@ -72,6 +72,12 @@ def _add(draft: Draft, number: int, adapter: Adapter) -> None:
     tokens_first = sorted(keys.modules.items(), key=lambda m: "trainable_tokens_delta" not in m[1])
     for module, parts in tokens_first:
         consumer.operation(module, parts)
+    if consumer.measured:
+        draft.notes.append(
+            f"{len(consumer.measured)} static scales of activations were measured without the "
+            f"adapter, as they are where it is not merged ({consumer.measured[0]}, ...): values "
+            "that it makes larger can be clipped there"
+        )
     if len(draft.reasons) > before:
         summary = []
         if keys.modules and not any(consumer.finds(module) for module in keys.modules):
@@ -113,7 +119,8 @@ def _edits(draft: Draft) -> dict[str, Edit]:
             draft.reasons.append(
                 f"{tensor}: stored as {state.dtype}; merging into such weights is not supported yet"
             )
-        operations = tuple(state.operations)
+        # what moved here from a later module acts after all that changes this one
+        operations = tuple(sorted(state.operations, key=lambda op: op.moved))
         edits[tensor] = Edit(tensor, state.source, state.dtype, state.shape, operations)
     return edits
 

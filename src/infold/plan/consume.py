@@ -10,9 +10,11 @@ import torch
 from infold.adapters import Settings, methods_of
 from infold.adapters.exact import slices_for
 from infold.checkpoint.adapter import Adapter
+from infold.formats import Quantized, Stored
 from infold.plan.config import AdapterConfig
 from infold.plan.draft import Draft, State
 from infold.plan.edits import Operation, Replacement
+from infold.plan.fold import Unfoldable, fold
 from infold.plan.layouts import HEADS, INPUT_EMBEDDINGS, is_conv1d, leaf
 from infold.plan.match import group_keys
 from infold.plan.output import usual_dtype
@@ -26,6 +28,7 @@ class Consumer:
     def __init__(self, draft: Draft, number: int, adapter: Adapter, config: AdapterConfig) -> None:
         self.draft, self.number, self.adapter, self.config = draft, number, adapter, config
         self.used: dict[tuple[str, str], str] = {}  # (tensor, method) -> key that was there first
+        self.measured: list[str] = []  # static scales of activations that the adapter changes
 
     def refuse(self, key: str, why: str) -> None:
         self.draft.reasons.append(f"{self.adapter.path}: {key}: {why}")
@@ -165,19 +168,19 @@ class Consumer:
             return
         before = len(self.draft.reasons)
         path = module.replace(".base_layer", "")  # the output projection of MultiheadAttention
+        if (quantized := self._quantized(path)) is not None:
+            self._into_scales(method, module, path, parts, *quantized)
+            return
         name = self.find(f"{path}.weight", key)
         if name is None and method == "lora" and len(self.draft.reasons) == before:
             name = self.find(f"{path}.in_proj_weight", key)
         if len(self.draft.reasons) > before:
             return
         if name is None:
-            quantized = (self.draft.base.config or {}).get("quantization_config")
-            why = (
-                "the base is quantized; merging into quantized weights is not supported yet"
-                if quantized
-                else f"there is no module {path} in the base"
-                + self.draft.names.nearest(f"{path}.weight")
-            )
+            nearest = self.draft.names.nearest(f"{path}.weight")
+            why = f"there is no module {path} in the base{nearest}"
+            if way := self.draft.modules.config.get("quant_method"):
+                why += f"; the base is quantized ({way}), maybe in a way that infold does not know"
             for part in parts.values():
                 self.refuse(part, why)
             return
@@ -189,6 +192,58 @@ class Consumer:
             return
         for end in self.ends(name, both=self._ties(method, name)):
             self.draft.state(end).operations.append(made)
+
+    def _quantized(self, path: str) -> tuple[Stored, Quantized] | None:
+        """A quantized module; None where there is no such one, or where `find` will refuse it."""
+        try:
+            return self.draft.modules.find(path)
+        except LookupError:
+            return None
+
+    def _into_scales(
+        self,
+        method: str,
+        module: str,
+        path: str,
+        parts: dict[str, str],
+        stored: Stored,
+        form: Quantized,
+    ) -> None:
+        """An adapter's update of a quantized module."""
+        key = next(iter(parts.values()))
+        if method != "ia3":
+            self.refuse(
+                key,
+                f"{stored.name} is quantized ({form.words(stored)}), and {method} changes single "
+                "elements, which its scales cannot tell",
+            )
+            return
+        if self._twice(stored.name, method, key):
+            return
+        vector, modules = self.shape(key), self.draft.modules
+        try:
+            size = modules.size(path)
+            if size is None or len(vector) != 2 or 1 not in vector:
+                self.refuse(key, f"shape {list(vector)}; expected (out, 1) or (1, in)")
+                return
+            side = self._linear_side(module, vector)
+            expected = size[0 if side == "out" else 1]
+            if math.prod(vector) != expected:
+                told = f"{math.prod(vector)} elements, but {stored.name} has {expected} {side}puts"
+                self.refuse(key, told)
+                return
+            places = fold(modules, path, side, lambda: self.adapter.read(key))
+        except (Unfoldable, LookupError) as error:
+            self.refuse(key, str(error))
+            return
+        self.measured += modules.measured(path)
+        for place in places:
+            self.draft.state(place.tensor).operations.append(
+                Operation(
+                    "ia3", self.number, module, parts, place.settings, place.transposed,
+                    place.on_bias, side == "in",
+                )
+            )  # fmt: skip
 
     def _ties(self, method: str, name: str) -> bool:
         """Whether PEFT makes the same update at both ends of a tied pair."""

@@ -84,6 +84,7 @@ class Operation:
     settings: Settings
     transposed: bool = False  # stored as (in, out): Conv1D, embeddings
     on_bias: bool = False
+    moved: bool = False  # from its module's inputs to the rows that make them; see plan/fold.py
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,8 @@ def describe(edit: Edit) -> dict[str, Any]:
     operations = []
     for op in edit.operations:
         entry: dict[str, Any] = {"method": op.method, "adapter": op.adapter, "module": op.module}
+        if op.moved:
+            entry["moved"] = True
         operations.append(entry | METHODS[op.method].describe(op.settings))
     return {
         "tensor": edit.tensor,
