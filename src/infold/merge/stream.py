@@ -31,9 +31,18 @@ from infold.edit.blocks import Block, cut
 from infold.edit.steps import Workspace
 from infold.edit.threads import take_one_core
 from infold.formats import format_of
-from infold.merge.apply import EditRun, Run
+from infold.merge.apply import Run
+from infold.merge.convert import DecodedSource, PartRun, converted_runs, parts_of
 from infold.merge.recording import Recording
-from infold.plan.edits import BaseTensor, OutputShard, Plan
+from infold.plan.edits import (
+    BaseTensor,
+    Decoded,
+    Original,
+    OutputShard,
+    Part,
+    Plan,
+    Replacement,
+)
 from infold.workers import Worker, run_all
 
 __all__ = ["Buffers", "Compute", "ShardDigests", "Streamed", "chunks_of", "stream"]
@@ -70,27 +79,43 @@ class _Source:
     """Where the stored values of one edit come from: the base, or a tensor of an adapter."""
 
     def __init__(self, plan: Plan, run: Run, files: InputFiles) -> None:
-        edit, columns = run.edit, run.shape[1]
-        self.files, self.columns, self.reads = files, columns, run.reads
+        source, columns = run.edit.source, run.shape[1]
+        self.files, self.reads = files, run.reads
         self.loaded: Tensor | None = None
-        if isinstance(edit.source, BaseTensor):
-            info = plan.base.info(edit.source.name)
-            self.path = plan.base.shards[plan.base.where[edit.source.name]].path
+        self.decoded: DecodedSource | None = None
+        if isinstance(source, Part):  # blocks of values are asked for, not of the part
+            assert isinstance(run, PartRun)
+            run.parts = parts_of(plan, source.stored, files)
+            columns, self.reads = source.scheme.shape[1], True
+            source = source.values.source
+        self.columns = columns
+        if isinstance(source, Decoded):
+            self.decoded = DecodedSource(plan, source, files)
+        elif isinstance(source, BaseTensor | Original):
+            where = plan.base
+            if isinstance(source, Original):
+                assert plan.original is not None
+                where = plan.original
+            info = where.info(source.name)
+            self.path = where.shards[where.where[source.name]].path
             form = format_of(info.dtype)
             assert form is not None  # the plan refuses what no format stores
             self.begin, self.dtype = info.begin, form.torch_dtype(info.dtype)
         else:
-            adapter = plan.adapters[edit.source.adapter]
-            tensor = adapter.tensors[edit.source.key]
+            assert isinstance(source, Replacement)  # a part of a part there is not
+            adapter = plan.adapters[source.adapter]
+            tensor = adapter.tensors[source.key]
             self.path, self.begin = adapter.weights, tensor.begin
             self.dtype = TORCH_DTYPES[tensor.dtype]
             if tensor.end == tensor.begin:  # a pickle is in memory already
-                self.loaded = adapter.read(edit.source.key).view(-1, columns)
+                self.loaded = adapter.read(source.key).view(-1, columns)
 
     def read(self, block: Block, buffers: Buffers) -> Tensor:
         """The stored elements of a block, (rows, columns), in the worker's `in` buffer."""
         if not self.reads:
             return torch.empty(0, dtype=self.dtype)
+        if self.decoded is not None:
+            return self.decoded.read(block)
         if self.loaded is not None:
             rows = self.loaded[block.row : block.row + block.rows]
             return rows[:, block.column : block.column + block.columns]
@@ -100,6 +125,9 @@ class _Source:
         self.files.read(self.path, view, offset)
         raw = torch.frombuffer(view, dtype=self.dtype, count=block.count)
         return raw.view(block.rows, block.columns)
+
+
+_NOTHING = torch.empty(0)
 
 
 class Buffers:
@@ -311,7 +339,7 @@ def stream(
     files = InputFiles()
     keeper = _Keeper(staging, recording)
     if runs is None:
-        runs = {name: EditRun(edit, plan.adapters, device) for name, edit in plan.edits.items()}
+        runs = converted_runs(plan, device)
     pool = _Pool(plan, staging, files, keeper, limit, device, advance, runs, recording)
     try:
         keeper.thread.start()
@@ -471,7 +499,7 @@ class _Pool:
     def _compute(self, task: _Task, work: Compute, workspace: Workspace, buffers: Buffers) -> None:
         chain, run, block = task.chain, work.run, work.block
         run.prepare(workspace, lambda piece: work.source.read(piece, buffers), self.limit)
-        raw = work.source.read(block, buffers)
+        raw = work.source.read(block, buffers) if run.reads else _NOTHING
         written = buffers.view("out", block.count * run.stored.itemsize)
         out = torch.frombuffer(written, dtype=run.stored, count=block.count)
         out = out.view(block.rows, block.columns)

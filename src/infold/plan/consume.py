@@ -212,10 +212,11 @@ class Consumer:
         """An adapter's update of a quantized module."""
         key = next(iter(parts.values()))
         if method != "ia3":
+            self.draft.elements.add(stored.name)
             self.refuse(
                 key,
                 f"{stored.name} is quantized ({form.words(stored)}), and {method} changes single "
-                "elements, which its scales cannot tell",
+                f"elements, which its scales cannot tell{self._ways(stored.name)}",
             )
             return
         if self._twice(stored.name, method, key):
@@ -234,7 +235,9 @@ class Consumer:
                 return
             places = fold(modules, path, side, lambda: self.adapter.read(key))
         except (Unfoldable, LookupError) as error:
-            self.refuse(key, str(error))
+            self.draft.stuck.add(stored.name)
+            why = self.draft.unknown.get(stored.name)
+            self.refuse(key, f"{error}; and {why}" if why else str(error))
             return
         self.measured += modules.measured(path)
         for place in places:
@@ -244,6 +247,11 @@ class Consumer:
                     place.on_bias, side == "in",
                 )
             )  # fmt: skip
+
+    def _ways(self, module: str) -> str:
+        """How a message goes on that tells of a quantized module: what else can be done."""
+        told = self.draft.unknown.get(module)
+        return f"; and {told}" if told else self.draft.ways
 
     def _ties(self, method: str, name: str) -> bool:
         """Whether PEFT makes the same update at both ends of a tied pair."""

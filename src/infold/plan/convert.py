@@ -4,7 +4,7 @@ The plan sees a *view* of the base in which those modules are dense already: the
 and a weight (out, in) stands in their place. So every rule about shapes, layouts, ties and biases
 is the one for dense weights. Afterwards the edits of such weights get their true source, the parts.
 
-    dequantize   modules that an adapter touches become dense; siblings that servers fuse with them too
+    dequantize   modules that an adapter touches become dense, with the siblings that servers fuse
     promote      the same for the modules of IA³ vectors that have no place in scales; others fold
     requantize   modules that an adapter touches are written in their own format again
 """
@@ -20,13 +20,30 @@ from infold.checkpoint.safetensors import Header, TensorInfo
 from infold.checkpoint.shards import Checkpoint
 from infold.formats import Stored, format_of
 from infold.formats.values import VALUES, NoValues, Scheme
-from infold.plan.edits import BaseTensor, Decoded, Edit, Original, Part
+from infold.plan.edits import BaseTensor, Decoded, Edit, Original, Part, Source
 from infold.plan.match import Names
-from infold.plan.quantized import StoredModules, form_name
+from infold.plan.quantized import StoredModules
 
-__all__ = ["DTYPES", "Choice", "Convertible", "Conversion", "convertible", "view"]
+__all__ = [
+    "DTYPES",
+    "MODES",
+    "WAYS",
+    "Choice",
+    "Conversion",
+    "Convertible",
+    "convertible",
+    "original_reasons",
+    "to_dense",
+    "to_quantized",
+    "view",
+    "with_siblings",
+]
 
 DTYPES = {"bf16": "BF16", "f16": "F16", "f32": "F32"}
+WAYS = (
+    "; --dequantize writes such weights in 16 bits, --requantize rounds them into their own format "
+    "again"
+)
 MODES = ("promote", "dequantize", "requantize")
 
 
@@ -80,7 +97,7 @@ def convertible(base: Checkpoint) -> tuple[dict[str, Convertible], dict[str, str
     """The quantized modules of a base by their names; and why some cannot be decoded."""
     found, reasons = {}, {}
     for stored, form in StoredModules(base, Names(base.where)).all():
-        name = form_name(form)
+        name = getattr(form, "__name__", "").rpartition(".")[2]  # a key of QUANTIZED
         if name not in VALUES:
             reasons[stored.name] = f"{form.words(stored)} cannot be decoded here"
             continue
@@ -107,9 +124,7 @@ def view(base: Checkpoint, modules: Iterable[Convertible], dtype: str) -> Checkp
     for number, shard in enumerate(base.shards):
         tensors = {n: t for n, t in shard.header.tensors.items() if n not in hidden}
         tensors |= {info.name: info for info in added.get(number, ())}
-        header = Header(
-            tensors, shard.header.metadata, shard.header.raw, shard.header.file_size
-        )
+        header = Header(tensors, shard.header.metadata, shard.header.raw, shard.header.file_size)
         shards.append(replace(shard, header=header))
         where.update(dict.fromkeys(tensors, number))
     return replace(base, shards=tuple(shards), where=where)
@@ -123,11 +138,6 @@ _FUSED = (
     ("w1", "w3"),
     ("q_a_proj", "kv_a_proj_with_mqa"),
 )
-_FUSED_AS = {
-    "q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj",
-    "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj",
-    "q_a_proj": "fused_qkv_a_proj", "kv_a_proj_with_mqa": "fused_qkv_a_proj",
-}  # fmt: skip
 _EXPERTS = re.compile(r"(.*\.experts)\.\d+\.")
 
 
@@ -184,7 +194,9 @@ def to_dense(
     result: dict[str, Edit] = {}
     for name, edit in edits.items():
         module = weights.get(name)
-        result[name] = edit if module is None else replace(edit, source=_source(module, edit, choice))
+        result[name] = (
+            edit if module is None else replace(edit, source=_source(module, edit, choice))
+        )
     removed: set[str] = set()
     place = {}
     metadata = {}
@@ -229,11 +241,10 @@ def _decoded(module: Convertible) -> Decoded:
     return Decoded(module.stored.name, module.form, module.scheme, tuple(module.parts.items()))
 
 
-def _source(
-    module: Convertible, edit: Edit, choice: Choice
-) -> Decoded | Original | BaseTensor:
+def _source(module: Convertible, edit: Edit, choice: Choice) -> Source:
     """Where the values of a touched module come from."""
-    assert edit.source == BaseTensor(edit.tensor)
+    if edit.source != BaseTensor(edit.tensor):
+        return edit.source  # a whole module of an adapter takes its place
     if choice.original is not None:
         return Original(edit.tensor)
     return _decoded(module)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Union
+from typing import Any
 
 from infold.adapters import METHODS, Settings
 from infold.checkpoint.adapter import Adapter
@@ -70,7 +70,7 @@ class Part:
     stored: tuple[tuple[str, str], ...]
 
 
-Source = Union[BaseTensor, Replacement, Decoded, Original, Part]
+Source = BaseTensor | Replacement | Decoded | Original | Part
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""quantization_config tells loaders which modules are not quantized; each method in its own words."""
+"""quantization_config tells loaders which modules are not quantized, each method in its own way."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from infold.checkpoint.shards import Checkpoint
 from infold.plan.layouts import HEADS
 
-__all__ = ["with_unconverted"]
+__all__ = ["unconverted_changes", "with_unconverted"]
 
 _LISTS = {
     "awq": ("modules_to_not_convert",),
@@ -28,6 +28,24 @@ _FUSED_AS = {
 _OWN_DEFAULT = ("bitsandbytes", "fp8", "fbgemm_fp8", "torchao")
 
 
+def unconverted_changes(base: Checkpoint, dense: Sequence[str]) -> dict[str, object]:
+    """The field of config.json that lists the modules `dense` as not quantized, as it must be.
+
+    Raises LookupError, with a sentence, where it is not known how.
+    """
+    if "hf_quant_config.json" in base.side_files:
+        raise LookupError("ModelOpt's hf_quant_config.json cannot be changed to fit")
+    config = base.config or {}
+    inner = config.get("text_config")
+    for place in (config, inner if isinstance(inner, dict) else {}):
+        for field in ("quantization_config", "compression_config"):
+            if isinstance(told := place.get(field), dict):
+                return {field: with_unconverted(told, dense, base)}
+    if base.config is None:
+        return {"quantization_config": {}}
+    return {"quantization_config": with_unconverted({}, dense, base)}
+
+
 def with_unconverted(
     config: Mapping[str, Any], dense: Sequence[str], base: Checkpoint
 ) -> dict[str, Any]:
@@ -40,7 +58,7 @@ def with_unconverted(
         dynamic = config.get("dynamic") or {}
         if not isinstance(dynamic, dict):
             raise LookupError("quantization_config.dynamic is no object")
-        new = {f"-:^{re.escape(name)}$": {} for name in with_fused(dense)}
+        new: dict[str, Any] = {f"-:^{re.escape(name)}$": {} for name in with_fused(dense)}
         return {**config, "dynamic": {**new, **dynamic}}  # the first pattern that fits decides
     if method == "auto-round":
         extra = config.get("extra_config") or {}
@@ -50,8 +68,8 @@ def with_unconverted(
     if not isinstance(method, str) or method not in _LISTS:
         told = f"quant_method {method!r}" if method else "no quantization_config.quant_method"
         raise LookupError(
-            f"config.json tells {told}, and how loaders learn there which modules are not quantized "
-            "is not known here"
+            f"config.json tells {told}, and how loaders learn there which modules are not "
+            "quantized is not known here"
         )
     names = list(dense)
     if method == "awq":
@@ -61,11 +79,11 @@ def with_unconverted(
     first, *others = _LISTS[method]
     changed = dict(config)
     for field in (first, *(other for other in others if other in config)):
-        told = config.get(field)
-        if told is not None and not isinstance(told, list):
+        known = config.get(field)
+        if known is not None and not isinstance(known, list):
             raise LookupError(f"quantization_config.{field} is no list")
-        before = list(told) if told is not None else []
-        if told is None and method in _OWN_DEFAULT:
+        before = list(known) if known is not None else []
+        if known is None and method in _OWN_DEFAULT:
             before = _heads(base)
         changed[field] = before + [name for name in names if name not in before]
     return changed

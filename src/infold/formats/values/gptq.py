@@ -97,7 +97,8 @@ def encode(
     """Round float64 rows to the nearest codes, with the group scales that their extremes ask for.
 
     Symmetric: scale = 2 max|w| / (2^bits - 1), zero = 2^(bits - 1), as GPTQ's own grid. Otherwise
-    from min(w, 0) to max(w, 0). `g_idx` stays: groups keep their inputs. `out`: the parts as they will be stored, of which these rows are written.
+    from min(w, 0) to max(w, 0). `g_idx` stays: groups keep their inputs.
+    `out`: the parts as they will be stored, of which these rows are written.
     """
     groups = _groups(parts, scheme)
     count, top = parts["scales"].shape[0], (1 << scheme.bits) - 1
