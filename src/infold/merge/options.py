@@ -22,10 +22,13 @@ class Options:
     dtype: str = "auto"
     base_16bit: str | os.PathLike[str] | None = None
 
-    @property
-    def given(self) -> bool:
-        """Whether any of them is set."""
-        return self != Options()
+    def check_in_place(self) -> None:
+        """Refuse what changes the layout of the files, which an edit in place cannot."""
+        given = [
+            f"--{name.replace('_', '-')}" for name in (*MODES, "base_16bit") if getattr(self, name)
+        ]
+        if given:
+            raise Refusal(f"{', '.join(given)} with --in-place: give --out; the layout changes")
 
     def choice(self) -> Choice | None:
         """None where nothing was asked for. Raises Refusal for what does not go together."""

@@ -391,11 +391,12 @@ def block_size(
     widest = 40 if undo else 12  # bytes an element takes at most: stored, computed, staged
     if plan.conversion is not None:
         widest = _CONVERTED
-    needed, least = 0, min(block_elements(plan), _BLOCK)
+    needed, least = 0, block_elements(plan)
     for count in range(workers, 0, -1) if fewer else (workers,):
         parts = sum(sizes[: count + 1])  # each worker can be at an edit of its own
-        limit = min(_BLOCK, ((budget - parts) // count - _PER_WORKER) // widest)
-        if least and limit < least:
+        room = ((budget - parts) // count - _PER_WORKER) // widest
+        limit = min(_BLOCK, room)
+        if room < least:
             needed = parts + count * (_PER_WORKER + least * widest)
             continue
         if fixed is not None and limit >= min(fixed, _BLOCK):

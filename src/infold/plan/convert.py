@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
-from types import MappingProxyType
+from dataclasses import dataclass, field, replace
 
 from infold.checkpoint.safetensors import Header, TensorInfo
 from infold.checkpoint.shards import Checkpoint
@@ -181,9 +180,11 @@ class Conversion:
 
     edits: Mapping[str, Edit]
     removed: frozenset[str] = frozenset()  # tensors of the base that the output lacks
-    place: Mapping[str, str] = MappingProxyType({})  # new tensor -> the base's whose place it takes
+    place: Mapping[str, str] = field(
+        default_factory=dict
+    )  # new tensor -> the base's whose place it takes
     dense: tuple[str, ...] = ()  # modules that become dense
-    metadata: Mapping[str, str] = MappingProxyType({})  # entries of headers that change
+    metadata: Mapping[str, str] = field(default_factory=dict)  # entries of headers that change
 
 
 def to_dense(
@@ -230,10 +231,10 @@ def to_quantized(
             written = VALUES[module.form].encoded(module.stored)
         except NoValues as error:
             raise NoValues(f"{module.stored.name}: {error}") from None
-        for part, field in written.items():
+        for part, entry in written.items():
             tensor = f"{module.stored.name}.{part}"
             source = Part(part, values, module.form, module.scheme, tuple(module.parts.items()))
-            result[tensor] = Edit(tensor, source, field.dtype, field.shape, edit.operations)
+            result[tensor] = Edit(tensor, source, entry.dtype, entry.shape, edit.operations)
     return Conversion(result)
 
 

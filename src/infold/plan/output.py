@@ -59,9 +59,11 @@ def output_shards(
             entries = []
             for name, info in header.tensors.items():
                 new = instead.get(name, name)
+                if name in removed and name not in instead:
+                    continue
                 if new in edits:
                     entries.append((new, edits[new].dtype, edits[new].shape))
-                elif name not in removed:
+                else:
                     entries.append((name, info.dtype, info.shape))
             entries += [(n, edits[n].dtype, edits[n].shape) for n in mine]
             if moved:
