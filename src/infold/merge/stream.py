@@ -14,6 +14,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +24,10 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
+from infold.checkpoint.direct import ALIGN, OutputFile, Pace
 from infold.checkpoint.inputs import InputFiles
 from infold.checkpoint.shards import read_exactly
-from infold.checkpoint.staging import Progress, copy_range, storage_errors, write_fully
+from infold.checkpoint.staging import Progress, copy_range, storage_errors
 from infold.dtypes import TORCH_DTYPES
 from infold.edit.blocks import Block, cut
 from infold.edit.steps import Workspace
@@ -48,7 +50,7 @@ from infold.workers import Worker, run_all
 __all__ = ["Buffers", "Compute", "ShardDigests", "Streamed", "chunks_of", "stream"]
 
 HASH_PIECE = 1 << 20  # bytes that are read and hashed while they are in the cache
-COPY_PIECE = 32 << 20  # bytes that one kernel copy moves
+COPY_PIECE = 2 << 20  # bytes of a chunk without an edit
 _WAITING = 32  # finished stretches that the disk has not got yet
 KEEP_EVERY = 256 << 20  # bytes of a shard after which it is brought to the disk
 
@@ -136,11 +138,12 @@ class Buffers:
     def __init__(self) -> None:
         self._maps: dict[str, mmap.mmap] = {}
 
-    def view(self, name: str, count: int) -> memoryview:
-        have = self._maps.get(name)
-        if have is None or len(have) < count:
-            self._maps[name] = have = mmap.mmap(-1, max(count, HASH_PIECE))
-        return memoryview(have)[:count]
+    def view(self, name: str, count: int, place: int = 0) -> memoryview:
+        """`place`: where in a file the bytes belong, so that they can go there directly."""
+        have, begin = self._maps.get(name), place % ALIGN
+        if have is None or len(have) < begin + count:
+            self._maps[name] = have = mmap.mmap(-1, max(count, HASH_PIECE) + ALIGN)
+        return memoryview(have)[begin : begin + count]
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,11 +184,14 @@ class _Chain:
     first edit one digest serves for both.
     """
 
-    def __init__(self, plan: Plan, shard: OutputShard, staging: Target, files: InputFiles) -> None:
+    def __init__(
+        self, plan: Plan, shard: OutputShard, staging: Target, files: InputFiles, pace: Pace
+    ) -> None:
         self.shard, self.files = shard, files
         self.path = staging.output / shard.name
         self.source_path = plan.base.shards[shard.source].path
-        self.target = staging.open_file(shard.name, shard.header.file_size)
+        fd = staging.open_file(shard.name, shard.header.file_size)
+        self.target = OutputFile(fd, self.path, pace)
         self.in_step = shard.same_layout
         self._forget()
         self.turn = 0
@@ -219,16 +225,15 @@ class _Chain:
                 self._hash_source(base, done.position)
             elif whole:
                 self._hash_source(base)
-            _hash_file(self.target, self.path, output, done.position)
+            _hash_file(self.target.fd, self.path, output, done.position)
             checked = base.hexdigest() == done.base and output.hexdigest() == done.output
             if checked and (self.in_step or whole):
                 self.base_hash = base
                 self.output_hash = None if self.in_step and done.base == done.output else output
                 self.kept = done.position
                 return done.position
-        with storage_errors(self.path):
-            write_fully(self.target, memoryview(raw), 0)
         header = memoryview(raw)
+        self.target.write(header, 0)
         self.hash(header, header)
         return len(raw)
 
@@ -257,9 +262,7 @@ class _Chain:
         return Progress(position, base, output)
 
     def close(self) -> None:
-        if self.target >= 0:
-            os.close(self.target)
-            self.target = -1
+        self.target.close()
 
 
 def _hash_file(fd: int, path: Path, hasher: blake3, count: int) -> None:
@@ -291,7 +294,7 @@ class _Keeper:
                 if self.error is None:
                     if self.recording is not None:
                         self.recording.writer.sync()  # before the journal tells of these blocks
-                    self.staging.record(chain.shard.name, chain.target, progress)
+                    self.staging.record(chain.shard.name, chain.target.fd, progress)
             except BaseException as error:
                 self.error = error
             if progress.position == chain.shard.header.file_size:
@@ -340,10 +343,10 @@ def stream(
     keeper = _Keeper(staging, recording)
     if runs is None:
         runs = converted_runs(plan, device)
-    pool = _Pool(plan, staging, files, keeper, limit, device, advance, runs, recording)
+    pool = _Pool(plan, staging, files, keeper, limit, device, advance, runs, recording, threads)
     try:
         keeper.thread.start()
-        pool.run(threads)
+        pool.run()
     finally:
         keeper.finish()
         for chain in pool.chains:
@@ -362,9 +365,11 @@ def chunks_of(
     source = target = count = 0  # the unedited bytes that were gathered so far
 
     def flush() -> Iterator[tuple[int, _Copy]]:
-        for offset in range(0, count, COPY_PIECE):
-            piece = min(COPY_PIECE, count - offset)
+        offset = 0
+        while offset < count:  # cut where blocks of the disk begin
+            piece = min(COPY_PIECE - (target + offset) % COPY_PIECE, count - offset)
             yield target + offset + piece, _Copy(source + offset, target + offset, piece)
+            offset += piece
 
     for name, info in shard.header.tensors.items():
         if name not in plan.edits:
@@ -403,10 +408,13 @@ class _Pool:
         advance: Callable[[int], None],
         runs: Mapping[str, Run],
         recording: Recording | None,
+        threads: int,
     ) -> None:
         self.plan, self.staging, self.files, self.keeper = plan, staging, files, keeper
         self.limit, self.device, self.advance = limit, device, advance
         self.runs, self.recording = runs, recording
+        self.threads, self.pace = threads, Pace()
+        self.writers = ThreadPoolExecutor(threads, "infold-writer")
         self.chains: list[_Chain] = []
         self.digests: dict[str, ShardDigests] = {}
         self.resumed = 0
@@ -418,7 +426,7 @@ class _Pool:
     def _tasks(self) -> Iterator[_Task]:
         """All chunks in file order. A shard is opened when its first chunk is asked for."""
         for shard in self.plan.shards:
-            chain = _Chain(self.plan, shard, self.staging, self.files)
+            chain = _Chain(self.plan, shard, self.staging, self.files, self.pace)
             self.chains.append(chain)
             if chain.kept:
                 self.resumed += chain.kept
@@ -459,8 +467,10 @@ class _Pool:
         self.digests[chain.shard.name] = ShardDigests(progress.base, progress.output)
         self.keeper.give(chain, progress)
 
-    def run(self, threads: int) -> None:
-        run_all([Worker(self._work, f"infold-{n}") for n in range(threads)], self.stopped.set)
+    def run(self) -> None:
+        workers = [Worker(self._work, f"infold-{n}") for n in range(self.threads)]
+        run_all(workers, self.stopped.set)
+        self.writers.shutdown(wait=False)  # each worker has waited for its own
         if self.error is not None:
             raise self.error
 
@@ -485,50 +495,67 @@ class _Pool:
             self.stopped.set()
 
     def _copy(self, task: _Task, work: _Copy, buffers: Buffers) -> None:
-        chain = task.chain
-        if self.staging.writes:
-            with self.files.use(chain.source_path) as source, storage_errors(chain.path):
-                copy_range(source, chain.target, work.source, work.target, work.count)
-        with self._turn(task):
-            for offset in range(0, work.count, HASH_PIECE):
-                piece = buffers.view("in", min(HASH_PIECE, work.count - offset))
-                self.files.read(chain.source_path, piece, work.source + offset)
-                chain.hash(piece, piece)
-        self.advance(work.count)
+        chain, count = task.chain, work.count
+        if not self.staging.writes or chain.target.goes_direct(count):
+            data = buffers.view("in", count, work.target)
+            shared = self._share(chain, work)
+            self.files.read(chain.source_path, data, work.source)
+            with self._turn(task, None if shared else data, work.target):
+                chain.hash(data, data)
+        else:
+            if not self._share(chain, work):
+                with self.files.use(chain.source_path) as source, storage_errors(chain.path):
+                    copy_range(source, chain.target.fd, work.source, work.target, count)
+            with self._turn(task):
+                for offset in range(0, count, HASH_PIECE):
+                    piece = buffers.view("in", min(HASH_PIECE, count - offset))
+                    self.files.read(chain.source_path, piece, work.source + offset)
+                    chain.hash(piece, piece)
+        self.advance(count)
+
+    def _share(self, chain: _Chain, work: _Copy) -> bool:
+        """Whether the output has the range now without a copy."""
+        if not self.staging.writes:
+            return False
+        with self.files.use(chain.source_path) as source:
+            return chain.target.clone(source, work.source, work.target, work.count)
 
     def _compute(self, task: _Task, work: Compute, workspace: Workspace, buffers: Buffers) -> None:
         chain, run, block = task.chain, work.run, work.block
         run.prepare(workspace, lambda piece: work.source.read(piece, buffers), self.limit)
         raw = work.source.read(block, buffers) if run.reads else _NOTHING
-        written = buffers.view("out", block.count * run.stored.itemsize)
+        written = buffers.view("out", block.count * run.stored.itemsize, work.target)
         out = torch.frombuffer(written, dtype=run.stored, count=block.count)
         out = out.view(block.rows, block.columns)
         before = run.run(raw.to(self.device), out, block, workspace)
         if self.recording is not None and before is not None:
             self.recording.add(run, work.number, before, out, block, workspace)
-        if self.staging.writes:
-            with storage_errors(chain.path):
-                write_fully(chain.target, written, work.target)
         base = buffers.view("in", len(written))
         if chain.in_step and run.edit.source != BaseTensor(run.edit.tensor):
             # the values came from elsewhere, but the base's own bytes belong to its digest
             self.files.read(chain.source_path, base, work.target)
-        with self._turn(task):
+        with self._turn(task, written, work.target):
             chain.hash(base, written)
         if work.last:
             run.release()
         self.advance(len(written))
 
     @contextmanager
-    def _turn(self, task: _Task) -> Iterator[None]:
-        """Wait until all chunks before this one are hashed; afterwards let the next one go."""
+    def _turn(self, task: _Task, data: memoryview | None = None, place: int = 0) -> Iterator[None]:
+        """Write `data`, wait until all chunks before this one are hashed, and afterwards, when all
+        is written, let the next one go."""
         chain = task.chain
-        with chain.ready:
-            while chain.turn != task.number:
-                if self.stopped.is_set() or self.keeper.error is not None:
-                    raise _Stopped
-                chain.ready.wait(0.2)
-        yield
+        writing = None if data is None else self._write(chain, data, place)
+        try:
+            with chain.ready:
+                while chain.turn != task.number:
+                    if self.stopped.is_set() or self.keeper.error is not None:
+                        raise _Stopped
+                    chain.ready.wait(0.2)
+            yield
+        finally:
+            if writing is not None:
+                writing.result()
         size = chain.shard.header.file_size
         if task.end == size:
             self._finish(chain)
@@ -538,3 +565,15 @@ class _Pool:
         with chain.ready:
             chain.turn += 1
             chain.ready.notify_all()
+
+    def _write(self, chain: _Chain, data: memoryview, place: int) -> Future[None] | None:
+        """Begin to write `data`, which lies aligned in its buffer; None: it is written already.
+
+        Past the page cache the disk does the work, and this thread can hash meanwhile.
+        """
+        if not self.staging.writes:
+            return None
+        if chain.target.goes_direct(len(data)):
+            return self.writers.submit(chain.target.write, data, place, True)
+        chain.target.write(data, place)
+        return None
