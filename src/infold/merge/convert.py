@@ -19,24 +19,28 @@ from torch import Tensor
 from infold.checkpoint.adapter import Adapter
 from infold.checkpoint.inputs import InputFiles
 from infold.checkpoint.stored import ELEMENTS, stored_matrix
-from infold.edit.blocks import Block, matrix
+from infold.edit.blocks import Block
 from infold.edit.steps import Workspace, check_finite
 from infold.errors import Refusal
+from infold.formats import Floats
 from infold.formats.values import VALUES, Matrix, Scheme, encoder
 from infold.merge.apply import EditRun, Read, Run
+from infold.merge.source import Buffers, Source
 from infold.plan.edits import Decoded, Edit, Original, Part, Plan
 
 __all__ = [
     "ConvertedRun",
     "DecodedSource",
     "PartRun",
+    "PartSource",
     "converted_runs",
     "encoded_bytes",
     "measured_error",
+    "source_of",
 ]
 
 
-class DecodedSource:
+class DecodedSource(Source):
     """The values of a quantized module as blocks, decoded when they are asked for."""
 
     def __init__(self, plan: Plan, source: Decoded, files: InputFiles) -> None:
@@ -44,13 +48,38 @@ class DecodedSource:
         self.module = source.module
         self.parts = parts_of(plan, source.parts, files)
 
-    def read(self, block: Block) -> Tensor:
+    def read(self, block: Block, buffers: Buffers) -> Tensor:
         """float64 (rows, columns) of a block."""
         try:
             values = self.decode(self.parts, self.scheme, slice(block.row, block.row + block.rows))
         except Refusal as error:
             raise Refusal(f"{self.module}: {error}") from None
         return values[:, block.column : block.column + block.columns]
+
+
+class PartSource(Source):
+    """What a module that is quantized again is made of; what is written is bytes."""
+
+    def __init__(self, values: Source) -> None:
+        self.values = values
+
+    def read(self, block: Block, buffers: Buffers) -> Tensor:
+        return self.values.read(block, buffers)
+
+    def room(self, floats: Floats, block: Block, written: memoryview) -> Tensor:
+        return torch.frombuffer(written, dtype=torch.uint8).view(1, -1)
+
+
+def source_of(plan: Plan, run: Run, files: InputFiles) -> Source:
+    """Where the stored values of one edit come from."""
+    source = run.edit.source
+    if isinstance(run, PartRun):
+        assert isinstance(source, Part)
+        run.parts = parts_of(plan, source.stored, files)
+        return PartSource(source_of(plan, run.module.inner, files))
+    if isinstance(source, Decoded):
+        return DecodedSource(plan, source, files)
+    return Source(plan, run, files)
 
 
 def parts_of(
@@ -122,7 +151,7 @@ class _Module:
                 return
             self.inner.prepare(workspace, read, limit)
             outputs = {
-                part: torch.zeros(matrix(edit.shape), dtype=ELEMENTS[edit.dtype])
+                part: torch.zeros(_matrix(edit.shape), dtype=ELEMENTS[edit.dtype])
                 for part, edit in self.written.items()
             }
             rows, columns = self.scheme.shape
@@ -167,8 +196,9 @@ class PartRun:
         assert isinstance(edit.source, Part)
         self.edit, self.module, self.part = edit, module, edit.source.part
         self.stored = torch.uint8
-        rows, columns = matrix(edit.shape)
-        self.shape = (1, rows * columns * ELEMENTS[edit.dtype].itemsize)
+        rows, columns = _matrix(edit.shape)
+        count = rows * columns * ELEMENTS[edit.dtype].itemsize
+        self.shape, self.floats = (1, count), Floats(1, count, "U8", 1, 1, None)
         self.changed = 0
         self.parts: Mapping[str, Matrix] = {}
         module.add(self.part, edit)
@@ -229,3 +259,8 @@ def block_elements(plan: Plan) -> int:
         edit.source.scheme for edit in plan.edits.values() if isinstance(edit.source, Part)
     }
     return max((s.align * s.shape[1] for s in schemes), default=0)
+
+
+def _matrix(shape: Sequence[int]) -> tuple[int, int]:
+    """A stored shape as (rows, columns); a vector is a column."""
+    return (shape[0], math.prod(shape[1:])) if shape else (1, 1)

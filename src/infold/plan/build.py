@@ -10,7 +10,7 @@ from types import MappingProxyType
 from infold.checkpoint.adapter import Adapter
 from infold.checkpoint.shards import INDEX, Checkpoint
 from infold.errors import Refusal
-from infold.formats import format_of
+from infold.formats import floats_of
 from infold.formats.values import NoValues
 from infold.plan.config import read_config
 from infold.plan.consume import Consumer
@@ -27,6 +27,7 @@ from infold.plan.convert import (
 )
 from infold.plan.draft import Draft
 from infold.plan.edits import BaseTensor, Edit, Plan
+from infold.plan.gguf_consume import GgufConsumer
 from infold.plan.match import group_keys
 from infold.plan.origin import origin_notes
 from infold.plan.output import (
@@ -90,6 +91,8 @@ def _need_config(draft: Draft, base: Checkpoint, changes: Mapping[str, object]) 
 
 def _converted(base: Checkpoint, adapters: tuple[Adapter, ...], choice: Choice) -> Plan:
     """The plan where some quantized modules become dense or are quantized again."""
+    if base.is_gguf:
+        raise Refusal(f"--{choice.mode}: {base.path} is a GGUF file, which is not converted yet")
     modules, unknown = convertible(base)
     if not modules and not unknown:
         raise Refusal(f"--{choice.mode}: {base.path} has no quantized weights")
@@ -150,7 +153,8 @@ def _add(draft: Draft, number: int, adapter: Adapter) -> None:
         f"{adapter.path}: {key}: not a tensor name that PEFT writes" for key in keys.strange
     ]
     draft.notes += [f"not used: {key}, which holds untrained values" for key in keys.unused]
-    consumer = Consumer(draft, number, adapter, config)
+    kind = GgufConsumer if draft.base.is_gguf else Consumer
+    consumer = kind(draft, number, adapter, config)
     before = len(draft.reasons)
     for parameter, key in keys.plain.items():
         consumer.replacement(parameter, key, keys.copies.get(parameter))
@@ -201,7 +205,7 @@ def _edits(draft: Draft) -> dict[str, Edit]:
     for tensor, state in draft.states.items():
         if state.source == BaseTensor(tensor) and not state.operations:
             continue
-        if format_of(state.dtype) is None:
+        if floats_of(state.dtype, state.shape) is None:
             draft.reasons.append(
                 f"{tensor}: stored as {state.dtype}; merging into such weights is not supported yet"
             )
