@@ -13,6 +13,7 @@ from infold.adapters import METHODS
 from infold.adapters.exact import LEAF
 from infold.checkpoint.adapter import Adapter
 from infold.edit.blocks import Block, cut, matrix
+from infold.edit.scales import Loss, measure, measures
 from infold.edit.steps import (
     Step,
     Target,
@@ -85,6 +86,8 @@ class EditRun:
         self.target = Target(edit.tensor, edit.dtype, form)
         self.stored = form.torch_dtype(edit.dtype)
         self.changed = 0
+        # what rounding cost, where that is measured
+        self.loss = Loss() if edit.scales and measures(self.target.dtype) else None
         self._known = observed
         self._ready: list[Step] | None = None
         self._back: list[Step] | None = None
@@ -115,6 +118,9 @@ class EditRun:
         assert self._ready is not None
         there = out if out.device == self.device else torch.empty_like(out, device=self.device)
         compute(self._ready, raw, there, block, self.target, workspace)
+        loss = None
+        if self.loss is not None:
+            loss = measure(self._ready, raw, there, block, self.target, workspace)
         changed = block.count
         if raw.dtype == there.dtype:
             changed = workspace.count_changed(there, raw)
@@ -122,6 +128,8 @@ class EditRun:
             out.copy_(there)
         with self._lock:
             self.changed += changed
+            if self.loss is not None and loss is not None:
+                self.loss.add(loss)
         return raw
 
     def observed(self) -> dict[int, Tensor]:

@@ -34,6 +34,7 @@ from infold.dtypes import TORCH_DTYPES
 from infold.edit.blocks import Block
 from infold.edit.threads import one_torch_thread, usual_threads
 from infold.errors import InfoldError, Refusal, StorageFailure
+from infold.merge.losses import loss_of, subnormal_note
 from infold.merge.receipt import Receipt
 from infold.merge.recording import Recording, block_of
 from infold.merge.stream import Streamed, stream
@@ -247,7 +248,7 @@ def make_receipt(
         bytes=sum(shard.header.file_size for shard in plan.shards),
         edited_bytes=plan.edited_bytes,
         resumed_bytes=streamed.resumed,
-        notes=list(plan.notes),
+        notes=[*plan.notes, *subnormal_note(streamed.runs)],
         seconds=0.0,
         peak_memory=0,
         threads=prepared.workers,
@@ -478,7 +479,10 @@ def _edits(plan: Plan, streamed: Streamed) -> list[dict[str, object]]:
         count = math.prod(edit.shape)
         changed = streamed.runs[name].changed
         unchanged = round(1 - changed / count, 6) if count and not streamed.resumed else None
-        result.append({**describe(edit), "unchanged": unchanged})
+        entry = {**describe(edit), "unchanged": unchanged}
+        if (loss := loss_of(streamed.runs[name])) is not None and not streamed.resumed:
+            entry["rounding"] = loss.describe()
+        result.append(entry)
     return result
 
 

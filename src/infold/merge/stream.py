@@ -32,8 +32,10 @@ from infold.dtypes import TORCH_DTYPES
 from infold.edit.blocks import Block, cut
 from infold.edit.steps import Workspace
 from infold.edit.threads import take_one_core
+from infold.errors import Refusal
 from infold.formats import format_of
 from infold.merge.apply import EditRun, Run
+from infold.merge.losses import lossy
 from infold.merge.recording import Recording
 from infold.plan.edits import BaseTensor, OutputShard, Plan
 from infold.workers import Worker, run_all
@@ -326,6 +328,8 @@ def stream(
         files.close()
     if keeper.error is not None:
         raise keeper.error
+    if reasons := lossy(runs):
+        raise Refusal(reasons)
     return Streamed(pool.digests, pool.runs, pool.resumed)
 
 

@@ -240,7 +240,9 @@ class Consumer:
             return
         self.measured += modules.measured(path)
         for place in places:
-            self.draft.state(place.tensor).operations.append(
+            state = self.draft.state(place.tensor)
+            state.scales = state.scales or place.scales
+            state.operations.append(
                 Operation(
                     "ia3", self.number, module, parts, place.settings, place.transposed,
                     place.on_bias, side == "in",
