@@ -14,6 +14,7 @@ from infold.adapters.exact import LEAF
 from infold.checkpoint.adapter import Adapter
 from infold.dtypes import TORCH_DTYPES
 from infold.edit.blocks import Block, cut
+from infold.edit.scales import Loss, measure, measures
 from infold.edit.steps import (
     Step,
     Target,
@@ -90,6 +91,9 @@ class EditRun:
         self.target = Target(edit.tensor, floats.dtype, form)
         self.stored = TORCH_DTYPES[floats.dtype]
         self.changed = 0
+        scales = edit.scales or floats.packing is not None
+        # what rounding cost, where that is measured
+        self.loss = Loss() if scales and measures(self.target.dtype) else None
         self._known = observed
         self._ready: list[Step] | None = None
         self._back: list[Step] | None = None
@@ -120,6 +124,9 @@ class EditRun:
         assert self._ready is not None
         there = out if out.device == self.device else torch.empty_like(out, device=self.device)
         compute(self._ready, raw, there, block, self.target, workspace)
+        loss = None
+        if self.loss is not None:
+            loss = measure(self._ready, raw, there, block, self.target, workspace)
         changed = block.count
         if raw.dtype == there.dtype:
             changed = workspace.count_changed(there, raw)
@@ -127,6 +134,8 @@ class EditRun:
             out.copy_(there)
         with self._lock:
             self.changed += changed
+            if self.loss is not None and loss is not None:
+                self.loss.add(loss)
         return raw
 
     def exact(self, raw: Tensor, block: Block, workspace: Workspace) -> Tensor:

@@ -41,6 +41,7 @@ from infold.edit.blocks import Block
 from infold.edit.threads import one_torch_thread, usual_threads
 from infold.errors import InfoldError, Refusal, StorageFailure
 from infold.merge.convert import block_elements, encoded_bytes, measured_error
+from infold.merge.losses import loss_of, subnormal_note
 from infold.merge.options import Options
 from infold.merge.receipt import Receipt
 from infold.merge.recording import Recording, block_of
@@ -270,7 +271,7 @@ def make_receipt(
         bytes=sum(shard.header.file_size for shard in plan.shards),
         edited_bytes=plan.edited_bytes,
         resumed_bytes=streamed.resumed,
-        notes=list(plan.notes),
+        notes=[*plan.notes, *subnormal_note(streamed.runs)],
         conversion=None if plan.conversion is None else dict(plan.conversion),
         seconds=0.0,
         peak_memory=0,
@@ -537,11 +538,13 @@ def _edits(plan: Plan, streamed: Streamed) -> list[dict[str, object]]:
         count = math.prod(edit.shape)
         changed = streamed.runs[name].changed
         error = measured_error(streamed.runs[name])
-        told = {} if error is None else {"error": None if streamed.resumed else error}
         unchanged = round(1 - changed / count, 6) if count and not streamed.resumed else None
-        if told:
-            unchanged = None  # nothing of the base's is left to compare with
-        result.append({**describe(edit), "unchanged": unchanged, **told})
+        entry = {**describe(edit), "unchanged": unchanged}
+        if error is not None:  # nothing of the base's is left to compare with
+            entry |= {"unchanged": None, "error": None if streamed.resumed else error}
+        if (loss := loss_of(streamed.runs[name])) is not None and not streamed.resumed:
+            entry["rounding"] = loss.describe()
+        result.append(entry)
     return result
 
 

@@ -29,8 +29,10 @@ from infold.checkpoint.staging import Progress, copy_range, storage_errors
 from infold.edit.blocks import Block, cut
 from infold.edit.steps import Workspace
 from infold.edit.threads import take_one_core
+from infold.errors import Refusal
 from infold.merge.apply import Run
 from infold.merge.convert import converted_runs, source_of
+from infold.merge.losses import lossy
 from infold.merge.recording import Recording
 from infold.merge.source import Buffers, Source
 from infold.plan.edits import BaseTensor, OutputShard, Plan
@@ -278,6 +280,8 @@ def stream(
         files.close()
     if keeper.error is not None:
         raise keeper.error
+    if reasons := lossy(runs):
+        raise Refusal(reasons)
     return Streamed(pool.digests, pool.runs, pool.resumed)
 
 

@@ -211,7 +211,9 @@ def _edits(draft: Draft) -> dict[str, Edit]:
             )
         # what moved here from a later module acts after all that changes this one
         operations = tuple(sorted(state.operations, key=lambda op: op.moved))
-        edits[tensor] = Edit(tensor, state.source, state.dtype, state.shape, operations)
+        edits[tensor] = Edit(
+            tensor, state.source, state.dtype, state.shape, operations, state.scales
+        )
     return edits
 
 

@@ -267,7 +267,9 @@ class Consumer:
             self.refuse(key, f"{error}; and {why}" if why else str(error))
             return False
         for place in places:
-            self.draft.state(place.tensor).operations.append(
+            state = self.draft.state(place.tensor)
+            state.scales = state.scales or place.scales
+            state.operations.append(
                 Operation(
                     "ia3", self.number, module, parts, place.settings, place.transposed,
                     place.on_bias, side == "in",

@@ -21,6 +21,7 @@ class State:
     dtype: str
     shape: tuple[int, ...]
     operations: list[Operation] = field(default_factory=list)
+    scales: bool = False  # see Edit
 
 
 class Draft:

@@ -96,6 +96,7 @@ class Edit:
     dtype: str  # stored dtype of the output
     shape: tuple[int, ...]
     operations: tuple[Operation, ...]
+    scales: bool = False  # the tensor's floats are scales of a quantized weight
 
 
 @dataclass(frozen=True)
