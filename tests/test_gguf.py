@@ -20,8 +20,8 @@ import handmade
 import infold
 from ggufs import Stored
 from infold.checkpoint.gguf import read_gguf_header
+from infold.edit.scales import MOST
 from infold.formats.gguf import PACKINGS
-from infold.merge.scales import LIMIT
 from infold.plan.gguf import ARCHITECTURES
 
 WIDE, HEADS, GROUPS, ROWS = 256, 4, 2, 64
@@ -171,10 +171,10 @@ def test_scales_that_lose_bits_are_counted(tmp_path: Path) -> None:
 
     receipt = infold.merge(file, adapter, tmp_path / "m.gguf")
 
-    told = receipt.edits[0]["scales"]
-    assert told["count"] == ROWS and told["subnormal"] > ROWS // 2 and not told["zeroed"]
-    assert 5e-4 < told["error"] < LIMIT
-    assert f"{told['subnormal']} of {ROWS} scales are subnormal" in receipt.notes[-1]
+    told = receipt.edits[0]["rounding"]
+    assert told["scales"] == ROWS and told["subnormal"] > ROWS // 2 and not told["zero"]
+    assert 5e-4 < told["error"] < MOST
+    assert f"{told['subnormal']} of {ROWS} edited float16 scales are below" in receipt.notes[-1]
 
 
 def test_scales_that_are_lost_are_refused(tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def test_scales_that_are_lost_are_refused(tmp_path: Path) -> None:
     with pytest.raises(infold.Refusal) as caught:
         infold.merge(file, adapter, tmp_path / "out" / "m.gguf")
 
-    assert len(caught.value.reasons) == 3 and "64 of 64 become zero" in caught.value.reasons[0]
+    assert len(caught.value.reasons) == 2 and "infold accepts 3.1%" in caught.value.reasons[0]
     assert list((tmp_path / "out").iterdir()) == []
 
 

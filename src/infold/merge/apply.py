@@ -14,18 +14,19 @@ from infold.adapters.exact import LEAF
 from infold.checkpoint.adapter import Adapter
 from infold.dtypes import TORCH_DTYPES
 from infold.edit.blocks import Block, cut
+from infold.edit.scales import Loss, measure, measures
 from infold.edit.steps import (
     Step,
     Target,
     Workspace,
     backward,
     compute,
+    exact,
     guess,
     observers,
     show,
 )
 from infold.formats import Floats, floats_of, format_of
-from infold.merge.scales import Scales
 from infold.plan.edits import Edit
 
 __all__ = ["EditRun", "Read", "Run", "steps_of"]
@@ -90,7 +91,9 @@ class EditRun:
         self.target = Target(edit.tensor, floats.dtype, form)
         self.stored = TORCH_DTYPES[floats.dtype]
         self.changed = 0
-        self.scales = None if floats.packing is None else Scales()
+        scales = edit.scales or floats.packing is not None
+        # what rounding cost, where that is measured
+        self.loss = Loss() if scales and measures(self.target.dtype) else None
         self._known = observed
         self._ready: list[Step] | None = None
         self._back: list[Step] | None = None
@@ -121,12 +124,9 @@ class EditRun:
         assert self._ready is not None
         there = out if out.device == self.device else torch.empty_like(out, device=self.device)
         compute(self._ready, raw, there, block, self.target, workspace)
-        if self.scales is not None:
-            exact = raw.to(torch.float64, copy=True)
-            for step in self._ready:
-                rows = slice(block.row, block.row + block.rows)
-                step.change(exact, rows, slice(block.column, block.column + block.columns))
-            self.scales.add(exact, there)
+        loss = None
+        if self.loss is not None:
+            loss = measure(self._ready, raw, there, block, self.target, workspace)
         changed = block.count
         if raw.dtype == there.dtype:
             changed = workspace.count_changed(there, raw)
@@ -134,7 +134,14 @@ class EditRun:
             out.copy_(there)
         with self._lock:
             self.changed += changed
+            if self.loss is not None and loss is not None:
+                self.loss.add(loss)
         return raw
+
+    def exact(self, raw: Tensor, block: Block, workspace: Workspace) -> Tensor:
+        """float64 values of a block that nothing has rounded."""
+        assert self._ready is not None
+        return exact(self._ready, raw, block, self.target, workspace)
 
     def observed(self) -> dict[int, Tensor]:
         """What the methods have observed, by number of the step."""
