@@ -21,6 +21,7 @@ from infold.edit.steps import (
     Workspace,
     backward,
     compute,
+    exact,
     guess,
     observers,
     show,
@@ -136,6 +137,11 @@ class EditRun:
             if self.loss is not None and loss is not None:
                 self.loss.add(loss)
         return raw
+
+    def exact(self, raw: Tensor, block: Block, workspace: Workspace) -> Tensor:
+        """float64 values of a block that nothing has rounded."""
+        assert self._ready is not None
+        return exact(self._ready, raw, block, self.target, workspace)
 
     def observed(self) -> dict[int, Tensor]:
         """What the methods have observed, by number of the step."""

@@ -29,6 +29,9 @@ class Receipt:
     notes: what the plan and the rounding of scales told. seconds: from the first byte written to
     the receipt; in the file of an edit in place, to the end of its rehearsal.
     undo: of the undo record, {file, bytes, blake3}; None where there is none.
+    conversion: how quantized modules were converted, {mode, dtype, touched, beside, original}:
+    modules that an adapter touches, and others that became dense with them; else None. Their edits
+    have an "error": of what was written against the exact values, relative, in the Frobenius norm.
     peak_memory: resident, of the whole process. threads, device: what computed.
     """
 
@@ -50,6 +53,7 @@ class Receipt:
     threads: int
     device: str
     undo: dict[str, Any] | None = None
+    conversion: dict[str, Any] | None = None
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
