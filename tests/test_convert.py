@@ -441,3 +441,59 @@ def test_a_receipt_that_lies_about_the_choice(tmp_path: Path) -> None:
     verdict = infold.verify(out)
 
     assert not verdict.ok and "dtype or shape" in {o.what for o in verdict.offenders}
+
+
+# --- transformers and PEFT ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_model_that_transformers_quantized_and_loads_again(kind: str, tmp_path: Path) -> None:
+    """LoRA by PEFT on transformers' own dequantized weights, against the merged folder."""
+    import peft
+    import transformers as hf
+
+    torch.manual_seed(0)
+    config = hf.LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=80, tie_word_embeddings=False, pad_token_id=0,
+    )  # fmt: skip
+    hf.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "dense")
+    four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    way = hf.BitsAndBytesConfig(**(four if kind == "nf4" else {"load_in_8bit": True}))
+    load = hf.AutoModelForCausalLM.from_pretrained
+    model = load(tmp_path / "dense", quantization_config=way, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "base")
+    dense = load(tmp_path / "base", dtype=torch.float32).dequantize().float()
+    ids = torch.randint(1, 80, (2, 9))
+    linears = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    settings = peft.LoraConfig(
+        r=4, target_modules=linears, init_lora_weights=False, use_dora=kind == "nf4"
+    )
+    adapted = peft.get_peft_model(dense, settings).eval()
+    adapted.save_pretrained(tmp_path / "lora")
+    out = tmp_path / "merged"
+
+    infold.merge(tmp_path / "base", tmp_path / "lora", out, dequantize=True, dtype="f32")
+
+    merged = load(out, dtype=torch.float32).eval()
+    assert {type(m).__name__ for m in merged.modules() if isinstance(m, torch.nn.Linear)} == {
+        "Linear"
+    }
+    with torch.no_grad():
+        found, wanted = merged(ids).logits, adapted(ids).logits
+        with adapted.disable_adapter():
+            without = adapted(ids).logits
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5)
+    assert (without - wanted).abs().max() > 0.05
+
+    # where the adapter touches one projection, the others stay quantized, but for its siblings
+    keys = [k for k in load_file(tmp_path / "lora" / "adapter_model.safetensors") if "q_proj" in k]
+    one = {k: load_file(tmp_path / "lora" / "adapter_model.safetensors")[k] for k in keys}
+    save_file(one, tmp_path / "lora" / "adapter_model.safetensors")
+    infold.merge(tmp_path / "base", tmp_path / "lora", tmp_path / "one", dequantize=True)
+    classes = {
+        name.rpartition(".")[2]: type(module).__name__
+        for name, module in load(tmp_path / "one").named_modules()
+    }
+    assert [classes[name] for name in ("q_proj", "k_proj", "v_proj", "lm_head")] == ["Linear"] * 4
+    assert classes["up_proj"] == {"int8": "Linear8bitLt", "nf4": "Linear4bit"}[kind]
