@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import json
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -55,5 +56,7 @@ class Receipt:
     undo: dict[str, Any] | None = None
     conversion: dict[str, Any] | None = None
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
+    def to_file(self) -> builtins.bytes:
+        """The file. Names that are not UTF-8 become JSON's escapes of what Python made of them."""
+        text = json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
+        return text.encode(errors="backslashreplace")

@@ -230,8 +230,7 @@ def _execute(
             seconds=round(time.perf_counter() - started, 3),
             peak_memory=peak_memory(),
         )
-        text = receipt.to_json().encode(errors="backslashreplace")
-        staging.write_bytes(companion(path, RECEIPT).name, text)
+        staging.write_bytes(companion(path, RECEIPT).name, receipt.to_file())
         if prepared.force:
             check_output(path, plan, True)  # what came meanwhile is not lost either
         staging.publish()
