@@ -525,6 +525,8 @@ def _identity(prepared: Prepared) -> str:
         hasher.update(repr(sorted(files.items())).encode())
     hasher.update(repr([describe(edit) for edit in plan.edits.values()]).encode())
     hasher.update(repr([edit.operations for edit in plan.edits.values()]).encode())
+    hasher.update(repr([edit.source for edit in plan.edits.values()]).encode())
+    hasher.update(repr(plan.conversion).encode())
     if prepared.undo:  # a record has blocks of one size
         hasher.update(repr([prepared.limit, source and source.record.identity]).encode())
     return hasher.hexdigest()

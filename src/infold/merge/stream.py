@@ -32,7 +32,7 @@ from infold.edit.steps import Workspace
 from infold.edit.threads import take_one_core
 from infold.errors import Refusal
 from infold.merge.apply import Run
-from infold.merge.convert import converted_runs, source_of
+from infold.merge.convert import converted_runs, reads_elsewhere, source_of
 from infold.merge.losses import lossy
 from infold.merge.recording import Recording
 from infold.merge.source import Buffers, Source
@@ -125,8 +125,7 @@ class _Chain:
         self.ready = threading.Condition()
         self.kept = 0  # bytes that the journal tells or will tell
         foreign = any(
-            isinstance(edit.source, BaseTensor)
-            and plan.base.where[edit.source.name] != shard.source
+            reads_elsewhere(plan, edit.source, shard.source)
             for name in shard.header.tensors
             if (edit := plan.edits.get(name))
         )  # the digests of this shard do not tell whether that other one is still the same
