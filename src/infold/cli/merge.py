@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -46,6 +47,33 @@ def merge(
     undo: Annotated[
         bool, typer.Option("--undo", help="Also write what `infold undo` needs.")
     ] = False,
+    promote: Annotated[
+        bool,
+        typer.Option(
+            "--promote", help="Quantized weights with no place for an IA³ vector: write in 16 bits."
+        ),
+    ] = False,
+    dequantize: Annotated[
+        bool,
+        typer.Option("--dequantize", help="Quantized weights that change: write in 16 bits."),
+    ] = False,
+    requantize: Annotated[
+        bool,
+        typer.Option(
+            "--requantize", help="Quantized weights that change: round into their format again."
+        ),
+    ] = False,
+    dtype: Annotated[
+        str, typer.Option(help="What the first two write: auto (as the config), bf16, f16 or f32.")
+    ] = "auto",
+    base_16bit: Annotated[
+        str | None,
+        typer.Option(
+            "--base-16bit",
+            help="Take the values of quantized weights that change from this unquantized base.",
+            show_default=False,
+        ),
+    ] = None,
     max_memory: Annotated[
         str,
         typer.Option(
@@ -79,16 +107,20 @@ def merge(
     """
     place = one_place(out, in_place)
     say = not (quiet or as_json)
+    with lasting_imports():
+        from infold.merge.options import Options
     if in_place:
         if force or sha256:
             raise Refusal("--force and --sha256 go with --out, not with --in-place")
+        Options(promote, dequantize, requantize, dtype, base_16bit).check_in_place()
         _in_place(base, adapters, max_memory, device, threads, dry_run, as_json, say)
         return
     with lasting_imports():
         from infold.merge.run import execute, open_plan, prepare
 
     settle_first(base, refuse=True)
-    plan = open_plan(base, adapters)
+    convert = Options(promote, dequantize, requantize, dtype, base_16bit)
+    plan = open_plan(base, adapters, convert)
     prepared = prepare(
         plan, place, max_memory=max_memory, device=device, threads=threads, force=force, undo=undo
     )
@@ -106,7 +138,7 @@ def merge(
     if as_json:
         print(json.dumps(asdict(receipt)))
     elif say:
-        print(done_text(receipt, place))
+        print(done_text(receipt, place, plan.notes))
 
 
 def _in_place(
@@ -148,7 +180,13 @@ def _summary(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def done_text(receipt: Receipt, out: str) -> str:
+def _elements(edit: dict[str, Any]) -> int:
+    """Of a quantized tensor: its scales."""
+    return edit["rounding"]["scales"] if "rounding" in edit else math.prod(edit["shape"])
+
+
+def done_text(receipt: Receipt, out: str, told: Sequence[str] = ()) -> str:
+    """What was done; `told`: notes that were printed already."""
     kept = bytes_text(receipt.resumed_bytes)
     resumed = f", {kept} kept from an interrupted run" if receipt.resumed_bytes else ""
     speed = bytes_text(receipt.bytes / max(receipt.seconds, 1e-3))
@@ -160,16 +198,18 @@ def done_text(receipt: Receipt, out: str) -> str:
         )
     ]
     merged = [e for e in receipt.edits if e["operations"] and e["unchanged"] is not None]
-    count = sum(math.prod(edit["shape"]) for edit in merged)
-    same = sum(edit["unchanged"] * math.prod(edit["shape"]) for edit in merged)
+    count = sum(map(_elements, merged))
+    same = sum(edit["unchanged"] * _elements(edit) for edit in merged)
+    what = "scales" if all("rounding" in edit for edit in merged) else "elements"
     if same:
         lines.append(
             entry(
                 "rounding",
-                f"{same / count:.1%} of the edited elements stayed as they were: "
+                f"{same / count:.1%} of the edited {what} stayed as they were: "
                 "their change is zero or under half a unit of the stored dtype",
             )
         )
+    lines += [entry("note", note) for note in receipt.notes if note not in told]
     if receipt.undo:
         size = receipt.undo["bytes"]
         share = size / max(1, receipt.edited_bytes)

@@ -15,12 +15,20 @@ from torch import Tensor
 from infold.checkpoint.adapter import CONFIG, Adapter, open_adapter
 from infold.checkpoint.files import locate
 from infold.checkpoint.record import FILE, ORIGINAL, SEEN, UNDO, open_record
-from infold.checkpoint.shards import RECEIPT, Checkpoint, open_checkpoint
+from infold.checkpoint.shards import (
+    RECEIPT,
+    Checkpoint,
+    companion,
+    is_lone,
+    open_checkpoint,
+)
 from infold.errors import CorruptFile, Refusal
+from infold.formats import NoFold
 from infold.inspect.receipt import checked_receipt
 from infold.plan.build import plan_merge
 from infold.plan.config import read_config
-from infold.plan.match import group_keys
+from infold.plan.match import Names, group_keys
+from infold.plan.quantized import StoredModules
 
 __all__ = ["describe_path"]
 
@@ -44,9 +52,9 @@ def describe_path(
         return _adapter(open_adapter(place), None if base is None else open_checkpoint(base))
     if base is not None:
         raise Refusal(f"{path}: --base is for adapters, and this is none")
-    if place.is_dir() and (place / RECEIPT).exists():
+    if (place.is_dir() or is_lone(place)) and companion(place, RECEIPT).exists():
         receipt = checked_receipt(place)
-        undo = _record(place, receipt) if os.path.lexists(place / UNDO) else None
+        undo = _record(place, receipt) if os.path.lexists(companion(place, UNDO)) else None
         return {"kind": "merged", "path": str(place), "receipt": receipt, "undo": undo}
     return _checkpoint(open_checkpoint(place))
 
@@ -54,7 +62,8 @@ def describe_path(
 def _record(folder: Path, receipt: dict[str, Any]) -> dict[str, Any]:
     """The undo record, all of which is read and checked. Sizes are bytes; `share`: of the edited
     ones, without what the record keeps of the adapters."""
-    with open_record(folder) as record:
+    path = companion(folder, UNDO)
+    with open_record(path.parent, path.name) as record:
         blocks = [f for (tensor, _), f in record.frames.items() if tensor < SEEN]
         files = record.manifest.get("files")
         numbers = [n for label, n in (files or {}).items() if label.startswith("adapter/")]
@@ -158,6 +167,26 @@ def _parameters(base: Checkpoint) -> int:
     return sum(math.prod(t.shape) for s in base.shards for t in s.header.tensors.values())
 
 
+def _quantization(base: Checkpoint) -> list[dict[str, Any]]:
+    """The formats of quantized modules in words, with the number of modules; and whether IA³
+    vectors fold into the scales of all of them: if not, why, of the first that has none."""
+    found: dict[str, dict[str, Any]] = {}
+    for stored, form in StoredModules(base, Names(base.where)).all():
+        why = None
+        try:
+            form.scales(stored)
+        except NoFold as error:
+            why = str(error)
+        try:
+            words = form.words(stored)
+        except NoFold:
+            words = form.NAME
+        entry = found.setdefault(words, {"format": words, "modules": 0, "no_fold": None})
+        entry["modules"] += 1
+        entry["no_fold"] = entry["no_fold"] or why
+    return list(found.values())
+
+
 def _checkpoint(base: Checkpoint) -> dict[str, Any]:
     dtypes: dict[str, dict[str, int]] = {}
     for shard in base.shards:
@@ -174,6 +203,7 @@ def _checkpoint(base: Checkpoint) -> dict[str, Any]:
         "parameters": _parameters(base),
         "bytes": base.nbytes,
         "dtypes": dtypes,
+        "quantization": _quantization(base),
         "shards": [
             {"name": s.name, "tensors": len(s.header.tensors), "bytes": s.header.file_size}
             for s in base.shards
