@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -372,6 +373,7 @@ class _Pool:
         self.chains: list[_Chain] = []
         self.digests: dict[str, ShardDigests] = {}
         self.resumed = 0
+        self.left: list[Compute] = []  # blocks of scales that an earlier run has written
         self.tasks = self._tasks()
         self.lock = threading.Lock()
         self.stopped = threading.Event()
@@ -397,7 +399,14 @@ class _Pool:
                 self.advance(-chain.start)
                 chain.start = chain._resume(None)
                 self.advance(chain.start)
-                todo = chunks
+                todo, done = chunks, []
+            self.left += [
+                work
+                for work in done
+                if isinstance(work, Compute)
+                and work.run.forward is not None
+                and work.run.forward.loss is not None
+            ]
             if not todo:
                 self._finish(chain)
             for number, (end, work) in enumerate(todo):
@@ -429,6 +438,19 @@ class _Pool:
         self.writers.shutdown(wait=False)  # each worker has waited for its own
         if self.error is not None:
             raise self.error
+        self._count_again()
+
+    def _count_again(self) -> None:
+        """Blocks that an earlier run has written: nothing more is known of how they came out."""
+        workspace, buffers = Workspace(self.device, self.limit), Buffers()
+        for work in self.left:
+            run, block = work.run, work.block
+            run.prepare(workspace, partial(work.source.read, buffers=buffers), self.limit)
+            raw = work.source.read(block, buffers)
+            out = torch.empty(block.rows, block.columns, dtype=run.stored)
+            run.run(raw.to(self.device), out, block, workspace)
+            if work.last:
+                run.release()
 
     def _work(self) -> None:
         take_one_core()
