@@ -3,7 +3,7 @@
     W' = m / ||W + s B A||  *  (W + s B A),    the norm over each row of the logical matrix
 
 `lora_magnitude_vector` is m, one element per output. The norm is a reduction, so it is summed in
-the fixed order of `exact.squares`; square root and division are correctly rounded everywhere.
+the fixed order of `exact.squares`; `exact.root` and division are correctly rounded everywhere.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from infold.adapters import lora
-from infold.adapters.exact import Index, squares
+from infold.adapters.exact import Index, root, squares
 from infold.adapters.layer import Base, Dropout, Geometry
 from infold.adapters.lora import LowRank
 from infold.adapters.settings import Settings
@@ -69,7 +69,7 @@ class _Directed(LowRank):
 
     def weight(self, x: Tensor, rows: Index, cols: Index) -> None:
         if self.factor is None:
-            self.factor = self.magnitude / self.total.sqrt()
+            self.factor = self.magnitude / root(self.total)
         super().weight(x, rows, cols)
         x.mul_(self.factor[rows, None])
 
@@ -78,9 +78,15 @@ class _Undirected(LowRank):
     """W' / f - s B A, with the f that the norms of the merge gave."""
 
     def __init__(self, merged: _Directed) -> None:
+<<<<<<< HEAD
         super().__init__(merged.groups, merged.per_group, merged.delta_bias)
         self.sign = -merged.sign
         back = merged.total.sqrt() / merged.magnitude
+=======
+        settings = replace(merged.settings, scaling=-merged.settings.scaling)
+        super().__init__(merged.parts, settings)
+        back = root(merged.total) / merged.magnitude
+>>>>>>> main
         self.back = torch.where(back.isfinite(), back, 1.0)
 
     def weight(self, x: Tensor, rows: Index, cols: Index) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infold.adapters.exact import Index
+from infold.adapters.exact import Index, root
 from infold.adapters.layer import Base, Dropout, Geometry
 from infold.adapters.settings import Settings
 
@@ -117,7 +117,7 @@ def _by_rows(scale: Tensor, settings: Settings) -> Tensor:
     if settings.order:
         scale = scale.view(settings.view).permute(settings.order).flatten()
     if settings.root == 2:
-        scale = scale.sqrt()
+        scale = root(scale)
     if not settings.rows:
         return scale
     whole = scale.new_ones(settings.rows)

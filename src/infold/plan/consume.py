@@ -117,6 +117,8 @@ class Consumer:
     def finds(self, module: str) -> bool:
         """Whether the base has a weight for a module of the adapter."""
         path = module.replace(".base_layer", "")
+        if self._quantized(path) is not None:
+            return True
         return any(self._quietly(f"{path}.{name}") for name in ("weight", "in_proj_weight"))
 
     def _quietly(self, parameter: str) -> str | None:
