@@ -78,15 +78,9 @@ class _Undirected(LowRank):
     """W' / f - s B A, with the f that the norms of the merge gave."""
 
     def __init__(self, merged: _Directed) -> None:
-<<<<<<< HEAD
         super().__init__(merged.groups, merged.per_group, merged.delta_bias)
         self.sign = -merged.sign
-        back = merged.total.sqrt() / merged.magnitude
-=======
-        settings = replace(merged.settings, scaling=-merged.settings.scaling)
-        super().__init__(merged.parts, settings)
         back = root(merged.total) / merged.magnitude
->>>>>>> main
         self.back = torch.where(back.isfinite(), back, 1.0)
 
     def weight(self, x: Tensor, rows: Index, cols: Index) -> None:

@@ -75,7 +75,7 @@ class Workspace:
         return self.staged[:count].view(shape)
 
     def block(self, name: str, block: Block, dtype: torch.dtype) -> Tensor:
-        """A buffer for a whole block, on the CPU, under a name; valid until it is asked for again."""
+        """A named buffer for a whole block, on the CPU; valid until it is asked for again."""
         size = block.count * dtype.itemsize
         kept = self.blocks.get(name)
         if kept is None or kept.numel() < size:
@@ -189,7 +189,7 @@ def guess(
     workspace: Workspace,
 ) -> None:
     """The base's block, or nearly, into `out`, by the steps of `backward`. As with `compute`, the
-    bits are the same everywhere; but 16 bits are rounded twice, and what is not finite becomes 0."""
+    bits are the same everywhere; but they are rounded twice, and what is not finite becomes 0."""
     for rows, columns in tiles(block, workspace.tile, workspace.tile_columns):
         here = within(block, rows, columns)
         x = _values(back, merged[here], rows, columns, target, workspace)

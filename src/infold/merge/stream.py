@@ -499,9 +499,11 @@ class _Pool:
         written = buffers.view("out", block.count * run.stored.itemsize, work.target)
         out = torch.frombuffer(written, dtype=run.stored, count=block.count)
         out = out.view(block.rows, block.columns)
-        before = run.run(raw.to(self.device), out, block, workspace)
-        if self.recording is not None and before is not None:
-            self.recording.add(run, work.number, before, out, block, workspace)
+        recording = self.recording
+        near = None if recording is None else recording.near(run, block, workspace)
+        before = run.run(raw.to(self.device), out, block, workspace, near)
+        if recording is not None and before is not None:
+            recording.add(run, work.number, before, near)
         base = buffers.view("in", len(written))
         if chain.in_step and run.edit.source != BaseTensor(run.edit.tensor):
             # the values came from elsewhere, but the base's own bytes belong to its digest
