@@ -497,8 +497,8 @@ def test_an_adapter_tensor_that_no_edit_uses(made: Scene, monkeypatch: pytest.Mo
     """What would be if the plan forgot an edit: merge and proof share the plan."""
     real = weights.plan_merge
 
-    def forgetful(base: Any, adapters: Any) -> Any:
-        plan = real(base, adapters)
+    def forgetful(base: Any, adapters: Any, choice: Any = None) -> Any:
+        plan = real(base, adapters, choice)
         plan.edits.pop(f"{V_BIAS.removesuffix('bias')}weight")
         return plan
 
@@ -586,7 +586,7 @@ def test_inputs_that_are_not_there(made: Scene, tmp_path: Path) -> None:
     (made.folder / RECEIPT).unlink()
     with pytest.raises(Refusal, match="give base and adapters"):
         infold.verify(None, [], made.folder)
-    with pytest.raises(Refusal, match="is no folder"):
+    with pytest.raises(Refusal, match="is neither a folder nor a GGUF file"):
         infold.verify(made.base, made.adapters, tmp_path / "nowhere")
     with pytest.raises(Refusal, match="without a base"):
         infold.verify(None, made.adapters, made.folder)

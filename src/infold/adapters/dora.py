@@ -46,7 +46,8 @@ class _Directed(LowRank):
 
     def __init__(self, parts: Mapping[str, Tensor], settings: Settings) -> None:
         super().__init__(*lora.factors(parts, settings))
-        self.magnitude = parts["lora_magnitude_vector"].double().flatten()
+        magnitude = parts["lora_magnitude_vector"].double().flatten()
+        self.magnitude = settings.arranged(magnitude)
         self.total = torch.zeros_like(self.magnitude)  # sum of squares of each row
         self.factor: Tensor | None = None
 

@@ -114,8 +114,7 @@ def prepare(parts: Mapping[str, Tensor], settings: Settings) -> _Output | _Input
 
 def _by_rows(scale: Tensor, settings: Settings) -> Tensor:
     """The factors of the rows, before each stands for `repeat` of them."""
-    if settings.order:
-        scale = scale.view(settings.view).permute(settings.order).flatten()
+    scale = settings.arranged(scale)
     if settings.root == 2:
         scale = root(scale)
     if not settings.rows:

@@ -108,14 +108,15 @@ def factors(
     parts: Mapping[str, Tensor], settings: Settings
 ) -> tuple[Sequence[Factors], int, Tensor | None]:
     """What `LowRank` is made of."""
-    a, b = parts["lora_A"].flatten(1), parts["lora_B"].flatten(1)
+    a, b = parts["lora_A"].flatten(1), settings.arranged(parts["lora_B"].flatten(1))
     groups = [
         Factors(a_group, b_group, settings.scaling, settings.slices)
         for a_group, b_group in zip(a.chunk(settings.groups), b.chunk(settings.groups), strict=True)
     ]
     bias = parts.get("lora_bias")
-    scaled = None if bias is None else bias.double().flatten() * settings.scaling
-    return groups, settings.out // settings.groups, scaled
+    if bias is not None:
+        bias = settings.arranged(bias.double().flatten()) * settings.scaling
+    return groups, settings.out // settings.groups, bias
 
 
 def prepare(parts: Mapping[str, Tensor], settings: Settings) -> LowRank:

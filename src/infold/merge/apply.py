@@ -12,18 +12,21 @@ from torch import Tensor
 from infold.adapters import METHODS
 from infold.adapters.exact import LEAF
 from infold.checkpoint.adapter import Adapter
-from infold.edit.blocks import Block, cut, matrix
+from infold.dtypes import TORCH_DTYPES
+from infold.edit.blocks import Block, cut
+from infold.edit.scales import Loss, measure, measures
 from infold.edit.steps import (
     Step,
     Target,
     Workspace,
     backward,
     compute,
+    exact,
     guess,
     observers,
     show,
 )
-from infold.formats import format_of
+from infold.formats import Floats, floats_of, format_of
 from infold.plan.edits import Edit
 
 __all__ = ["EditRun", "Read", "Run", "steps_of"]
@@ -35,8 +38,9 @@ class Run(Protocol):
     """What computes one tensor of an output, shared by the workers."""
 
     edit: Edit
-    shape: tuple[int, int]
-    stored: torch.dtype
+    floats: Floats  # of the output's tensor
+    shape: tuple[int, int]  # of their matrix
+    stored: torch.dtype  # of each
     changed: int  # elements that differ from the source's
     reads: bool  # whether `run` needs the source's block
     forward: EditRun | None  # what edits the base's block, where that happens
@@ -90,12 +94,17 @@ class EditRun:
     ) -> None:
         self.edit, self.adapters, self.device = edit, adapters, device
         self.forward: EditRun | None = self
-        self.shape = matrix(edit.shape)
-        form = format_of(edit.dtype)
-        assert form is not None  # the plan refuses what no format stores
-        self.target = Target(edit.tensor, edit.dtype, form)
-        self.stored = form.torch_dtype(edit.dtype)
+        floats = floats_of(edit.dtype, edit.shape)
+        assert floats is not None  # the plan refuses what no format stores
+        form = format_of(floats.dtype)
+        assert form is not None
+        self.floats, self.shape = floats, (floats.rows, floats.columns)
+        self.target = Target(edit.tensor, floats.dtype, form)
+        self.stored = TORCH_DTYPES[floats.dtype]
         self.changed = 0
+        scales = edit.scales or floats.packing is not None
+        # what rounding cost, where that is measured
+        self.loss = Loss() if scales and measures(self.target.dtype) else None
         self._known = observed
         self._ready: list[Step] | None = None
         self._back: list[Step] | None = None
@@ -135,6 +144,9 @@ class EditRun:
         assert there is not None
         back = self._way_back() or () if near is not None else ()
         compute(self._ready, raw, there, block, self.target, workspace, back, nearly)
+        loss = None
+        if self.loss is not None:
+            loss = measure(self._ready, raw, there, block, self.target, workspace)
         changed = block.count
         if raw.dtype == there.dtype:
             changed = workspace.count_changed(there, raw)
@@ -144,6 +156,8 @@ class EditRun:
             near.copy_(nearly)
         with self._lock:
             self.changed += changed
+            if self.loss is not None and loss is not None:
+                self.loss.add(loss)
         return raw
 
     def _here(self, tensor: Tensor | None) -> Tensor | None:
@@ -151,6 +165,11 @@ class EditRun:
         if tensor is None or tensor.device == self.device:
             return tensor
         return torch.empty_like(tensor, device=self.device)
+
+    def exact(self, raw: Tensor, block: Block, workspace: Workspace) -> Tensor:
+        """float64 values of a block that nothing has rounded."""
+        assert self._ready is not None
+        return exact(self._ready, raw, block, self.target, workspace)
 
     def observed(self) -> dict[int, Tensor]:
         """What the methods have observed, by number of the step."""

@@ -14,7 +14,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,18 +28,28 @@ from infold.checkpoint.adapter import Adapter, open_adapter
 from infold.checkpoint.files import read_json, safe_child
 from infold.checkpoint.inputs import InputFiles
 from infold.checkpoint.record import UNDO, RecordWriter
-from infold.checkpoint.shards import RECEIPT, open_checkpoint
+from infold.checkpoint.shards import (
+    RECEIPT,
+    companion,
+    is_lone,
+    open_checkpoint,
+    read_receipt,
+)
 from infold.checkpoint.staging import Staging, storage_errors
 from infold.dtypes import TORCH_DTYPES
 from infold.edit.blocks import Block
 from infold.edit.threads import one_torch_thread, usual_threads
 from infold.errors import InfoldError, Refusal, StorageFailure
+from infold.merge.convert import block_elements, encoded_bytes, measured_error
+from infold.merge.losses import loss_of, subnormal_note
+from infold.merge.options import Options
 from infold.merge.receipt import Receipt
 from infold.merge.recording import Recording, block_of
 from infold.merge.stream import Streamed, stream
 from infold.merge.undo import Merged
 from infold.plan.build import plan_merge
-from infold.plan.edits import Plan, describe
+from infold.plan.edits import Part, Plan, describe
+from infold.plan.output import placed
 from infold.sizes import parse_bytes
 from infold.version import __version__
 
@@ -63,14 +73,16 @@ __all__ = [
 DEFAULT_MEMORY = 1 << 30
 _BLOCK = 1 << 20  # elements of a block: larger ones are not faster
 _SMALLEST_BLOCK = 1 << 16
+_CONVERTED = 96  # bytes of an element while codes are made of values and checked
 _PER_WORKER = 6 << 20  # bytes of tiles and flags
 
 PathLike = str | os.PathLike[str]
 
 
-def open_plan(base: PathLike, adapters: Sequence[PathLike]) -> Plan:
-    """Open base and adapters, and decide every edit."""
-    return plan_merge(open_checkpoint(base), [open_adapter(a) for a in adapters])
+def open_plan(base: PathLike, adapters: Sequence[PathLike], convert: Options | None = None) -> Plan:
+    """Open base and adapters, and decide every edit. convert: what to do where nothing folds."""
+    choice = None if convert is None else convert.choice()
+    return plan_merge(open_checkpoint(base), [open_adapter(a) for a in adapters], choice)
 
 
 @dataclass(frozen=True)
@@ -110,8 +122,14 @@ def prepare(
     if not os.fspath(out):
         raise Refusal("--out is empty; is a variable of the command empty?")
     path = Path(os.path.abspath(out))
+    plan = placed(plan, path)
     check_output(path, plan, force)
     budget = parse_bytes(max_memory)
+    if undo and plan.conversion is not None:
+        raise Refusal(
+            f"--undo does not go with --{plan.conversion['mode']}: the quantized weights that it "
+            "replaces would have to be kept whole; keep the base"
+        )
     fixed = source.limit if source else None
     workers, limit = block_size(plan, budget, workers, where, threads is None, undo, fixed)
     digests = tuple(digest_adapter(adapter) for adapter in plan.adapters)
@@ -175,7 +193,10 @@ def _execute(
             progress(done, total)
 
     with ExitStack() as opened:
-        staging = opened.enter_context(Staging(path, _identity(prepared), prepared.force))
+        lone = is_lone(path)
+        staging = opened.enter_context(
+            Staging(path, _identity(prepared), prepared.force, lone=lone)
+        )
         for name in over.copied:
             staging.copy_file(over.base.path / name, name)
         for name, data in over.rewritten.items():
@@ -201,14 +222,16 @@ def _execute(
         receipt = make_receipt(prepared, streamed, names, sha256=hashes)
         if recording is not None:
             told = finish_record(recording, receipt, source)
-            staging.adopt(UNDO)
+            told["file"] = companion(path, UNDO).name
+            staging.adopt(told["file"])
             receipt = replace(receipt, undo=told)
         receipt = replace(
             receipt,
             seconds=round(time.perf_counter() - started, 3),
             peak_memory=peak_memory(),
         )
-        staging.write_bytes(RECEIPT, receipt.to_json().encode(errors="backslashreplace"))
+        text = receipt.to_json().encode(errors="backslashreplace")
+        staging.write_bytes(companion(path, RECEIPT).name, text)
         if prepared.force:
             check_output(path, plan, True)  # what came meanwhile is not lost either
         staging.publish()
@@ -224,7 +247,8 @@ def make_receipt(
     """The receipt of what was streamed. `names`: base and adapters as the user gave them."""
     plan, source = prepared.plan, prepared.source
     given = names or (str(plan.base.path), [str(a.path) for a in plan.adapters])
-    base = {"path": _absolute(given[0]), "shards": _of(streamed, "base")}
+    digests = streamed.digests.items()
+    base = {"path": _absolute(given[0]), "shards": {d.source: d.base for _, d in digests}}
     if source:
         base = {**source.record.manifest["base"]}
     return Receipt(
@@ -239,7 +263,7 @@ def make_receipt(
             }
             for name, adapter, files in zip(given[1], plan.adapters, prepared.digests, strict=True)
         ],
-        shards=_of(streamed, "output"),
+        shards={name: d.output for name, d in digests},
         sha256=sha256,
         side_files=sorted([*plan.copied, *plan.rewritten]),
         edits=_edits(plan, streamed),
@@ -247,16 +271,13 @@ def make_receipt(
         bytes=sum(shard.header.file_size for shard in plan.shards),
         edited_bytes=plan.edited_bytes,
         resumed_bytes=streamed.resumed,
-        notes=list(plan.notes),
+        notes=[*plan.notes, *subnormal_note(streamed.runs)],
+        conversion=None if plan.conversion is None else dict(plan.conversion),
         seconds=0.0,
         peak_memory=0,
         threads=prepared.workers,
         device=str(prepared.device),
     )
-
-
-def _of(streamed: Streamed, side: str) -> dict[str, str]:
-    return {name: getattr(digests, side) for name, digests in streamed.digests.items()}
 
 
 def finish_record(recording: Recording, receipt: Receipt, source: Merged | None) -> dict[str, Any]:
@@ -307,12 +328,16 @@ def open_device(name: str) -> torch.device:
 def check_output(out: Path, plan: Plan, force: bool) -> None:
     """The output must be a new name, or with force an old output, and not lie in an input."""
     inputs = [plan.base.path, *(adapter.path for adapter in plan.adapters)]
+    inputs += [shard.path for shard in plan.base.shards]
     real = out.resolve()
     for given in inputs:
         other = given.resolve()
         if real == other or real in other.parents or (other in real.parents and other.is_dir()):
             raise Refusal(f"{out}: lies in or around the input {given}; choose another place")
     if not os.path.lexists(out):
+        return
+    if is_lone(out) and out.is_file() and not out.is_symlink():
+        _check_file(out, force)
         return
     if out.is_symlink() or not out.is_dir():
         kind = "a link" if out.is_symlink() else "a file"
@@ -326,6 +351,22 @@ def check_output(out: Path, plan: Plan, force: bool) -> None:
         raise Refusal(f"{out}: exists already; choose another name{way}")
     if foreign:
         raise Refusal(foreign)
+
+
+def _check_file(out: Path, force: bool) -> None:
+    """An output that exists, and is a single file, must be an old output, and be replaced."""
+    told: Any = None
+    with suppress(InfoldError):  # none, or a broken one
+        told = read_receipt(out)
+    mine = isinstance(told, dict) and out.name in (told.get("shards") or ())
+    if not force:
+        way = ", or replace it with --force" if mine else ""
+        raise Refusal(f"{out}: exists already; choose another name{way}")
+    if not mine:
+        raise Refusal(
+            f"{out}: {companion(out, RECEIPT).name} is not beside it, so it is no output of "
+            "infold, and --force does not replace it; choose another name, or remove it yourself"
+        )
 
 
 def _foreign(out: Path, plan: Plan) -> list[str]:
@@ -377,12 +418,18 @@ def block_size(
     `fewer`: the number of workers is ours to lower. On a GPU the budget is the host's. `undo`: a
     record is written or read; `fixed`: its blocks have this size.
     """
-    sizes = sorted((_part_bytes(plan, name) for name in plan.edits), reverse=True)
+    sizes = sorted(_held_bytes(plan), reverse=True)
     widest = 40 if undo else 12  # bytes an element takes at most: stored, computed, staged
-    needed = 0
+    if plan.conversion is not None:
+        widest = _CONVERTED
+    needed, least = 0, block_elements(plan)
     for count in range(workers, 0, -1) if fewer else (workers,):
         parts = sum(sizes[: count + 1])  # each worker can be at an edit of its own
-        limit = min(_BLOCK, ((budget - parts) // count - _PER_WORKER) // widest)
+        room = ((budget - parts) // count - _PER_WORKER) // widest
+        limit = min(_BLOCK, room)
+        if room < least:
+            needed = parts + count * (_PER_WORKER + least * widest)
+            continue
         if fixed is not None and limit >= min(fixed, _BLOCK):
             return count, fixed
         if fixed is None and limit >= _SMALLEST_BLOCK:
@@ -396,6 +443,19 @@ def block_size(
 
 def _mib(count: int) -> str:
     return f"{count / (1 << 20):.4g} MiB" if count >= 1 << 20 else f"{count:,} bytes"
+
+
+def _held_bytes(plan: Plan) -> Iterator[int]:
+    """Memory that each edit takes beside its blocks; a module that is quantized again is one."""
+    modules: dict[str, int] = {}
+    for name, edit in plan.edits.items():
+        if isinstance(edit.source, Part):
+            weight = edit.source.values.tensor
+            modules.setdefault(weight, _part_bytes(plan, name))
+            modules[weight] += encoded_bytes(edit)
+        else:
+            yield _part_bytes(plan, name)
+    yield from modules.values()
 
 
 def _part_bytes(plan: Plan, name: str) -> int:
@@ -477,8 +537,14 @@ def _edits(plan: Plan, streamed: Streamed) -> list[dict[str, object]]:
     for name, edit in plan.edits.items():
         count = math.prod(edit.shape)
         changed = streamed.runs[name].changed
+        error = measured_error(streamed.runs[name])
         unchanged = round(1 - changed / count, 6) if count and not streamed.resumed else None
-        result.append({**describe(edit), "unchanged": unchanged})
+        entry = {**describe(edit), "unchanged": unchanged}
+        if error is not None:  # nothing of the base's is left to compare with
+            entry |= {"unchanged": None, "error": None if streamed.resumed else error}
+        if (loss := loss_of(streamed.runs[name])) is not None and not streamed.resumed:
+            entry["rounding"] = loss.describe()
+        result.append(entry)
     return result
 
 

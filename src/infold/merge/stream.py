@@ -9,7 +9,6 @@ overlap. A keeper thread brings finished stretches to the disk and into the jour
 
 from __future__ import annotations
 
-import mmap
 import os
 import queue
 import threading
@@ -22,23 +21,24 @@ from typing import Protocol
 
 import torch
 from blake3 import blake3
-from torch import Tensor
 
-from infold.checkpoint.direct import ALIGN, OutputFile, Pace
+from infold.checkpoint.direct import OutputFile, Pace
 from infold.checkpoint.inputs import InputFiles
 from infold.checkpoint.shards import read_exactly
 from infold.checkpoint.staging import Progress, copy_range, storage_errors
-from infold.dtypes import TORCH_DTYPES
 from infold.edit.blocks import Block, cut
 from infold.edit.steps import Workspace
 from infold.edit.threads import take_one_core
-from infold.formats import format_of
-from infold.merge.apply import EditRun, Run
+from infold.errors import Refusal
+from infold.merge.apply import Run
+from infold.merge.convert import converted_runs, source_of
+from infold.merge.losses import lossy
 from infold.merge.recording import Recording
+from infold.merge.source import Buffers, Source
 from infold.plan.edits import BaseTensor, OutputShard, Plan
 from infold.workers import Worker, run_all
 
-__all__ = ["Buffers", "Compute", "ShardDigests", "Streamed", "chunks_of", "stream"]
+__all__ = ["Compute", "ShardDigests", "Streamed", "chunks_of", "stream"]
 
 HASH_PIECE = 1 << 20  # bytes that are read and hashed while they are in the cache
 COPY_PIECE = 2 << 20  # bytes of a chunk without an edit
@@ -48,10 +48,14 @@ KEEP_EVERY = 256 << 20  # bytes of a shard after which it is brought to the disk
 
 @dataclass(frozen=True)
 class ShardDigests:
-    """BLAKE3 of one shard of the output and of the base's shard that it came from."""
+    """BLAKE3 of one shard of the output and of the base's shard that it came from, by its name."""
 
     base: str
     output: str
+    source: str
+
+
+_NOTHING = torch.empty(0)
 
 
 class Target(Protocol):
@@ -68,56 +72,6 @@ class Target(Protocol):
         """So much of a shard is written."""
 
 
-class _Source:
-    """Where the stored values of one edit come from: the base, or a tensor of an adapter."""
-
-    def __init__(self, plan: Plan, run: Run, files: InputFiles) -> None:
-        edit, columns = run.edit, run.shape[1]
-        self.files, self.columns, self.reads = files, columns, run.reads
-        self.loaded: Tensor | None = None
-        if isinstance(edit.source, BaseTensor):
-            info = plan.base.info(edit.source.name)
-            self.path = plan.base.shards[plan.base.where[edit.source.name]].path
-            form = format_of(info.dtype)
-            assert form is not None  # the plan refuses what no format stores
-            self.begin, self.dtype = info.begin, form.torch_dtype(info.dtype)
-        else:
-            adapter = plan.adapters[edit.source.adapter]
-            tensor = adapter.tensors[edit.source.key]
-            self.path, self.begin = adapter.weights, tensor.begin
-            self.dtype = TORCH_DTYPES[tensor.dtype]
-            if tensor.end == tensor.begin:  # a pickle is in memory already
-                self.loaded = adapter.read(edit.source.key).view(-1, columns)
-
-    def read(self, block: Block, buffers: Buffers) -> Tensor:
-        """The stored elements of a block, (rows, columns), in the worker's `in` buffer."""
-        if not self.reads:
-            return torch.empty(0, dtype=self.dtype)
-        if self.loaded is not None:
-            rows = self.loaded[block.row : block.row + block.rows]
-            return rows[:, block.column : block.column + block.columns]
-        count = block.count * self.dtype.itemsize
-        view = buffers.view("in", count)
-        offset = self.begin + (block.row * self.columns + block.column) * self.dtype.itemsize
-        self.files.read(self.path, view, offset)
-        raw = torch.frombuffer(view, dtype=self.dtype, count=block.count)
-        return raw.view(block.rows, block.columns)
-
-
-class Buffers:
-    """Page-aligned buffers of one worker, kept from chunk to chunk."""
-
-    def __init__(self) -> None:
-        self._maps: dict[str, mmap.mmap] = {}
-
-    def view(self, name: str, count: int, place: int = 0) -> memoryview:
-        """`place`: where in a file the bytes belong, so that they can go there directly."""
-        have, begin = self._maps.get(name), place % ALIGN
-        if have is None or len(have) < begin + count:
-            self._maps[name] = have = mmap.mmap(-1, max(count, HASH_PIECE) + ALIGN)
-        return memoryview(have)[begin : begin + count]
-
-
 @dataclass(frozen=True, slots=True)
 class _Copy:
     """A range of bytes without an edit."""
@@ -132,7 +86,7 @@ class Compute:
     """A block of an edited tensor."""
 
     run: Run
-    source: _Source
+    source: Source
     number: int  # of the block in its edit
     block: Block
     target: int
@@ -314,7 +268,7 @@ def stream(
     files = InputFiles()
     keeper = _Keeper(staging, recording)
     if runs is None:
-        runs = {name: EditRun(edit, plan.adapters, device) for name, edit in plan.edits.items()}
+        runs = converted_runs(plan, device)
     pool = _Pool(plan, staging, files, keeper, limit, device, advance, runs, recording, threads)
     try:
         keeper.thread.start()
@@ -326,15 +280,20 @@ def stream(
         files.close()
     if keeper.error is not None:
         raise keeper.error
+    if reasons := lossy(runs):
+        raise Refusal(reasons)
     return Streamed(pool.digests, pool.runs, pool.resumed)
 
 
 def chunks_of(
     plan: Plan, shard: OutputShard, runs: Mapping[str, Run], files: InputFiles, limit: int
 ) -> Iterator[tuple[int, _Copy | Compute]]:
-    """(end, work) for every chunk after the header, in file order."""
+    """(end, work) for every chunk after the header, in file order. In the same layout all that lies
+    between the edits is copied, padding included."""
     base = plan.base.shards[shard.source].header.tensors
     source = target = count = 0  # the unedited bytes that were gathered so far
+    if shard.same_layout:
+        source = target = len(shard.header.raw)
 
     def flush() -> Iterator[tuple[int, _Copy]]:
         offset = 0
@@ -346,23 +305,29 @@ def chunks_of(
     for name, info in shard.header.tensors.items():
         if name not in plan.edits:
             begin = base[name].begin
-            if count and source + count == begin and target + count == info.begin:
+            if shard.same_layout:
+                count = info.end - target
+            elif count and source + count == begin and target + count == info.begin:
                 count += info.nbytes
             else:
                 yield from flush()
                 source, target, count = begin, info.begin, info.nbytes
             continue
+        if shard.same_layout:
+            count = info.begin - target
         yield from flush()
-        count = 0
+        source, target, count = info.end, info.end, 0
         run = runs[name]
-        elements = run.shape[0] * run.shape[1]
-        if not elements:  # such a shape may still tell of a very large number of rows
+        floats = run.floats
+        if not floats.rows * floats.columns:  # such a shape may still tell of very many rows
             continue
-        place = _Source(plan, run, files)
+        place = source_of(plan, run, files)
         position = info.begin
-        for number, block in enumerate(cut(*run.shape, limit)):
-            begin, position = position, position + block.count * (info.nbytes // elements)
+        for number, block in enumerate(cut(*run.shape, floats.share(limit))):
+            begin, position = position, position + block.count * floats.width
             yield position, Compute(run, place, number, block, begin, position == info.end)
+    if shard.same_layout:
+        count = shard.header.file_size - target
     yield from flush()
 
 
@@ -436,7 +401,9 @@ class _Pool:
         """All of a shard is written and hashed."""
         size = chain.shard.header.file_size
         progress = chain.progress(size)
-        self.digests[chain.shard.name] = ShardDigests(progress.base, progress.output)
+        self.digests[chain.shard.name] = ShardDigests(
+            progress.base, progress.output, self.plan.base.shards[chain.shard.source].name
+        )
         self.keeper.give(chain, progress)
 
     def run(self) -> None:
@@ -495,13 +462,13 @@ class _Pool:
     def _compute(self, task: _Task, work: Compute, workspace: Workspace, buffers: Buffers) -> None:
         chain, run, block = task.chain, work.run, work.block
         run.prepare(workspace, lambda piece: work.source.read(piece, buffers), self.limit)
-        raw = work.source.read(block, buffers)
-        written = buffers.view("out", block.count * run.stored.itemsize, work.target)
-        out = torch.frombuffer(written, dtype=run.stored, count=block.count)
-        out = out.view(block.rows, block.columns)
+        raw = work.source.read(block, buffers) if run.reads else _NOTHING
+        written = buffers.view("out", block.count * run.floats.width, work.target)
+        out = work.source.room(run.floats, block, written)
         recording = self.recording
         near = None if recording is None else recording.near(run, block, workspace)
         before = run.run(raw.to(self.device), out, block, workspace, near)
+        work.source.fill(run.floats, out, written, buffers)
         if recording is not None and before is not None:
             recording.add(run, work.number, before, near)
         base = buffers.view("in", len(written))

@@ -14,7 +14,7 @@ from infold.formats import Quantized, Stored
 from infold.plan.config import AdapterConfig
 from infold.plan.draft import Draft, State
 from infold.plan.edits import Operation, Replacement
-from infold.plan.fold import Unfoldable, fold
+from infold.plan.fold import Modules, Unfoldable, fold
 from infold.plan.layouts import HEADS, INPUT_EMBEDDINGS, is_conv1d, leaf
 from infold.plan.match import group_keys
 from infold.plan.output import usual_dtype
@@ -150,6 +150,14 @@ class Consumer:
     # --- methods -----------------------------------------------------------------------------
 
     def operation(self, module: str, parts: dict[str, str]) -> None:
+        """The update of one module."""
+        if (found := self._method(module, parts)) is not None:
+            self._update(module, *found)
+
+    def _method(
+        self, module: str, parts: dict[str, str]
+    ) -> tuple[str, dict[str, str], bool] | None:
+        """Method, its parts by their usual names, and whether they are an embedding's."""
         key, kind, told = next(iter(parts.values())), self.config.peft_type, parts
         methods = methods_of(kind)
         owners = [name for name, m in methods.items() if m.owns(parts, self.config.fields)]
@@ -163,12 +171,15 @@ class Consumer:
         if len(owners) != 1 or mixed or not parts.keys() <= set(methods[method].PARTS):
             for other in told.values():
                 self.refuse(other, f"{', '.join(told)} on one module: no method of type {kind}")
-            return
+            return None
         missing = [part for part in methods[method].REQUIRED if part not in parts]
         if missing:
             self.refuse(key, f"{module} lacks {', '.join(missing)} in the adapter file")
-            return
-        before = len(self.draft.reasons)
+            return None
+        return method, parts, table
+
+    def _update(self, module: str, method: str, parts: dict[str, str], table: bool) -> None:
+        key, before = next(iter(parts.values())), len(self.draft.reasons)
         path = module.replace(".base_layer", "")  # the output projection of MultiheadAttention
         if (quantized := self._quantized(path)) is not None:
             self._into_scales(method, module, path, parts, *quantized)
@@ -214,38 +225,62 @@ class Consumer:
         """An adapter's update of a quantized module."""
         key = next(iter(parts.values()))
         if method != "ia3":
+            self.draft.elements.add(stored.name)
             self.refuse(
                 key,
                 f"{stored.name} is quantized ({form.words(stored)}), and {method} changes single "
-                "elements, which its scales cannot tell",
+                f"elements, which its scales cannot tell{self._ways(stored.name)}",
             )
             return
         if self._twice(stored.name, method, key):
             return
-        vector, modules = self.shape(key), self.draft.modules
+        if self._fold(self.draft.modules, module, path, parts, stored.name):
+            self.measured += self.draft.modules.measured(path)
+
+    def _side(self, module: str, key: str, size: tuple[int, int] | None, name: str) -> str | None:
+        """The side of an IA³ vector for a matrix of this size; what does not suit is refused."""
+        vector = self.shape(key)
+        if size is None or len(vector) != 2 or 1 not in vector:
+            self.refuse(key, f"shape {list(vector)}; expected (out, 1) or (1, in)")
+            return None
+        side = self._linear_side(module, vector)
+        expected = size[0 if side == "out" else 1]
+        if math.prod(vector) != expected:
+            told = f"{math.prod(vector)} elements, but {name} has {expected} {side}puts"
+            self.refuse(key, told)
+            return None
+        return side
+
+    def _fold(
+        self, modules: Modules, module: str, path: str, parts: dict[str, str], name: str
+    ) -> bool:
+        """An IA³ vector on whatever stored rows it belongs to."""
+        key = parts["ia3_l"]
         try:
-            size = modules.size(path)
-            if size is None or len(vector) != 2 or 1 not in vector:
-                self.refuse(key, f"shape {list(vector)}; expected (out, 1) or (1, in)")
-                return
-            side = self._linear_side(module, vector)
-            expected = size[0 if side == "out" else 1]
-            if math.prod(vector) != expected:
-                told = f"{math.prod(vector)} elements, but {stored.name} has {expected} {side}puts"
-                self.refuse(key, told)
-                return
+            side = self._side(module, key, modules.size(path), name)
+            if side is None:
+                return False
             places = fold(modules, path, side, lambda: self.adapter.read(key))
         except (Unfoldable, LookupError) as error:
-            self.refuse(key, str(error))
-            return
-        self.measured += modules.measured(path)
+            self.draft.stuck.add(name)
+            why = self.draft.unknown.get(name)
+            self.refuse(key, f"{error}; and {why}" if why else str(error))
+            return False
         for place in places:
-            self.draft.state(place.tensor).operations.append(
+            state = self.draft.state(place.tensor)
+            state.scales = state.scales or place.scales
+            state.operations.append(
                 Operation(
                     "ia3", self.number, module, parts, place.settings, place.transposed,
                     place.on_bias, side == "in",
                 )
             )  # fmt: skip
+        return True
+
+    def _ways(self, module: str) -> str:
+        """How a message goes on that tells of a quantized module: what else can be done."""
+        told = self.draft.unknown.get(module)
+        return f"; and {told}" if told else self.draft.ways
 
     def _ties(self, method: str, name: str) -> bool:
         """Whether PEFT makes the same update at both ends of a tied pair."""
@@ -400,6 +435,7 @@ class Consumer:
             groups=groups,
             out=out,
         )
+        settings = self._ordered(settings, module)
         if ".base_layer" in module:
             if not self.config.doubles:
                 self.refuse(
@@ -413,6 +449,10 @@ class Consumer:
         if "lora_bias" in parts and not self._lora_bias(operation, name, out):
             return None
         return operation
+
+    def _ordered(self, settings: Settings, module: str) -> Settings:
+        """The settings with the order of the stored rows, where that is not the module's own."""
+        return settings
 
     def _lora_bias(self, operation: Operation, name: str, out: int) -> bool:
         bias = name.removesuffix("weight") + "bias"

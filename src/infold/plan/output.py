@@ -5,17 +5,23 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
 
-from infold.checkpoint.safetensors import Header, build_header
-from infold.checkpoint.shards import Checkpoint
+from infold.checkpoint.safetensors import DTYPE_BITS, Header, build_header
+from infold.checkpoint.shards import Checkpoint, is_lone
+from infold.errors import Refusal
 from infold.formats import format_of
-from infold.plan.edits import Edit, OutputShard
+from infold.plan.edits import Edit, OutputShard, Plan
 from infold.plan.layouts import HEADS, INPUT_EMBEDDINGS, leaf
 
 __all__ = [
     "config_changes",
     "index_bytes",
     "output_shards",
+    "placed",
     "uneven_vocabulary",
     "usual_dtype",
     "with_changes",
@@ -32,24 +38,63 @@ def usual_dtype(base: Checkpoint) -> str:
     return count.most_common(1)[0][0] if count else "F32"
 
 
-def output_shards(base: Checkpoint, edits: dict[str, Edit]) -> tuple[OutputShard, ...]:
-    """The output's files: the base's own headers, but where a tensor is added or resized."""
-    added = [name for name in edits if name not in base.where]
+def output_shards(
+    base: Checkpoint,
+    edits: Mapping[str, Edit],
+    removed: Collection[str] = (),
+    place: Mapping[str, str] = MappingProxyType({}),
+    metadata: Mapping[str, str] = MappingProxyType({}),
+) -> tuple[OutputShard, ...]:
+    """The output's files: the base's own headers, but where a tensor is added, resized or removed.
+
+    place: tensors that come in the place of another one's. metadata: entries that change in files
+    that have them. Where dtypes change, wider ones come first, so that each is aligned.
+    """
+    added = [name for name in edits if name not in base.where and name not in place]
+    instead = {old: new for new, old in place.items()}
     home = len(base.shards) - 1
     result = []
     for number, shard in enumerate(base.shards):
         header: Header = shard.header
         resized = any(n in edits and edits[n].shape != t.shape for n, t in header.tensors.items())
         mine = added if number == home else []
-        if resized or mine:
-            entries = [
-                (n, t.dtype, edits[n].shape if n in edits else t.shape)
-                for n, t in header.tensors.items()
-            ]
+        moved = not header.tensors.keys().isdisjoint(removed)
+        if resized or mine or moved:
+            entries = []
+            for name, info in header.tensors.items():
+                new = instead.get(name, name)
+                if name in removed and name not in instead:
+                    continue
+                if new in edits:
+                    entries.append((new, edits[new].dtype, edits[new].shape))
+                else:
+                    entries.append((name, info.dtype, info.shape))
             entries += [(n, edits[n].dtype, edits[n].shape) for n in mine]
-            header = build_header(entries, header.metadata)
+            if moved:
+                entries.sort(key=lambda entry: -DTYPE_BITS[entry[1]])
+            changed = {k: metadata.get(k, v) for k, v in header.metadata.items()}
+            header = build_header(entries, changed)
         result.append(OutputShard(shard.name, header, number, header is shard.header))
     return tuple(result)
+
+
+def placed(plan: Plan, out: Path) -> Plan:
+    """The plan of an output at `out`: where that is a single GGUF file, its shard has that name.
+
+    Raises Refusal where there can be no such file.
+    """
+    if not is_lone(out):
+        return plan
+    if not plan.base.is_gguf:
+        raise Refusal(
+            f"{out}: the base is no GGUF file, and merging does not convert it; give a folder"
+        )
+    if len(plan.shards) > 1:
+        raise Refusal(f"{out}: the base has {len(plan.shards)} parts; give a folder for them")
+    notes = plan.notes
+    if plan.copied:
+        notes += (f"not copied, since the output is a single file: {', '.join(plan.copied)}",)
+    return replace(plan, shards=(replace(plan.shards[0], name=out.name),), copied=(), notes=notes)
 
 
 def index_bytes(base: Checkpoint, shards: tuple[OutputShard, ...]) -> bytes:

@@ -12,6 +12,7 @@ from typing import Any
 from infold.checkpoint.inputs import InputFiles
 from infold.checkpoint.safetensors import TensorInfo
 from infold.plan.edits import Operation, Plan
+from infold.verify.parts import PartCheck
 from infold.verify.reference import alpha_of, scaling_of
 from infold.verify.tensors import BaseCheck, EditCheck, Workspace
 
@@ -25,7 +26,7 @@ _ENOUGH = 0.9  # of the elements of a sample must fit
 class Wrong:
     """A tensor that differs, and where its bytes lie."""
 
-    check: BaseCheck | EditCheck
+    check: BaseCheck | EditCheck | PartCheck
     path: Path  # its shard in the output
     info: TensorInfo
 
@@ -60,8 +61,10 @@ def _anew(
     scalings: Callable[[Operation, int], float] | None = None,
 ) -> BaseCheck | EditCheck:
     if name in plan.edits:
-        return EditCheck(plan.edits[name], plan.base, plan.adapters, files, scalings)
-    return BaseCheck(plan.base, plan.base.info(name), files)
+        edit = plan.edits[name]
+        return EditCheck(edit, plan.base, plan.adapters, files, scalings, plan.original)
+    base = plan.base
+    return BaseCheck(base.shards[base.where[name]].path, base.info(name), files)
 
 
 def _fits(
@@ -71,7 +74,8 @@ def _fits(
     first = one.check.tally.first
     if first is None:
         return False
-    width = one.info.nbytes // max(math.prod(one.info.shape), 1) or 1
+    shape = one.check.grid if isinstance(one.check, EditCheck) else one.info.shape
+    width = one.info.nbytes // max(math.prod(shape), 1) or 1
     offset = first[0] * width // check.step * check.step
     count = min(check.step, one.info.nbytes - offset)
     view = workspace.bytes("merged", count)

@@ -14,6 +14,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,10 +24,13 @@ from infold.checkpoint.adapter import Adapter
 from infold.checkpoint.inputs import InputFiles
 from infold.checkpoint.safetensors import TensorInfo
 from infold.checkpoint.shards import Checkpoint
+from infold.checkpoint.stored import stored_matrix
 from infold.dtypes import TORCH_DTYPES
-from infold.plan.edits import BaseTensor, Edit, Operation
+from infold.plan.edits import BaseTensor, Decoded, Edit, Operation, Original, Replacement
+from infold.verify.blocks import Blocks, blocks_of
 from infold.verify.reference import STEP, LowRank, Reference, Sums, Values, reference_of
 from infold.verify.rounding import LINES
+from infold.verify.stored import decode
 
 __all__ = ["BaseCheck", "EditCheck", "Tally", "Workspace"]
 
@@ -89,12 +93,11 @@ class Tally:
 
 
 class BaseCheck:
-    """A tensor that must be byte-equal to the base's."""
+    """A tensor that must be byte-equal to the base's, which lies in the file `path`."""
 
-    def __init__(self, base: Checkpoint, info: TensorInfo, files: InputFiles) -> None:
+    def __init__(self, path: Path, info: TensorInfo, files: InputFiles) -> None:
         self.tally = Tally()
-        self.info, self.files = info, files
-        self.path = base.shards[base.where[info.name]].path
+        self.path, self.info, self.files = path, info, files
 
     @property
     def step(self) -> int:
@@ -139,7 +142,8 @@ def _show(element: bytes, dtype: str) -> str:
 
 
 class EditCheck:
-    """An edited tensor: its stored elements against the edit, computed anew.
+    """An edited tensor: its stored elements against the edit, computed anew. Of a quantized tensor
+    these are the floats of its blocks, and all its other bits must be the base's.
 
     `scalings` tells another scaling of LoRA (of the operation and its rank), to find out what went
     wrong elsewhere.
@@ -152,25 +156,41 @@ class EditCheck:
         adapters: tuple[Adapter, ...],
         files: InputFiles,
         scalings: Callable[[Operation, int], float] | None = None,
+        original: Checkpoint | None = None,
     ) -> None:
         self.tally = Tally()
         self.edit, self.adapters, self.files, self.scalings = edit, adapters, files, scalings
-        self.line = LINES[edit.dtype]
+        self.blocks = blocks = blocks_of(edit.dtype)  # a row is one of them, its floats columns
+        self.dtype = edit.dtype if blocks is None else "F16"
+        self.line = LINES[self.dtype]
         shape = edit.shape
-        self.rows, self.columns = (shape[0], math.prod(shape[1:])) if shape else (1, 1)
-        self.row_bytes = self.columns * self.line.dtype.itemsize
+        if blocks is not None:
+            self.rows, self.columns = math.prod(shape) // blocks.elements, len(blocks.places)
+            self.row_bytes = blocks.size
+        else:
+            self.rows, self.columns = (shape[0], math.prod(shape[1:])) if shape else (1, 1)
+            self.row_bytes = self.columns * self.line.dtype.itemsize
         self.left = self.rows  # that are not checked yet
         self.loaded: Tensor | None = None
-        if isinstance(edit.source, BaseTensor):
-            info = base.info(edit.source.name)
-            self.path, self.begin = base.shards[base.where[info.name]].path, info.begin
-            self.kind = TORCH_DTYPES[info.dtype]
-            self.in_place = info.name == edit.tensor
+        self.decoded: Callable[[slice], Tensor] | None = None
+        self.in_place = False
+        if isinstance(edit.source, Decoded):
+            self.decoded, self.kind = _decoder(edit.source, base, files), torch.float64
+        elif isinstance(edit.source, BaseTensor | Original):
+            whence = base
+            if isinstance(edit.source, Original):
+                assert original is not None
+                whence = original
+            info = whence.info(edit.source.name)
+            self.path, self.begin = whence.shards[whence.where[info.name]].path, info.begin
+            self.kind = TORCH_DTYPES[info.dtype if blocks is None else self.dtype]
+            self.in_place = edit.source == BaseTensor(edit.tensor)
         else:
+            assert isinstance(edit.source, Replacement)
             adapter = adapters[edit.source.adapter]
             part = adapter.tensors[edit.source.key]
             self.path, self.begin = adapter.weights, part.begin
-            self.kind, self.in_place = TORCH_DTYPES[part.dtype], False
+            self.kind = TORCH_DTYPES[part.dtype]
             if part.end == part.begin:  # from a pickle, which is in memory already
                 self.loaded = adapter.read(edit.source.key).view(self.rows, -1)
         self._references: list[Reference] | None = None
@@ -179,7 +199,14 @@ class EditCheck:
     @property
     def step(self) -> int:
         """Bytes that are checked at once."""
+        if self.blocks is not None:
+            return COPIED // self.row_bytes * self.row_bytes
         return max(1, BLOCK // max(self.columns, 1)) * self.row_bytes
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """The shape that the elements are numbered in."""
+        return self.edit.shape if self.blocks is None else (self.rows, self.columns)
 
     def check(
         self, merged: memoryview, offset: int, own: memoryview | None, workspace: Workspace
@@ -188,11 +215,17 @@ class EditCheck:
         hand."""
         references = self._prepare(workspace)
         row, count = offset // self.row_bytes, len(merged) // self.row_bytes
-        stored = torch.frombuffer(merged, dtype=self.line.dtype).view(count, self.columns)
-        if own is not None and self.in_place:
-            raw = torch.frombuffer(own, dtype=self.kind).view(count, self.columns)
+        if own is None or not self.in_place:
+            own = None
+        if self.blocks is not None:
+            stored, raw = self._unpack(self.blocks, merged, own, row, workspace)
         else:
-            raw = self._read(row, count, workspace)
+            stored = torch.frombuffer(merged, dtype=self.line.dtype).view(count, self.columns)
+            raw = (
+                self._read(row, count, workspace)
+                if own is None
+                else torch.frombuffer(own, dtype=self.kind).view(count, self.columns)
+            )
         doubts = []
         for rows, columns in _tiles(count, self.columns, TILE, TILE_COLUMNS):
             there = slice(row + rows.start, row + rows.stop)
@@ -205,6 +238,14 @@ class EditCheck:
         for doubt in _pieces(doubts):
             self._judge(references, doubt, raw, stored, row)
 
+    def exact(self, rows: slice, workspace: Workspace) -> Tensor:
+        """float64 values of whole rows, as the contract tells them."""
+        references = self._prepare(workspace)
+        values = Values(self._read(rows.start, rows.stop - rows.start, workspace).double())
+        for number, reference in enumerate(references):
+            self._on_logical(number, reference.contract, values, rows, slice(0, self.columns))
+        return values.x
+
     def done(self, count: int) -> None:
         """`count` bytes are checked: after the last of them the parts are forgotten."""
         with self._lock:
@@ -214,8 +255,29 @@ class EditCheck:
 
     # --- what the values are made of
 
+    def _unpack(
+        self,
+        blocks: Blocks,
+        merged: memoryview,
+        own: memoryview | None,
+        row: int,
+        workspace: Workspace,
+    ) -> tuple[Tensor, Tensor]:
+        """The floats of the output's and of the base's blocks from `row` on. All other bits must be
+        the same; the tally is told of those that are not."""
+        if own is None:
+            own = workspace.bytes("source", len(merged))
+            self.files.read(self.path, own, self.begin + row * self.row_bytes)
+        wrong = blocks.differ(merged, own)
+        if len(wrong):
+            at = (row + int(wrong[0])) * self.columns
+            self.tally.add(len(wrong), (at, "other codes", "the base's codes"))
+        return blocks.floats(merged), blocks.floats(own)
+
     def _read(self, row: int, count: int, workspace: Workspace) -> Tensor:
-        """Stored rows of the source."""
+        """Stored rows of the source; of a quantized module their float64 values."""
+        if self.decoded is not None:
+            return self.decoded(slice(row, row + count))
         if self.loaded is not None:
             return self.loaded[row : row + count]
         size = self.columns * self.kind.itemsize
@@ -234,9 +296,7 @@ class EditCheck:
                     scaling = None
                     if self.scalings is not None and "lora_A" in parts:
                         scaling = self.scalings(operation, len(parts["lora_A"]))
-                    reference = reference_of(
-                        operation, adapter.config, parts, self.edit.dtype, scaling
-                    )
+                    reference = reference_of(operation, adapter.config, parts, self.dtype, scaling)
                     if isinstance(reference, LowRank) and reference.magnitude is not None:
                         self._norms(number, [*found, reference], workspace)
                     found.append(reference)
@@ -385,6 +445,11 @@ class EditCheck:
         known = bound == 0
         low, high = self.line.rounded(x - bound), self.line.rounded(x + bound)
         return torch.where(known, place, low), torch.where(known, place, high)
+
+
+def _decoder(source: Decoded, base: Checkpoint, files: InputFiles) -> Callable[[slice], Tensor]:
+    parts = {part: stored_matrix(base, files, name) for part, name in source.parts}
+    return lambda rows: decode(source.form, parts, source.scheme, rows)
 
 
 @dataclass(frozen=True)
