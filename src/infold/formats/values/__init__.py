@@ -15,6 +15,7 @@ from infold.formats.values import (
     fp8,
     gptq,
     hqq,
+    nested,
     torchao,
 )
 from infold.formats.values.scheme import Matrix, NoValues, Parts, Scheme
@@ -41,6 +42,7 @@ VALUES: Mapping[str, Values] = {
     "gptq": gptq,
     "awq": awq,
     "bitsandbytes": bitsandbytes,
+    "bitsandbytes_absmax": nested,
     "compressed_tensors": compressed_tensors,
     "fp8": fp8,
     "hqq": hqq,
