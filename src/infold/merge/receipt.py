@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import json
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -24,6 +25,7 @@ class Receipt:
     unchanged is the share of elements that rounding left as they were; None after a resumed run.
     Where float16 scales of quantized weights were edited there is also rounding: {scales,
     subnormal, zero, error}, of which so many are below the normal range, so many fell to zero.
+    Of ggml's types, which hold their scales themselves, `unchanged` is the share of the scales.
     tensors: of the output. bytes: of its shards. edited_bytes: of its edited tensors.
     resumed_bytes: left by an interrupted run, checked and kept.
     notes: what the plan and the rounding of scales told. seconds: from the first byte written to
@@ -55,5 +57,7 @@ class Receipt:
     undo: dict[str, Any] | None = None
     conversion: dict[str, Any] | None = None
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
+    def to_file(self) -> builtins.bytes:
+        """The file. Names that are not UTF-8 become JSON's escapes of what Python made of them."""
+        text = json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
+        return text.encode(errors="backslashreplace")

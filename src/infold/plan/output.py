@@ -111,7 +111,7 @@ def index_bytes(base: Checkpoint, shards: tuple[OutputShard, ...]) -> bytes:
         metadata["total_parameters"] = sum(math.prod(t.shape) for _, t, _ in tensors)
     where = {n: s for n, _, s in sorted(tensors, key=lambda item: item[0])}
     index = {**base.index, "metadata": metadata, "weight_map": where}
-    return (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()
+    return _file(index)
 
 
 def uneven_vocabulary(base: Checkpoint, edits: dict[str, Edit]) -> list[str]:
@@ -160,4 +160,11 @@ def with_changes(config: dict[str, object], changes: dict[str, object]) -> bytes
             config["text_config"] = {**text, key: value}
         if key in config or not inside:
             config[key] = value
-    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+    return _file(config)
+
+
+def _file(value: dict[str, object]) -> bytes:
+    """A JSON file. Half of a surrogate pair, which JSON can escape and UTF-8 not hold, stays an
+    escape."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    return text.encode(errors="backslashreplace")
