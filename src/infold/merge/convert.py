@@ -131,7 +131,14 @@ class ConvertedRun(EditRun):
         super().__init__(edit, adapters, device)
         self.error = _Error()
 
-    def run(self, raw: Tensor, out: Tensor, block: Block, workspace: Workspace) -> Tensor | None:
+    def run(
+        self,
+        raw: Tensor,
+        out: Tensor,
+        block: Block,
+        workspace: Workspace,
+        near: Tensor | None = None,
+    ) -> Tensor | None:
         values = self.exact(raw, block, workspace)
         rounded = self.target.form.encode(values, self.edit.dtype)
         check_finite(raw, rounded, block, self.target)
@@ -226,7 +233,14 @@ class PartRun:
     def prepare(self, workspace: Workspace, read: Read, limit: int) -> None:
         self.module.compute(workspace, read, self.parts, limit)
 
-    def run(self, raw: Tensor, out: Tensor, block: Block, workspace: Workspace) -> Tensor | None:
+    def run(
+        self,
+        raw: Tensor,
+        out: Tensor,
+        block: Block,
+        workspace: Workspace,
+        near: Tensor | None = None,
+    ) -> Tensor | None:
         outputs = self.module.outputs
         assert outputs is not None
         data = outputs[self.part].view(torch.uint8).view(-1)

@@ -486,10 +486,12 @@ class _Pool:
         raw = work.source.read(block, buffers) if run.reads else _NOTHING
         written = buffers.view("out", block.count * run.floats.width, work.target)
         out = work.source.room(run.floats, block, written)
-        before = run.run(raw.to(self.device), out, block, workspace)
+        recording = self.recording
+        near = None if recording is None else recording.near(run, block, workspace)
+        before = run.run(raw.to(self.device), out, block, workspace, near)
         work.source.fill(run.floats, out, written, buffers)
-        if self.recording is not None and before is not None:
-            self.recording.add(run, work.number, before, out, block, workspace)
+        if recording is not None and before is not None:
+            recording.add(run, work.number, before, near)
         base = buffers.view("in", len(written))
         if chain.in_step and run.edit.source != BaseTensor(run.edit.tensor):
             # the values came from elsewhere, but the base's own bytes belong to its digest
