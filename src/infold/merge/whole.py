@@ -43,7 +43,14 @@ class WholeRun:
                     )
                 self._data = torch.frombuffer(data, dtype=torch.uint8)
 
-    def run(self, raw: Tensor, out: Tensor, block: Block, workspace: Workspace) -> Tensor | None:
+    def run(
+        self,
+        raw: Tensor,
+        out: Tensor,
+        block: Block,
+        workspace: Workspace,
+        near: Tensor | None = None,
+    ) -> Tensor | None:
         assert self._data is not None
         out.copy_(self._data[block.column : block.column + block.columns].view(1, -1))
         return None
