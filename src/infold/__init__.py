@@ -432,12 +432,15 @@ def methods(
     *,
     tokens: int = 64,
     rounds: int = 9,
+    adapters_python: PathLike | None = None,
     progress: Callable[[int, int, float | None], None] | None = None,
 ) -> dict[str, list[dict[str, Any]]]:
     """Which adapter methods end in one weight: by infold, by PEFT (tried), or not, and why.
 
     measure: a base, on which PEFT also attaches each type; `rounds` forward passes of `tokens`
-    tokens are timed. progress: called with (steps done, steps in all, None), for each part.
+    tokens are timed. adapters_python: the Python of an environment with the `adapters` package,
+    which measures bottleneck adapters. progress: called with (steps done, steps in all, None), for
+    each part.
     Returns {"methods": rows, "measured": rows}, JSON-ready. Raises Refusal as `bench` does.
     """
     from infold.methods.measure import measure_methods
@@ -445,7 +448,10 @@ def methods(
 
     measured: list[dict[str, Any]] = []
     if measure is not None:
-        measured = measure_methods(measure, tokens=tokens, rounds=rounds, progress=progress)
+        measured = measure_methods(
+            measure, tokens=tokens, rounds=rounds, adapters_python=adapters_python,
+            progress=progress,
+        )  # fmt: skip
     return {"methods": [row.as_dict() for row in method_rows(progress)], "measured": measured}
 
 
