@@ -4,7 +4,8 @@
     python benchmarks/gpu.py --only step       # merge, memory, step or bench
     python benchmarks/gpu.py --size tiny --device cpu      # whether it runs at all
 
-Writes results/gpu.md and results/gpu.json after each part; --out takes another folder.
+Writes results/gpu.md and results/gpu.json after each part, and keeps the other parts of them;
+--out takes another folder.
 
 The model has Qwen2.5-1.5B's shape and random weights (benchmarks/inputs.py), which speed does not
 depend on. Merges are whole processes, everything else takes turns in one process.
@@ -22,7 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -34,6 +35,12 @@ import tuners
 
 HERE = Path(__file__).resolve().parent
 Results = dict[str, dict[str, list[float]]]
+TITLES = {
+    "merge": "Merging the checkpoint: whole processes",
+    "memory": "Merging a model that lies on the GPU",
+    "step": "Training: 4 rows of 512 tokens",
+    "bench": "Base, adapter mode, merged",
+}
 
 
 def folder(size: str, what: str) -> Path:
@@ -226,38 +233,47 @@ def _own_version() -> str:
     return str(infold.__version__)
 
 
-def page(record: Mapping[str, Any]) -> str:
-    where = record["machine"]
-    told = ", ".join(f"{name} {where[name]}" for name in ("torch", "transformers", "peft"))
+def page(parts: Mapping[str, Any]) -> str:
     lines = [
         "# On a GPU",
         "",
-        f"    {record['command']}",
+        "    python benchmarks/gpu.py",
         "",
-        f"{where['device']}, {where['cores']} cores, {where['memory']} memory; Python "
-        f"{where['python']}, {told}, infold {where['infold']}; {where['date']}. A model of "
-        "Qwen2.5-1.5B's shape with random weights, in bfloat16.",
-        "",
-        "Medians (least to greatest), seconds or MB; ratios to the first of each group: above 1 is "
-        "slower, or more. LoRA: rank 16 on all linear layers. IA³: on k, v and down.",
+        "A model of Qwen2.5-1.5B's shape with random weights, in bfloat16. Medians (least to "
+        "greatest), seconds or MB; ratios to the first of each group: above 1 is slower, or more. "
+        "LoRA: rank 16 on all linear layers. IA³: on k, v and down. Each part is a run of its own.",
     ]
-    for method, equal in record.get("same", {}).items():
-        lines += ["", f"{_label(method)}: the shards merged on CPU and GPU are "
-                  + ("**byte-identical**." if equal else "**NOT identical**.")]  # fmt: skip
-    if record["results"]:
-        lines += ["", "| | of | median | ratio |", "|---|---|--:|--:|"]
-    for what, cases in record["results"].items():
-        first = statistics.median(next(iter(cases.values())))
-        for number, (name, values) in enumerate(cases.items()):
-            scale = 1e6 if "memory," in what else 1
-            middle = statistics.median(values)
-            spread = f"{middle / scale:.3g} ({min(values) / scale:.3g}–{max(values) / scale:.3g})"
-            ratio = "" if number == 0 else f"{middle / first:.2f}"
-            label = "" if number else _label(what)
-            lines.append(f"| {label} | {name} | {spread} | {ratio} |")
-    if record.get("bench"):
-        lines += ["", *deployment.tables(record["bench"])]
+    for name, part in parts.items():
+        where = part["machine"]
+        told = ", ".join(f"{name} {where[name]}" for name in ("torch", "transformers", "peft"))
+        lines += [
+            "",
+            f"## {TITLES[name]}",
+            "",
+            f"{where['device']}, {where['cores']} cores, {where['memory']} memory; Python "
+            f"{where['python']}, {told}, infold {where['infold']}; {where['date']}.",
+        ]
+        for method, equal in part.get("same", {}).items():
+            told = "**byte-identical**" if equal else "**NOT identical**"
+            lines += ["", f"{_label(method)}: the shards merged on CPU and GPU are {told}."]
+        if part.get("results"):
+            lines += ["", "| | of | median | ratio |", "|---|---|--:|--:|"]
+        for what, cases in part.get("results", {}).items():
+            lines += _rows(what, cases)
+        if part.get("bench"):
+            lines += deployment.tables(part["bench"])
     return "\n".join(lines) + "\n"
+
+
+def _rows(what: str, cases: Mapping[str, list[float]]) -> Iterator[str]:
+    first = statistics.median(next(iter(cases.values())))
+    for number, (name, values) in enumerate(cases.items()):
+        scale = 1e6 if "memory," in what else 1
+        middle = statistics.median(values)
+        spread = f"{middle / scale:.3g} ({min(values) / scale:.3g}–{max(values) / scale:.3g})"
+        ratio = "" if number == 0 else f"{middle / first:.2f}"
+        label = "" if number else _label(what)
+        yield f"| {label} | {name} | {spread} | {ratio} |"
 
 
 def _label(text: str) -> str:
@@ -266,7 +282,7 @@ def _label(text: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=("merge", "memory", "step", "bench"), action="append")
+    parser.add_argument("--only", choices=list(TITLES), action="append")
     parser.add_argument("--size", choices=list(inputs.SIZES), default="3gb")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--rounds", type=int, default=4)
@@ -279,22 +295,24 @@ def main() -> None:
     logging.disable_progress_bar()
     inputs.make(given.size, inputs.cache(), lone=False)
     given.out.mkdir(parents=True, exist_ok=True)
-    command = "python benchmarks/gpu.py"
-    command += "".join(f" --only {name}" for name in given.only or ())
-    record: dict[str, Any] = {"machine": machine(given.device), "command": command, "results": {}}
-    for part in given.only or ("merge", "memory", "step", "bench"):
-        print(part, flush=True)
-        if part == "merge":
-            record["results"], record["same"] = merges(given.size, given.device, given.rounds)
-        elif part == "memory":
-            record["results"] |= in_memory(given.size, given.device, given.rounds)
-        elif part == "step":
-            record["results"] |= steps(given.size, given.device, given.rounds)
+    record = given.out / "gpu.json"
+    parts: dict[str, Any] = json.loads(record.read_text()) if record.exists() else {}
+    for name in given.only or TITLES:
+        print(name, flush=True)
+        part: dict[str, Any] = {"machine": machine(given.device)}
+        arguments = (given.size, given.device, given.rounds)
+        if name == "merge":
+            part["results"], part["same"] = merges(*arguments)
+        elif name == "memory":
+            part["results"] = in_memory(*arguments)
+        elif name == "step":
+            part["results"] = steps(*arguments)
         else:
-            record["bench"] = bench(given.size, given.device, given.rounds)
-        (given.out / "gpu.json").write_text(json.dumps(record, indent=1) + "\n")
-        (given.out / "gpu.md").write_text(page(record))
-    print(page(record))
+            part["bench"] = bench(*arguments)
+        parts[name] = part
+        record.write_text(json.dumps(parts, indent=1) + "\n")
+        (given.out / "gpu.md").write_text(page(parts))
+    print(page(parts))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     print(f"peak memory of this process {peak:.1f} GB")
 

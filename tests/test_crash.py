@@ -168,21 +168,22 @@ def place(tmp_path: Path, runner: Runner) -> Place:
 def test_a_kill_at_any_call_leaves_nothing_or_everything_and_the_next_run_finishes(
     how: str, threads: int, place: Place
 ) -> None:
-    calls = place.calls(threads=threads)
+    given = {"threads": threads, "direct": 4096 if threads > 1 else 1 << 40}
+    calls = place.calls(**given)
     assert calls > 60
     sizes = {(place.base / name).stat().st_size for name in (FIRST, SECOND)}
     resumed, struck = [], set()
     # a kill before a call is one after the call before it, but where that one was cut in half
     step = threads if how == "kill in the middle" else 2 * threads
     for at in range(1, calls + 1, step):
-        killed = place.merge(at, how, threads=threads)
+        killed = place.merge(at, how, **given)
         assert killed["status"] == "killed", killed
         struck.add(killed["last"])
         if place.out.exists():
             assert digests(place.out) == place.expected, f"torn output after call {at}"
             assert (place.out / RECEIPT).exists()
         else:
-            resumed.append(place.finish(threads=threads).resumed_bytes)
+            resumed.append(place.finish(**given).resumed_bytes)
         place.clear()
 
     if step == 1:

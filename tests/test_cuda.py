@@ -120,6 +120,24 @@ def test_a_trained_adapter_merges_to_the_same_bytes(
     assert all(torch.equal(one[name], two[name]) for name in two)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("one", "two"), [("cpu", "cuda"), ("cuda", "cpu"), ("cuda", "cuda")])
+def test_the_way_back_on_another_device(kind: str, one: str, two: str, tmp_path: Path) -> None:
+    model = new_model("llama").to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "base")
+    randomized(attach(model, KINDS[kind]()), 1).save_pretrained(tmp_path / "adapter")
+    infold.merge(
+        tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", undo=True, device=one
+    )
+
+    infold.undo(tmp_path / "merged", tmp_path / "again", device=two)
+    infold.swap(tmp_path / "merged", tmp_path / "adapter", tmp_path / "swapped", device=two)
+
+    folders = ("base", "again", "merged", "swapped")
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in folders]
+    assert weights[0] == weights[1] and weights[2] == weights[3] and weights[0] != weights[2]
+
+
 def test_outputs_are_proven_and_measured(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained(base)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 import pytest
 import torch
 
 from infold.adapters import METHODS, Settings
 from infold.plan.edits import Operation
+from infold.plan.fold import Part, Place, Unfoldable, fold
 from infold.verify.reference import Values, reference_of
 
 MAPS = {
@@ -75,3 +76,99 @@ def test_row_maps_are_told_and_restored() -> None:
     assert ia3.describe(MAPS["fused"]) == {"side": "out", "first": 5, "rows": 40}
     assert ia3.describe(MAPS["heads"])["view"] == [2, 2, 3]
     assert Settings(**asdict(MAPS["all"])) == MAPS["all"]
+
+
+@dataclass
+class FakeModules:
+    """A base of nothing but names and sizes."""
+
+    sizes: dict[str, tuple[int, int]]
+    kinds: tuple[str, ...] = ("silu",)
+    clamps: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
+
+    def beside(self, module: str) -> set[str]:
+        parent = module.rpartition(".")[0]
+        names = [n.removeprefix(f"{parent}.") for n in self.sizes if n.startswith(f"{parent}.")]
+        return {name.partition(".")[0] for name in names} | set(self.others)
+
+    def size(self, module: str) -> tuple[int, int] | None:
+        return self.sizes.get(module)
+
+    def places(self, module: str, part: Part | None) -> list[Place]:
+        first, rows = (part.first, self.sizes[module][0]) if part else (0, 0)
+        return [Place(f"{module}.scales", Settings(first=first, rows=rows))]
+
+    def activations(self) -> tuple[str, ...]:
+        return self.kinds
+
+    def limits(self) -> tuple[str, ...]:
+        return self.clamps
+
+
+GATE = {"m.gate_proj": (96, 64), "m.up_proj": (96, 64), "m.down_proj": (64, 96)}
+FUSED = {"m.gate_up_proj": (192, 64), "m.down_proj": (64, 96)}
+EXPERT = {f"e.3.w{n}": size for n, size in ((1, (96, 64)), (2, (64, 96)), (3, (96, 64)))}
+PAIR = {"l.fc1": (96, 64), "l.fc2": (64, 96), "l.self_attn.q_proj": (64, 64)}
+
+
+def moved(base: FakeModules, module: str, vector: float = 1.0) -> Place:
+    (place,) = fold(base, module, "in", lambda: torch.tensor([vector]))
+    return place
+
+
+@pytest.mark.parametrize(
+    ("sizes", "module", "maker", "settings"),
+    [
+        (GATE, "m.down_proj", "m.up_proj", Settings()),
+        (FUSED, "m.down_proj", "m.gate_up_proj", Settings(first=96, rows=192)),
+        (EXPERT, "e.3.w2", "e.3.w3", Settings()),
+        ({"m.Wi": (192, 64), "m.Wo": (64, 96)}, "m.Wo", "m.Wi", Settings(first=96, rows=192)),
+        (
+            {"h.c_fc_0": (96, 64), "h.c_fc_1": (96, 64), "h.c_proj": (64, 96)},
+            "h.c_proj", "h.c_fc_1", Settings(),
+        ),
+    ],
+)  # fmt: skip
+def test_gated_partners(
+    sizes: dict[str, tuple[int, int]], module: str, maker: str, settings: Settings
+) -> None:
+    """By names alone, whatever the activation, and whatever the signs."""
+    for kind in ("silu", "gelu", "relu"):
+        place = moved(FakeModules(sizes, (kind,)), module, -1.0)
+        assert place == Place(f"{maker}.scales", settings)
+
+
+def test_powers_of_relu() -> None:
+    assert moved(FakeModules(PAIR, ("relu",)), "l.fc2").settings.root == 1
+    assert moved(FakeModules(PAIR, ("relu2",)), "l.fc2").settings.root == 2
+
+
+@pytest.mark.parametrize(
+    ("base", "module", "why"),
+    [
+        (FakeModules(PAIR, ("gelu_new",)), "l.fc2", "gelu_new stands between l.fc1 and this"),
+        (FakeModules(PAIR, ("relu", "gelu")), "l.fc2", "gelu or relu stands between"),
+        (FakeModules(PAIR, ()), "l.fc2", "an activation that the config does not tell"),
+        (FakeModules(PAIR, ("relu",)), "l.fc2", "negative elements"),
+        (FakeModules(GATE, clamps=("swiglu_limit",)), "m.down_proj", "swiglu_limit clamps values"),
+        (FakeModules(GATE, others=("ffn_sub_norm",)), "m.down_proj", "ffn_sub_norm beside it"),
+        (
+            FakeModules({**GATE, "m.up_proj": (192, 64)}, ()), "m.down_proj",
+            "m.up_proj, which has 192 outputs, not 96",
+        ),
+        (
+            FakeModules({"a.v_proj": (64, 64), "a.o_proj": (64, 64)}, clamps=("clip_qkv",)),
+            "a.o_proj", "clip_qkv clamps",
+        ),
+        (
+            FakeModules({"a.v_proj": (64, 64), "a.v_norm": (64, 1), "a.o_proj": (64, 64)}),
+            "a.o_proj", "v_norm beside it may change its inputs",
+        ),
+        (FakeModules({"a.dense": (64, 64)}), "a.dense", "which module makes its inputs is not"),
+        (FakeModules({}), "a.down_proj", "there is no such module"),
+    ],
+)  # fmt: skip
+def test_what_cannot_move(base: FakeModules, module: str, why: str) -> None:
+    with pytest.raises(Unfoldable, match=why):
+        moved(base, module, -1.0)

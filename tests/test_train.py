@@ -14,7 +14,13 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    LlamaForCausalLM,
+)
 
 import infold
 from infold.errors import Refusal
@@ -218,6 +224,29 @@ REVIEWS = [
     for i in range(12)
     for word in ("good", "bad")
 ]
+
+
+@pytest.mark.parametrize("kind", ["4-bit", "8-bit"])
+def test_a_quantized_base_is_trained_past_its_evaluations(
+    kind: str, data: Path, tmp_path: Path
+) -> None:
+    folder = save_base(tmp_path / "dense", hidden_size=64, intermediate_size=128)
+    small = BitsAndBytesConfig(load_in_4bit=kind == "4-bit", load_in_8bit=kind == "8-bit")
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=small)
+    model.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "base")
+
+    done = infold.train(
+        tmp_path / "base", data, tmp_path / "out", eval_split=0.2, eval_every=3, packing=True,
+        gradient_checkpointing=True, max_length=64, **QUICK | {"steps": 9},
+    )  # fmt: skip
+
+    curve = [json.loads(line) for line in (tmp_path / "out/loss.jsonl").read_text().splitlines()]
+    losses = [entry["eval_loss"] for entry in curve if "eval_loss" in entry]
+    assert len(losses) == 4 and losses == sorted(losses, reverse=True)
+    assert done.losses["last"] < done.losses["first"] - 0.2
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    assert isinstance(PeftModel.from_pretrained(base, tmp_path / "out"), PeftModel)
 
 
 def test_a_causal_model_learns_to_write_the_label(base: Path, tmp_path: Path) -> None:

@@ -456,6 +456,16 @@ def test_configs_that_do_not_suit_the_model_leave_it_alone(config: Any, message:
     assert all(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.parametrize("name", ["", "a.b", "__base__", "update", "training"])
+def test_names_that_an_adapter_cannot_have_are_refused(name: str) -> None:
+    model = Mlp()
+
+    with pytest.raises(Refusal, match="cannot be called"):
+        attach(model, LoraConfig(target_modules=["lin0"]), name)
+
+    assert type(model) is Mlp
+
+
 @pytest.mark.parametrize(
     ("model", "config", "message"),
     [

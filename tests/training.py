@@ -58,11 +58,11 @@ def new_tokenizer(kind: str = "bytes") -> Any:
     )
 
 
-def save_base(folder: Path, kind: str = "llama", chat: str | None = CHAT) -> Path:
-    """A tiny random model and its tokenizer, on disk."""
+def save_base(folder: Path, kind: str = "llama", chat: str | None = CHAT, **options: Any) -> Path:
+    """A tiny random model and its tokenizer, on disk. options: of a llama's config."""
     torch.manual_seed(0)
     if kind == "llama":
-        model: Any = LlamaForCausalLM(LlamaConfig(**SIZE, num_key_value_heads=2))
+        model: Any = LlamaForCausalLM(LlamaConfig(**SIZE | options, num_key_value_heads=2))
     elif kind == "bloom":
         model = BloomForCausalLM(BloomConfig(vocab_size=320, hidden_size=16, n_layer=1, n_head=2))
     else:

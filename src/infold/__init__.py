@@ -253,7 +253,11 @@ def _log(settled: object) -> None:
 
 def _settle(folder: PathLike | None, *, refuse: bool = False) -> None:
     """Finish what a kill left of an edit in place, if there is such a thing."""
-    if folder is not None and os.path.lexists(os.path.join(folder, "infold-undo.journal")):
+    from pathlib import Path
+
+    from infold.checkpoint.shards import JOURNAL, companion
+
+    if folder is not None and os.path.lexists(companion(Path(folder), JOURNAL)):
         from infold.merge.inplace import settle
 
         if settled := settle(folder, refuse=refuse):

@@ -3,7 +3,7 @@
     W' = m / ||W + s B A||  *  (W + s B A),    the norm over each row of the logical matrix
 
 `lora_magnitude_vector` is m, one element per output. The norm is a reduction, so it is summed in
-the fixed order of `exact.squares`; square root and division are correctly rounded everywhere.
+the fixed order of `exact.squares`; `exact.root` and division are correctly rounded everywhere.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from infold.adapters import lora
-from infold.adapters.exact import Index, squares
+from infold.adapters.exact import Index, root, squares
 from infold.adapters.layer import Base, Dropout, Geometry
 from infold.adapters.lora import LowRank
 from infold.adapters.settings import Settings
@@ -47,7 +47,8 @@ class _Directed(LowRank):
 
     def __init__(self, parts: Mapping[str, Tensor], settings: Settings) -> None:
         super().__init__(parts, settings)
-        self.magnitude = parts["lora_magnitude_vector"].double().flatten()
+        magnitude = parts["lora_magnitude_vector"].double().flatten()
+        self.magnitude = settings.arranged(magnitude)
         self.total = torch.zeros_like(self.magnitude)  # sum of squares of each row
         self.factor: Tensor | None = None
 
@@ -70,7 +71,7 @@ class _Directed(LowRank):
 
     def weight(self, x: Tensor, rows: Index, cols: Index) -> None:
         if self.factor is None:
-            self.factor = self.magnitude / self.total.sqrt()
+            self.factor = self.magnitude / root(self.total)
         super().weight(x, rows, cols)
         x.mul_(self.factor[rows, None])
 
@@ -81,7 +82,7 @@ class _Undirected(LowRank):
     def __init__(self, merged: _Directed) -> None:
         settings = replace(merged.settings, scaling=-merged.settings.scaling)
         super().__init__(merged.parts, settings)
-        back = merged.total.sqrt() / merged.magnitude
+        back = root(merged.total) / merged.magnitude
         self.back = torch.where(back.isfinite(), back, 1.0)
 
     def weight(self, x: Tensor, rows: Index, cols: Index) -> None:

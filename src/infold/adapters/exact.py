@@ -25,7 +25,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["LEAF", "Factors", "Index", "slices_for", "squares"]
+__all__ = ["LEAF", "Factors", "Index", "root", "slices_for", "squares"]
 
 Index: TypeAlias = slice | Tensor  # a range of rows or columns, or their numbers (int64)
 
@@ -137,3 +137,13 @@ def squares(x: Tensor, total: Tensor) -> None:
         tree = tree[:, :, :width] + tree[:, :, width : 2 * width]
     for leaf in range(leaves):
         total += tree[:, leaf, 0]
+
+
+def root(x: Tensor) -> Tensor:
+    """The square root of float64 x, a vector, correctly rounded.
+
+    PyTorch's is not: neither on CUDA nor, in about 1 of 100 cases, on a CPU with MKL. The C
+    library's is. What is rooted here is a vector for each tensor, so its time does not matter.
+    """
+    roots = [math.sqrt(v) if v >= 0 else math.nan for v in x.tolist()]
+    return torch.tensor(roots, dtype=torch.float64, device=x.device)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infold.adapters.exact import Index
+from infold.adapters.exact import Index, root
 from infold.adapters.layer import Base, Dropout, Geometry
 from infold.adapters.settings import Settings
 
@@ -114,10 +114,9 @@ def prepare(parts: Mapping[str, Tensor], settings: Settings) -> _Output | _Input
 
 def _by_rows(scale: Tensor, settings: Settings) -> Tensor:
     """The factors of the rows, before each stands for `repeat` of them."""
-    if settings.order:
-        scale = scale.view(settings.view).permute(settings.order).flatten()
+    scale = settings.arranged(scale)
     if settings.root == 2:
-        scale = scale.sqrt()
+        scale = root(scale)
     if not settings.rows:
         return scale
     whole = scale.new_ones(settings.rows)

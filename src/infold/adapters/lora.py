@@ -74,7 +74,9 @@ class LowRank:
         self.groups = _groups(parts, settings)
         self.per_group = settings.out // settings.groups
         bias = parts.get("lora_bias")
-        self.delta_bias = None if bias is None else bias.double().flatten() * settings.scaling
+        if bias is not None:
+            bias = settings.arranged(bias.double().flatten()) * settings.scaling
+        self.delta_bias = bias
 
     def inverse(self) -> LowRank:
         """W' - s B A, and the like of the bias."""
@@ -106,7 +108,7 @@ class LowRank:
 
 
 def _groups(parts: Mapping[str, Tensor], settings: Settings) -> list[Factors]:
-    a, b = parts["lora_A"].flatten(1), parts["lora_B"].flatten(1)
+    a, b = parts["lora_A"].flatten(1), settings.arranged(parts["lora_B"].flatten(1))
     return [
         Factors(a_group, b_group, settings.scaling, settings.slices)
         for a_group, b_group in zip(a.chunk(settings.groups), b.chunk(settings.groups), strict=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 __all__ = ["Settings"]
 
 
@@ -22,10 +24,18 @@ class Settings:
     start: bool | str = True  # how `init` fills the parts: True is the method's own way
     with_bias: bool = False  # LoRA: also a bias of lora_B
     # IA³ on stored rows that are not the module's outputs one by one (side "out"): a row map, in
-    # this order. The float scales of a quantized weight are such rows; see plan/fold.py
+    # this order. The float scales of a quantized weight are such rows; see plan/fold.py.
+    # LoRA, DoRA: of the two below, the order of the stored rows
     view: tuple[int, ...] = ()  # vector.view(view).permute(order).flatten(), unless empty
     order: tuple[int, ...] = ()
     root: int = 1  # 2: the square root of each element, for a vector moved through relu²
     first: int = 0  # where the vector begins in a fused tensor of `rows` rows; 1 elsewhere
     rows: int = 0  # 0: as many as the vector has elements
     repeat: int = 1  # consecutive stored rows that share one of these elements
+
+    def arranged(self, x: Tensor) -> Tensor:
+        """Outputs (out, ...) in the order of the stored rows, by `view` and `order`."""
+        if not self.order:
+            return x
+        rest = range(len(self.view), len(self.view) + x.dim() - 1)
+        return x.reshape(*self.view, *x.shape[1:]).permute(*self.order, *rest).reshape(x.shape)

@@ -65,7 +65,7 @@ class Header:
     """A parsed header. `raw` is everything before the data: length, JSON and padding."""
 
     tensors: Mapping[str, TensorInfo]  # in file order
-    metadata: Mapping[str, str]
+    metadata: Mapping[str, Any]  # of safetensors: texts
     raw: bytes
     file_size: int
 
@@ -211,7 +211,7 @@ def _short(value: Any) -> str:
 
 
 def build_header(
-    tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]
+    tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, Any]
 ) -> Header:
     """The header for tensors (name, dtype, shape) in the order given; data is 8-byte aligned."""
     fields: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}

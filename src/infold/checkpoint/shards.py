@@ -1,4 +1,5 @@
-"""A checkpoint: one safetensors file, or a folder of them with an index; and what lies beside."""
+"""A checkpoint: one safetensors file, or a folder of them with an index; or a GGUF file, or its
+parts; and what lies beside."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from infold.checkpoint.files import exists, locate, read_bytes, read_json, read_object, safe_child
+from infold.checkpoint.gguf import part_of, parts_beside, read_gguf_header
 from infold.checkpoint.safetensors import Header, TensorInfo, parse_json, read_header
 from infold.errors import CorruptFile, Refusal, StorageFailure
 
@@ -21,15 +23,19 @@ __all__ = [
     "SINGLE",
     "Checkpoint",
     "Shard",
+    "companion",
+    "is_lone",
     "open_checkpoint",
     "read_exactly",
     "read_receipt",
+    "read_shard_header",
 ]
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 RECEIPT = "infold-receipt.json"
 JOURNAL = "infold-undo.journal"  # there while a folder is edited in place
+GGUF = ".gguf"
 CARD = "README.md"
 KEPT_CARD = "README.base.md"  # the base's, where `infold deploy` wrote a card of its own
 
@@ -79,22 +85,53 @@ class Checkpoint:
     def is_folder(self) -> bool:
         return self.path.is_dir()
 
+    @property
+    def is_gguf(self) -> bool:
+        return self.shards[0].name.endswith(GGUF)
+
+    @property
+    def home(self) -> Path:
+        """The folder that its files lie in."""
+        return self.path if self.is_folder else self.path.parent
+
+
+def is_lone(path: Path) -> bool:
+    """Whether a model at this path is (or will be) a single file, and not a folder."""
+    return path.suffix == GGUF and not path.is_dir()
+
+
+def companion(path: Path, name: str) -> Path:
+    """Where a file of infold's own (the receipt, the undo record) lies that belongs to the model at
+    `path`: in its folder, or beside a single file, with that one's name before its own."""
+    return path.with_name(f"{path.name}.{name}") if is_lone(path) else path / name
+
+
+def read_shard_header(path: Path) -> Header:
+    """The header of a file of either container, by its name; raises as its parser does."""
+    return read_gguf_header(path) if path.suffix == GGUF else read_header(path)
+
 
 def open_checkpoint(name: str | os.PathLike[str], *, in_place: bool = False) -> Checkpoint:
-    """Open a folder, a single .safetensors file or a Hub id; read and check every header.
+    """Open a folder, a .safetensors or .gguf file or a Hub id; read and check every header.
+
+    Of a GGUF model in several parts the path is that of the first.
 
     Raises CorruptFile for broken files, Refusal for what is no checkpoint, and for a folder that
     was left in the middle of an edit in place, but for those who finish that (`in_place`).
     """
     path = locate(name, never=_STALE)
-    if not in_place and os.path.lexists(path / JOURNAL):
+    if not in_place and os.path.lexists(companion(path, JOURNAL)):
         raise Refusal(
             f"{path}: is being edited in place, or was left in the middle of it; "
             f"`infold inspect {path}` finishes that"
         )
     if path.is_file():
+        if path.suffix == GGUF:
+            return _assemble(path, _parts(path), None)
         if path.suffix != ".safetensors":
-            raise Refusal(f"{path}: not a .safetensors file; infold reads safetensors checkpoints")
+            raise Refusal(
+                f"{path}: neither a .safetensors nor a .gguf file; infold reads no others"
+            )
         return _assemble(path, [Shard(path.name, path, read_header(path))], None)
     if exists(path / INDEX):
         index = read_json(safe_child(path, INDEX))
@@ -111,10 +148,53 @@ def open_checkpoint(name: str | os.PathLike[str], *, in_place: bool = False) -> 
             f"{path}: holds PyTorch pickles only; convert it once with transformers' "
             "from_pretrained(...).save_pretrained(..., safe_serialization=True)"
         )
+    if models := _models(path):
+        if len(models) > 1:
+            listed = ", ".join(file.name for file in models)
+            raise Refusal(f"{path}: holds several GGUF models ({listed}); give one of the files")
+        return _assemble(path, _parts(models[0]), None)
     swapped = ""
     if exists(path / "adapter_config.json"):
         swapped = ". It looks like an adapter: the base comes first, then its adapters"
-    raise Refusal(f"{path}: no checkpoint: neither {SINGLE} nor {INDEX} is there{swapped}")
+    raise Refusal(
+        f"{path}: no checkpoint: neither {SINGLE} nor {INDEX} nor a GGUF file is there{swapped}"
+    )
+
+
+def _models(path: Path) -> list[Path]:
+    """The GGUF models of a folder, each by its first part. Projectors of images, importance
+    matrices and adapters, which may lie there too, are none."""
+    found = []
+    for name in sorted(p.name for p in path.glob("*" + GGUF)):
+        file = safe_child(path, name)
+        told = read_gguf_header(file).metadata
+        kind, architecture = told.get("general.type", "model"), told.get("general.architecture")
+        if kind == "model" and architecture not in ("clip", None) and not part_of(file, told)[0]:
+            found.append(file)
+    return found
+
+
+def _parts(path: Path) -> list[Shard]:
+    """A GGUF file, or all parts of the model that it is the first of."""
+    header = read_gguf_header(path)
+    count = part_of(path, header.metadata)[1]
+    if count == 1:
+        return [Shard(path.name, path, header)]
+    files = parts_beside(path, count)
+    if lacking := [file for file in files if not exists(file)]:
+        raise CorruptFile(f"{file}: a part of {path}, and not there" for file in lacking)
+    shards = []
+    for expected, file in enumerate(files):
+        safe_child(path.parent, file.name)
+        header = read_gguf_header(file)
+        if part_of(file, header.metadata) != (expected, count):
+            raise CorruptFile(f"{file}: tells that it is another part than its name does")
+        shards.append(Shard(file.name, file, header))
+    total: Any = shards[0].header.metadata.get("split.tensors.count")
+    found = sum(len(shard.header.tensors) for shard in shards)
+    if total is not None and total != found:
+        raise CorruptFile(f"{path}: tells of {total} tensors, and its parts have {found}")
+    return shards
 
 
 def _indexed(path: Path, index: Any) -> list[Shard]:
@@ -207,6 +287,8 @@ def _beside(path: Path, shards: list[Shard]) -> tuple[list[str], list[str]]:
                 raise Refusal(f"{file}: neither a file nor a folder, or a dangling link; remove it")
             top = here == Path(".")
             stale = any(fnmatch.fnmatchcase(name, pattern) for pattern in _STALE)
+            if name.endswith(GGUF) and shards[0].name.endswith(GGUF):
+                stale = False  # such as a projector of images, which belongs to the model
             if is_bundled(relative) or (top and (stale or _repeats(file, shards))):
                 left.append(relative)
             else:
@@ -243,5 +325,5 @@ def read_exactly(fd: int, view: memoryview, offset: int, path: Path) -> None:
 
 
 def read_receipt(path: Path) -> dict[str, Any]:
-    """The receipt of a merged folder."""
-    return read_object(path / RECEIPT)
+    """The receipt of a merged folder or GGUF file."""
+    return read_object(companion(path, RECEIPT))

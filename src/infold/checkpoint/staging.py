@@ -9,6 +9,10 @@ While a merge runs, everything lies in `.NAME.infold/` beside the output:
 Publishing is one rename of `output/`. With --force an existing output is exchanged in one step
 where the system can (Linux). A killed merge leaves only the hidden folder; the next one continues
 from what the journal tells, after checking it, or starts over where base or adapters differ.
+
+An output that is a single file is published by a rename for each file in `output/`: first those
+that belong to it, then itself. Before the first a file `publishing` comes to the disk, and the next
+merge to this output finishes what a kill left there.
 """
 
 from __future__ import annotations
@@ -29,6 +33,8 @@ from typing import Any
 from infold.errors import Refusal, StorageFailure
 
 __all__ = ["Progress", "Staging", "copy_range", "storage_errors"]
+
+_PUBLISHING = "publishing"
 
 
 @contextmanager
@@ -60,8 +66,8 @@ class Staging:
 
     writes = True
 
-    def __init__(self, out: Path, identity: str, force: bool) -> None:
-        self.out, self.identity, self.force = out, identity, force
+    def __init__(self, out: Path, identity: str, force: bool, *, lone: bool = False) -> None:
+        self.out, self.identity, self.force, self.lone = out, identity, force, lone
         self.folder = out.parent / f".{out.name}.infold"
         self.output = self.folder / "output"
         self.made: list[Path] = []  # folders above the output that were not there, innermost first
@@ -132,6 +138,15 @@ class Staging:
 
     def _restore(self) -> None:
         """Put back the old output that a kill between the two renames of `publish` left here."""
+        if (self.folder / _PUBLISHING).exists():
+            self._move_files()
+            (self.folder / _PUBLISHING).unlink()
+            if not self.force:
+                raise Refusal(
+                    f"{self.out}: exists now: an interrupted merge was complete, and had to be "
+                    "given its name; `infold verify` it, choose another name, or replace it with "
+                    "--force"
+                )
         replaced = self.folder / "replaced"
         if not replaced.exists():
             return
@@ -250,15 +265,26 @@ class Staging:
                 sync_folder(Path(folder))
             # from here on the folder must not be continued: after an exchange it holds the old one
             os.unlink(self.folder / "journal")
-            if not os.path.lexists(self.out):
-                os.rename(self.output, self.out)
-            elif not self.force:
+            if os.path.lexists(self.out) and not self.force:
                 raise Refusal(f"{self.out}: appeared while the merge ran; it is left as it is")
+            if self.lone:
+                os.close(os.open(self.folder / _PUBLISHING, os.O_WRONLY | os.O_CREAT, 0o644))
+                sync_folder(self.folder)
+                self._move_files()
+            elif not os.path.lexists(self.out):
+                os.rename(self.output, self.out)
             elif not _exchange(self.output, self.out):
                 os.rename(self.out, self.folder / "replaced")
                 os.rename(self.output, self.out)
             sync_folder(self.out.parent)
             self.discard()
+
+    def _move_files(self) -> None:
+        """Give each file of a single-file output its name, the model's own last."""
+        names = sorted(os.listdir(self.output), key=lambda name: (name == self.out.name, name))
+        for name in names:
+            os.rename(self.output / name, self.out.with_name(name))
+        sync_folder(self.out.parent)
 
     def discard(self) -> None:
         """Remove the hidden folder with all that is in it; the lock last, so that nobody can begin

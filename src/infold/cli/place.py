@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from infold.cli.output import complain
 from infold.errors import Refusal
@@ -11,7 +12,7 @@ __all__ = ["one_place", "settle_first"]
 
 
 def one_place(out: str | None, in_place: bool) -> str:
-    """The folder of --out; empty with --in-place. Raises Refusal for both, and for none."""
+    """The place of --out; empty with --in-place. Raises Refusal for both, and for none."""
     if in_place == (out is not None):
         raise Refusal("give either --out DIR or --in-place")
     return out or ""
@@ -19,7 +20,9 @@ def one_place(out: str | None, in_place: bool) -> str:
 
 def settle_first(folder: str, *, refuse: bool = False) -> None:
     """Finish what a kill left of an edit in place, and say what became of it."""
-    if os.path.lexists(os.path.join(folder, "infold-undo.journal")):
+    from infold.checkpoint.shards import JOURNAL, companion
+
+    if os.path.lexists(companion(Path(folder), JOURNAL)):
         from infold.merge.inplace import settle
 
         if settled := settle(folder, refuse=refuse):

@@ -23,7 +23,9 @@ __all__ = ["Step", "Target", "Workspace", "backward", "compute", "guess", "obser
 
 TILE = 192 << 10  # elements; smaller ones cost more in calls than they gain in the cache
 TILE_COLUMNS = 1536
-_FEW = 64  # doubtful elements of a block that are settled one by one; more: a pattern in the data
+# Doubtful elements of a block that are settled one by one; more are a pattern in the data, since by
+# chance one of 2^16 is halfway. At least, and one of so many:
+_FEW, _FEW_OF = 64, 1 << 14
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +225,7 @@ def _settle(
     """Encode the elements anew that the way through `staging` may have rounded twice."""
     rows, columns = doubtful
     encode = target.form.encode
-    if len(rows) > _FEW:
+    if len(rows) > max(_FEW, block.count // _FEW_OF):
         for span in tiles(block, workspace.tile, workspace.tile_columns):
             here = within(block, *span)
             out[here] = encode(_values(steps, raw[here], *span, target, workspace), target.dtype)

@@ -57,7 +57,7 @@ class _Crew:
     def like(self, raw: Tensor) -> Tensor:
         """Memory for a second `raw`, until the lock is given back."""
         if raw.device.type != "cpu" or raw.nbytes > _KEPT:
-            return _empty(raw)
+            return _empty(raw, raw.dtype)
         if self.second.numel() < raw.nbytes:
             self.second = torch.empty(raw.nbytes, dtype=torch.uint8)
         return self.second[: raw.nbytes].view(raw.dtype).view(raw.shape)
@@ -97,8 +97,8 @@ class _Crew:
             wait(futures)
 
 
-def _empty(raw: Tensor) -> Tensor:
-    return torch.empty(raw.shape, dtype=raw.dtype, device=raw.device)
+def _empty(raw: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty(raw.shape, dtype=dtype, device=raw.device)
 
 
 _crew: _Crew | None = None
@@ -128,6 +128,7 @@ def edit_tensor(
     name: str,
     *,
     out: Tensor | None = None,
+    dtype: torch.dtype | None = None,
     threads: int | None = None,
 ) -> Tensor:
     """One tensor of a model after the steps: the bytes that merging its checkpoint would give.
@@ -135,15 +136,18 @@ def edit_tensor(
     stored: F64, F32, F16 or BF16, on the CPU or a GPU, of any shape; it is seen as the matrix
     (shape[0], product of the rest), a bias as a column. steps: in their order, each freshly
     prepared on the device of `stored`; a method that observes is shown the weight here. name: for
-    messages. out: filled if given, and may be `stored` itself. threads: at most so many work on a
+    messages. out: filled if given, and may be `stored` itself. dtype: of the result, that of
+    `stored` by default; float64 is rounded to it once. threads: at most so many work on a
     CPU's tensor; by default one for each processor, at most 8. Needs memory for a second tensor.
 
-    Returns `out`, or a new contiguous tensor of the shape, dtype and device of `stored`. Raises
+    Returns `out`, or a new contiguous tensor of the shape and device of `stored`. Raises
     Refusal where a value becomes or is NaN or infinite, or for another dtype; then neither `stored`
     nor `out` has changed.
     """
-    target = _target(stored, name)
-    like = (stored.shape, stored.dtype, stored.device)
+    dtype = stored.dtype if dtype is None else dtype
+    _target(stored, stored.dtype, name)
+    target = _target(stored, dtype, name)
+    like = (stored.shape, dtype, stored.device)
     if out is not None and (out.shape, out.dtype, out.device) != like:
         raise ValueError(f"{name}: out must have the shape, dtype and device of the stored tensor")
     if threads is not None and threads < 1:
@@ -152,18 +156,18 @@ def edit_tensor(
     with crew.lock, torch.no_grad():
         with torch.inference_mode(False):
             raw = stored.detach().reshape(matrix(stored.shape))
-            merged = _empty(raw) if out is None else crew.like(raw)
+            merged = _empty(raw, dtype) if out is None or dtype != raw.dtype else crew.like(raw)
             if raw.numel():
                 _run(crew, raw, merged, steps, target, count)
         merged = merged.view(stored.shape)
         return merged if out is None else out.copy_(merged)
 
 
-def _target(stored: Tensor, name: str) -> Target:
-    dtype = NAMES.get(stored.dtype)
+def _target(stored: Tensor, wanted: torch.dtype, name: str) -> Target:
+    dtype = NAMES.get(wanted)
     form = format_of(dtype) if dtype else None
     if dtype is None or form is None or stored.device.type == "meta":
-        what = "has no values" if stored.device.type == "meta" else f"is {stored.dtype}"
+        what = "has no values" if stored.device.type == "meta" else f"is {wanted}"
         raise Refusal(f"{name}: {what}; infold merges into tensors of {', '.join(NAMES.values())}")
     return Target(name, dtype, form)
 

@@ -1,7 +1,9 @@
 """STORAGE OF ONE WEIGHT: stored parts <-> values. One file a format, one line here.
 
 Two tables. `FORMATS` store floats one by one: a tensor is a weight. `QUANTIZED` store the weight of
-a module as codes and scales in several tensors, whose float scales are dense tensors again.
+a module as codes and scales in several tensors, whose float scales are dense tensors again. ggml's
+types, with scales and codes in one tensor, are a table of their own (`gguf.PACKINGS`); `floats_of`
+shows the floats of any tensor as a matrix.
 """
 
 from __future__ import annotations
@@ -23,17 +25,22 @@ from infold.formats import (
     torchao,
     unscalable,
 )
+from infold.formats.floats import Floats, floats_of
+from infold.formats.gguf import Packing
 from infold.formats.stored import Field, NoFold, Scale, Stored
 
 __all__ = [
     "FORMATS",
     "QUANTIZED",
     "Field",
+    "Floats",
     "Format",
     "NoFold",
+    "Packing",
     "Quantized",
     "Scale",
     "Stored",
+    "floats_of",
     "format_of",
     "quantized_of",
 ]

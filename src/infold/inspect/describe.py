@@ -15,7 +15,13 @@ from torch import Tensor
 from infold.checkpoint.adapter import CONFIG, Adapter, open_adapter
 from infold.checkpoint.files import locate
 from infold.checkpoint.record import FILE, ORIGINAL, SEEN, UNDO, open_record
-from infold.checkpoint.shards import RECEIPT, Checkpoint, open_checkpoint
+from infold.checkpoint.shards import (
+    RECEIPT,
+    Checkpoint,
+    companion,
+    is_lone,
+    open_checkpoint,
+)
 from infold.errors import CorruptFile, Refusal
 from infold.inspect.receipt import checked_receipt
 from infold.plan.build import plan_merge
@@ -44,9 +50,9 @@ def describe_path(
         return _adapter(open_adapter(place), None if base is None else open_checkpoint(base))
     if base is not None:
         raise Refusal(f"{path}: --base is for adapters, and this is none")
-    if place.is_dir() and (place / RECEIPT).exists():
+    if (place.is_dir() or is_lone(place)) and companion(place, RECEIPT).exists():
         receipt = checked_receipt(place)
-        undo = _record(place, receipt) if os.path.lexists(place / UNDO) else None
+        undo = _record(place, receipt) if os.path.lexists(companion(place, UNDO)) else None
         return {"kind": "merged", "path": str(place), "receipt": receipt, "undo": undo}
     return _checkpoint(open_checkpoint(place))
 
@@ -54,7 +60,8 @@ def describe_path(
 def _record(folder: Path, receipt: dict[str, Any]) -> dict[str, Any]:
     """The undo record, all of which is read and checked. Sizes are bytes; `share`: of the edited
     ones, without what the record keeps of the adapters."""
-    with open_record(folder) as record:
+    path = companion(folder, UNDO)
+    with open_record(path.parent, path.name) as record:
         blocks = [f for (tensor, _), f in record.frames.items() if tensor < SEEN]
         files = record.manifest.get("files")
         numbers = [n for label, n in (files or {}).items() if label.startswith("adapter/")]

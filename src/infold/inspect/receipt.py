@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from infold.checkpoint.files import safe_child
-from infold.checkpoint.shards import RECEIPT, read_receipt
+from infold.checkpoint.shards import RECEIPT, companion, read_receipt
 from infold.errors import CorruptFile
 
 __all__ = ["checked_receipt"]
@@ -36,12 +36,14 @@ _FIELDS: dict[str, Any] = {
 
 
 def checked_receipt(folder: Path) -> dict[str, Any]:
-    """The receipt of a merged folder. Raises CorruptFile for one that infold does not write."""
-    receipt = read_receipt(safe_child(folder, RECEIPT).parent)
+    """The receipt of a merged model. Raises CorruptFile for one that infold does not write."""
+    path = companion(folder, RECEIPT)
+    safe_child(path.parent, path.name)
+    receipt = read_receipt(folder)
     problems = _problems(receipt, _FIELDS, "") or _strangers(receipt)
     if problems:
         told = "; ".join(problems[:5]) + ("; ..." if len(problems) > 5 else "")
-        raise CorruptFile(f"{folder / RECEIPT}: is not a receipt that infold writes: {told}")
+        raise CorruptFile(f"{path}: is not a receipt that infold writes: {told}")
     return receipt
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from infold.adapters import METHODS
 from infold.adapters.exact import LEAF
 from infold.checkpoint.adapter import Adapter
-from infold.edit.blocks import Block, cut, matrix
+from infold.dtypes import TORCH_DTYPES
+from infold.edit.blocks import Block, cut
 from infold.edit.steps import (
     Step,
     Target,
@@ -23,7 +24,7 @@ from infold.edit.steps import (
     observers,
     show,
 )
-from infold.formats import format_of
+from infold.formats import Floats, floats_of, format_of
 from infold.plan.edits import Edit
 
 __all__ = ["EditRun", "Read", "Run", "steps_of"]
@@ -35,8 +36,9 @@ class Run(Protocol):
     """What computes one tensor of an output, shared by the workers."""
 
     edit: Edit
-    shape: tuple[int, int]
-    stored: torch.dtype
+    floats: Floats  # of the output's tensor
+    shape: tuple[int, int]  # of their matrix
+    stored: torch.dtype  # of each
     changed: int  # elements that differ from the source's
     reads: bool  # whether `run` needs the source's block
     forward: EditRun | None  # what edits the base's block, where that happens
@@ -79,11 +81,13 @@ class EditRun:
     ) -> None:
         self.edit, self.adapters, self.device = edit, adapters, device
         self.forward: EditRun | None = self
-        self.shape = matrix(edit.shape)
-        form = format_of(edit.dtype)
-        assert form is not None  # the plan refuses what no format stores
-        self.target = Target(edit.tensor, edit.dtype, form)
-        self.stored = form.torch_dtype(edit.dtype)
+        floats = floats_of(edit.dtype, edit.shape)
+        assert floats is not None  # the plan refuses what no format stores
+        form = format_of(floats.dtype)
+        assert form is not None
+        self.floats, self.shape = floats, (floats.rows, floats.columns)
+        self.target = Target(edit.tensor, floats.dtype, form)
+        self.stored = TORCH_DTYPES[floats.dtype]
         self.changed = 0
         self._known = observed
         self._ready: list[Step] | None = None

@@ -16,7 +16,8 @@ from infold.checkpoint.staging import storage_errors, write_fully
 from infold.edit.steps import Workspace
 from infold.edit.threads import take_one_core
 from infold.merge.apply import EditRun, Run
-from infold.merge.stream import Buffers, Compute, chunks_of
+from infold.merge.source import Buffers
+from infold.merge.stream import Compute, chunks_of
 from infold.merge.undo import Merged
 from infold.plan.edits import Plan
 
@@ -105,9 +106,10 @@ class Crew:
         run, block = chunk.run, chunk.block
         run.prepare(workspace, lambda piece: chunk.source.read(piece, buffers), self.limit)
         raw = chunk.source.read(block, buffers)
-        data = bytearray(block.count * run.stored.itemsize)
-        out = torch.frombuffer(data, dtype=run.stored).view(block.rows, block.columns)
+        data = bytearray(block.count * run.floats.width)
+        out = chunk.source.room(run.floats, block, memoryview(data))
         run.run(raw, out, block, workspace)
+        chunk.source.fill(run.floats, out, memoryview(data), buffers)
         return Piece(work.shard, chunk.target, bytes(data))
 
 

@@ -17,9 +17,10 @@ from infold.checkpoint.record import SEEN, RecordWriter
 from infold.checkpoint.shards import Checkpoint
 from infold.checkpoint.staging import storage_errors
 from infold.dtypes import TORCH_DTYPES
-from infold.edit.blocks import Block, cut, matrix
+from infold.edit.blocks import Block, cut
 from infold.edit.residual import content, pack_original, pack_residual
 from infold.edit.steps import Workspace
+from infold.formats import Floats, floats_of
 from infold.merge.apply import Run
 from infold.plan.edits import BaseTensor, Edit, Plan
 
@@ -34,16 +35,25 @@ def undone_by_residual(edit: Edit) -> bool:
 
 
 def block_of(checkpoint: Checkpoint, files: InputFiles, name: str, block: Block) -> Tensor:
-    """The stored elements of a block of a tensor, in memory of their own."""
+    """The floats of a block of a tensor, in memory of their own."""
     info = checkpoint.info(name)
-    dtype = TORCH_DTYPES[info.dtype]
-    columns = matrix(info.shape)[1]
-    data = bytearray(block.count * dtype.itemsize)
+    floats = _floats(checkpoint, name)
+    dtype = TORCH_DTYPES[floats.dtype]
+    data = bytearray(block.count * floats.width)
     if not data:
         return torch.empty(block.rows, block.columns, dtype=dtype)
-    begin = info.begin + (block.row * columns + block.column) * dtype.itemsize
+    begin = info.begin + (block.row * floats.columns + block.column) * floats.width
     files.read(checkpoint.shards[checkpoint.where[name]].path, memoryview(data), begin)
+    if floats.packing is not None:
+        return floats.packing.take(torch.frombuffer(data, dtype=torch.uint8))
     return torch.frombuffer(data, dtype=dtype).view(block.rows, block.columns)
+
+
+def _floats(checkpoint: Checkpoint, name: str) -> Floats:
+    info = checkpoint.info(name)
+    floats = floats_of(info.dtype, info.shape)
+    assert floats is not None  # no plan edits such a tensor
+    return floats
 
 
 class Recording:
@@ -90,9 +100,9 @@ class Recording:
         for name, number in self.numbers.items():
             if undone_by_residual(self.plan.edits[name]):
                 continue
-            for which, block in enumerate(
-                cut(*matrix(self.plan.base.info(name).shape), self.limit)
-            ):
+            floats = _floats(self.plan.base, name)
+            blocks = cut(floats.rows, floats.columns, floats.share(self.limit))
+            for which, block in enumerate(blocks):
                 if block.count:
                     self.writer.append(number, which, *pack_original(base(name, block)))
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from blake3 import blake3
 
 from infold.checkpoint.adapter import open_adapter
+from infold.checkpoint.shards import is_lone
 from infold.checkpoint.staging import Staging
 from infold.edit.threads import one_torch_thread, usual_threads
 from infold.errors import Refusal
@@ -28,6 +29,7 @@ from infold.merge.run import (
 from infold.merge.stream import Streamed, stream
 from infold.merge.undo import Merged, open_merged
 from infold.plan.build import plan_merge
+from infold.plan.output import placed
 from infold.sizes import parse_bytes
 from infold.version import __version__
 
@@ -65,7 +67,7 @@ def undo_checkpoint(
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Undone:
-    """Restore the base of a merged folder into a new folder, byte for byte.
+    """Restore the base of a merged folder or GGUF file, byte for byte, at `out`.
 
     Raises Refusal or CorruptFile for a folder that cannot be undone, before anything is written
     but for shards that were changed after the merge: that shows when they have been read, and then
@@ -78,7 +80,7 @@ def undo_checkpoint(
     where = open_device(device)
     merged = open_merged(Path(folder))
     with merged.record, one_torch_thread():
-        plan = merged.undo_plan()
+        plan = placed(merged.undo_plan(), path)
         check_output(path, plan, False)
         count = threads if threads is not None else usual_threads()
         if count < 1:
@@ -96,7 +98,7 @@ def undo_checkpoint(
                 progress(done, total)
 
         identity = blake3(f"infold {__version__} undo {merged.record.identity}".encode())
-        with Staging(path, identity.hexdigest(), False) as staging:
+        with Staging(path, identity.hexdigest(), False, lone=is_lone(path)) as staging:
             for name in plan.copied:
                 staging.copy_file(plan.base.path / name, name)
             for name, data in plan.rewritten.items():
@@ -119,10 +121,10 @@ def check_restored(merged: Merged, streamed: Streamed) -> None:
     """Refuse where the shards that were read or made have not the digests of the merge."""
     merged.check(streamed)
     wrong = [
-        f"{merged.path / name}: what is restored has the BLAKE3 {found.output}, the base had "
-        f"{merged.base_digests.get(name)}"
-        for name, found in streamed.digests.items()
-        if found.output != merged.base_digests.get(name)
+        f"{merged.checkpoint.home / found.source}: what is restored has the BLAKE3 {found.output}, "
+        f"the base had {merged.base_digests.get(found.source)}"
+        for found in streamed.digests.values()
+        if found.output != merged.base_digests.get(found.source)
     ]
     if wrong:
         raise Refusal([*wrong, "the record was not made by this infold's arithmetic"])

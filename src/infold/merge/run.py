@@ -28,7 +28,13 @@ from infold.checkpoint.adapter import Adapter, open_adapter
 from infold.checkpoint.files import read_json, safe_child
 from infold.checkpoint.inputs import InputFiles
 from infold.checkpoint.record import UNDO, RecordWriter
-from infold.checkpoint.shards import RECEIPT, open_checkpoint
+from infold.checkpoint.shards import (
+    RECEIPT,
+    companion,
+    is_lone,
+    open_checkpoint,
+    read_receipt,
+)
 from infold.checkpoint.staging import Staging, storage_errors
 from infold.dtypes import TORCH_DTYPES
 from infold.edit.blocks import Block
@@ -40,6 +46,7 @@ from infold.merge.stream import Streamed, stream
 from infold.merge.undo import Merged
 from infold.plan.build import plan_merge
 from infold.plan.edits import Plan, describe
+from infold.plan.output import placed
 from infold.sizes import parse_bytes
 from infold.version import __version__
 
@@ -110,6 +117,7 @@ def prepare(
     if not os.fspath(out):
         raise Refusal("--out is empty; is a variable of the command empty?")
     path = Path(os.path.abspath(out))
+    plan = placed(plan, path)
     check_output(path, plan, force)
     budget = parse_bytes(max_memory)
     fixed = source.limit if source else None
@@ -175,7 +183,10 @@ def _execute(
             progress(done, total)
 
     with ExitStack() as opened:
-        staging = opened.enter_context(Staging(path, _identity(prepared), prepared.force))
+        lone = is_lone(path)
+        staging = opened.enter_context(
+            Staging(path, _identity(prepared), prepared.force, lone=lone)
+        )
         for name in over.copied:
             staging.copy_file(over.base.path / name, name)
         for name, data in over.rewritten.items():
@@ -201,14 +212,16 @@ def _execute(
         receipt = make_receipt(prepared, streamed, names, sha256=hashes)
         if recording is not None:
             told = finish_record(recording, receipt, source)
-            staging.adopt(UNDO)
+            told["file"] = companion(path, UNDO).name
+            staging.adopt(told["file"])
             receipt = replace(receipt, undo=told)
         receipt = replace(
             receipt,
             seconds=round(time.perf_counter() - started, 3),
             peak_memory=peak_memory(),
         )
-        staging.write_bytes(RECEIPT, receipt.to_json().encode(errors="backslashreplace"))
+        text = receipt.to_json().encode(errors="backslashreplace")
+        staging.write_bytes(companion(path, RECEIPT).name, text)
         if prepared.force:
             check_output(path, plan, True)  # what came meanwhile is not lost either
         staging.publish()
@@ -224,7 +237,8 @@ def make_receipt(
     """The receipt of what was streamed. `names`: base and adapters as the user gave them."""
     plan, source = prepared.plan, prepared.source
     given = names or (str(plan.base.path), [str(a.path) for a in plan.adapters])
-    base = {"path": _absolute(given[0]), "shards": _of(streamed, "base")}
+    digests = streamed.digests.items()
+    base = {"path": _absolute(given[0]), "shards": {d.source: d.base for _, d in digests}}
     if source:
         base = {**source.record.manifest["base"]}
     return Receipt(
@@ -239,7 +253,7 @@ def make_receipt(
             }
             for name, adapter, files in zip(given[1], plan.adapters, prepared.digests, strict=True)
         ],
-        shards=_of(streamed, "output"),
+        shards={name: d.output for name, d in digests},
         sha256=sha256,
         side_files=sorted([*plan.copied, *plan.rewritten]),
         edits=_edits(plan, streamed),
@@ -253,10 +267,6 @@ def make_receipt(
         threads=prepared.workers,
         device=str(prepared.device),
     )
-
-
-def _of(streamed: Streamed, side: str) -> dict[str, str]:
-    return {name: getattr(digests, side) for name, digests in streamed.digests.items()}
 
 
 def finish_record(recording: Recording, receipt: Receipt, source: Merged | None) -> dict[str, Any]:
@@ -307,12 +317,16 @@ def open_device(name: str) -> torch.device:
 def check_output(out: Path, plan: Plan, force: bool) -> None:
     """The output must be a new name, or with force an old output, and not lie in an input."""
     inputs = [plan.base.path, *(adapter.path for adapter in plan.adapters)]
+    inputs += [shard.path for shard in plan.base.shards]
     real = out.resolve()
     for given in inputs:
         other = given.resolve()
         if real == other or real in other.parents or (other in real.parents and other.is_dir()):
             raise Refusal(f"{out}: lies in or around the input {given}; choose another place")
     if not os.path.lexists(out):
+        return
+    if is_lone(out) and out.is_file() and not out.is_symlink():
+        _check_file(out, force)
         return
     if out.is_symlink() or not out.is_dir():
         kind = "a link" if out.is_symlink() else "a file"
@@ -326,6 +340,22 @@ def check_output(out: Path, plan: Plan, force: bool) -> None:
         raise Refusal(f"{out}: exists already; choose another name{way}")
     if foreign:
         raise Refusal(foreign)
+
+
+def _check_file(out: Path, force: bool) -> None:
+    """An output that exists, and is a single file, must be an old output, and be replaced."""
+    told: Any = None
+    with suppress(InfoldError):  # none, or a broken one
+        told = read_receipt(out)
+    mine = isinstance(told, dict) and out.name in (told.get("shards") or ())
+    if not force:
+        way = ", or replace it with --force" if mine else ""
+        raise Refusal(f"{out}: exists already; choose another name{way}")
+    if not mine:
+        raise Refusal(
+            f"{out}: {companion(out, RECEIPT).name} is not beside it, so it is no output of "
+            "infold, and --force does not replace it; choose another name, or remove it yourself"
+        )
 
 
 def _foreign(out: Path, plan: Plan) -> list[str]:

@@ -9,11 +9,11 @@ overlap. A keeper thread brings finished stretches to the disk and into the jour
 
 from __future__ import annotations
 
-import mmap
 import os
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,35 +21,35 @@ from typing import Protocol
 
 import torch
 from blake3 import blake3
-from torch import Tensor
 
+from infold.checkpoint.direct import OutputFile, Pace
 from infold.checkpoint.inputs import InputFiles
 from infold.checkpoint.shards import read_exactly
-from infold.checkpoint.staging import Progress, copy_range, storage_errors, write_fully
-from infold.dtypes import TORCH_DTYPES
+from infold.checkpoint.staging import Progress, copy_range, storage_errors
 from infold.edit.blocks import Block, cut
 from infold.edit.steps import Workspace
 from infold.edit.threads import take_one_core
-from infold.formats import format_of
 from infold.merge.apply import EditRun, Run
 from infold.merge.recording import Recording
+from infold.merge.source import Buffers, Source
 from infold.plan.edits import BaseTensor, OutputShard, Plan
 from infold.workers import Worker, run_all
 
-__all__ = ["Buffers", "Compute", "ShardDigests", "Streamed", "chunks_of", "stream"]
+__all__ = ["Compute", "ShardDigests", "Streamed", "chunks_of", "stream"]
 
 HASH_PIECE = 1 << 20  # bytes that are read and hashed while they are in the cache
-COPY_PIECE = 32 << 20  # bytes that one kernel copy moves
+COPY_PIECE = 2 << 20  # bytes of a chunk without an edit
 _WAITING = 32  # finished stretches that the disk has not got yet
 KEEP_EVERY = 256 << 20  # bytes of a shard after which it is brought to the disk
 
 
 @dataclass(frozen=True)
 class ShardDigests:
-    """BLAKE3 of one shard of the output and of the base's shard that it came from."""
+    """BLAKE3 of one shard of the output and of the base's shard that it came from, by its name."""
 
     base: str
     output: str
+    source: str
 
 
 class Target(Protocol):
@@ -66,55 +66,6 @@ class Target(Protocol):
         """So much of a shard is written."""
 
 
-class _Source:
-    """Where the stored values of one edit come from: the base, or a tensor of an adapter."""
-
-    def __init__(self, plan: Plan, run: Run, files: InputFiles) -> None:
-        edit, columns = run.edit, run.shape[1]
-        self.files, self.columns, self.reads = files, columns, run.reads
-        self.loaded: Tensor | None = None
-        if isinstance(edit.source, BaseTensor):
-            info = plan.base.info(edit.source.name)
-            self.path = plan.base.shards[plan.base.where[edit.source.name]].path
-            form = format_of(info.dtype)
-            assert form is not None  # the plan refuses what no format stores
-            self.begin, self.dtype = info.begin, form.torch_dtype(info.dtype)
-        else:
-            adapter = plan.adapters[edit.source.adapter]
-            tensor = adapter.tensors[edit.source.key]
-            self.path, self.begin = adapter.weights, tensor.begin
-            self.dtype = TORCH_DTYPES[tensor.dtype]
-            if tensor.end == tensor.begin:  # a pickle is in memory already
-                self.loaded = adapter.read(edit.source.key).view(-1, columns)
-
-    def read(self, block: Block, buffers: Buffers) -> Tensor:
-        """The stored elements of a block, (rows, columns), in the worker's `in` buffer."""
-        if not self.reads:
-            return torch.empty(0, dtype=self.dtype)
-        if self.loaded is not None:
-            rows = self.loaded[block.row : block.row + block.rows]
-            return rows[:, block.column : block.column + block.columns]
-        count = block.count * self.dtype.itemsize
-        view = buffers.view("in", count)
-        offset = self.begin + (block.row * self.columns + block.column) * self.dtype.itemsize
-        self.files.read(self.path, view, offset)
-        raw = torch.frombuffer(view, dtype=self.dtype, count=block.count)
-        return raw.view(block.rows, block.columns)
-
-
-class Buffers:
-    """Page-aligned buffers of one worker, kept from chunk to chunk."""
-
-    def __init__(self) -> None:
-        self._maps: dict[str, mmap.mmap] = {}
-
-    def view(self, name: str, count: int) -> memoryview:
-        have = self._maps.get(name)
-        if have is None or len(have) < count:
-            self._maps[name] = have = mmap.mmap(-1, max(count, HASH_PIECE))
-        return memoryview(have)[:count]
-
-
 @dataclass(frozen=True, slots=True)
 class _Copy:
     """A range of bytes without an edit."""
@@ -129,7 +80,7 @@ class Compute:
     """A block of an edited tensor."""
 
     run: Run
-    source: _Source
+    source: Source
     number: int  # of the block in its edit
     block: Block
     target: int
@@ -153,11 +104,14 @@ class _Chain:
     first edit one digest serves for both.
     """
 
-    def __init__(self, plan: Plan, shard: OutputShard, staging: Target, files: InputFiles) -> None:
+    def __init__(
+        self, plan: Plan, shard: OutputShard, staging: Target, files: InputFiles, pace: Pace
+    ) -> None:
         self.shard, self.files = shard, files
         self.path = staging.output / shard.name
         self.source_path = plan.base.shards[shard.source].path
-        self.target = staging.open_file(shard.name, shard.header.file_size)
+        fd = staging.open_file(shard.name, shard.header.file_size)
+        self.target = OutputFile(fd, self.path, pace)
         self.in_step = shard.same_layout
         self._forget()
         self.turn = 0
@@ -191,16 +145,15 @@ class _Chain:
                 self._hash_source(base, done.position)
             elif whole:
                 self._hash_source(base)
-            _hash_file(self.target, self.path, output, done.position)
+            _hash_file(self.target.fd, self.path, output, done.position)
             checked = base.hexdigest() == done.base and output.hexdigest() == done.output
             if checked and (self.in_step or whole):
                 self.base_hash = base
                 self.output_hash = None if self.in_step and done.base == done.output else output
                 self.kept = done.position
                 return done.position
-        with storage_errors(self.path):
-            write_fully(self.target, memoryview(raw), 0)
         header = memoryview(raw)
+        self.target.write(header, 0)
         self.hash(header, header)
         return len(raw)
 
@@ -229,9 +182,7 @@ class _Chain:
         return Progress(position, base, output)
 
     def close(self) -> None:
-        if self.target >= 0:
-            os.close(self.target)
-            self.target = -1
+        self.target.close()
 
 
 def _hash_file(fd: int, path: Path, hasher: blake3, count: int) -> None:
@@ -263,7 +214,7 @@ class _Keeper:
                 if self.error is None:
                     if self.recording is not None:
                         self.recording.writer.sync()  # before the journal tells of these blocks
-                    self.staging.record(chain.shard.name, chain.target, progress)
+                    self.staging.record(chain.shard.name, chain.target.fd, progress)
             except BaseException as error:
                 self.error = error
             if progress.position == chain.shard.header.file_size:
@@ -312,10 +263,10 @@ def stream(
     keeper = _Keeper(staging, recording)
     if runs is None:
         runs = {name: EditRun(edit, plan.adapters, device) for name, edit in plan.edits.items()}
-    pool = _Pool(plan, staging, files, keeper, limit, device, advance, runs, recording)
+    pool = _Pool(plan, staging, files, keeper, limit, device, advance, runs, recording, threads)
     try:
         keeper.thread.start()
-        pool.run(threads)
+        pool.run()
     finally:
         keeper.finish()
         for chain in pool.chains:
@@ -329,35 +280,46 @@ def stream(
 def chunks_of(
     plan: Plan, shard: OutputShard, runs: Mapping[str, Run], files: InputFiles, limit: int
 ) -> Iterator[tuple[int, _Copy | Compute]]:
-    """(end, work) for every chunk after the header, in file order."""
+    """(end, work) for every chunk after the header, in file order. In the same layout all that lies
+    between the edits is copied, padding included."""
     base = plan.base.shards[shard.source].header.tensors
     source = target = count = 0  # the unedited bytes that were gathered so far
+    if shard.same_layout:
+        source = target = len(shard.header.raw)
 
     def flush() -> Iterator[tuple[int, _Copy]]:
-        for offset in range(0, count, COPY_PIECE):
-            piece = min(COPY_PIECE, count - offset)
+        offset = 0
+        while offset < count:  # cut where blocks of the disk begin
+            piece = min(COPY_PIECE - (target + offset) % COPY_PIECE, count - offset)
             yield target + offset + piece, _Copy(source + offset, target + offset, piece)
+            offset += piece
 
     for name, info in shard.header.tensors.items():
         if name not in plan.edits:
             begin = base[name].begin
-            if count and source + count == begin and target + count == info.begin:
+            if shard.same_layout:
+                count = info.end - target
+            elif count and source + count == begin and target + count == info.begin:
                 count += info.nbytes
             else:
                 yield from flush()
                 source, target, count = begin, info.begin, info.nbytes
             continue
+        if shard.same_layout:
+            count = info.begin - target
         yield from flush()
-        count = 0
+        source, target, count = info.end, info.end, 0
         run = runs[name]
-        elements = run.shape[0] * run.shape[1]
-        if not elements:  # such a shape may still tell of a very large number of rows
+        floats = run.floats
+        if not floats.rows * floats.columns:  # such a shape may still tell of very many rows
             continue
-        place = _Source(plan, run, files)
+        place = Source(plan, run, files)
         position = info.begin
-        for number, block in enumerate(cut(*run.shape, limit)):
-            begin, position = position, position + block.count * (info.nbytes // elements)
+        for number, block in enumerate(cut(*run.shape, floats.share(limit))):
+            begin, position = position, position + block.count * floats.width
             yield position, Compute(run, place, number, block, begin, position == info.end)
+    if shard.same_layout:
+        count = shard.header.file_size - target
     yield from flush()
 
 
@@ -375,10 +337,13 @@ class _Pool:
         advance: Callable[[int], None],
         runs: Mapping[str, Run],
         recording: Recording | None,
+        threads: int,
     ) -> None:
         self.plan, self.staging, self.files, self.keeper = plan, staging, files, keeper
         self.limit, self.device, self.advance = limit, device, advance
         self.runs, self.recording = runs, recording
+        self.threads, self.pace = threads, Pace()
+        self.writers = ThreadPoolExecutor(threads, "infold-writer")
         self.chains: list[_Chain] = []
         self.digests: dict[str, ShardDigests] = {}
         self.resumed = 0
@@ -390,7 +355,7 @@ class _Pool:
     def _tasks(self) -> Iterator[_Task]:
         """All chunks in file order. A shard is opened when its first chunk is asked for."""
         for shard in self.plan.shards:
-            chain = _Chain(self.plan, shard, self.staging, self.files)
+            chain = _Chain(self.plan, shard, self.staging, self.files, self.pace)
             self.chains.append(chain)
             if chain.kept:
                 self.resumed += chain.kept
@@ -428,11 +393,15 @@ class _Pool:
         """All of a shard is written and hashed."""
         size = chain.shard.header.file_size
         progress = chain.progress(size)
-        self.digests[chain.shard.name] = ShardDigests(progress.base, progress.output)
+        self.digests[chain.shard.name] = ShardDigests(
+            progress.base, progress.output, self.plan.base.shards[chain.shard.source].name
+        )
         self.keeper.give(chain, progress)
 
-    def run(self, threads: int) -> None:
-        run_all([Worker(self._work, f"infold-{n}") for n in range(threads)], self.stopped.set)
+    def run(self) -> None:
+        workers = [Worker(self._work, f"infold-{n}") for n in range(self.threads)]
+        run_all(workers, self.stopped.set)
+        self.writers.shutdown(wait=False)  # each worker has waited for its own
         if self.error is not None:
             raise self.error
 
@@ -457,50 +426,67 @@ class _Pool:
             self.stopped.set()
 
     def _copy(self, task: _Task, work: _Copy, buffers: Buffers) -> None:
-        chain = task.chain
-        if self.staging.writes:
-            with self.files.use(chain.source_path) as source, storage_errors(chain.path):
-                copy_range(source, chain.target, work.source, work.target, work.count)
-        with self._turn(task):
-            for offset in range(0, work.count, HASH_PIECE):
-                piece = buffers.view("in", min(HASH_PIECE, work.count - offset))
-                self.files.read(chain.source_path, piece, work.source + offset)
-                chain.hash(piece, piece)
-        self.advance(work.count)
+        chain, count = task.chain, work.count
+        if not self.staging.writes or chain.target.goes_direct(count):
+            data = buffers.view("in", count, work.target)
+            shared = self._share(chain, work)
+            self.files.read(chain.source_path, data, work.source)
+            with self._turn(task, None if shared else data, work.target):
+                chain.hash(data, data)
+        else:
+            if not self._share(chain, work):
+                with self.files.use(chain.source_path) as source, storage_errors(chain.path):
+                    copy_range(source, chain.target.fd, work.source, work.target, count)
+            with self._turn(task):
+                for offset in range(0, count, HASH_PIECE):
+                    piece = buffers.view("in", min(HASH_PIECE, count - offset))
+                    self.files.read(chain.source_path, piece, work.source + offset)
+                    chain.hash(piece, piece)
+        self.advance(count)
+
+    def _share(self, chain: _Chain, work: _Copy) -> bool:
+        """Whether the output has the range now without a copy."""
+        if not self.staging.writes:
+            return False
+        with self.files.use(chain.source_path) as source:
+            return chain.target.clone(source, work.source, work.target, work.count)
 
     def _compute(self, task: _Task, work: Compute, workspace: Workspace, buffers: Buffers) -> None:
         chain, run, block = task.chain, work.run, work.block
         run.prepare(workspace, lambda piece: work.source.read(piece, buffers), self.limit)
         raw = work.source.read(block, buffers)
-        written = buffers.view("out", block.count * run.stored.itemsize)
-        out = torch.frombuffer(written, dtype=run.stored, count=block.count)
-        out = out.view(block.rows, block.columns)
+        written = buffers.view("out", block.count * run.floats.width, work.target)
+        out = work.source.room(run.floats, block, written)
         before = run.run(raw.to(self.device), out, block, workspace)
+        work.source.fill(run.floats, out, written, buffers)
         if self.recording is not None and before is not None:
             self.recording.add(run, work.number, before, out, block, workspace)
-        if self.staging.writes:
-            with storage_errors(chain.path):
-                write_fully(chain.target, written, work.target)
         base = buffers.view("in", len(written))
         if chain.in_step and run.edit.source != BaseTensor(run.edit.tensor):
             # the values came from elsewhere, but the base's own bytes belong to its digest
             self.files.read(chain.source_path, base, work.target)
-        with self._turn(task):
+        with self._turn(task, written, work.target):
             chain.hash(base, written)
         if work.last:
             run.release()
         self.advance(len(written))
 
     @contextmanager
-    def _turn(self, task: _Task) -> Iterator[None]:
-        """Wait until all chunks before this one are hashed; afterwards let the next one go."""
+    def _turn(self, task: _Task, data: memoryview | None = None, place: int = 0) -> Iterator[None]:
+        """Write `data`, wait until all chunks before this one are hashed, and afterwards, when all
+        is written, let the next one go."""
         chain = task.chain
-        with chain.ready:
-            while chain.turn != task.number:
-                if self.stopped.is_set() or self.keeper.error is not None:
-                    raise _Stopped
-                chain.ready.wait(0.2)
-        yield
+        writing = None if data is None else self._write(chain, data, place)
+        try:
+            with chain.ready:
+                while chain.turn != task.number:
+                    if self.stopped.is_set() or self.keeper.error is not None:
+                        raise _Stopped
+                    chain.ready.wait(0.2)
+            yield
+        finally:
+            if writing is not None:
+                writing.result()
         size = chain.shard.header.file_size
         if task.end == size:
             self._finish(chain)
@@ -510,3 +496,15 @@ class _Pool:
         with chain.ready:
             chain.turn += 1
             chain.ready.notify_all()
+
+    def _write(self, chain: _Chain, data: memoryview, place: int) -> Future[None] | None:
+        """Begin to write `data`, which lies aligned in its buffer; None: it is written already.
+
+        Past the page cache the disk does the work, and this thread can hash meanwhile.
+        """
+        if not self.staging.writes:
+            return None
+        if chain.target.goes_direct(len(data)):
+            return self.writers.submit(chain.target.write, data, place, True)
+        chain.target.write(data, place)
+        return None

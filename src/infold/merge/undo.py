@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,14 +25,17 @@ from infold.checkpoint.shards import (
     RECEIPT,
     Checkpoint,
     Shard,
+    companion,
+    is_lone,
     open_checkpoint,
     read_receipt,
 )
-from infold.edit.blocks import Block, cut, matrix
+from infold.dtypes import TORCH_DTYPES
+from infold.edit.blocks import Block, cut
 from infold.edit.residual import ORIGINAL, unpack
 from infold.edit.steps import Workspace
 from infold.errors import CorruptFile, Refusal
-from infold.formats import format_of
+from infold.formats import floats_of
 from infold.merge.apply import EditRun, Read, Run
 from infold.merge.recording import block_of, digest_file, undone_by_residual
 from infold.merge.stream import Streamed
@@ -80,9 +83,10 @@ class Merged:
         return recall
 
     def undo_plan(self) -> Plan:
-        """The way back, as a plan over what lies there."""
+        """The way back, as a plan over what lies there. The shards have the base's names."""
+        names = sorted(self.record.manifest["base"]["shards"])
         shards = tuple(
-            OutputShard(was.name, was.header, number, was.header.raw == now.header.raw)
+            OutputShard(names[number], was.header, number, was.header.raw == now.header.raw)
             for number, (was, now) in enumerate(
                 zip(self.base.shards, self.checkpoint.shards, strict=True)
             )
@@ -173,10 +177,11 @@ class Merged:
     def check(self, streamed: Streamed) -> None:
         """Refuse where what was read is not what the record belongs to."""
         wrong = [
-            f"{self.path / name}: was changed after it was merged: its BLAKE3 is {found.base}, the "
-            f"receipt's {self.digests.get(name)}; the base cannot be restored from it"
-            for name, found in streamed.digests.items()
-            if found.base != self.digests.get(name)
+            f"{self.checkpoint.home / found.source}: was changed after it was merged: its BLAKE3 "
+            f"is {found.base}, the receipt's {self.digests.get(found.source)}; the base cannot be "
+            "restored from it"
+            for found in streamed.digests.values()
+            if found.base != self.digests.get(found.source)
         ]
         if wrong:
             raise Refusal(wrong)
@@ -189,21 +194,23 @@ def open_merged(folder: Path, record_name: str = UNDO, *, in_place: bool = False
     Raises Refusal where there is no record, or it belongs to another output; CorruptFile where it
     is damaged.
     """
-    if not folder.is_dir():
-        raise Refusal(f"{folder}: is no folder; infold undoes folders that a merge has made")
-    if not os.path.lexists(folder / record_name):
+    if not folder.is_dir() and not (is_lone(folder) and folder.is_file()):
         raise Refusal(
-            f"{folder}: holds no {record_name}; only a merge with --undo or --in-place can be "
+            f"{folder}: is neither a folder nor a GGUF file; infold undoes what a merge has made"
+        )
+    if not os.path.lexists(path := companion(folder, record_name)):
+        raise Refusal(
+            f"{folder}: has no {path.name}; only a merge with --undo or --in-place can be "
             "undone. Merge once more from the base, with --undo"
         )
     with ExitStack() as undone:
-        record = open_record(folder, record_name)
+        record = open_record(path.parent, path.name)
         undone.callback(record.close)
         checkpoint = open_checkpoint(folder, in_place=in_place)
         receipt: Mapping[str, Any] = {}
         if record_name == UNDO:
-            if not os.path.lexists(folder / RECEIPT):
-                raise Refusal(f"{folder}: its {RECEIPT} is missing, which tells what it is")
+            if not os.path.lexists(told := companion(folder, RECEIPT)):
+                raise Refusal(f"{folder}: its {told.name} is missing, which tells what it is")
             receipt = read_receipt(folder)
         try:
             merged = _merged(checkpoint, record, receipt)
@@ -214,7 +221,8 @@ def open_merged(folder: Path, record_name: str = UNDO, *, in_place: bool = False
         if receipt and receipt.get("shards") != dict(merged.digests):
             raise Refusal(
                 f"{record.path}: belongs to another output: its shards are not those of "
-                f"{folder / RECEIPT}; put the record back that was written with this output"
+                f"{companion(folder, RECEIPT)}; put the record back that was written with this "
+                "output"
             )
         _check_sides(merged)
         undone.pop_all()
@@ -225,8 +233,9 @@ def _merged(checkpoint: Checkpoint, record: Record, receipt: Mapping[str, Any]) 
     told = record.manifest
     files: dict[str, int] = {str(k): int(v) for k, v in told["files"].items()}
     shards = []
-    if [s.name for s in checkpoint.shards] != sorted(told["base"]["shards"]):
+    if [s.name for s in checkpoint.shards] != sorted(told["shards"]):
         raise Refusal(f"{record.path}: belongs to another output: it has other shards")
+    names = sorted(told["base"]["shards"])  # which a single file need not have kept
     for shard in checkpoint.shards:
         header = shard.header
         if (label := f"header/{shard.name}") in files:
@@ -256,7 +265,7 @@ def _merged(checkpoint: Checkpoint, record: Record, receipt: Mapping[str, Any]) 
         raise CorruptFile(f"{record.path}: edits tensors that the base does not have: {lost}")
     return Merged(
         checkpoint, base, record, receipt, adapters, edits, rewritten, copied, limit,
-        {str(n): str(d) for n, d in told["base"]["shards"].items()},
+        {s.name: str(told["base"]["shards"][n]) for s, n in zip(shards, names, strict=True)},
         {str(n): str(d) for n, d in told["shards"].items()},
     )  # fmt: skip
 
@@ -316,11 +325,11 @@ class UndoRun:
         self.merged, self.device = merged, device
         self.forward: EditRun | None = None
         self.edit = merged.undo_edit(tensor)
-        self.shape = matrix(self.edit.shape)
-        form = format_of(self.edit.dtype)
-        if form is None:
+        floats = floats_of(self.edit.dtype, self.edit.shape)
+        if floats is None:
             raise CorruptFile(f"{merged.record.path}: {tensor}: {self.edit.dtype} is never edited")
-        self.stored = form.torch_dtype(self.edit.dtype)
+        self.floats, self.shape = floats, (floats.rows, floats.columns)
+        self.stored = TORCH_DTYPES[floats.dtype]
         self.changed = 0
         done = merged.edits[tensor]
         now = merged.checkpoint
@@ -346,7 +355,7 @@ class UndoRun:
         where = f"{self.merged.record.path}: {self.edit.tensor}"
         with self._lock:
             if self._numbers is None:
-                blocks = enumerate(cut(*self.shape, self.merged.limit))
+                blocks = enumerate(self._cut())
                 self._numbers = {(b.row, b.column): n for n, b in blocks}
         number = self._numbers[block.row, block.column]
         kind, payload = self.merged.record.payload(self.number, number)
@@ -357,10 +366,14 @@ class UndoRun:
             out.copy_(near)
         unpack(kind, payload, out, where)
 
+    def _cut(self) -> Iterator[Block]:
+        """The blocks of the record."""
+        return cut(*self.shape, self.floats.share(self.merged.limit))
+
     def restore(self, read: Read, block: Block, workspace: Workspace) -> Tensor:
         """Any block of whole rows, or within one; `read` gives merged blocks."""
         out = torch.empty(block.rows, block.columns, dtype=self.stored)
-        for part in cut(*self.shape, self.merged.limit):
+        for part in self._cut():
             top, bottom = (
                 max(part.row, block.row),
                 min(part.row + part.rows, block.row + block.rows),
@@ -385,6 +398,7 @@ class SwapRun:
         self.undo, self.new = undo, forward
         self.forward: EditRun | None = forward
         self.edit, self.shape, self.stored = forward.edit, forward.shape, forward.stored
+        self.floats = forward.floats
         self.reads = undo.reads
         self.changed = 0
 

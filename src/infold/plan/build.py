@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from infold.checkpoint.adapter import Adapter
 from infold.checkpoint.shards import INDEX, Checkpoint
 from infold.errors import Refusal
-from infold.formats import format_of
+from infold.formats import floats_of
 from infold.plan.config import read_config
 from infold.plan.consume import Consumer
 from infold.plan.draft import Draft
 from infold.plan.edits import BaseTensor, Edit, Plan
+from infold.plan.gguf_consume import GgufConsumer
 from infold.plan.match import group_keys
 from infold.plan.origin import origin_notes
 from infold.plan.output import (
@@ -64,7 +65,8 @@ def _add(draft: Draft, number: int, adapter: Adapter) -> None:
         f"{adapter.path}: {key}: not a tensor name that PEFT writes" for key in keys.strange
     ]
     draft.notes += [f"not used: {key}, which holds untrained values" for key in keys.unused]
-    consumer = Consumer(draft, number, adapter, config)
+    kind = GgufConsumer if draft.base.is_gguf else Consumer
+    consumer = kind(draft, number, adapter, config)
     before = len(draft.reasons)
     for parameter, key in keys.plain.items():
         consumer.replacement(parameter, key, keys.copies.get(parameter))
@@ -72,6 +74,12 @@ def _add(draft: Draft, number: int, adapter: Adapter) -> None:
     tokens_first = sorted(keys.modules.items(), key=lambda m: "trainable_tokens_delta" not in m[1])
     for module, parts in tokens_first:
         consumer.operation(module, parts)
+    if consumer.measured:
+        draft.notes.append(
+            f"{len(consumer.measured)} static scales of activations were measured without the "
+            f"adapter, as they are where it is not merged ({consumer.measured[0]}, ...): values "
+            "that it makes larger can be clipped there"
+        )
     if len(draft.reasons) > before:
         summary = []
         if keys.modules and not any(consumer.finds(module) for module in keys.modules):
@@ -109,11 +117,12 @@ def _edits(draft: Draft) -> dict[str, Edit]:
     for tensor, state in draft.states.items():
         if state.source == BaseTensor(tensor) and not state.operations:
             continue
-        if format_of(state.dtype) is None:
+        if floats_of(state.dtype, state.shape) is None:
             draft.reasons.append(
                 f"{tensor}: stored as {state.dtype}; merging into such weights is not supported yet"
             )
-        operations = tuple(state.operations)
+        # what moved here from a later module acts after all that changes this one
+        operations = tuple(sorted(state.operations, key=lambda op: op.moved))
         edits[tensor] = Edit(tensor, state.source, state.dtype, state.shape, operations)
     return edits
 

@@ -10,9 +10,11 @@ import torch
 from infold.adapters import Settings, methods_of
 from infold.adapters.exact import slices_for
 from infold.checkpoint.adapter import Adapter
+from infold.formats import Quantized, Stored
 from infold.plan.config import AdapterConfig
 from infold.plan.draft import Draft, State
 from infold.plan.edits import Operation, Replacement
+from infold.plan.fold import Modules, Unfoldable, fold
 from infold.plan.layouts import HEADS, INPUT_EMBEDDINGS, is_conv1d, leaf
 from infold.plan.match import group_keys
 from infold.plan.output import usual_dtype
@@ -26,6 +28,7 @@ class Consumer:
     def __init__(self, draft: Draft, number: int, adapter: Adapter, config: AdapterConfig) -> None:
         self.draft, self.number, self.adapter, self.config = draft, number, adapter, config
         self.used: dict[tuple[str, str], str] = {}  # (tensor, method) -> key that was there first
+        self.measured: list[str] = []  # static scales of activations that the adapter changes
 
     def refuse(self, key: str, why: str) -> None:
         self.draft.reasons.append(f"{self.adapter.path}: {key}: {why}")
@@ -114,6 +117,8 @@ class Consumer:
     def finds(self, module: str) -> bool:
         """Whether the base has a weight for a module of the adapter."""
         path = module.replace(".base_layer", "")
+        if self._quantized(path) is not None:
+            return True
         return any(self._quietly(f"{path}.{name}") for name in ("weight", "in_proj_weight"))
 
     def _quietly(self, parameter: str) -> str | None:
@@ -145,6 +150,14 @@ class Consumer:
     # --- methods -----------------------------------------------------------------------------
 
     def operation(self, module: str, parts: dict[str, str]) -> None:
+        """The update of one module."""
+        if (found := self._method(module, parts)) is not None:
+            self._update(module, *found)
+
+    def _method(
+        self, module: str, parts: dict[str, str]
+    ) -> tuple[str, dict[str, str], bool] | None:
+        """Method, its parts by their usual names, and whether they are an embedding's."""
         key, kind, told = next(iter(parts.values())), self.config.peft_type, parts
         methods = methods_of(kind)
         owners = [name for name, m in methods.items() if m.owns(parts, self.config.fields)]
@@ -158,26 +171,29 @@ class Consumer:
         if len(owners) != 1 or mixed or not parts.keys() <= set(methods[method].PARTS):
             for other in told.values():
                 self.refuse(other, f"{', '.join(told)} on one module: no method of type {kind}")
-            return
+            return None
         missing = [part for part in methods[method].REQUIRED if part not in parts]
         if missing:
             self.refuse(key, f"{module} lacks {', '.join(missing)} in the adapter file")
-            return
-        before = len(self.draft.reasons)
+            return None
+        return method, parts, table
+
+    def _update(self, module: str, method: str, parts: dict[str, str], table: bool) -> None:
+        key, before = next(iter(parts.values())), len(self.draft.reasons)
         path = module.replace(".base_layer", "")  # the output projection of MultiheadAttention
+        if (quantized := self._quantized(path)) is not None:
+            self._into_scales(method, module, path, parts, *quantized)
+            return
         name = self.find(f"{path}.weight", key)
         if name is None and method == "lora" and len(self.draft.reasons) == before:
             name = self.find(f"{path}.in_proj_weight", key)
         if len(self.draft.reasons) > before:
             return
         if name is None:
-            quantized = (self.draft.base.config or {}).get("quantization_config")
-            why = (
-                "the base is quantized; merging into quantized weights is not supported yet"
-                if quantized
-                else f"there is no module {path} in the base"
-                + self.draft.names.nearest(f"{path}.weight")
-            )
+            nearest = self.draft.names.nearest(f"{path}.weight")
+            why = f"there is no module {path} in the base{nearest}"
+            if way := self.draft.modules.config.get("quant_method"):
+                why += f"; the base is quantized ({way}), maybe in a way that infold does not know"
             for part in parts.values():
                 self.refuse(part, why)
             return
@@ -189,6 +205,72 @@ class Consumer:
             return
         for end in self.ends(name, both=self._ties(method, name)):
             self.draft.state(end).operations.append(made)
+
+    def _quantized(self, path: str) -> tuple[Stored, Quantized] | None:
+        """A quantized module; None where there is no such one, or where `find` will refuse it."""
+        try:
+            return self.draft.modules.find(path)
+        except LookupError:
+            return None
+
+    def _into_scales(
+        self,
+        method: str,
+        module: str,
+        path: str,
+        parts: dict[str, str],
+        stored: Stored,
+        form: Quantized,
+    ) -> None:
+        """An adapter's update of a quantized module."""
+        key = next(iter(parts.values()))
+        if method != "ia3":
+            self.refuse(
+                key,
+                f"{stored.name} is quantized ({form.words(stored)}), and {method} changes single "
+                "elements, which its scales cannot tell",
+            )
+            return
+        if self._twice(stored.name, method, key):
+            return
+        if self._fold(self.draft.modules, module, path, parts, stored.name):
+            self.measured += self.draft.modules.measured(path)
+
+    def _side(self, module: str, key: str, size: tuple[int, int] | None, name: str) -> str | None:
+        """The side of an IA³ vector for a matrix of this size; what does not suit is refused."""
+        vector = self.shape(key)
+        if size is None or len(vector) != 2 or 1 not in vector:
+            self.refuse(key, f"shape {list(vector)}; expected (out, 1) or (1, in)")
+            return None
+        side = self._linear_side(module, vector)
+        expected = size[0 if side == "out" else 1]
+        if math.prod(vector) != expected:
+            told = f"{math.prod(vector)} elements, but {name} has {expected} {side}puts"
+            self.refuse(key, told)
+            return None
+        return side
+
+    def _fold(
+        self, modules: Modules, module: str, path: str, parts: dict[str, str], name: str
+    ) -> bool:
+        """An IA³ vector on whatever stored rows it belongs to."""
+        key = parts["ia3_l"]
+        try:
+            side = self._side(module, key, modules.size(path), name)
+            if side is None:
+                return False
+            places = fold(modules, path, side, lambda: self.adapter.read(key))
+        except (Unfoldable, LookupError) as error:
+            self.refuse(key, str(error))
+            return False
+        for place in places:
+            self.draft.state(place.tensor).operations.append(
+                Operation(
+                    "ia3", self.number, module, parts, place.settings, place.transposed,
+                    place.on_bias, side == "in",
+                )
+            )  # fmt: skip
+        return True
 
     def _ties(self, method: str, name: str) -> bool:
         """Whether PEFT makes the same update at both ends of a tied pair."""
@@ -343,6 +425,7 @@ class Consumer:
             groups=groups,
             out=out,
         )
+        settings = self._ordered(settings, module)
         if ".base_layer" in module:
             if not self.config.doubles:
                 self.refuse(
@@ -356,6 +439,10 @@ class Consumer:
         if "lora_bias" in parts and not self._lora_bias(operation, name, out):
             return None
         return operation
+
+    def _ordered(self, settings: Settings, module: str) -> Settings:
+        """The settings with the order of the stored rows, where that is not the module's own."""
+        return settings
 
     def _lora_bias(self, operation: Operation, name: str, out: int) -> bool:
         bias = name.removesuffix("weight") + "bias"

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from infold.checkpoint.shards import Checkpoint
 from infold.plan.edits import BaseTensor, Operation, Replacement
 from infold.plan.match import Names
+from infold.plan.quantized import StoredModules
 
 __all__ = ["Draft", "State"]
 
@@ -27,6 +28,7 @@ class Draft:
     def __init__(self, base: Checkpoint, pair: tuple[str, str] | None) -> None:
         self.base = base
         self.names = Names(base.where)
+        self.modules = StoredModules(base, self.names)
         self.states: dict[str, State] = {}
         self.reasons: list[str] = []
         self.notes: list[str] = []

@@ -40,6 +40,7 @@ class Operation:
     settings: Settings
     transposed: bool = False  # stored as (in, out): Conv1D, embeddings
     on_bias: bool = False
+    moved: bool = False  # from its module's inputs to the rows that make them; see plan/fold.py
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,8 @@ def describe(edit: Edit) -> dict[str, Any]:
     operations = []
     for op in edit.operations:
         entry: dict[str, Any] = {"method": op.method, "adapter": op.adapter, "module": op.module}
+        if op.moved:
+            entry["moved"] = True
         operations.append(entry | METHODS[op.method].describe(op.settings))
     source: dict[str, Any] = (
         {"base": edit.source.name}

@@ -76,7 +76,8 @@ class Modules(Protocol):
         """All that has to be multiplied so that the module's outputs are, or a part of them; their
         bias included. The row map goes from a vector with an element for each of these outputs.
 
-        Raises Unfoldable where such rows cannot be scaled.
+        Raises Unfoldable where such rows cannot be scaled, with a sentence that begins with the
+        module: "... (GPTQ, 4 bits): why".
         """
 
     def activations(self) -> Collection[str]:
@@ -136,23 +137,23 @@ def fold(base: Modules, module: str, side: str, vector: Callable[[], Tensor]) ->
     one row multiply, which is the caller's business; one that has moved acts after everything else
     on its new place.
 
-    Raises Unfoldable, with a sentence for the user that begins with the module.
+    Raises Unfoldable, with a sentence for the user, who is told the module beside it.
     """
     size = base.size(module)
     if size is None:
-        raise Unfoldable(f"{module}: there is no such module in the base")
+        raise Unfoldable("there is no such module in the base")
     if side == "out":
         return base.places(module, None)
     maker = _maker(base, module, size[1])
     if maker.power and bool((vector() < 0).any()):
         raise Unfoldable(
-            f"{module}: the vector has negative elements, and ReLU stands between {maker.module} "
-            f"and this module{_INSTEAD}"
+            f"the vector has negative elements, and ReLU stands between {maker.module} and this "
+            f"module{_INSTEAD}"
         )
     try:
         places = base.places(maker.module, maker.part)
     except Unfoldable as error:
-        raise Unfoldable(f"{module}: its vector belongs to the rows of {error}") from None
+        raise Unfoldable(f"its vector belongs to the rows of {error}") from None
     if maker.power < 2:
         return places
     return [replace(p, settings=replace(p.settings, root=maker.power)) for p in places]
@@ -165,76 +166,74 @@ def _maker(base: Modules, module: str, count: int) -> _Maker:
     beside = set(base.beside(module))
     for names in _GATED.get(name, ()):
         if beside.issuperset(names):
-            _refuse_between(base, module, beside - {name, *names})
+            _refuse_between(base, beside - {name, *names})
             maker = prefix + names[-1]
             fused = len(names) == 1
-            _check_size(base, maker, module, 2 * count if fused else count)
+            _check_size(base, maker, 2 * count if fused else count)
             return _Maker(maker, Part(count, count) if fused else None)
     if (up := _PLAIN.get(name)) in beside:
-        _refuse_between(base, module, beside - {name, up})
-        _check_size(base, prefix + up, module, count)
-        return _Maker(prefix + up, power=_power(base, prefix + up, module))
+        _refuse_between(base, beside - {name, up})
+        _check_size(base, prefix + up, count)
+        return _Maker(prefix + up, power=_power(base, prefix + up))
     if (value := _VALUES.get(name)) in beside:
-        _refuse_between(base, module, beside - {name, value})
-        return _values(base, prefix + value, module, count)
+        _refuse_between(base, beside - {name, value})
+        return _values(base, prefix + value, count)
     above = path.removesuffix("output")  # BERT and its kin
     if name == "dense" and path != above:
         value, up = f"{above}self.value", f"{above}intermediate.dense"
         if base.size(value) is not None:
-            return _values(base, value, module, count)
+            return _values(base, value, count)
         if base.size(up) is not None:
-            _check_size(base, up, module, count)
-            return _Maker(up, power=_power(base, up, module))
+            _check_size(base, up, count)
+            return _Maker(up, power=_power(base, up))
     raise Unfoldable(
-        f"{module}: which module makes its inputs is not known, so its vector cannot be moved "
-        f"there{_INSTEAD}"
+        f"which module makes its inputs is not known, so its vector cannot be moved there{_INSTEAD}"
     )
 
 
-def _refuse_between(base: Modules, module: str, strangers: set[str]) -> None:
+def _refuse_between(base: Modules, strangers: set[str]) -> None:
     """Refuse where something may stand between the module and the maker of its inputs."""
     if limits := sorted(base.limits()):
         raise Unfoldable(
-            f"{module}: the config's {', '.join(limits)} clamps values, maybe those between this "
+            f"the config's {', '.join(limits)} clamps values, maybe those between this "
             f"module and the maker of its inputs{_INSTEAD}"
         )
     if strangers := strangers - _APART:
         raise Unfoldable(
-            f"{module}: {', '.join(sorted(strangers))} beside it may change its inputs, so its "
+            f"{', '.join(sorted(strangers))} beside it may change its inputs, so its "
             f"vector cannot be moved before that{_INSTEAD}"
         )
 
 
-def _check_size(base: Modules, maker: str, module: str, outputs: int) -> None:
+def _check_size(base: Modules, maker: str, outputs: int) -> None:
     size = base.size(maker)
     if size is None or size[0] != outputs:
         found = "no matrix" if size is None else f"{size[0]} outputs"
         raise Unfoldable(
-            f"{module}: its inputs should come from {maker}, which has {found}, not {outputs}"
-            f"{_INSTEAD}"
+            f"its inputs should come from {maker}, which has {found}, not {outputs}{_INSTEAD}"
         )
 
 
-def _power(base: Modules, maker: str, module: str) -> int:
+def _power(base: Modules, maker: str) -> int:
     """1 for ReLU, 2 for its square."""
     kinds = set(base.activations())
     if len(kinds) == 1 and kinds <= _POWERS.keys():
         return _POWERS[kinds.pop()]
     told = " or ".join(sorted(kinds)) or "an activation that the config does not tell"
     raise Unfoldable(
-        f"{module}: {told} stands between {maker} and this module without a gate, so its vector "
-        f"has no place in scales{_INSTEAD}"
+        f"{told} stands between {maker} and this module without a gate, so its vector has no place "
+        f"in scales{_INSTEAD}"
     )
 
 
-def _values(base: Modules, value: str, module: str, count: int) -> _Maker:
+def _values(base: Modules, value: str, count: int) -> _Maker:
     """The values of an attention, where each head has its own."""
     if limits := sorted(base.limits()):
-        raise Unfoldable(f"{module}: the config's {', '.join(limits)} clamps values{_INSTEAD}")
+        raise Unfoldable(f"the config's {', '.join(limits)} clamps values{_INSTEAD}")
     size = base.size(value)
     if size is None or size[0] != count:
         raise Unfoldable(
-            f"{module}: several of its inputs share a row of {value} (grouped heads), so its "
+            f"several of its inputs share a row of {value} (grouped heads), so its "
             f"vector cannot be moved there{_INSTEAD}"
         )
     return _Maker(value)

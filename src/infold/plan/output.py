@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 
 from infold.checkpoint.safetensors import Header, build_header
-from infold.checkpoint.shards import Checkpoint
+from infold.checkpoint.shards import Checkpoint, is_lone
+from infold.errors import Refusal
 from infold.formats import format_of
-from infold.plan.edits import Edit, OutputShard
+from infold.plan.edits import Edit, OutputShard, Plan
 from infold.plan.layouts import HEADS, INPUT_EMBEDDINGS, leaf
 
 __all__ = [
     "config_changes",
     "index_bytes",
     "output_shards",
+    "placed",
     "uneven_vocabulary",
     "usual_dtype",
     "with_changes",
@@ -50,6 +54,25 @@ def output_shards(base: Checkpoint, edits: dict[str, Edit]) -> tuple[OutputShard
             header = build_header(entries, header.metadata)
         result.append(OutputShard(shard.name, header, number, header is shard.header))
     return tuple(result)
+
+
+def placed(plan: Plan, out: Path) -> Plan:
+    """The plan of an output at `out`: where that is a single GGUF file, its shard has that name.
+
+    Raises Refusal where there can be no such file.
+    """
+    if not is_lone(out):
+        return plan
+    if not plan.base.is_gguf:
+        raise Refusal(
+            f"{out}: the base is no GGUF file, and merging does not convert it; give a folder"
+        )
+    if len(plan.shards) > 1:
+        raise Refusal(f"{out}: the base has {len(plan.shards)} parts; give a folder for them")
+    notes = plan.notes
+    if plan.copied:
+        notes += (f"not copied, since the output is a single file: {', '.join(plan.copied)}",)
+    return replace(plan, shards=(replace(plan.shards[0], name=out.name),), copied=(), notes=notes)
 
 
 def index_bytes(base: Checkpoint, shards: tuple[OutputShard, ...]) -> bytes:

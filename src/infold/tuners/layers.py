@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from infold.adapters import METHODS, Geometry, Settings, lora, merge
 from infold.errors import Refusal
-from infold.tuners.quantized import dequantized, is_quantized
+from infold.tuners.quantized import dequantized, is_bitsandbytes
 
 __all__ = ["KINDS", "Adapted", "Adapter", "Rows", "adapt", "kind_of", "plain_class", "restore"]
 
@@ -306,9 +306,14 @@ class AdaptedConv(Adapted):
 
 
 class AdaptedOpaque(Adapted):
-    """A linear layer whose weight is stored in a way of its own: 4 or 8 bits, GPTQ, AWQ, FP8."""
+    """A linear layer whose weight is stored in a way of its own: 4 or 8 bits, GPTQ, AWQ, FP8.
 
-    METHODS = ("ia3", "lora")
+    DoRA needs the weight as numbers, so it exists only where `quantized` knows them.
+    """
+
+    def geometry(self) -> Geometry:
+        inputs, outputs = _features(self)
+        return Geometry(outputs, inputs)
 
     def matrix(self) -> Tensor:
         weight = dequantized(self)
@@ -360,8 +365,13 @@ def _is_dense(module: nn.Module) -> bool:
     return isinstance(weight, Tensor) and weight.dtype in _DENSE
 
 
-def _is_opaque(module: nn.Module) -> bool:
-    return all(isinstance(getattr(module, n, None), int) for n in ("in_features", "out_features"))
+def _features(module: nn.Module) -> tuple[int, ...]:
+    """(inputs, outputs) of whatever says that it maps the one to the other, else ()."""
+    for names in (("in_features", "out_features"), ("infeatures", "outfeatures")):  # AutoGPTQ
+        found = tuple(getattr(module, name, None) for name in names)
+        if all(isinstance(number, int) for number in found):
+            return cast("tuple[int, ...]", found)
+    return ()
 
 
 _DENSE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -370,13 +380,16 @@ _DENSE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 KINDS: tuple[tuple[type[Adapted], Callable[[nn.Module], bool]], ...] = (
     (AdaptedAttention, lambda m: isinstance(m, nn.MultiheadAttention)),
     (AdaptedConv1D, _is_conv1d),
-    (AdaptedEmbedding, lambda m: isinstance(m, nn.Embedding)),
+    (AdaptedEmbedding, lambda m: isinstance(m, nn.Embedding) and _is_dense(m)),
     (
         AdaptedConv,
         lambda m: isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d),
     ),
-    (AdaptedLinear, lambda m: isinstance(m, nn.Linear) and not is_quantized(m) and _is_dense(m)),
-    (AdaptedOpaque, _is_opaque),
+    (
+        AdaptedLinear,
+        lambda m: isinstance(m, nn.Linear) and not is_bitsandbytes(m) and _is_dense(m),
+    ),
+    (AdaptedOpaque, lambda m: bool(_features(m))),
 )
 
 

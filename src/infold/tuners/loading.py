@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging as python_logging
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,9 @@ from infold.tuners.model import load as load_adapter
 __all__ = ["attach_all", "calm", "device_of", "load_model", "model_folder", "tokenizer_of"]
 
 PathLike = str | os.PathLike[str]
+
+# They tell of kernels that are not there, when they are imported, or at each call of a layer.
+_TALKATIVE = ("bitsandbytes", "torchao", "torch.utils._pytree")
 
 
 def device_of(name: str) -> torch.device:
@@ -113,14 +117,19 @@ def calm() -> Iterator[None]:
     logging: Any = untyped
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    others = {log: log.level for log in map(python_logging.getLogger, _TALKATIVE)}
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    for log in others:
+        log.setLevel(python_logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.set_verbosity(level)
+        for log, was in others.items():
+            log.setLevel(was)
         if bars:
             logging.enable_progress_bar()
 

@@ -22,8 +22,15 @@ from infold.adapters.exact import slices_for
 from infold.dtypes import NAMES
 from infold.edit import Step, edit_tensor
 from infold.errors import Refusal
-from infold.tuners.layers import Adapted, AdaptedAttention, AdaptedOpaque, Adapter, plain_class
-from infold.tuners.quantized import dequantized
+from infold.tuners.layers import (
+    Adapted,
+    AdaptedAttention,
+    AdaptedOpaque,
+    Adapter,
+    kind_of,
+    plain_class,
+)
+from infold.tuners.quantized import exclude_from_quantization, is_readable
 
 if TYPE_CHECKING:
     from infold.tuners.model import AdaptedModel
@@ -71,6 +78,8 @@ class Merged:
         for path, linear in self.dense.items():
             parent, _, name = path.rpartition(".")
             setattr(model.get_submodule(parent), name, linear)
+        if self.dense:
+            exclude_from_quantization(model, self.dense)
 
 
 def merged(
@@ -107,7 +116,7 @@ def _merge(
         for path, layer in model._attached.layers.items()
         if any(name in layer.adapters for name in names)
     }
-    _check_storage(layers, keep, dequantize)
+    _check_storage(model, layers, keep, dequantize)
     for path, layer in layers.items():
         chosen = [cast(Adapter, layer.adapters[n]) for n in names if n in layer.adapters]
         if isinstance(layer, AdaptedOpaque):
@@ -170,13 +179,19 @@ def _is_safe(parameter: Tensor, adapters: Iterable[Adapter]) -> bool:
     return not math.isnan(low.item()) and peak <= torch.finfo(parameter.dtype).max / 2
 
 
-def _check_storage(layers: dict[str, Adapted], keep: bool, dequantize: torch.dtype | None) -> None:
-    opaque = {p: layer for p, layer in layers.items() if isinstance(layer, AdaptedOpaque)}
+def _check_storage(
+    model: nn.Module, layers: dict[str, Adapted], keep: bool, dequantize: torch.dtype | None
+) -> None:
     problems = []
-    for path, layer in opaque.items():
+    for path, layer in layers.items():
+        if not isinstance(layer, AdaptedOpaque):
+            continue
         name = plain_class(layer).__name__
-        if dequantized(layer) is None:
-            problems.append(f"{path}: the weight of a {name} cannot be read as numbers")
+        if not is_readable(layer):
+            problems.append(
+                f"{path}: the weight of a {name} cannot be read as numbers; attach the adapter to "
+                "a base that is not quantized, and merge it there"
+            )
         elif keep:
             problems.append(
                 f"{path}: a {name} holds its weight in few bits; merge it for good with "
@@ -189,6 +204,24 @@ def _check_storage(layers: dict[str, Adapted], keep: bool, dequantize: torch.dty
             )
     if problems:
         raise Refusal(problems)
+    if dequantize is None:
+        return
+    if dequantize not in NAMES:
+        raise Refusal(f"dequantize={dequantize}: give one of {', '.join(map(str, NAMES))}")
+    others = {
+        parameter.dtype
+        for module in model.modules()
+        if not isinstance(module, Adapter) and kind_of(module) is not AdaptedOpaque
+        for parameter in module.parameters(recurse=False)
+        if parameter.dtype in NAMES
+    }
+    opaque = any(isinstance(layer, AdaptedOpaque) for layer in layers.values())
+    if opaque and others and dequantize not in others:
+        computes = " and ".join(sorted(str(dtype) for dtype in others))
+        raise Refusal(
+            f"dequantize={dequantize}: the rest of the model is {computes}, and layers of another "
+            "dtype could not be called with its activations"
+        )
 
 
 def _edited(
@@ -217,28 +250,32 @@ def _is_on_bias(adapter: Adapter) -> bool:
 
 
 def _step(
-    adapter: Adapter, stored: Tensor, transposed: bool = False, on_bias: bool = False
+    adapter: Adapter,
+    stored: Tensor,
+    transposed: bool = False,
+    on_bias: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Step:
     settings: Settings = adapter.settings
     if "lora_A" in adapter.parts:
         rank = adapter.parts["lora_A"].shape[0]
-        slices = slices_for(NAMES.get(stored.dtype, "F32"), rank)
+        slices = slices_for(NAMES.get(dtype or stored.dtype, "F32"), rank)
         settings = replace(settings, slices=slices)
     parts = {name: part.detach().to(stored.device) for name, part in adapter.parts.items()}
     return Step(METHODS[adapter.method].prepare(parts, settings), transposed, on_bias)
 
 
 def _dense(path: str, layer: AdaptedOpaque, adapters: list[Adapter], dtype: torch.dtype) -> Any:
-    """A quantized layer as a Linear of `dtype`, merged."""
-    weight = layer.matrix().to(dtype)
+    """A quantized layer as a Linear of `dtype`, merged; nothing is rounded before that."""
+    weight = layer.matrix()
     out, inputs = weight.shape
     old = cast("Tensor | None", getattr(layer, "bias", None))
     linear = nn.Linear(inputs, out, bias=old is not None, device="meta", dtype=dtype)
-    steps = [_step(a, weight) for a in adapters]
-    linear.weight = nn.Parameter(edit_tensor(weight, steps, f"{path}.weight"), requires_grad=False)
+    steps = [_step(a, weight, dtype=dtype) for a in adapters]
+    merged = edit_tensor(weight, steps, f"{path}.weight", dtype=dtype)
+    linear.weight = nn.Parameter(merged, requires_grad=False)
     if old is not None:
-        bias = old.detach().to(dtype)
-        on_bias = [a for a in adapters if _is_on_bias(a)]
-        steps = [_step(a, bias, on_bias=True) for a in on_bias]
-        linear.bias = nn.Parameter(edit_tensor(bias, steps, f"{path}.bias"), requires_grad=False)
-    return linear
+        steps = [_step(a, old, on_bias=True, dtype=dtype) for a in adapters if _is_on_bias(a)]
+        merged = edit_tensor(old, steps, f"{path}.bias", dtype=dtype)
+        linear.bias = nn.Parameter(merged, requires_grad=False)
+    return linear.train(layer.training)

@@ -24,6 +24,7 @@ from infold.errors import Refusal
 from infold.tuners import files, merging
 from infold.tuners.config import IA3Config, LoraConfig, TunerConfig
 from infold.tuners.layers import Adapted, Adapter, Rows, Stage, adapt, restore
+from infold.tuners.quantized import keep_gradients
 from infold.tuners.select import Selection, select
 from infold.tuners.weighted import add_weighted
 from infold.tuners.whole import Whole, add_whole, restore_whole
@@ -62,6 +63,7 @@ class Attached:
     biases: dict[str, Biases] = field(default_factory=dict)
     rows: Rows = field(default_factory=Rows)
     merged: merging.Merged = field(default_factory=lambda: merging.Merged())
+    slow: list[nn.Module] = field(default_factory=list)  # 4-bit layers kept off a kernel
 
 
 def attach(model: nn.Module, config: TunerConfig, name: str = "default") -> Any:
@@ -117,6 +119,8 @@ def load(
 def _check_name(attached: Attached | None, name: str) -> None:
     if not name or "." in name or name == BASE:
         raise Refusal(f"an adapter cannot be called {name!r}: give a name without dots")
+    if hasattr(nn.ModuleDict(), name):
+        raise Refusal(f"an adapter cannot be called {name!r}: PyTorch's ModuleDict has that name")
     if attached is not None and name in attached.configs:
         raise Refusal(f"there is an adapter {name!r} already; delete_adapter({name!r}) removes it")
 
@@ -161,6 +165,9 @@ def _become(model: nn.Module) -> None:
     model.requires_grad_(False)
     model.__class__ = _class_for(type(model))
     cast(AdaptedModel, model)._attached = Attached(before)
+    if getattr(model, "is_quantized", False):
+        # transformers' word for it: its Trainer takes no quantized model without adapters
+        model._hf_peft_config_loaded = True  # type: ignore[assignment]
     # the second is what transformers called it until 5.20; asking for it warns
     names = ("is_activation_checkpointing", "is_gradient_checkpointing")
     if getattr(model, next((n for n in names if hasattr(type(model), n)), names[1]), False):
@@ -176,6 +183,8 @@ def insert(
     """Add an adapter's parts to the layers of a selection; `loaded`: {path: {part: values}}."""
     attached = cast(AdaptedModel, model)._attached
     config = selection.config
+    if not config.inference_mode:
+        attached.slow += keep_gradients(model)
     if isinstance(config, LoraConfig) and config.bias != "none" and attached.biases:
         other = next(iter(attached.biases))
         raise Refusal(f"bias={config.bias!r}: the adapter {other!r} trains biases already")
@@ -515,7 +524,10 @@ class AdaptedModel(nn.Module):
         for module in attached.whole.values():
             restore_whole(module, keep)
         del self._attached
+        self.__dict__.pop("_hf_peft_config_loaded", None)
         self.__class__ = type(self)._plain  # type: ignore[attr-defined]
+        for slow in attached.slow:
+            slow.support_avx512bf16_for_cpu = True  # type: ignore[assignment]
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(attached.frozen.get(name, False))
         return self

@@ -11,7 +11,8 @@ from torch import nn
 
 from infold.errors import Refusal
 from infold.tuners.config import IA3Config, LoraConfig, Names, TunerConfig
-from infold.tuners.layers import KINDS, Adapted, kind_of
+from infold.tuners.layers import KINDS, Adapted, AdaptedOpaque, kind_of
+from infold.tuners.quantized import is_readable
 from infold.tuners.targets import find_targets
 
 __all__ = ["Selection", "matches", "modules_of", "select"]
@@ -203,6 +204,11 @@ def _unfit(model: nn.Module, path: str, module: nn.Module, config: TunerConfig) 
     method = getattr(config, "method", config.METHOD)
     if method not in kind.METHODS:
         return [f"{path}: {method} does not exist for a {name}; it takes {', '.join(kind.METHODS)}"]
+    if method == "dora" and kind is AdaptedOpaque and not is_readable(module):
+        return [f"{path}: DoRA needs the weight, and that of a {name} cannot be read as numbers"]
+    groups = getattr(module, "n_groups", 1)  # DeepSeek-V4's grouped linear layer
+    if isinstance(groups, int) and groups > 1:
+        return [f"{path}: a {name} is {groups} layers side by side, not one matrix"]
     parent = model.get_submodule(path.rpartition(".")[0])
     if isinstance(parent, nn.MultiheadAttention):
         return [

@@ -181,7 +181,10 @@ class _Tree:
 
 def _size(module: nn.Module) -> _Size | None:
     """Of nn.Linear and what quantization makes of it, nn.Conv1d/2d/3d, transformers' Conv1D."""
-    for names in (("in_features", "out_features"), ("in_channels", "out_channels"), ("nx", "nf")):
+    for names in (
+        ("in_features", "out_features"), ("infeatures", "outfeatures"),
+        ("in_channels", "out_channels"), ("nx", "nf"),
+    ):  # fmt: skip
         inputs, outputs = (getattr(module, name, None) for name in names)
         if isinstance(inputs, int) and isinstance(outputs, int):
             return _Size(inputs, outputs)

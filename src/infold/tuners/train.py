@@ -238,9 +238,10 @@ def _train(
     progress: Progress | None,
     started: float,
 ) -> Training:
-    from transformers import set_seed
+    with calm():  # what transformers imports may talk too
+        from transformers import set_seed
 
-    from infold.tuners.trainer import AdapterTrainer, Journal, entries, last_checkpoint
+        from infold.tuners.trainer import AdapterTrainer, Journal, entries, last_checkpoint
 
     checkpoints = run / "checkpoints"
     checkpoint = last_checkpoint(checkpoints)

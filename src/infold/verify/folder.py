@@ -10,8 +10,17 @@ from typing import Any
 
 from infold.checkpoint.files import safe_child
 from infold.checkpoint.record import UNDO
-from infold.checkpoint.safetensors import Header, open_regular, read_header
-from infold.checkpoint.shards import CARD, KEPT_CARD, RECEIPT, is_bundled, read_receipt
+from infold.checkpoint.safetensors import Header, open_regular
+from infold.checkpoint.shards import (
+    CARD,
+    KEPT_CARD,
+    RECEIPT,
+    companion,
+    is_bundled,
+    is_lone,
+    read_receipt,
+    read_shard_header,
+)
 from infold.errors import CorruptFile, InfoldError
 from infold.plan.edits import OutputShard, Plan
 from infold.verify.verdict import Offender
@@ -34,11 +43,11 @@ class Claims:
 
 
 def read_claims(folder: Path) -> Claims | None:
-    """The receipt in a folder, or None. Raises CorruptFile for one that infold does not write."""
-    path = folder / RECEIPT
+    """A merged model's receipt, or None. Raises CorruptFile for one that infold does not write."""
+    path = companion(folder, RECEIPT)
     if not os.path.lexists(path):
         return None
-    safe_child(folder, RECEIPT)
+    safe_child(path.parent, path.name)
     receipt = read_receipt(folder)
 
     def text(value: Any) -> str:
@@ -72,14 +81,14 @@ def read_claims(folder: Path) -> Claims | None:
 def compare_header(
     folder: Path, planned: OutputShard
 ) -> tuple[tuple[Path, Header] | None, list[Offender]]:
-    """The header of a shard as it lies there, if it can be read, and how it differs."""
+    """The header of a shard as it lies in a folder, if it can be read, and how it differs."""
     name, wanted = planned.name, planned.header
     if not os.path.lexists(folder / name):
         missing = f"a shard with {len(wanted.tensors)} tensors"
         return None, [Offender("missing file", name, missing)]
     try:
         path = safe_child(folder, name)
-        header = read_header(path)
+        header = read_shard_header(path)
     except InfoldError as error:
         return None, [Offender("unreadable file", name, str(error))]
     if header.raw == wanted.raw:
@@ -168,6 +177,8 @@ def _common(one: bytes, two: bytes) -> int:
 
 def extra_files(folder: Path, plan: Plan, recorded: bool) -> list[Offender]:
     """Files of the merged folder that nobody planned, and links to folders."""
+    if is_lone(folder):  # what else lies in its folder is no business of a single file
+        return []
     known = {shard.name for shard in plan.shards} | {*plan.copied, *plan.rewritten, RECEIPT}
     if recorded:
         known.add(UNDO)

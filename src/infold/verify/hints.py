@@ -61,7 +61,8 @@ def _anew(
 ) -> BaseCheck | EditCheck:
     if name in plan.edits:
         return EditCheck(plan.edits[name], plan.base, plan.adapters, files, scalings)
-    return BaseCheck(plan.base, plan.base.info(name), files)
+    base = plan.base
+    return BaseCheck(base.shards[base.where[name]].path, base.info(name), files)
 
 
 def _fits(
@@ -71,7 +72,8 @@ def _fits(
     first = one.check.tally.first
     if first is None:
         return False
-    width = one.info.nbytes // max(math.prod(one.info.shape), 1) or 1
+    shape = one.check.grid if isinstance(one.check, EditCheck) else one.info.shape
+    width = one.info.nbytes // max(math.prod(shape), 1) or 1
     offset = first[0] * width // check.step * check.step
     count = min(check.step, one.info.nbytes - offset)
     view = workspace.bytes("merged", count)

@@ -171,10 +171,6 @@ class _OutputScale:
     def __init__(self, vector: Tensor, settings: Settings) -> None:
         self.vector = torch.from_numpy(np.sqrt(vector.numpy())) if settings.root == 2 else vector
         self.map = settings
-        order = settings.order or (0,)
-        sizes = settings.view or (len(vector),)
-        self.sizes = [sizes[axis] for axis in order]  # of the stored order
-        self.steps = [math.prod(sizes[axis + 1 :]) for axis in order]  # of its axes, in l
 
     def estimate(self, values: Values, rows: slice, columns: slice) -> None:
         values.multiply(self._factor(torch.arange(rows.start, rows.stop))[:, None])
@@ -187,11 +183,19 @@ class _OutputScale:
     def _factor(self, i: Tensor) -> Tensor:
         place = i // self.map.repeat - self.map.first
         inside = (place >= 0) & (place < len(self.vector))
-        place, element = place.clamp(0, len(self.vector) - 1), torch.zeros_like(place)
-        for size, step in zip(reversed(self.sizes), reversed(self.steps), strict=True):
-            element += place % size * step
-            place = place // size
+        element = _elements(place.clamp(0, len(self.vector) - 1), self.map)
         return torch.where(inside, self.vector[element], 1.0)
+
+
+def _elements(place: Tensor, settings: Settings) -> Tensor:
+    """Which output of the module a place in the stored order is, digit by digit."""
+    if not settings.order:
+        return place
+    element, sizes = torch.zeros_like(place), settings.view
+    for axis in reversed(settings.order):
+        element += place % sizes[axis] * math.prod(sizes[axis + 1 :])
+        place = place // sizes[axis]
+    return element
 
 
 class _InputScale:
@@ -500,10 +504,12 @@ def reference_of(
         raise Refusal(f"{operation.module}: rank {rank} in the adapter, {ranks[0]} by its config")
     if scaling is None:
         scaling = scaling_of(config, operation.module, rank)
+    a, b = parts["lora_A"].flatten(1), parts["lora_B"].flatten(1)
+    outputs = _elements(torch.arange(len(b)), settings)
     if operation.on_bias:
-        return _LowRankBias(parts["lora_bias"].double().flatten(), scaling)
+        return _LowRankBias(parts["lora_bias"].double().flatten()[outputs], scaling)
     magnitude = None
     if operation.method == "dora":
-        magnitude = parts["lora_magnitude_vector"].double().flatten()
-    a, b = parts["lora_A"].flatten(1), parts["lora_B"].flatten(1)
+        magnitude = parts["lora_magnitude_vector"].double().flatten()[outputs]
+    b = b[outputs]
     return LowRank(a, b, scaling, dtype, settings.groups, magnitude)

@@ -35,6 +35,7 @@ class Found:
     header: Header
     checks: Mapping[str, BaseCheck | EditCheck]  # by tensor; one that has none is only hashed
     base: Path | None  # the base's shard, where its digest is wanted and all offsets are the same
+    between: BaseCheck | None  # what lies between tensors, by offsets in the file
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,16 +73,25 @@ class _Reread:
         for shard in self.shards:
             self.hashes = blake3(shard.header.raw), blake3(shard.header.raw)
             self._tell(len(shard.header.raw))
+            position = len(shard.header.raw)
             for name, info in shard.header.tensors.items():
+                yield from self._between(shard, position, info.begin)
+                position = info.end
                 check = shard.checks.get(name)
                 step = COPIED if check is None else check.step
                 for offset in range(0, info.nbytes, step or 1):
                     count = min(step, info.nbytes - offset)
                     yield _Piece(shard, check, info.begin + offset, offset, count)
+            yield from self._between(shard, position, shard.header.file_size)
             if self.hashed:
                 self.output[shard.name] = self.hashes[0].hexdigest()
             if shard.base is not None:
                 self.base[shard.name] = self.hashes[1].hexdigest()
+
+    @staticmethod
+    def _between(shard: Found, begin: int, end: int) -> Iterator[_Piece]:
+        for offset in range(begin, end, COPIED):
+            yield _Piece(shard, shard.between, offset, offset, min(COPIED, end - offset))
 
     def run(self) -> None:
         count = max(1, min(os.cpu_count() or 1, _WORKERS))

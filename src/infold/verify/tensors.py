@@ -14,6 +14,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from infold.checkpoint.safetensors import TensorInfo
 from infold.checkpoint.shards import Checkpoint
 from infold.dtypes import TORCH_DTYPES
 from infold.plan.edits import BaseTensor, Edit, Operation
+from infold.verify.blocks import Blocks, blocks_of
 from infold.verify.reference import STEP, LowRank, Reference, Sums, Values, reference_of
 from infold.verify.rounding import LINES
 
@@ -89,12 +91,11 @@ class Tally:
 
 
 class BaseCheck:
-    """A tensor that must be byte-equal to the base's."""
+    """A tensor that must be byte-equal to the base's, which lies in the file `path`."""
 
-    def __init__(self, base: Checkpoint, info: TensorInfo, files: InputFiles) -> None:
+    def __init__(self, path: Path, info: TensorInfo, files: InputFiles) -> None:
         self.tally = Tally()
-        self.info, self.files = info, files
-        self.path = base.shards[base.where[info.name]].path
+        self.path, self.info, self.files = path, info, files
 
     @property
     def step(self) -> int:
@@ -139,7 +140,8 @@ def _show(element: bytes, dtype: str) -> str:
 
 
 class EditCheck:
-    """An edited tensor: its stored elements against the edit, computed anew.
+    """An edited tensor: its stored elements against the edit, computed anew. Of a quantized tensor
+    these are the floats of its blocks, and all its other bits must be the base's.
 
     `scalings` tells another scaling of LoRA (of the operation and its rank), to find out what went
     wrong elsewhere.
@@ -155,16 +157,22 @@ class EditCheck:
     ) -> None:
         self.tally = Tally()
         self.edit, self.adapters, self.files, self.scalings = edit, adapters, files, scalings
-        self.line = LINES[edit.dtype]
+        self.blocks = blocks = blocks_of(edit.dtype)  # a row is one of them, its floats columns
+        self.dtype = edit.dtype if blocks is None else "F16"
+        self.line = LINES[self.dtype]
         shape = edit.shape
-        self.rows, self.columns = (shape[0], math.prod(shape[1:])) if shape else (1, 1)
-        self.row_bytes = self.columns * self.line.dtype.itemsize
+        if blocks is not None:
+            self.rows, self.columns = math.prod(shape) // blocks.elements, len(blocks.places)
+            self.row_bytes = blocks.size
+        else:
+            self.rows, self.columns = (shape[0], math.prod(shape[1:])) if shape else (1, 1)
+            self.row_bytes = self.columns * self.line.dtype.itemsize
         self.left = self.rows  # that are not checked yet
         self.loaded: Tensor | None = None
         if isinstance(edit.source, BaseTensor):
             info = base.info(edit.source.name)
             self.path, self.begin = base.shards[base.where[info.name]].path, info.begin
-            self.kind = TORCH_DTYPES[info.dtype]
+            self.kind = TORCH_DTYPES[info.dtype if blocks is None else self.dtype]
             self.in_place = info.name == edit.tensor
         else:
             adapter = adapters[edit.source.adapter]
@@ -179,7 +187,14 @@ class EditCheck:
     @property
     def step(self) -> int:
         """Bytes that are checked at once."""
+        if self.blocks is not None:
+            return COPIED // self.row_bytes * self.row_bytes
         return max(1, BLOCK // max(self.columns, 1)) * self.row_bytes
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """The shape that the elements are numbered in."""
+        return self.edit.shape if self.blocks is None else (self.rows, self.columns)
 
     def check(
         self, merged: memoryview, offset: int, own: memoryview | None, workspace: Workspace
@@ -188,11 +203,17 @@ class EditCheck:
         hand."""
         references = self._prepare(workspace)
         row, count = offset // self.row_bytes, len(merged) // self.row_bytes
-        stored = torch.frombuffer(merged, dtype=self.line.dtype).view(count, self.columns)
-        if own is not None and self.in_place:
-            raw = torch.frombuffer(own, dtype=self.kind).view(count, self.columns)
+        if own is None or not self.in_place:
+            own = None
+        if self.blocks is not None:
+            stored, raw = self._unpack(self.blocks, merged, own, row, workspace)
         else:
-            raw = self._read(row, count, workspace)
+            stored = torch.frombuffer(merged, dtype=self.line.dtype).view(count, self.columns)
+            raw = (
+                self._read(row, count, workspace)
+                if own is None
+                else torch.frombuffer(own, dtype=self.kind).view(count, self.columns)
+            )
         doubts = []
         for rows, columns in _tiles(count, self.columns, TILE, TILE_COLUMNS):
             there = slice(row + rows.start, row + rows.stop)
@@ -214,6 +235,25 @@ class EditCheck:
 
     # --- what the values are made of
 
+    def _unpack(
+        self,
+        blocks: Blocks,
+        merged: memoryview,
+        own: memoryview | None,
+        row: int,
+        workspace: Workspace,
+    ) -> tuple[Tensor, Tensor]:
+        """The floats of the output's and of the base's blocks from `row` on. All other bits must be
+        the same; the tally is told of those that are not."""
+        if own is None:
+            own = workspace.bytes("source", len(merged))
+            self.files.read(self.path, own, self.begin + row * self.row_bytes)
+        wrong = blocks.differ(merged, own)
+        if len(wrong):
+            at = (row + int(wrong[0])) * self.columns
+            self.tally.add(len(wrong), (at, "other codes", "the base's codes"))
+        return blocks.floats(merged), blocks.floats(own)
+
     def _read(self, row: int, count: int, workspace: Workspace) -> Tensor:
         """Stored rows of the source."""
         if self.loaded is not None:
@@ -234,9 +274,7 @@ class EditCheck:
                     scaling = None
                     if self.scalings is not None and "lora_A" in parts:
                         scaling = self.scalings(operation, len(parts["lora_A"]))
-                    reference = reference_of(
-                        operation, adapter.config, parts, self.edit.dtype, scaling
-                    )
+                    reference = reference_of(operation, adapter.config, parts, self.dtype, scaling)
                     if isinstance(reference, LowRank) and reference.magnitude is not None:
                         self._norms(number, [*found, reference], workspace)
                     found.append(reference)

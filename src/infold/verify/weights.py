@@ -21,11 +21,13 @@ from infold.checkpoint.adapter import Adapter, open_adapter
 from infold.checkpoint.files import safe_child
 from infold.checkpoint.inputs import InputFiles
 from infold.checkpoint.record import UNDO
-from infold.checkpoint.safetensors import read_header
-from infold.checkpoint.shards import RECEIPT, open_checkpoint
+from infold.checkpoint.safetensors import TensorInfo, read_header
+from infold.checkpoint.shards import RECEIPT, companion, is_lone, open_checkpoint
+from infold.dtypes import BLOCKS
 from infold.errors import InfoldError, Refusal
 from infold.plan.build import plan_merge
 from infold.plan.edits import Operation, Plan, Replacement
+from infold.plan.output import placed
 from infold.verify.folder import (
     Claims,
     compare_header,
@@ -58,17 +60,21 @@ def verify_checkpoint(
     """
     started = time.perf_counter()
     folder = Path(os.path.abspath(merged))
-    if not os.path.isdir(folder):
-        raise Refusal(f"{merged}: is no folder; infold verifies folders that a merge has made")
+    if not os.path.isdir(folder) and not (is_lone(folder) and os.path.isfile(folder)):
+        raise Refusal(
+            f"{merged}: is neither a folder nor a GGUF file; infold verifies what a merge has made"
+        )
     offenders: list[Offender] = []
     plan, claims = _open(base, adapters, folder, offenders)
+    plan = placed(plan, folder)
     files = InputFiles()
     try:
         shards = _find_shards(plan, folder, files, base is None, offenders)
         recorded = claims is not None and claims.undo is not None
         offenders += extra_files(folder, plan, recorded)
         if claims is not None and claims.undo is not None:
-            offenders += _compare_digests("undo record", {UNDO: claims.undo}, _record(folder), "it")
+            told = {companion(folder, UNDO).name: claims.undo}
+            offenders += _compare_digests("undo record", told, _record(folder), "it")
         equal, different = side_files(folder, plan)
         offenders += different
         offenders += _unused(plan)
@@ -79,10 +85,9 @@ def verify_checkpoint(
             claimed = {n: digest for n, digest in claims.shards.items() if n not in unread}
             offenders += _compare_digests("digest", claimed, output, "the output")
         if claims is not None and base is None:
-            for shard in plan.base.shards:
-                if shard.name not in sources:
-                    sources[shard.name] = digest_of(shard.path)
-            offenders += _compare_digests("base changed", claims.base_shards, sources, "the base")
+            found = {plan.base.shards[s.source].name: sources.get(s.name) for s in plan.shards}
+            own = {s.name: found.get(s.name) or digest_of(s.path) for s in plan.base.shards}
+            offenders += _compare_digests("base changed", claims.base_shards, own, "the base")
         offenders += _wrong_tensors(plan, shards, files)
     finally:
         files.close()
@@ -113,13 +118,15 @@ def _open(
         try:
             claims = read_claims(folder)
         except InfoldError as error:
-            offenders.append(Offender("receipt", RECEIPT, str(error)))
+            offenders.append(Offender("receipt", companion(folder, RECEIPT).name, str(error)))
         return plan_merge(open_checkpoint(base), [open_adapter(a) for a in adapters]), claims
     if adapters:
         raise Refusal("adapters without a base; give both, or only the merged folder")
     claims = read_claims(folder)
     if claims is None:
-        raise Refusal(f"{folder}: holds no {RECEIPT}, so give base and adapters too")
+        raise Refusal(
+            f"{folder}: has no {companion(folder, RECEIPT).name}, so give base and adapters too"
+        )
     if os.path.realpath(claims.base) == os.path.realpath(folder):
         raise Refusal(
             f"{folder}: was merged in place, so its base is not there any more; restore it with "
@@ -149,7 +156,7 @@ def _open(
 def _refuse_swapped(base: PathLike, folder: Path) -> None:
     """A base whose receipt says that it was made from the folder that is to be verified."""
     first = Path(os.path.abspath(base))
-    if not first.is_dir() or os.path.lexists(folder / RECEIPT):
+    if not first.is_dir() or os.path.lexists(companion(folder, RECEIPT)):
         return
     claims = None
     with suppress(InfoldError):
@@ -172,7 +179,8 @@ def _changed(claims: Claims, number: int, adapter: Adapter) -> list[Offender]:
 def _record(folder: Path) -> dict[str, str]:
     """The digest of the undo record, where it can be read."""
     try:
-        return {UNDO: digest_of(safe_child(folder, UNDO))}
+        path = companion(folder, UNDO)
+        return {path.name: digest_of(safe_child(path.parent, path.name))}
     except (InfoldError, OSError):
         return {}
 
@@ -204,7 +212,7 @@ def _find_shards(
     """The shards of the output that can be read, each tensor with its check."""
     shards = []
     for planned in plan.shards:
-        found, different = compare_header(folder, planned)
+        found, different = compare_header(folder.parent if is_lone(folder) else folder, planned)
         offenders += different
         if found is None:
             continue
@@ -217,11 +225,14 @@ def _find_shards(
             if name in plan.edits:
                 checks[name] = EditCheck(plan.edits[name], plan.base, plan.adapters, files)
             else:
-                checks[name] = BaseCheck(plan.base, plan.base.info(name), files)
-        source = None
-        if base_hashed and planned.same_layout and not different:
-            source = plan.base.shards[planned.source].path
-        shards.append(Found(planned.name, path, header, checks, source))
+                place = plan.base.shards[plan.base.where[name]].path
+                checks[name] = BaseCheck(place, plan.base.info(name), files)
+        source = between = None
+        if planned.same_layout and not different:
+            theirs, size = plan.base.shards[planned.source].path, header.file_size
+            source = theirs if base_hashed else None
+            between = BaseCheck(theirs, TensorInfo("", "U8", (size,), 0, size), files)
+        shards.append(Found(planned.name, path, header, checks, source, between))
     return shards
 
 
@@ -233,11 +244,21 @@ def _wrong_tensors(plan: Plan, shards: Sequence[Found], files: InputFiles) -> li
                 info = shard.header.tensors[name]
                 wrong[name] = Wrong(check, shard.path, info)
     told = hints(plan, wrong, files)
-    return [_describe(name, one, told.get(name)) for name, one in wrong.items()]
+    offenders = [_describe(name, one, told.get(name)) for name, one in wrong.items()]
+    for shard in shards:
+        tally = None if shard.between is None else shard.between.tally
+        if tally is not None and tally.first is not None:
+            detail = f"{tally.wrong:,} bytes differ from the base's, first byte {tally.first[0]:,}"
+            offenders.append(Offender("between tensors", shard.name, detail))
+    return offenders
 
 
 def _describe(name: str, one: Wrong, hint: str | None) -> Offender:
-    tally, shape = one.check.tally, one.info.shape
+    tally, shape, what = one.check.tally, one.info.shape, "elements"
+    if isinstance(one.check, EditCheck) and one.check.blocks is not None:
+        shape, what = one.check.grid, "scales, by block,"
+    elif one.info.dtype in BLOCKS:
+        shape, what = (one.info.nbytes,), "bytes"
     assert tally.first is not None
     number, stored, expected = tally.first
     index = []
@@ -245,11 +266,11 @@ def _describe(name: str, one: Wrong, hint: str | None) -> Offender:
         number, rest = divmod(number, size)
         index.append(rest)
     detail = (
-        f"{tally.wrong:,} of {math.prod(shape):,} elements differ, first {index[::-1]}: "
+        f"{tally.wrong:,} of {math.prod(shape):,} {what} differ, first {index[::-1]}: "
         f"stored {stored}, expected {expected}"
     )
-    what = "edited tensor" if isinstance(one.check, EditCheck) else "unedited tensor"
-    return Offender(what, name, f"{detail}; {hint}" if hint else detail)
+    kind = "edited tensor" if isinstance(one.check, EditCheck) else "unedited tensor"
+    return Offender(kind, name, f"{detail}; {hint}" if hint else detail)
 
 
 # --- adapters ----------------------------------------------------------------------------------

@@ -1,0 +1,262 @@
+"""The modules of a safetensors checkpoint, some of them quantized: what `plan/fold.py` asks for."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from infold.adapters import Settings
+from infold.checkpoint.shards import Checkpoint, read_exactly
+from infold.errors import StorageFailure
+from infold.formats import (
+    QUANTIZED,
+    Field,
+    NoFold,
+    Quantized,
+    Stored,
+    format_of,
+    quantized_of,
+)
+from infold.plan.fold import Part, Place, Unfoldable
+from infold.plan.layouts import is_conv1d
+from infold.plan.match import Names
+
+__all__ = ["StoredModules", "quantization_of"]
+
+_DEPTH = 3  # components of a tensor's name below its module, such as `weight.quant_state.nf4`
+_DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16,
+    "I32": torch.int32, "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F32": torch.float32, "F64": torch.float64, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+_ACTIVATIONS = (
+    "hidden_act", "hidden_activation", "activation_function", "mlp_hidden_act", "dense_act_fn",
+    "feed_forward_proj", "activation",
+)  # fmt: skip
+_LIMITS = ("swiglu_limit", "clip_qkv", "clip_kqv", "activation_limit")
+# Scales of activations that were measured without the adapter.
+_MEASURED = ("input_scale", "output_scale", "input_global_scale", "k_scale", "v_scale")
+_CACHE = ("k_scale", "v_scale", "attn.k_scale", "attn.v_scale")
+
+
+def quantization_of(base: Checkpoint) -> Mapping[str, Any]:
+    """The config's description of how the checkpoint is quantized; empty where there is none."""
+    config = base.config or {}
+    inner = config.get("text_config")
+    for place in (config, inner if isinstance(inner, dict) else {}):
+        for name in ("quantization_config", "compression_config"):
+            if isinstance(told := place.get(name), dict):
+                return told
+    return {}
+
+
+class StoredModules:
+    """`plan/fold.Modules` of a checkpoint. Modules go by their paths in memory."""
+
+    def __init__(self, base: Checkpoint, names: Names) -> None:
+        self.base, self.names = base, names
+        self.config = quantization_of(base)
+        self._found: dict[str, tuple[Stored, Quantized] | None] = {}
+
+    @cached_property
+    def _below(self) -> dict[str, dict[str, str]]:
+        """Module on the disk -> {name of a tensor below it: its whole name}."""
+        below: dict[str, dict[str, str]] = defaultdict(dict)
+        for name in self.base.where:
+            components = name.split(".")
+            for depth in range(1, min(_DEPTH, len(components) - 1) + 1):
+                below[".".join(components[:-depth])][".".join(components[-depth:])] = name
+        return below
+
+    @cached_property
+    def _children(self) -> dict[str, set[str]]:
+        children: dict[str, set[str]] = defaultdict(set)
+        for name in self.base.where:
+            components = name.split(".")
+            for depth in range(len(components) - 1):
+                children[".".join(components[:depth])].add(components[depth])
+        return children
+
+    @cached_property
+    def _cores(self) -> list[str]:
+        """What weights are called here; nothing but `weight` where nothing is quantized."""
+        known = dict.fromkeys(name for form in QUANTIZED.values() for name in form.CORE)
+        return [
+            core for core in known if any(name.endswith(f".{core}") for name in self.base.where)
+        ]
+
+    def find(self, module: str) -> tuple[Stored, Quantized] | None:
+        """A quantized module, and its format; None where the base has no such module, or stores its
+        weight as floats. Raises LookupError where the path may be one of several."""
+        if module not in self._found:
+            self._found[module] = self._find(module)
+        return self._found[module]
+
+    def _find(self, module: str) -> tuple[Stored, Quantized] | None:
+        tried = set()
+        for core in self._cores:
+            tensor = self.names.find(f"{module}.{core}")
+            place = None if tensor is None else tensor.removesuffix(f".{core}")
+            if tensor is None or place is None or place in tried:
+                continue
+            tried.add(place)
+            if core == "weight" and format_of(self.base.info(tensor).dtype) is not None:
+                return None
+            stored = self._stored(place, tensor)
+            form = quantized_of(stored)
+            if form is not None:
+                return stored, form
+        return None
+
+    def _stored(self, place: str, core: str) -> Stored:
+        below = self._below[place]
+        fields = {
+            part: Field(info.dtype, info.shape)
+            for part, name in below.items()
+            for info in [self.base.info(name)]
+        }
+        metadata = self.base.shards[self.base.where[core]].header.metadata
+        return Stored(
+            place, fields, self.config, metadata, lambda part: read(self.base, below[part])
+        )
+
+    def all(self) -> Iterator[tuple[Stored, Quantized]]:
+        """Every quantized module, in the order of the files."""
+        for place, below in self._below.items():
+            core = next((part for part in below if part in self._cores), None)
+            if core is None or (core == "weight" and format_of(self.base.info(below[core]).dtype)):
+                continue
+            stored = self._stored(place, below[core])
+            form = quantized_of(stored)
+            if form is not None:
+                yield stored, form
+
+    def measured(self, module: str) -> list[str]:
+        """Tensors of a quantized module that were measured without the adapter: static scales of
+        its activations, and of the cache of keys and values beside it."""
+        found = self.find(module)
+        if found is None:
+            return []
+        here = self._below[found[0].name]
+        names = [here[part] for part in _MEASURED if part in here]
+        if module.endswith(("k_proj", "v_proj", "qkv_proj", "key", "value")):
+            above = self._below.get(found[0].name.rpartition(".")[0], {})
+            names += [above[part] for part in _CACHE if part in above]
+        return names
+
+    # --- what `fold` asks for
+
+    def beside(self, module: str) -> Collection[str]:
+        place = self._place(module)
+        return self._children[place.rpartition(".")[0]] if place is not None else set()
+
+    def _place(self, module: str) -> str | None:
+        """A module's path on the disk."""
+        if (found := self.find(module)) is not None:
+            return found[0].name
+        weight = self.names.find(f"{module}.weight")
+        return None if weight is None else weight.removesuffix(".weight")
+
+    def size(self, module: str) -> tuple[int, int] | None:
+        if (found := self.find(module)) is not None:
+            stored, form = found
+            try:
+                return form.shape(stored)
+            except NoFold as error:
+                raise Unfoldable(str(error)) from None
+        weight = self.names.find(f"{module}.weight")
+        if weight is None or len(self.base.info(weight).shape) != 2:
+            return None
+        rows, columns = self.base.info(weight).shape
+        return (columns, rows) if self._transposed(weight) else (rows, columns)
+
+    def _transposed(self, weight: str) -> bool:
+        transposed = is_conv1d(self.base, weight, False)
+        if transposed is None:
+            raise Unfoldable(f"{weight} is square, and nothing tells whether it is transposed")
+        return transposed
+
+    def places(self, module: str, part: Part | None) -> list[Place]:
+        size = self.size(module)
+        if size is None:
+            raise Unfoldable(f"{module}, which the base does not have")
+        rows = size[0] if part else 0
+        whole = Settings(side="out", out=size[0], first=part.first if part else 0, rows=rows)
+        found, bias = self.find(module), self._place(module)
+        assert bias is not None
+        places = []
+        if found is None:
+            weight = f"{bias}.weight"
+            if format_of(self.base.info(weight).dtype) is None:
+                raise Unfoldable(
+                    f"{module}, stored as {self.base.info(weight).dtype} in a way that is unknown"
+                )
+            places.append(Place(weight, whole, self._transposed(weight)))
+        else:
+            stored, form = found
+            places += _scales(module, stored, form, whole)
+        bias = f"{bias}.bias"
+        if bias in self.base.where:
+            if self.base.info(bias).shape != (size[0],):
+                raise Unfoldable(
+                    f"{module}, the bias of which has shape {list(self.base.info(bias).shape)}"
+                )
+            places.append(Place(bias, whole, on_bias=True))
+        return places
+
+    def activations(self) -> Collection[str]:
+        return {
+            value.removeprefix("gated-")
+            for name in _ACTIVATIONS
+            for value in self._fields(name)
+            if isinstance(value, str)
+        }
+
+    def limits(self) -> Collection[str]:
+        return {name for name in _LIMITS for value in self._fields(name) if value}
+
+    def _fields(self, name: str) -> Iterator[Any]:
+        """A field of the config wherever it stands: at the top or in a part of the model."""
+        config = self.base.config or {}
+        for place in (config, *config.values()):
+            if isinstance(place, dict) and name in place:
+                yield place[name]
+
+
+def _scales(module: str, stored: Stored, form: Quantized, whole: Settings) -> Iterator[Place]:
+    """The places of the rows of a quantized module."""
+    try:
+        scales = form.scales(stored)
+    except NoFold as error:
+        raise Unfoldable(f"{module} ({form.words(stored)}): {error}") from None
+    for scale in scales:
+        field = stored.tensors[scale.part]
+        if format_of(field.dtype) is None:
+            raise Unfoldable(f"{module} ({form.words(stored)}): its scales are {field.dtype}")
+        settings = replace(whole, repeat=scale.repeat, rows=scale.rows or whole.rows)
+        yield Place(f"{stored.name}.{scale.part}", settings, scale.transposed)
+
+
+def read(base: Checkpoint, name: str) -> Tensor:
+    """A whole tensor of a checkpoint, in memory of its own."""
+    info, shard = base.info(name), base.shards[base.where[name]]
+    buffer = bytearray(info.nbytes)
+    try:
+        fd = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise StorageFailure(f"{shard.path}: {error.strerror}") from error
+    try:
+        read_exactly(fd, memoryview(buffer), info.begin, shard.path)
+    finally:
+        os.close(fd)
+    if not buffer:
+        return torch.empty(info.shape, dtype=_DTYPES[info.dtype])
+    return torch.frombuffer(buffer, dtype=_DTYPES[info.dtype]).view(info.shape)

@@ -1,0 +1,349 @@
+"""Every quantized format: IA³ goes into its float scales, and nothing else changes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import handmade
+import infold
+from infold.checkpoint.record import UNDO
+from quantized_bases import KINDS, REFUSED, Module
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of the packages that write the bases
+
+LAYER = "model.layers.0"
+SIZES = {"self_attn.k_proj": (64, 128), "mlp.gate_proj": (128, 64), "mlp.up_proj": (128, 64)}
+SIZES["mlp.down_proj"] = (64, 128)
+PRECISION = {torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
+
+
+@dataclass
+class Base:
+    path: Path
+    modules: Mapping[str, Module]
+
+    def parts(self, folder: Path, name: str) -> dict[str, Tensor]:
+        """The tensors of a module of a folder, by their names below it."""
+        prefix = f"{LAYER}.{name}."
+        with safe_open(folder / "model.safetensors", "pt") as file:
+            return {
+                key.removeprefix(prefix): file.get_tensor(key)
+                for key in file.keys()
+                if key.startswith(prefix)
+            }
+
+    def values(self, folder: Path, name: str) -> Tensor:
+        parts = self.parts(folder, name)
+        mine = self.modules[name].tensors
+        return self.modules[name].values({k: v for k, v in parts.items() if k in mine})
+
+
+def make_base(path: Path, kind: str, encode: object = None) -> Base:
+    """One layer, with a bias at k_proj and up_proj."""
+    random = torch.Generator().manual_seed(1)
+    torch.manual_seed(1)
+    encode = encode or KINDS[kind]
+    modules, tensors, metadata = {}, {}, {"format": "pt"}
+    for name, shape in SIZES.items():
+        assert callable(encode)
+        modules[name] = made = encode(torch.randn(shape, generator=random) * 0.05)
+        tensors |= {f"{LAYER}.{name}.{part}": t.contiguous() for part, t in made.tensors.items()}
+        metadata |= {f"{LAYER}.{name}.{key}": text for key, text in made.metadata.items()}
+    for name in ("self_attn.k_proj", "mlp.up_proj"):
+        tensors[f"{LAYER}.{name}.bias"] = torch.randn(SIZES[name][0], generator=random).half()
+    tensors[f"{LAYER}.input_layernorm.weight"] = torch.ones(64).bfloat16()
+    config = {"hidden_act": "silu", "quantization_config": made.config}
+    path.mkdir(parents=True)
+    (path / "config.json").write_text(json.dumps(config))
+    save_file(tensors, path / "model.safetensors", metadata)
+    return Base(path, modules)
+
+
+def vectors(seed: int = 0, powers: bool = False) -> dict[str, Tensor]:
+    """l of k_proj and of down_proj's inputs, some of them negative or zero."""
+    random = torch.Generator().manual_seed(seed)
+    found = {}
+    for name, shape in (("self_attn.k_proj", (64, 1)), ("mlp.down_proj", (1, 128))):
+        vector = 1 + 0.3 * torch.randn(shape, generator=random)
+        if powers:
+            vector = torch.exp2(torch.randint(-2, 3, shape, generator=random).float())
+        vector.view(-1)[:3] = torch.tensor([-1.0, 0.5, 2.0])
+        found[f"{LAYER}.{name}"] = vector
+    return found
+
+
+def make_adapter(path: Path, found: dict[str, Tensor]) -> Path:
+    return handmade.ia3(path, found, feedforward_modules=["down_proj"])
+
+
+SCALED = {"self_attn.k_proj": "self_attn.k_proj", "mlp.up_proj": "mlp.down_proj"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fold(tmp_path: Path, kind: str) -> None:
+    """Codes, zeros and packing stay as they are; the values are l times the base's, but for one
+    rounding of each scale; verify agrees and undo takes it back."""
+    base = make_base(tmp_path / "base", kind)
+    given = vectors()
+    adapter = make_adapter(tmp_path / "adapter", given)
+    out = tmp_path / "out"
+
+    infold.merge(base.path, adapter, out, undo=True)
+
+    before, after = (load_file(f / "model.safetensors") for f in (base.path, out))
+    allowed = {f"{LAYER}.{name}.bias" for name in SCALED} | {
+        f"{LAYER}.{name}.{part}" for name in SCALED for part in base.modules[name].folded
+    }
+    changed = {name for name in before if not same(before[name], after[name])}
+    assert changed == allowed and before.keys() == after.keys()
+    for name, origin in SCALED.items():
+        factor = given[f"{LAYER}.{origin}"].double().flatten()
+        module, parts = base.modules[name], base.parts(out, name)
+        wanted, found = (
+            factor[:, None] * base.values(base.path, name),
+            base.values(out, name),
+        )
+        precision = min(PRECISION[parts[part].dtype] for part in module.folded)
+        size = wanted.abs()
+        if module.affine:  # the two terms are rounded, their sum may be small
+            size = size.amax(1, keepdim=True) * 3
+        assert ((found - wanted).abs() <= size * 2.0**-precision).all()
+        bias = base.parts(base.path, name)["bias"].double() * factor
+        assert torch.equal(parts["bias"], bias.half())
+    assert infold.verify(base.path, adapter, out).ok
+    infold.undo(out, tmp_path / "back")
+    assert (tmp_path / "back/model.safetensors").read_bytes() == (
+        base.path / "model.safetensors"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_powers_of_two_are_exact(tmp_path: Path, kind: str) -> None:
+    base = make_base(tmp_path / "base", kind)
+    given = vectors(powers=True)
+
+    infold.merge(base.path, make_adapter(tmp_path / "adapter", given), tmp_path / "out")
+
+    for name, origin in SCALED.items():
+        factor = given[f"{LAYER}.{origin}"].double().view(-1, 1)
+        assert torch.equal(
+            base.values(tmp_path / "out", name), factor * base.values(base.path, name)
+        )
+
+
+def same(one: Tensor, two: Tensor) -> bool:
+    """Whether two tensors have the same bytes."""
+    return one.dtype == two.dtype and torch.equal(
+        one.contiguous().flatten().view(torch.uint8), two.contiguous().flatten().view(torch.uint8)
+    )
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_no_fold(tmp_path: Path, kind: str) -> None:
+    """Where no scale belongs to one row alone: every module is named, with the way out."""
+    encode, why = REFUSED[kind]
+    base = make_base(tmp_path / "base", kind, encode)
+
+    with pytest.raises(infold.Refusal) as caught:
+        infold.merge(base.path, make_adapter(tmp_path / "adapter", vectors()), tmp_path / "out")
+
+    told = [reason for reason in caught.value.reasons if "ia3_l" in reason]
+    assert len(told) == 2 == len(caught.value.reasons)
+    assert all(why in reason for reason in caught.value.reasons)
+    assert not (tmp_path / "out").exists()
+
+
+def test_blocks_that_cross_rows(tmp_path: Path) -> None:
+    """NF4's blocks of 64 do not end with a row of 96 elements."""
+    encode = KINDS["bnb-nf4"]
+    base = make_base(
+        tmp_path / "base", "", lambda w: encode(w[:, :96].contiguous() if len(w) == 64 else w)
+    )
+
+    with pytest.raises(infold.Refusal, match="rows of 96 elements share blocks of 64"):
+        infold.merge(base.path, make_adapter(tmp_path / "adapter", vectors()), tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["gptq", "ct-pack", "bnb-nf4"])
+def test_several_vectors_on_one_row_are_rounded_once(tmp_path: Path, kind: str) -> None:
+    """up_proj is a target itself, down_proj's vector moves there, and a second adapter has both."""
+    base = make_base(tmp_path / "base", kind)
+    adapters, factor = [], torch.ones(128, dtype=torch.float64)
+    for seed in (1, 2):
+        given = vectors(seed)
+        given[f"{LAYER}.mlp.up_proj"] = own = 1 + torch.rand(128, 1)
+        adapters.append(make_adapter(tmp_path / f"adapter{seed}", given))
+        # in the order of the merge: what moves acts last, and each product is float64
+        factor = factor * own.flatten().double()
+    for seed in (1, 2):
+        factor = factor * vectors(seed)[f"{LAYER}.mlp.down_proj"].flatten().double()
+
+    infold.merge(base.path, adapters, tmp_path / "out")
+
+    before, after = (base.parts(f, "mlp.up_proj") for f in (base.path, tmp_path / "out"))
+    (part,) = base.modules["mlp.up_proj"].folded
+    old, new = before[part], after[part]
+    rows = {"gptq": factor[None], "ct-pack": factor[:, None], "bnb-nf4": factor[:, None]}[kind]
+    wide = old.double().view(128, -1) * rows if kind == "bnb-nf4" else old.double() * rows
+    near = (new.double().view(wide.shape) - wide).abs()
+    assert (near <= wide.abs() * 2.0 ** -PRECISION[old.dtype]).all()
+    assert infold.verify(base.path, adapters, tmp_path / "out").ok
+
+
+def broken(base: Base, out: Path, way: str) -> None:
+    """What a careless tool would write."""
+    path = out / "model.safetensors"
+    tensors, old = load_file(path), load_file(base.path / "model.safetensors")
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    names = {f"{LAYER}.mlp.{name}": base.modules[f"mlp.{name}"] for name in ("up_proj",)}
+    for name, module in names.items():
+        if way == "bias":
+            tensors[f"{name}.bias"] = old[f"{name}.bias"]
+        elif way == "zeros":
+            tensors[f"{name}.{module.folded[1]}"] = old[f"{name}.{module.folded[1]}"]
+        else:
+            factor = vectors()[f"{LAYER}.mlp.down_proj"].double()
+            for part in module.folded:
+                gate = f"{LAYER}.mlp.gate_proj.{part}"
+                tensors[f"{name}.{part}"] = old[f"{name}.{part}"]
+                tensors[gate] = (old[gate].double() * factor).to(old[gate].dtype)
+    save_file(tensors, path, metadata)
+
+
+@pytest.mark.parametrize("way", ["bias", "gate", "zeros"])
+def test_what_a_careless_fold_gets_wrong_is_noticed(tmp_path: Path, way: str) -> None:
+    """A forgotten bias, the vector in the gate, AWQ's float zeros left as they were: the layer's
+    output is another one, and verify says so. The fold as it is, is right."""
+    base = make_base(tmp_path / "base", "awq-gemv_fast")
+    given = vectors()
+    adapter, out = make_adapter(tmp_path / "adapter", given), tmp_path / "out"
+    infold.merge(base.path, adapter, out)
+    random = torch.randn(8, 64, dtype=torch.float64)
+
+    def feed_forward(folder: Path, vector: Tensor | float) -> Tensor:
+        gate, up, down = (base.values(folder, f"mlp.{n}_proj") for n in ("gate", "up", "down"))
+        bias = base.parts(folder, "mlp.up_proj")["bias"].double()
+        inner = torch.nn.functional.silu(random @ gate.t()) * (random @ up.t() + bias)
+        return (inner * vector) @ down.t()
+
+    unmerged = feed_forward(base.path, given[f"{LAYER}.mlp.down_proj"].double())
+    size = unmerged.norm()
+    assert (feed_forward(out, 1.0) - unmerged).norm() < 2e-3 * size
+    assert (feed_forward(base.path, 1.0) - unmerged).norm() > 0.1 * size
+
+    broken(base, out, way)
+
+    assert (feed_forward(out, 1.0) - unmerged).norm() > 0.05 * size
+    assert not infold.verify(base.path, adapter, out).ok
+
+
+def test_a_lora_finds_no_place_in_scales(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "gptq")
+    adapter = handmade.lora(tmp_path / "lora", {f"{LAYER}.self_attn.k_proj": (64, 128)})
+
+    with pytest.raises(infold.Refusal, match=r"is quantized \(GPTQ, 4 bits, groups of 32\)"):
+        infold.merge(base.path, adapter, tmp_path / "out")
+
+
+def test_marlin_is_refused_by_name(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "gptq")
+    config = json.loads((base.path / "config.json").read_text())
+    config["quantization_config"]["checkpoint_format"] = "marlin"
+    (base.path / "config.json").write_text(json.dumps(config))
+
+    with pytest.raises(infold.Refusal, match="order of Marlin kernels"):
+        infold.merge(base.path, make_adapter(tmp_path / "adapter", vectors()), tmp_path / "out")
+
+
+@pytest.mark.parametrize("part", ["q_weight", "trellis", "Qidxs", "weight_blocks"])
+def test_formats_without_row_scales_are_refused_by_name(tmp_path: Path, part: str) -> None:
+    tensors = {f"{LAYER}.{name}.{part}": torch.zeros(8, 8).byte() for name in SIZES}
+    base = handmade.base_folder(tmp_path / "base", tensors)
+    name = {"q_weight": "EXL2", "trellis": "EXL3", "Qidxs": "QuIP#", "weight_blocks": "MXFP4"}[part]
+
+    with pytest.raises(infold.Refusal) as caught:
+        infold.merge(base, make_adapter(tmp_path / "adapter", vectors()), tmp_path / "out")
+
+    assert len(caught.value.reasons) == 2
+    assert all(name in reason for reason in caught.value.reasons)
+
+
+def test_dense_modules_of_a_quantized_base(tmp_path: Path) -> None:
+    """A dense k_proj merges as ever; a quantized down_proj's vector goes to a dense up_proj's rows;
+    a dense down_proj keeps its own, though up_proj is quantized."""
+    base = make_base(tmp_path / "base", "gptq")
+    tensors = load_file(base.path / "model.safetensors")
+
+    def dense(name: str, folder: str) -> Path:
+        some = {k: v for k, v in tensors.items() if f"{name}." not in k or k.endswith("bias")}
+        weight = base.values(base.path, name).bfloat16().contiguous()
+        config = json.loads((base.path / "config.json").read_text())
+        return handmade.base_folder(
+            tmp_path / folder, {**some, f"{LAYER}.{name}.weight": weight}, config
+        )
+
+    adapter = make_adapter(tmp_path / "adapter", vectors())
+    factor = vectors()[f"{LAYER}.mlp.down_proj"].double()
+    wanted = {
+        "self_attn.k_proj": vectors()[f"{LAYER}.self_attn.k_proj"].double(),
+        "mlp.up_proj": factor.t(),
+        "mlp.down_proj": factor,
+    }
+    for number, (name, scale) in enumerate(wanted.items()):
+        path, out = dense(name, f"dense{number}"), tmp_path / f"out{number}"
+        infold.merge(path, adapter, out)
+
+        before, after = (load_file(f / "model.safetensors") for f in (path, out))
+        key = f"{LAYER}.{name}.weight"
+        assert torch.equal(after[key], (before[key].double() * scale).bfloat16())
+        kept = same(before[f"{LAYER}.mlp.up_proj.bias"], after[f"{LAYER}.mlp.up_proj.bias"])
+        assert kept == (name == "mlp.down_proj")
+        assert infold.verify(path, adapter, out).ok
+
+
+def test_static_scales_of_activations_are_told(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "ct-fp8")
+    tensors = load_file(base.path / "model.safetensors")
+    for name in ("mlp.down_proj.input_scale", "self_attn.k_scale"):
+        tensors[f"{LAYER}.{name}"] = torch.ones(1)
+    save_file(tensors, base.path / "model.safetensors")
+
+    receipt = infold.merge(
+        base.path, make_adapter(tmp_path / "adapter", vectors()), tmp_path / "out"
+    )
+
+    assert any(note.startswith("2 static scales of activations") for note in receipt.notes)
+
+
+def test_in_place_and_back(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "bnb-nf4")
+    kept = (base.path / "model.safetensors").read_bytes()
+    adapter = make_adapter(tmp_path / "adapter", vectors())
+    infold.merge(base.path, adapter, tmp_path / "out")
+
+    infold.merge(base.path, adapter, in_place=True)
+
+    merged = (base.path / "model.safetensors").read_bytes()
+    assert merged == (tmp_path / "out/model.safetensors").read_bytes() != kept
+    assert (base.path / UNDO).exists()
+    infold.undo(base.path, in_place=True)
+    assert (base.path / "model.safetensors").read_bytes() == kept
+
+
+def test_inspect_tells_which_scales(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "awq-gemv_fast")
+    told = infold.inspect(make_adapter(tmp_path / "adapter", vectors()), base=base.path)
+
+    by_module = {entry["module"]: entry["edits"] for entry in told["modules"]}
+    up = f"{LAYER}.mlp.up_proj"
+    assert by_module[f"{LAYER}.mlp.down_proj"] == [f"{up}.bias", f"{up}.qzeros", f"{up}.scales"]
