@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import signal
@@ -35,7 +36,7 @@ from infold.deploy.checklist import Box, check_boxes
 from infold.deploy.facts import read_facts
 from infold.deploy.local import LocalFailure, run_local
 from infold.deploy.recipes import check_modelfile, check_recipes, recipes
-from infold.deploy.records import save_record
+from infold.deploy.records import keep_record, save_record
 from infold.deploy.server import LOOPBACK, ServerFailure, free_port, serve
 from infold.deploy.smoke import growth, smoke_test
 from infold.errors import Refusal
@@ -315,6 +316,51 @@ def test_what_was_changed_afterwards_fails(made: tuple[Path, Path, Path], merged
         "merged", "functions normally", "stable over time", "configuration saved",
     }  # fmt: skip
     assert "another merge" in boxes["functions normally"]["evidence"]
+
+
+def test_the_library_does_what_the_commands_do(
+    made: tuple[Path, Path, Path], merged: Path, tmp_path: Path
+) -> None:
+    done = infold.deploy(merged, context=64, no_measure=True)
+    record = infold.checklist(made[0], made[1], merged)
+    page = infold.report(merged, tmp_path / "page.md")
+
+    assert done["config"] == json.loads((merged / "deployment_config.json").read_text())
+    assert record == json.loads((merged / "records" / "checklist.json").read_text())
+    ran = CliRunner().invoke(app, ["checklist", *map(str, (made[0], made[1], merged)), "--json"])
+    told = {box["title"]: box["status"] for box in json.loads(ran.stdout.splitlines()[0])["boxes"]}
+    assert {box["title"]: box["status"] for box in record["boxes"]} == told
+    assert all(title in page.read_text() for title in told)
+    with pytest.raises(TypeError, match="writes no bundle"):
+        infold.deploy(merged, tmp_path / "out", smoke=True)
+
+
+def test_names_and_defaults_are_the_commands_own() -> None:
+    """but for the library's progress, and the commands' ways to print."""
+    for verb in ("deploy", "checklist", "report"):
+        (command,) = (
+            c.callback
+            for c in app.registered_commands
+            if c.callback and c.callback.__name__ == verb
+        )
+        told, ours = (
+            {n: p.default for n, p in inspect.signature(f).parameters.items()}
+            for f in (command, getattr(infold, verb))
+        )
+        told = {n: v for n, v in told.items() if n not in ("as_json", "quiet")}
+        told = {{"licence": "license"}.get(n, n): v for n, v in told.items()}
+        ours.pop("progress", None)
+        ours |= {"record": None} if "record" in ours else {}  # a list, which no default may be
+        assert ours == told
+
+
+def test_a_folder_that_cannot_be_written_costs_the_record_alone(merged: Path) -> None:
+    (merged / "records").write_text("a file where a folder would be\n")
+    told: list[str] = []
+
+    keep_record(merged, {"kind": "bench"}, told.append)
+
+    assert len(told) == 1 and "the bench record was not kept" in told[0]
 
 
 def test_an_adapter_that_was_never_trained_fails(made: Any, tmp_path: Path) -> None:
