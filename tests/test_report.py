@@ -112,6 +112,18 @@ def test_markdown_has_the_same_figures(records: Records) -> None:
     assert "## Checklist" in text and "| FAIL | <script>alert(1)</script> | <b>& |" in text
 
 
+def test_the_training_record_is_found_beside_the_adapter(merged: Path, tmp_path: Path) -> None:
+    record = merged.parent / "adapter" / "infold-training.json"
+    losses = {"eval_first": 1.5, "eval_last": 0.75, "eval_accuracy": None}
+    try:
+        assert "## Training" not in infold.report(merged, tmp_path / "page.md").read_text()
+        record.write_text(json.dumps({"losses": losses, "steps": 7, "parameters": 10}))
+        text = infold.report(merged, tmp_path / "page.md").read_text()
+    finally:
+        record.unlink()
+    assert "## Training" in text and "| eval last | 0.7500 |" in text
+
+
 def test_hostile_records_are_refused(tmp_path: Path) -> None:
     def told(content: str, *more: str) -> str:
         (tmp_path / "records").mkdir(exist_ok=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 from infold.errors import Refusal, StorageFailure
 from infold.report.page import render_html, render_markdown
-from infold.report.records import collect
+from infold.report.records import Records, collect
 
 __all__ = ["write_report"]
 
@@ -32,6 +32,8 @@ def write_report(
     if target.suffix not in (".html", ".md"):
         raise Refusal(f"--out {target}: name an .html or .md file")
     records = collect(place, [Path(path) for path in more])
+    if "training" not in records and (beside := _beside_adapters(records)):
+        records = collect(place, [*beside, *map(Path, more)])
     if "receipt" in records and "update" not in records:
         # as it would come from a file
         records["update"] = json.loads(json.dumps(describe_update(place)))
@@ -45,3 +47,13 @@ def write_report(
     finally:
         draft.unlink(missing_ok=True)
     return target, sorted(records)
+
+
+def _beside_adapters(records: Records) -> list[Path]:
+    """The record of the first adapter that was trained by infold and still lies there."""
+    adapters = records.get("receipt", {}).get("adapters")
+    if not isinstance(adapters, list):
+        return []
+    named = [a.get("path") for a in adapters if isinstance(a, dict)]
+    files = [Path(path) / "infold-training.json" for path in named if isinstance(path, str)]
+    return [file for file in files if file.is_file()][:1]
