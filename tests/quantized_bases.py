@@ -49,8 +49,11 @@ def unpack(words: Tensor, bits: int, order: tuple[int, ...] | None = None) -> Te
     return codes.flatten(-2)
 
 
-def asymmetric(weight: Tensor, group: int, bits: int = 4) -> tuple[Tensor, Tensor, Tensor]:
-    """codes (out, in), zeros and F16 scales (out, groups)."""
+Rounded = tuple[Tensor, Tensor, Tensor]  # codes (out, in), zeros and F16 scales (out, groups)
+
+
+def asymmetric(weight: Tensor, group: int, bits: int = 4) -> Rounded:
+    """Each group to the nearest of 2^bits steps between its least and its greatest element."""
     grouped = weight.view(len(weight), -1, group)
     low, high = grouped.amin(2).clamp(max=0), grouped.amax(2).clamp(min=0)
     scale = ((high - low) / (2**bits - 1)).clamp(min=1e-6).half()
@@ -59,12 +62,18 @@ def asymmetric(weight: Tensor, group: int, bits: int = 4) -> tuple[Tensor, Tenso
     return codes.clamp(0, 2**bits - 1).view_as(weight).int(), zero.int(), scale
 
 
-def gptq(weight: Tensor, version: int = 1, act_order: bool = True, bits: int = 4) -> Module:
+def gptq(
+    weight: Tensor,
+    version: int = 1,
+    act_order: bool = True,
+    bits: int = 4,
+    rounded: Callable[[Tensor, int, int], Rounded] = asymmetric,
+) -> Module:
     inputs, group = weight.shape[1], 32
     order = torch.randperm(inputs) if act_order else torch.arange(inputs)
     g_idx = torch.empty(inputs, dtype=torch.int32)
     g_idx[order] = (torch.arange(inputs) // group).int()
-    codes, zero, scale = asymmetric(weight[:, order].contiguous(), group, bits)
+    codes, zero, scale = rounded(weight[:, order].contiguous(), group, bits)
     back = torch.empty_like(codes)
     back[:, order] = codes
     less = 1 if version == 1 else 0
@@ -107,7 +116,7 @@ def awq(weight: Tensor, version: str = "gemm") -> Module:
             return ((codes - zeros[group]) * parts["scales"].double()[group]).t()
 
         return Module(tensors, values, ("scales",), told)
-    padded = 8  # groups
+    padded = -(-scale.shape[1] // 8) * 8  # groups
     wide = torch.zeros(out, padded, dtype=torch.float16)
     wide[:, : scale.shape[1]] = scale
     if version == "gemv":

@@ -12,10 +12,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from typer.testing import CliRunner
 
 import handmade
 import infold
+import quantized_bases
 from infold.checkpoint.record import UNDO
+from infold.cli.main import app
 from quantized_bases import KINDS, REFUSED, Module
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the packages that write the bases
@@ -347,3 +350,59 @@ def test_inspect_tells_which_scales(tmp_path: Path) -> None:
     by_module = {entry["module"]: entry["edits"] for entry in told["modules"]}
     up = f"{LAYER}.mlp.up_proj"
     assert by_module[f"{LAYER}.mlp.down_proj"] == [f"{up}.bias", f"{up}.qzeros", f"{up}.scales"]
+
+
+@pytest.mark.parametrize(("size", "error"), [(1e-3, None), (2e-6, 0.009), (1.8e-7, 0.1)])
+def test_small_scales_are_counted_and_hopeless_ones_refused(
+    tmp_path: Path, size: float, error: float | None
+) -> None:
+    """float16's step is 6e-8 below its normal range: 2e-6 are 33 steps, 1.8e-7 only three."""
+    base = make_base(tmp_path / "base", "gptq")
+    tensors = load_file(base.path / "model.safetensors")
+    for name in tensors:
+        if name.endswith("scales"):
+            tensors[name] = torch.full_like(tensors[name], size)
+    save_file(tensors, base.path / "model.safetensors")
+    given = vectors()
+    given[f"{LAYER}.self_attn.k_proj"][3] = 0.0  # makes zeros that are meant
+    adapter, out = make_adapter(tmp_path / "adapter", given), tmp_path / "out"
+
+    if error is not None and error > 0.05:
+        with pytest.raises(infold.Refusal, match="below float16's normal range") as caught:
+            infold.merge(base.path, adapter, out)
+        assert len(caught.value.reasons) == 2 and not out.exists()
+        return
+    receipt = infold.merge(base.path, adapter, out)
+
+    found = [edit["rounding"] for edit in receipt.edits if "rounding" in edit]
+    assert sorted(entry["scales"] for entry in found) == [64 * 4, 128 * 2]
+    told = [note for note in receipt.notes if "float16 scales are below" in note]
+    if error is None:
+        assert not told and not any(entry["subnormal"] for entry in found)
+    else:
+        count = sum(entry["subnormal"] for entry in found)
+        assert count == 63 * 4 + 128 * 2  # all but the zeros that are meant
+        assert f"{count:,} of {64 * 4 + 128 * 2:,}" in told[0] and "0 fell to zero" in told[0]
+        assert all(0.5 * error < entry["error"] < 2 * error for entry in found)
+
+
+def test_inspect_tells_the_formats(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "gptq")
+    tensors = load_file(base.path / "model.safetensors")
+    made = quantized_bases.blocks(torch.randn(64, 64))
+    tensors |= {f"{LAYER}.self_attn.o_proj.{part}": t for part, t in made.tensors.items()}
+    save_file(tensors, base.path / "model.safetensors")
+
+    found = infold.inspect(base.path)["quantization"]
+
+    assert sorted(found, key=lambda entry: -entry["modules"]) == [
+        {"format": "GPTQ, 4 bits, groups of 32", "modules": 4, "no_fold": None},
+        {
+            "format": "FP8, a scale for each block",
+            "modules": 1,
+            "no_fold": "one scale belongs to several rows ([2, 2] scales for 64 rows)",
+        },
+    ]
+    told = CliRunner().invoke(app, ["inspect", str(base.path)]).output
+    assert "GPTQ, 4 bits, groups of 32: 4 modules; IA³ folds" in told
+    assert "FP8, a scale for each block: 1 module; no place for IA³: one scale" in told

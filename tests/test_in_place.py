@@ -278,7 +278,7 @@ def test_a_step_that_is_not_written_ahead_would_be_noticed(
     place: Place, runner: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The tests above can fail: without the step file a torn write is not repaired."""
-    monkeypatch.setattr(inplace._Edit, "_replay", lambda self, writer, finished: finished)
+    monkeypatch.setattr(inplace._Edit, "_replay", lambda self, writer, finished, _: finished)
     place.lay_out("undo")
     calls = runner.ask(**place.request("undo"), trace=True)
     written = [

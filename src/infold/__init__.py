@@ -101,6 +101,11 @@ def merge(
     sha256: bool = ...,
     undo: bool = ...,
     in_place: bool = ...,
+    promote: bool = ...,
+    dequantize: bool = ...,
+    requantize: bool = ...,
+    dtype: str = ...,
+    base_16bit: PathLike | None = ...,
     progress: Progress | None = ...,
 ) -> Receipt: ...
 
@@ -119,6 +124,11 @@ def merge(
     sha256: bool = ...,
     undo: bool = ...,
     in_place: bool = ...,
+    promote: bool = ...,
+    dequantize: bool = ...,
+    requantize: bool = ...,
+    dtype: str = ...,
+    base_16bit: PathLike | None = ...,
     progress: Progress | None = ...,
 ) -> dict[str, Any]: ...
 
@@ -136,6 +146,11 @@ def merge(
     sha256: bool = False,
     undo: bool = False,
     in_place: bool = False,
+    promote: bool = False,
+    dequantize: bool = False,
+    requantize: bool = False,
+    dtype: str = "auto",
+    base_16bit: PathLike | None = None,
     progress: Progress | None = None,
 ) -> Receipt | dict[str, Any]:
     """Merge adapters, in the order given and with one rounding at the end, into a new checkpoint.
@@ -147,18 +162,25 @@ def merge(
     force: replace an output of an earlier merge. sha256: add these digests to the receipt.
     undo: also write what `infold.undo` needs. in_place: edit the base's folder itself, instead of
     `out`; always with an undo record (docs/undo.md).
+    promote, dequantize, requantize: what to do with quantized weights that an adapter does not fold
+    into: write those of IA³ vectors, or all that an adapter touches, as "bf16", "f16" or "f32"
+    (dtype; "auto": as the config tells), or round them into their own format again. base_16bit: the
+    unquantized checkpoint that their values are taken from (docs/quantized.md).
     progress: called with (bytes done, bytes in all), from several threads.
     Raises Refusal for bad input: its `reasons` list all offenders, and nothing is left behind.
     Raises CorruptFile, a Refusal, for files that break their format's rules, and StorageFailure
     where the system or the Hub says no.
     """
+    from infold.merge.options import Options
     from infold.merge.run import execute, open_plan, prepare
 
     given = _listed(adapters)
     _one_place(out, in_place)
+    convert = Options(promote, dequantize, requantize, dtype, base_16bit)
     if in_place:
         if sha256:
             raise Refusal("--sha256 does not go with --in-place")
+        convert.check_in_place()
         from infold.merge.inplace import merge_in_place
 
         return merge_in_place(
@@ -166,7 +188,7 @@ def merge(
             progress=progress, told=_log,
         )  # fmt: skip
     _settle(base, refuse=True)
-    plan = open_plan(base, given)
+    plan = open_plan(base, given, convert)
     prepared = prepare(
         plan, out or "", max_memory=max_memory, device=device, threads=threads, force=force,
         undo=undo,

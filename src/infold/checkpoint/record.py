@@ -123,7 +123,9 @@ class RecordWriter:
     def finish(self, manifest: Mapping[str, Any]) -> None:
         """The manifest and the trailer; then all of it is on the disk."""
         where = self.end
-        self.append(MANIFEST, 0, DATA, json.dumps(manifest, ensure_ascii=False).encode())
+        text = json.dumps(manifest, ensure_ascii=False)
+        # names that are not UTF-8 become JSON's escapes of what Python made of them
+        self.append(MANIFEST, 0, DATA, text.encode(errors="backslashreplace"))
         with storage_errors(self.path):
             write_fully(self.fd, memoryview(_TRAILER.pack(where, MAGIC)), self.end)
             os.fsync(self.fd)

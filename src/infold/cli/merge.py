@@ -46,6 +46,33 @@ def merge(
     undo: Annotated[
         bool, typer.Option("--undo", help="Also write what `infold undo` needs.")
     ] = False,
+    promote: Annotated[
+        bool,
+        typer.Option(
+            "--promote", help="Quantized weights with no place for an IA³ vector: write in 16 bits."
+        ),
+    ] = False,
+    dequantize: Annotated[
+        bool,
+        typer.Option("--dequantize", help="Quantized weights that change: write in 16 bits."),
+    ] = False,
+    requantize: Annotated[
+        bool,
+        typer.Option(
+            "--requantize", help="Quantized weights that change: round into their format again."
+        ),
+    ] = False,
+    dtype: Annotated[
+        str, typer.Option(help="What the first two write: auto (as the config), bf16, f16 or f32.")
+    ] = "auto",
+    base_16bit: Annotated[
+        str | None,
+        typer.Option(
+            "--base-16bit",
+            help="Take the values of quantized weights that change from this unquantized base.",
+            show_default=False,
+        ),
+    ] = None,
     max_memory: Annotated[
         str,
         typer.Option(
@@ -79,16 +106,20 @@ def merge(
     """
     place = one_place(out, in_place)
     say = not (quiet or as_json)
+    with lasting_imports():
+        from infold.merge.options import Options
     if in_place:
         if force or sha256:
             raise Refusal("--force and --sha256 go with --out, not with --in-place")
+        Options(promote, dequantize, requantize, dtype, base_16bit).check_in_place()
         _in_place(base, adapters, max_memory, device, threads, dry_run, as_json, say)
         return
     with lasting_imports():
         from infold.merge.run import execute, open_plan, prepare
 
     settle_first(base, refuse=True)
-    plan = open_plan(base, adapters)
+    convert = Options(promote, dequantize, requantize, dtype, base_16bit)
+    plan = open_plan(base, adapters, convert)
     prepared = prepare(
         plan, place, max_memory=max_memory, device=device, threads=threads, force=force, undo=undo
     )

@@ -19,7 +19,18 @@ from infold.edit.blocks import Block, strips, tiles, within
 from infold.errors import Refusal
 from infold.formats import Format
 
-__all__ = ["Step", "Target", "Workspace", "backward", "compute", "guess", "observers", "show"]
+__all__ = [
+    "Step",
+    "Target",
+    "Workspace",
+    "backward",
+    "check_finite",
+    "compute",
+    "exact",
+    "guess",
+    "observers",
+    "show",
+]
 
 TILE = 192 << 10  # elements; smaller ones cost more in calls than they gain in the cache
 TILE_COLUMNS = 1536
@@ -143,6 +154,22 @@ def compute(
     Raises Refusal where a value of `out` is not finite.
     """
     _fill(steps, raw, out, block, target, workspace)
+    check_finite(raw, out, block, target)
+
+
+def exact(
+    steps: Sequence[Step], raw: Tensor, block: Block, target: Target, workspace: Workspace
+) -> Tensor:
+    """float64 values of a block after the steps, which nothing has rounded; in their own memory."""
+    x = torch.empty(raw.shape, dtype=torch.float64, device=raw.device)
+    for rows, columns in tiles(block, workspace.tile, workspace.tile_columns):
+        here = within(block, rows, columns)
+        x[here] = _values(steps, raw[here], rows, columns, target, workspace)
+    return x
+
+
+def check_finite(raw: Tensor, out: Tensor, block: Block, target: Target) -> None:
+    """Refuse where a value of `out` is not finite. `raw`: what it was made of."""
     if not math.isfinite(out.sum().item()):  # inf and NaN survive a sum; see below
         _refuse_non_finite(raw, out, block, target)
 

@@ -22,6 +22,7 @@ __all__ = [
     "finish",
     "midpoints",
     "narrow",
+    "round_to_odd",
     "staging",
     "torch_dtype",
 ]
@@ -47,7 +48,7 @@ def encode(values: Tensor, dtype: str) -> Tensor:
     """float64 values, rounded once to `dtype`. Overflow gives inf; the caller refuses it."""
     if dtype in ("F64", "F32"):
         return values.to(TORCH_DTYPES[dtype], copy=True)
-    odd = _round_to_odd(values)
+    odd = round_to_odd(values)
     if dtype == "F16":
         return odd.to(torch.float16)  # float32's subnormals lie far below float16's smallest
     rounded = odd.to(torch.bfloat16)
@@ -59,7 +60,7 @@ def encode(values: Tensor, dtype: str) -> Tensor:
     return rounded
 
 
-def _round_to_odd(values: Tensor) -> Tensor:
+def round_to_odd(values: Tensor) -> Tensor:
     """float32, where an inexact result has its last bit set."""
     bits = values.contiguous().view(torch.int64)
     odd = bits & _DROPPED
@@ -76,7 +77,7 @@ def staging(dtype: str) -> torch.dtype:
 
 def narrow(values: Tensor, out: Tensor) -> None:
     """float64 `values` into `out` (F64, F32 or F16), rounded once; overflow gives inf."""
-    out.copy_(_round_to_odd(values) if out.dtype == torch.float16 else values)
+    out.copy_(round_to_odd(values) if out.dtype == torch.float16 else values)
 
 
 def finish(staged: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,12 +14,14 @@ from infold.adapters.exact import LEAF
 from infold.checkpoint.adapter import Adapter
 from infold.dtypes import TORCH_DTYPES
 from infold.edit.blocks import Block, cut
+from infold.edit.scales import Loss, measure, measures
 from infold.edit.steps import (
     Step,
     Target,
     Workspace,
     backward,
     compute,
+    exact,
     guess,
     observers,
     show,
@@ -89,6 +91,9 @@ class EditRun:
         self.target = Target(edit.tensor, floats.dtype, form)
         self.stored = TORCH_DTYPES[floats.dtype]
         self.changed = 0
+        scales = edit.scales or floats.packing is not None
+        # what rounding cost, where that is measured
+        self.loss = Loss() if scales and measures(self.target.dtype) else None
         self._known = observed
         self._ready: list[Step] | None = None
         self._back: list[Step] | None = None
@@ -119,6 +124,9 @@ class EditRun:
         assert self._ready is not None
         there = out if out.device == self.device else torch.empty_like(out, device=self.device)
         compute(self._ready, raw, there, block, self.target, workspace)
+        loss = None
+        if self.loss is not None:
+            loss = measure(self._ready, raw, there, block, self.target, workspace)
         changed = block.count
         if raw.dtype == there.dtype:
             changed = workspace.count_changed(there, raw)
@@ -126,7 +134,14 @@ class EditRun:
             out.copy_(there)
         with self._lock:
             self.changed += changed
+            if self.loss is not None and loss is not None:
+                self.loss.add(loss)
         return raw
+
+    def exact(self, raw: Tensor, block: Block, workspace: Workspace) -> Tensor:
+        """float64 values of a block that nothing has rounded."""
+        assert self._ready is not None
+        return exact(self._ready, raw, block, self.target, workspace)
 
     def observed(self) -> dict[int, Tensor]:
         """What the methods have observed, by number of the step."""

@@ -19,15 +19,12 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import struct
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-
-from blake3 import blake3
 
 from infold.checkpoint.adapter import open_adapter
 from infold.checkpoint.inputs import InputFiles
@@ -37,7 +34,17 @@ from infold.checkpoint.staging import Progress, storage_errors, sync_folder
 from infold.edit.threads import one_torch_thread, usual_threads
 from infold.errors import Refusal
 from infold.merge.apply import Run
-from infold.merge.inplace_steps import Crew, Piece, Places, grouped, program, write_file
+from infold.merge.inplace_journal import read_journal
+from infold.merge.inplace_steps import (
+    Crew,
+    Piece,
+    Places,
+    grouped,
+    pack_step,
+    program,
+    read_step,
+    write_file,
+)
 from infold.merge.receipt import Receipt
 from infold.merge.recording import Recording
 from infold.merge.restore import Undone, check_restored, undone
@@ -54,16 +61,13 @@ from infold.merge.run import (
 from infold.merge.stream import Streamed, stream
 from infold.merge.undo import Merged, open_merged
 from infold.plan.build import plan_merge
-from infold.plan.edits import Plan
+from infold.plan.edits import OutputShard, Plan
 from infold.sizes import parse_bytes
 
 __all__ = ["Settled", "merge_in_place", "settle", "swap_in_place", "undo_in_place"]
 
 PART, STEP, TOLD = "infold-undo.part", "infold-undo.step", "infold-undo.receipt"
 STEP_BYTES = 32 << 20  # of one step; more at once is not faster
-_MAGIC = b"infold step 1\n\0\0"
-_STEP = struct.Struct("<16sQQ32s")  # magic, number, bytes that follow, their BLAKE3
-_PLACE = struct.Struct("<IQQ")  # number of the shard, offset, bytes
 
 PathLike = str | os.PathLike[str]
 Advance = Callable[[int, int], None]
@@ -325,9 +329,8 @@ class _Edit:
         return self
 
     def _read(self, data: bytes) -> None:
-        whole = data.rfind(b"\n") + 1
-        with suppress(ValueError):
-            self.lines = [json.loads(line) for line in data[:whole].splitlines()]
+        self.committed = True  # one that cannot be read is left as it lies
+        self.lines, whole = read_journal(self.folder / JOURNAL, data)
         os.ftruncate(self.fd, whole)  # no line that the kill cut off in the middle
         self.what = self.lines[0]["what"] if self.lines else "edit"
         self.committed = any("result" in line for line in self.lines)
@@ -451,7 +454,7 @@ class _Edit:
                 return
             if os.path.lexists(self.folder / PART):
                 os.rename(self.folder / PART, self.folder / UNDO)
-            write_file(self.folder / TOLD, Receipt(**result).to_json().encode())
+            write_file(self.folder / TOLD, Receipt(**result).to_file())
             os.rename(self.folder / TOLD, self.folder / RECEIPT)
             sync_folder(self.folder)
             self._forget()
@@ -469,7 +472,7 @@ class _Edit:
             finished = max((line.get("step", 0) for line in self.lines), default=0)
             size = next(line["step_bytes"] for line in self.lines if "step_bytes" in line)
             writer = opened.enter_context(Places(self.folder, [s.name for s in plan.shards]))
-            finished = self._replay(writer, finished)
+            finished = self._replay(writer, finished, plan.shards)
             files = InputFiles()
             opened.callback(files.close)
             crew = opened.enter_context(Crew(workers, limit, plan, files))
@@ -479,10 +482,8 @@ class _Edit:
                 self._advance(sum(work.count for work in works))
 
     def _step(self, writer: Places, number: int, pieces: Sequence[Piece]) -> None:
-        body = b"".join(_PLACE.pack(p.shard, p.offset, len(p.data)) + p.data for p in pieces)
-        head = _STEP.pack(_MAGIC, number, len(body), blake3(body).digest())
         with storage_errors(self.folder / STEP):
-            write_file(self.folder / STEP, head + body)
+            write_file(self.folder / STEP, pack_step(number, pieces))
             if number == 1:
                 sync_folder(self.folder)
         self._place(writer, number, pieces)
@@ -492,23 +493,10 @@ class _Edit:
         with storage_errors(self.folder / JOURNAL):
             self._log({"step": number})
 
-    def _replay(self, writer: Places, finished: int) -> int:
+    def _replay(self, writer: Places, finished: int, shards: Sequence[OutputShard]) -> int:
         """Write the step once more that the kill may have torn. Returns the last finished one."""
-        try:
-            data = (self.folder / STEP).read_bytes()
-        except FileNotFoundError:
+        pieces = read_step(self.folder / STEP, finished + 1, shards)
+        if pieces is None:
             return finished
-        if len(data) < _STEP.size:
-            return finished
-        magic, number, length, digest = _STEP.unpack_from(data)
-        body = data[_STEP.size : _STEP.size + length]
-        if magic != _MAGIC or number != finished + 1 or blake3(body).digest() != digest:
-            return finished  # torn: none of its bytes has gone to its place
-        pieces, position = [], 0
-        while position < len(body):
-            shard, offset, count = _PLACE.unpack_from(body, position)
-            position += _PLACE.size
-            pieces.append(Piece(shard, offset, body[position : position + count]))
-            position += count
-        self._place(writer, number, pieces)
-        return int(number)
+        self._place(writer, finished + 1, pieces)
+        return finished + 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,20 +11,36 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from blake3 import blake3
 
+from infold.checkpoint.files import safe_child
 from infold.checkpoint.inputs import InputFiles
 from infold.checkpoint.staging import storage_errors, write_fully
 from infold.edit.steps import Workspace
 from infold.edit.threads import take_one_core
+from infold.errors import CorruptFile
 from infold.merge.apply import EditRun, Run
 from infold.merge.source import Buffers
 from infold.merge.stream import Compute, chunks_of
 from infold.merge.undo import Merged
-from infold.plan.edits import Plan
+from infold.plan.edits import OutputShard, Plan
 
-__all__ = ["Crew", "Piece", "Places", "Work", "grouped", "program", "write_file"]
+__all__ = [
+    "Crew",
+    "Piece",
+    "Places",
+    "Work",
+    "grouped",
+    "pack_step",
+    "program",
+    "read_step",
+    "write_file",
+]
 
 _CPU = torch.device("cpu")
+_MAGIC = b"infold step 1\n\0\0"
+_STEP = struct.Struct("<16sQQ32s")  # magic, number, bytes that follow, their BLAKE3
+_PLACE = struct.Struct("<IQQ")  # number of the shard, offset, bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,9 +156,52 @@ class Places:
                     os.close(fd)
 
 
+def pack_step(number: int, pieces: Sequence[Piece]) -> bytes:
+    """A step as its file holds it."""
+    body = b"".join(_PLACE.pack(p.shard, p.offset, len(p.data)) + p.data for p in pieces)
+    return _STEP.pack(_MAGIC, number, len(body), blake3(body).digest()) + body
+
+
+def read_step(path: Path, wanted: int, shards: Sequence[OutputShard]) -> list[Piece] | None:
+    """The pieces of step `wanted`; None where the file is missing, of another step or torn: then
+    none of its bytes has gone to its place.
+
+    Raises CorruptFile for pieces that lie outside of the shards' data, which infold never writes.
+    """
+    if not os.path.lexists(path):
+        return None
+    with storage_errors(path):
+        data = safe_child(path.parent, path.name).read_bytes()
+    if len(data) < _STEP.size:
+        return None
+    magic, number, length, digest = _STEP.unpack_from(data)
+    body = data[_STEP.size : _STEP.size + length]
+    if magic != _MAGIC or number != wanted or blake3(body).digest() != digest:
+        return None
+    pieces, position = [], 0
+    while position < len(body):
+        try:
+            shard, offset, count = _PLACE.unpack_from(body, position)
+            header = shards[shard].header
+        except (struct.error, IndexError):
+            header, offset, count = None, 0, 0
+        position += _PLACE.size
+        if (
+            header is None
+            or offset < len(header.raw)
+            or offset + count > header.file_size
+            or position + count > len(body)
+        ):
+            raise CorruptFile(f"{path}: holds bytes that belong to no tensor; nothing was written")
+        pieces.append(Piece(shard, offset, body[position : position + count]))
+        position += count
+    return pieces
+
+
 def write_file(path: Path, data: bytes) -> None:
-    """A whole file, on the disk."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    """A whole file, on the disk. A link in its place is not followed, wherever it leads."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+    fd = os.open(path, flags, 0o644)
     try:
         write_fully(fd, memoryview(data), 0)
         os.fsync(fd)

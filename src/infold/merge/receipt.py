@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import json
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -22,11 +23,16 @@ class Receipt:
     side_files: all other files of the output but the receipt.
     edits: one for each edited tensor: {tensor, dtype, shape, source, operations, unchanged}.
     unchanged is the share of elements that rounding left as they were; None after a resumed run.
+    Where float16 scales of quantized weights were edited there is also rounding: {scales,
+    subnormal, zero, error}, of which so many are below the normal range, so many fell to zero.
     tensors: of the output. bytes: of its shards. edited_bytes: of its edited tensors.
     resumed_bytes: left by an interrupted run, checked and kept.
-    notes: what the plan noted. seconds: from the first byte written to the receipt; in the
-    file of an edit in place, to the end of its rehearsal.
+    notes: what the plan and the rounding of scales told. seconds: from the first byte written to
+    the receipt; in the file of an edit in place, to the end of its rehearsal.
     undo: of the undo record, {file, bytes, blake3}; None where there is none.
+    conversion: how quantized modules were converted, {mode, dtype, touched, beside, original}:
+    modules that an adapter touches, and others that became dense with them; else None. Their edits
+    have an "error": of what was written against the exact values, relative, in the Frobenius norm.
     peak_memory: resident, of the whole process. threads, device: what computed.
     """
 
@@ -48,6 +54,9 @@ class Receipt:
     threads: int
     device: str
     undo: dict[str, Any] | None = None
+    conversion: dict[str, Any] | None = None
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
+    def to_file(self) -> builtins.bytes:
+        """The file. Names that are not UTF-8 become JSON's escapes of what Python made of them."""
+        text = json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
+        return text.encode(errors="backslashreplace")

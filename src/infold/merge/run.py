@@ -14,7 +14,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,12 +40,15 @@ from infold.dtypes import TORCH_DTYPES
 from infold.edit.blocks import Block
 from infold.edit.threads import one_torch_thread, usual_threads
 from infold.errors import InfoldError, Refusal, StorageFailure
+from infold.merge.convert import block_elements, encoded_bytes, measured_error
+from infold.merge.losses import loss_of, subnormal_note
+from infold.merge.options import Options
 from infold.merge.receipt import Receipt
 from infold.merge.recording import Recording, block_of
 from infold.merge.stream import Streamed, stream
 from infold.merge.undo import Merged
 from infold.plan.build import plan_merge
-from infold.plan.edits import Plan, describe
+from infold.plan.edits import Part, Plan, describe
 from infold.plan.output import placed
 from infold.sizes import parse_bytes
 from infold.version import __version__
@@ -70,14 +73,16 @@ __all__ = [
 DEFAULT_MEMORY = 1 << 30
 _BLOCK = 1 << 20  # elements of a block: larger ones are not faster
 _SMALLEST_BLOCK = 1 << 16
+_CONVERTED = 96  # bytes of an element while codes are made of values and checked
 _PER_WORKER = 6 << 20  # bytes of tiles and flags
 
 PathLike = str | os.PathLike[str]
 
 
-def open_plan(base: PathLike, adapters: Sequence[PathLike]) -> Plan:
-    """Open base and adapters, and decide every edit."""
-    return plan_merge(open_checkpoint(base), [open_adapter(a) for a in adapters])
+def open_plan(base: PathLike, adapters: Sequence[PathLike], convert: Options | None = None) -> Plan:
+    """Open base and adapters, and decide every edit. convert: what to do where nothing folds."""
+    choice = None if convert is None else convert.choice()
+    return plan_merge(open_checkpoint(base), [open_adapter(a) for a in adapters], choice)
 
 
 @dataclass(frozen=True)
@@ -120,6 +125,11 @@ def prepare(
     plan = placed(plan, path)
     check_output(path, plan, force)
     budget = parse_bytes(max_memory)
+    if undo and plan.conversion is not None:
+        raise Refusal(
+            f"--undo does not go with --{plan.conversion['mode']}: the quantized weights that it "
+            "replaces would have to be kept whole; keep the base"
+        )
     fixed = source.limit if source else None
     workers, limit = block_size(plan, budget, workers, where, threads is None, undo, fixed)
     digests = tuple(digest_adapter(adapter) for adapter in plan.adapters)
@@ -220,8 +230,7 @@ def _execute(
             seconds=round(time.perf_counter() - started, 3),
             peak_memory=peak_memory(),
         )
-        text = receipt.to_json().encode(errors="backslashreplace")
-        staging.write_bytes(companion(path, RECEIPT).name, text)
+        staging.write_bytes(companion(path, RECEIPT).name, receipt.to_file())
         if prepared.force:
             check_output(path, plan, True)  # what came meanwhile is not lost either
         staging.publish()
@@ -261,7 +270,8 @@ def make_receipt(
         bytes=sum(shard.header.file_size for shard in plan.shards),
         edited_bytes=plan.edited_bytes,
         resumed_bytes=streamed.resumed,
-        notes=list(plan.notes),
+        notes=[*plan.notes, *subnormal_note(streamed.runs)],
+        conversion=None if plan.conversion is None else dict(plan.conversion),
         seconds=0.0,
         peak_memory=0,
         threads=prepared.workers,
@@ -407,12 +417,18 @@ def block_size(
     `fewer`: the number of workers is ours to lower. On a GPU the budget is the host's. `undo`: a
     record is written or read; `fixed`: its blocks have this size.
     """
-    sizes = sorted((_part_bytes(plan, name) for name in plan.edits), reverse=True)
+    sizes = sorted(_held_bytes(plan), reverse=True)
     widest = 40 if undo else 12  # bytes an element takes at most: stored, computed, staged
-    needed = 0
+    if plan.conversion is not None:
+        widest = _CONVERTED
+    needed, least = 0, block_elements(plan)
     for count in range(workers, 0, -1) if fewer else (workers,):
         parts = sum(sizes[: count + 1])  # each worker can be at an edit of its own
-        limit = min(_BLOCK, ((budget - parts) // count - _PER_WORKER) // widest)
+        room = ((budget - parts) // count - _PER_WORKER) // widest
+        limit = min(_BLOCK, room)
+        if room < least:
+            needed = parts + count * (_PER_WORKER + least * widest)
+            continue
         if fixed is not None and limit >= min(fixed, _BLOCK):
             return count, fixed
         if fixed is None and limit >= _SMALLEST_BLOCK:
@@ -426,6 +442,19 @@ def block_size(
 
 def _mib(count: int) -> str:
     return f"{count / (1 << 20):.4g} MiB" if count >= 1 << 20 else f"{count:,} bytes"
+
+
+def _held_bytes(plan: Plan) -> Iterator[int]:
+    """Memory that each edit takes beside its blocks; a module that is quantized again is one."""
+    modules: dict[str, int] = {}
+    for name, edit in plan.edits.items():
+        if isinstance(edit.source, Part):
+            weight = edit.source.values.tensor
+            modules.setdefault(weight, _part_bytes(plan, name))
+            modules[weight] += encoded_bytes(edit)
+        else:
+            yield _part_bytes(plan, name)
+    yield from modules.values()
 
 
 def _part_bytes(plan: Plan, name: str) -> int:
@@ -507,8 +536,14 @@ def _edits(plan: Plan, streamed: Streamed) -> list[dict[str, object]]:
     for name, edit in plan.edits.items():
         count = math.prod(edit.shape)
         changed = streamed.runs[name].changed
+        error = measured_error(streamed.runs[name])
         unchanged = round(1 - changed / count, 6) if count and not streamed.resumed else None
-        result.append({**describe(edit), "unchanged": unchanged})
+        entry = {**describe(edit), "unchanged": unchanged}
+        if error is not None:  # nothing of the base's is left to compare with
+            entry |= {"unchanged": None, "error": None if streamed.resumed else error}
+        if (loss := loss_of(streamed.runs[name])) is not None and not streamed.resumed:
+            entry["rounding"] = loss.describe()
+        result.append(entry)
     return result
 
 

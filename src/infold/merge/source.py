@@ -17,7 +17,7 @@ from infold.dtypes import TORCH_DTYPES
 from infold.edit.blocks import Block
 from infold.formats import Floats, floats_of
 from infold.merge.apply import Run
-from infold.plan.edits import BaseTensor, Plan
+from infold.plan.edits import BaseTensor, Original, Plan, Replacement
 
 __all__ = ["Buffers", "Source"]
 
@@ -45,11 +45,16 @@ class Source:
         edit, self.columns = run.edit, run.floats.columns
         self.files, self.reads = files, run.reads
         self.loaded: Tensor | None = None
-        if isinstance(edit.source, BaseTensor):
-            info = plan.base.info(edit.source.name)
-            self.path = plan.base.shards[plan.base.where[edit.source.name]].path
+        if isinstance(edit.source, BaseTensor | Original):
+            whence = plan.base
+            if isinstance(edit.source, Original):
+                assert plan.original is not None
+                whence = plan.original
+            info = whence.info(edit.source.name)
+            self.path = whence.shards[whence.where[edit.source.name]].path
             self.begin, self.floats = info.begin, known(info.dtype, info.shape)
         else:
+            assert isinstance(edit.source, Replacement)
             adapter = plan.adapters[edit.source.adapter]
             tensor = adapter.tensors[edit.source.key]
             self.path, self.begin = adapter.weights, tensor.begin

@@ -29,7 +29,10 @@ from infold.checkpoint.staging import Progress, copy_range, storage_errors
 from infold.edit.blocks import Block, cut
 from infold.edit.steps import Workspace
 from infold.edit.threads import take_one_core
-from infold.merge.apply import EditRun, Run
+from infold.errors import Refusal
+from infold.merge.apply import Run
+from infold.merge.convert import converted_runs, source_of
+from infold.merge.losses import lossy
 from infold.merge.recording import Recording
 from infold.merge.source import Buffers, Source
 from infold.plan.edits import BaseTensor, OutputShard, Plan
@@ -50,6 +53,9 @@ class ShardDigests:
     base: str
     output: str
     source: str
+
+
+_NOTHING = torch.empty(0)
 
 
 class Target(Protocol):
@@ -262,7 +268,7 @@ def stream(
     files = InputFiles()
     keeper = _Keeper(staging, recording)
     if runs is None:
-        runs = {name: EditRun(edit, plan.adapters, device) for name, edit in plan.edits.items()}
+        runs = converted_runs(plan, device)
     pool = _Pool(plan, staging, files, keeper, limit, device, advance, runs, recording, threads)
     try:
         keeper.thread.start()
@@ -274,6 +280,8 @@ def stream(
         files.close()
     if keeper.error is not None:
         raise keeper.error
+    if reasons := lossy(runs):
+        raise Refusal(reasons)
     return Streamed(pool.digests, pool.runs, pool.resumed)
 
 
@@ -313,7 +321,7 @@ def chunks_of(
         floats = run.floats
         if not floats.rows * floats.columns:  # such a shape may still tell of very many rows
             continue
-        place = Source(plan, run, files)
+        place = source_of(plan, run, files)
         position = info.begin
         for number, block in enumerate(cut(*run.shape, floats.share(limit))):
             begin, position = position, position + block.count * floats.width
@@ -454,7 +462,7 @@ class _Pool:
     def _compute(self, task: _Task, work: Compute, workspace: Workspace, buffers: Buffers) -> None:
         chain, run, block = task.chain, work.run, work.block
         run.prepare(workspace, lambda piece: work.source.read(piece, buffers), self.limit)
-        raw = work.source.read(block, buffers)
+        raw = work.source.read(block, buffers) if run.reads else _NOTHING
         written = buffers.view("out", block.count * run.floats.width, work.target)
         out = work.source.room(run.floats, block, written)
         before = run.run(raw.to(self.device), out, block, workspace)

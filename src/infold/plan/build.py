@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
 
 from infold.checkpoint.adapter import Adapter
 from infold.checkpoint.shards import INDEX, Checkpoint
 from infold.errors import Refusal
 from infold.formats import floats_of
+from infold.formats.values import NoValues
 from infold.plan.config import read_config
 from infold.plan.consume import Consumer
+from infold.plan.convert import (
+    WAYS,
+    Choice,
+    Conversion,
+    convertible,
+    original_reasons,
+    to_dense,
+    to_quantized,
+    view,
+    with_siblings,
+)
 from infold.plan.draft import Draft
 from infold.plan.edits import BaseTensor, Edit, Plan
 from infold.plan.gguf_consume import GgufConsumer
@@ -23,33 +38,106 @@ from infold.plan.output import (
     with_changes,
 )
 from infold.plan.tied import same_ends, tied_pair, unsupported_tie
+from infold.plan.unconverted import unconverted_changes
 
 __all__ = ["plan_merge"]
 
 
-def plan_merge(base: Checkpoint, adapters: Sequence[Adapter]) -> Plan:
-    """Decide every edit. Reads no tensor data, but for the parts of a tied pair's two ends.
+def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], choice: Choice | None = None) -> Plan:
+    """Decide every edit. Reads no tensor data, but for the parts of a tied pair's two ends, and
+    the small tensors that tell how a module is quantized.
 
+    choice: what is to happen to quantized modules into which an adapter does not fold.
     Raises Refusal, listing all offenders, when anything of an adapter would be lost or guessed.
     """
     if not adapters:
         raise Refusal("no adapter given")
-    draft = Draft(base, tied_pair(base, adapters))
+    if choice is not None:
+        return _converted(base, tuple(adapters), choice)
+    draft, edits, changes = _decide(base, adapters)
+    if draft.reasons:
+        raise Refusal(draft.reasons)
+    return _plan(draft, base, tuple(adapters), Conversion(edits), changes)
+
+
+def _decide(
+    base: Checkpoint,
+    adapters: Sequence[Adapter],
+    seen: Checkpoint | None = None,
+    unknown: Mapping[str, str] = MappingProxyType({}),
+    ways: str = WAYS,
+) -> tuple[Draft, dict[str, Edit], dict[str, object]]:
+    """(draft, edits, changes of config.json). `seen`: the base as a view, see plan/convert.py."""
+    draft = Draft(seen or base, tied_pair(base, adapters))
+    draft.unknown, draft.ways = unknown, ways
     for number, adapter in enumerate(adapters):
         _add(draft, number, adapter)
     untied = False if draft.reasons else _settle_ties(draft, tuple(adapters))
     edits = _edits(draft)
-    draft.reasons += uneven_vocabulary(base, edits)
-    changes = config_changes(base, edits, untied, draft.labels)
+    draft.reasons += uneven_vocabulary(draft.base, edits)
+    changes = config_changes(draft.base, edits, untied, draft.labels)
+    _need_config(draft, base, changes)
+    draft.notes += origin_notes(base, adapters)
+    return draft, edits, changes
+
+
+def _need_config(draft: Draft, base: Checkpoint, changes: Mapping[str, object]) -> None:
     if changes and base.config is None and not draft.reasons:
         draft.reasons.append(
             f"{base.path}: the merge has to set {', '.join(changes)} in config.json, and there is "
             "none; give the folder with its config.json"
         )
+
+
+def _converted(base: Checkpoint, adapters: tuple[Adapter, ...], choice: Choice) -> Plan:
+    """The plan where some quantized modules become dense or are quantized again."""
+    if base.is_gguf:
+        raise Refusal(f"--{choice.mode}: {base.path} is a GGUF file, which is not converted yet")
+    modules, unknown = convertible(base)
+    if not modules and not unknown:
+        raise Refusal(f"--{choice.mode}: {base.path} has no quantized weights")
+    dtype = "F32" if choice.mode == "requantize" else choice.dense_dtype(base)
+    if choice.original is not None:
+        if wrong := original_reasons(choice.original, modules):
+            raise Refusal(wrong)
+    chosen: Collection[str] = () if choice.mode == "promote" else modules
+    while True:
+        seen = view(base, [modules[name] for name in modules if name in chosen], dtype)
+        draft, edits, changes = _decide(base, adapters, seen, unknown, "")
+        stuck = [name for name in modules if name in draft.stuck and name not in chosen]
+        if choice.mode != "promote" or not stuck:
+            break
+        chosen = with_siblings([*chosen, *stuck], modules)
+    if draft.reasons:
+        if choice.mode == "promote":
+            draft.reasons += [f"--promote is for IA³ vectors{WAYS}"] if draft.elements else []
+        raise Refusal(draft.reasons)
+    touched = [name for name, module in modules.items() if module.weight in edits]
+    try:
+        if choice.mode == "requantize":
+            conversion = to_quantized(edits, {n: modules[n] for n in touched}, choice)
+        else:
+            dense = with_siblings(touched, modules) if choice.mode == "dequantize" else chosen
+            conversion = to_dense(edits, {n: modules[n] for n in dense}, dtype, choice)
+    except NoValues as error:
+        raise Refusal(f"{error}; --dequantize writes it in 16 bits instead") from None
+    if conversion.dense:
+        try:
+            changes |= unconverted_changes(base, conversion.dense)
+        except LookupError as error:
+            draft.reasons.append(f"{base.path}: {error}")
+        _need_config(draft, base, changes)
     if draft.reasons:
         raise Refusal(draft.reasons)
-    draft.notes += origin_notes(base, adapters)
-    return _plan(draft, tuple(adapters), edits, changes)
+    plan = _plan(draft, base, adapters, conversion, changes)
+    told = {
+        "mode": choice.mode,
+        "dtype": "" if choice.mode == "requantize" else dtype,
+        "touched": touched,
+        "beside": [name for name in conversion.dense if name not in touched],
+        "original": None if choice.original is None else os.path.abspath(choice.original.path),
+    }
+    return replace(plan, original=choice.original, conversion=told)
 
 
 def _add(draft: Draft, number: int, adapter: Adapter) -> None:
@@ -123,16 +211,22 @@ def _edits(draft: Draft) -> dict[str, Edit]:
             )
         # what moved here from a later module acts after all that changes this one
         operations = tuple(sorted(state.operations, key=lambda op: op.moved))
-        edits[tensor] = Edit(tensor, state.source, state.dtype, state.shape, operations)
+        edits[tensor] = Edit(
+            tensor, state.source, state.dtype, state.shape, operations, state.scales
+        )
     return edits
 
 
 def _plan(
-    draft: Draft, adapters: tuple[Adapter, ...], edits: dict[str, Edit], changes: dict[str, object]
+    draft: Draft,
+    base: Checkpoint,
+    adapters: tuple[Adapter, ...],
+    conversion: Conversion,
+    changes: dict[str, object],
 ) -> Plan:
     """All decisions, with the files that follow from them."""
-    base = draft.base
-    shards = output_shards(base, edits)
+    edits = conversion.edits
+    shards = output_shards(base, edits, conversion.removed, conversion.place, conversion.metadata)
     rewritten = {"config.json": with_changes(base.config or {}, changes)} if changes else {}
     copied = [name for name in base.side_files if name not in rewritten]
     if base.index is not None:

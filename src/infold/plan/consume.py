@@ -225,10 +225,11 @@ class Consumer:
         """An adapter's update of a quantized module."""
         key = next(iter(parts.values()))
         if method != "ia3":
+            self.draft.elements.add(stored.name)
             self.refuse(
                 key,
                 f"{stored.name} is quantized ({form.words(stored)}), and {method} changes single "
-                "elements, which its scales cannot tell",
+                f"elements, which its scales cannot tell{self._ways(stored.name)}",
             )
             return
         if self._twice(stored.name, method, key):
@@ -261,16 +262,25 @@ class Consumer:
                 return False
             places = fold(modules, path, side, lambda: self.adapter.read(key))
         except (Unfoldable, LookupError) as error:
-            self.refuse(key, str(error))
+            self.draft.stuck.add(name)
+            why = self.draft.unknown.get(name)
+            self.refuse(key, f"{error}; and {why}" if why else str(error))
             return False
         for place in places:
-            self.draft.state(place.tensor).operations.append(
+            state = self.draft.state(place.tensor)
+            state.scales = state.scales or place.scales
+            state.operations.append(
                 Operation(
                     "ia3", self.number, module, parts, place.settings, place.transposed,
                     place.on_bias, side == "in",
                 )
             )  # fmt: skip
         return True
+
+    def _ways(self, module: str) -> str:
+        """How a message goes on that tells of a quantized module: what else can be done."""
+        told = self.draft.unknown.get(module)
+        return f"; and {told}" if told else self.draft.ways
 
     def _ties(self, method: str, name: str) -> bool:
         """Whether PEFT makes the same update at both ends of a tied pair."""

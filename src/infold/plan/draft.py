@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from infold.checkpoint.shards import Checkpoint
@@ -20,6 +21,7 @@ class State:
     dtype: str
     shape: tuple[int, ...]
     operations: list[Operation] = field(default_factory=list)
+    scales: bool = False  # see Edit
 
 
 class Draft:
@@ -31,6 +33,10 @@ class Draft:
         self.modules = StoredModules(base, self.names)
         self.states: dict[str, State] = {}
         self.reasons: list[str] = []
+        self.stuck: set[str] = set()  # quantized modules with a vector that has no place in scales
+        self.elements: set[str] = set()  # quantized modules with an update of single elements
+        self.ways = ""  # what else can be done with a quantized module, for messages
+        self.unknown: Mapping[str, str] = {}  # quantized modules without known values, and why
         self.notes: list[str] = []
         self.labels: int | None = None  # outputs of a head that is added
         self.pair = pair  # (embedding, head) that share their values

@@ -10,8 +10,20 @@ from infold.adapters import METHODS, Settings
 from infold.checkpoint.adapter import Adapter
 from infold.checkpoint.safetensors import Header
 from infold.checkpoint.shards import Checkpoint
+from infold.formats.values import Scheme
 
-__all__ = ["BaseTensor", "Edit", "Operation", "OutputShard", "Plan", "Replacement"]
+__all__ = [
+    "BaseTensor",
+    "Decoded",
+    "Edit",
+    "Operation",
+    "Original",
+    "OutputShard",
+    "Part",
+    "Plan",
+    "Replacement",
+    "Source",
+]
 
 
 @dataclass(frozen=True)
@@ -27,6 +39,38 @@ class Replacement:
 
     adapter: int
     key: str
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """The values come from the parts of a quantized module: (name in its format, tensor)."""
+
+    module: str
+    form: str  # key in VALUES
+    scheme: Scheme
+    parts: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Original:
+    """The values come from this tensor of the unquantized original of the base."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a module that is quantized again. `values`: the edit of its dense weight, which
+    all parts of the module share. `stored`: the base's parts, as in Decoded."""
+
+    part: str
+    values: Edit
+    form: str
+    scheme: Scheme
+    stored: tuple[tuple[str, str], ...]
+
+
+Source = BaseTensor | Replacement | Decoded | Original | Part
 
 
 @dataclass(frozen=True)
@@ -48,10 +92,11 @@ class Edit:
     """What happens to one tensor of the output. No operation: its source is only copied or cast."""
 
     tensor: str
-    source: BaseTensor | Replacement
+    source: Source
     dtype: str  # stored dtype of the output
     shape: tuple[int, ...]
     operations: tuple[Operation, ...]
+    scales: bool = False  # the tensor's floats are scales of a quantized weight
 
 
 @dataclass(frozen=True)
@@ -75,6 +120,8 @@ class Plan:
     rewritten: Mapping[str, bytes]  # side files whose content changes: config.json, the index
     copied: tuple[str, ...]  # side files copied as bytes
     notes: tuple[str, ...] = field(default=())  # what the user should know
+    original: Checkpoint | None = None  # the unquantized base that some values come from
+    conversion: Mapping[str, Any] | None = None  # how quantized modules are converted, for receipts
 
     @property
     def nbytes(self) -> int:
@@ -111,15 +158,23 @@ def describe(edit: Edit) -> dict[str, Any]:
         if op.moved:
             entry["moved"] = True
         operations.append(entry | METHODS[op.method].describe(op.settings))
-    source: dict[str, Any] = (
-        {"base": edit.source.name}
-        if isinstance(edit.source, BaseTensor)
-        else {"adapter": edit.source.adapter, "key": edit.source.key}
-    )
     return {
         "tensor": edit.tensor,
         "dtype": edit.dtype,
         "shape": list(edit.shape),
-        "source": source,
+        "source": _told(edit.source),
         "operations": operations,
     }
+
+
+def _told(source: Source) -> dict[str, Any]:
+    """A source as JSON-ready values."""
+    if isinstance(source, BaseTensor):
+        return {"base": source.name}
+    if isinstance(source, Replacement):
+        return {"adapter": source.adapter, "key": source.key}
+    if isinstance(source, Decoded):
+        return {"decoded": source.module, "format": source.form}
+    if isinstance(source, Original):
+        return {"original": source.name}
+    return {**_told(source.values.source), "requantized": source.form}

@@ -52,13 +52,14 @@ class Place:
 
     settings: side "out" and the row map from the vector to the stored rows. transposed: those rows
     are the columns of the tensor's matrix. on_bias: for messages and receipts; a bias is scaled as
-    any tensor is.
+    any tensor is. scales: its floats are scales of a quantized weight.
     """
 
     tensor: str
     settings: Settings
     transposed: bool = False
     on_bias: bool = False
+    scales: bool = False
 
 
 class Modules(Protocol):

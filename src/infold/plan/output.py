@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
-from infold.checkpoint.safetensors import Header, build_header
+from infold.checkpoint.safetensors import DTYPE_BITS, Header, build_header
 from infold.checkpoint.shards import Checkpoint, is_lone
 from infold.errors import Refusal
 from infold.formats import format_of
@@ -36,22 +38,42 @@ def usual_dtype(base: Checkpoint) -> str:
     return count.most_common(1)[0][0] if count else "F32"
 
 
-def output_shards(base: Checkpoint, edits: dict[str, Edit]) -> tuple[OutputShard, ...]:
-    """The output's files: the base's own headers, but where a tensor is added or resized."""
-    added = [name for name in edits if name not in base.where]
+def output_shards(
+    base: Checkpoint,
+    edits: Mapping[str, Edit],
+    removed: Collection[str] = (),
+    place: Mapping[str, str] = MappingProxyType({}),
+    metadata: Mapping[str, str] = MappingProxyType({}),
+) -> tuple[OutputShard, ...]:
+    """The output's files: the base's own headers, but where a tensor is added, resized or removed.
+
+    place: tensors that come in the place of another one's. metadata: entries that change in files
+    that have them. Where dtypes change, wider ones come first, so that each is aligned.
+    """
+    added = [name for name in edits if name not in base.where and name not in place]
+    instead = {old: new for new, old in place.items()}
     home = len(base.shards) - 1
     result = []
     for number, shard in enumerate(base.shards):
         header: Header = shard.header
         resized = any(n in edits and edits[n].shape != t.shape for n, t in header.tensors.items())
         mine = added if number == home else []
-        if resized or mine:
-            entries = [
-                (n, t.dtype, edits[n].shape if n in edits else t.shape)
-                for n, t in header.tensors.items()
-            ]
+        moved = not header.tensors.keys().isdisjoint(removed)
+        if resized or mine or moved:
+            entries = []
+            for name, info in header.tensors.items():
+                new = instead.get(name, name)
+                if name in removed and name not in instead:
+                    continue
+                if new in edits:
+                    entries.append((new, edits[new].dtype, edits[new].shape))
+                else:
+                    entries.append((name, info.dtype, info.shape))
             entries += [(n, edits[n].dtype, edits[n].shape) for n in mine]
-            header = build_header(entries, header.metadata)
+            if moved:
+                entries.sort(key=lambda entry: -DTYPE_BITS[entry[1]])
+            changed = {k: metadata.get(k, v) for k, v in header.metadata.items()}
+            header = build_header(entries, changed)
         result.append(OutputShard(shard.name, header, number, header is shard.header))
     return tuple(result)
 
@@ -86,7 +108,7 @@ def index_bytes(base: Checkpoint, shards: tuple[OutputShard, ...]) -> bytes:
         metadata["total_parameters"] = sum(math.prod(t.shape) for _, t, _ in tensors)
     where = {n: s for n, _, s in sorted(tensors, key=lambda item: item[0])}
     index = {**base.index, "metadata": metadata, "weight_map": where}
-    return (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()
+    return _file(index)
 
 
 def uneven_vocabulary(base: Checkpoint, edits: dict[str, Edit]) -> list[str]:
@@ -135,4 +157,11 @@ def with_changes(config: dict[str, object], changes: dict[str, object]) -> bytes
             config["text_config"] = {**text, key: value}
         if key in config or not inside:
             config[key] = value
-    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+    return _file(config)
+
+
+def _file(value: dict[str, object]) -> bytes:
+    """A JSON file. Half of a surrogate pair, which JSON can escape and UTF-8 not hold, stays an
+    escape."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    return text.encode(errors="backslashreplace")

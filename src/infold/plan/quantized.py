@@ -242,7 +242,7 @@ def _scales(module: str, stored: Stored, form: Quantized, whole: Settings) -> It
         if format_of(field.dtype) is None:
             raise Unfoldable(f"{module} ({form.words(stored)}): its scales are {field.dtype}")
         settings = replace(whole, repeat=scale.repeat, rows=scale.rows or whole.rows)
-        yield Place(f"{stored.name}.{scale.part}", settings, scale.transposed)
+        yield Place(f"{stored.name}.{scale.part}", settings, scale.transposed, scales=True)
 
 
 def read(base: Checkpoint, name: str) -> Tensor:

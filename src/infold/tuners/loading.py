@@ -39,8 +39,9 @@ def device_of(name: str) -> torch.device:
     return device
 
 
-def model_folder(name: PathLike) -> Path:
+def model_folder(name: PathLike, *, quantized: bool = False) -> Path:
     """The folder of a causal language model that transformers can load; a Hub id is downloaded.
+    quantized: whether its weights may be.
 
     Raises Refusal for a folder that is none, without reading weights.
     """
@@ -50,7 +51,7 @@ def model_folder(name: PathLike) -> Path:
         hint = ": it is an adapter, give its base" if adapter else ""
         raise Refusal(f"{os.fspath(name)}: no folder with a config.json, so no model to run{hint}")
     config = read_object(folder / "config.json")
-    if config.get("quantization_config"):
+    if config.get("quantization_config") and not quantized:
         raise Refusal(f"{os.fspath(name)}: quantized weights cannot be run here yet")
     return folder
 

@@ -22,6 +22,7 @@ from infold.checkpoint.shards import (
     read_shard_header,
 )
 from infold.errors import CorruptFile, InfoldError
+from infold.plan.convert import DTYPES, MODES
 from infold.plan.edits import OutputShard, Plan
 from infold.verify.verdict import Offender
 
@@ -39,6 +40,7 @@ class Claims:
     adapters: tuple[str, ...]
     adapter_files: tuple[Mapping[str, str], ...]
     shards: Mapping[str, str]
+    conversion: Mapping[str, Any] | None  # how quantized modules were converted
     undo: str | None  # of the undo record, where the receipt tells of one
 
 
@@ -66,6 +68,15 @@ def read_claims(folder: Path) -> Claims | None:
     undo = receipt.get("undo")
     if undo is not None and not isinstance(undo, dict):
         raise CorruptFile(f"{path}: not a receipt that infold writes")
+    conversion = receipt.get("conversion")
+    if conversion is not None:
+        fields: dict[str, Any] = {"mode": str, "dtype": str, "original": (str, type(None))}
+        if not isinstance(conversion, dict) or not all(
+            isinstance(conversion.get(name), kind) for name, kind in fields.items()
+        ):
+            raise CorruptFile(f"{path}: not a receipt that infold writes")
+        if conversion["mode"] not in MODES or conversion["dtype"] not in ("", *DTYPES.values()):
+            raise CorruptFile(f"{path}: not a receipt that infold writes")
     if not all(isinstance(adapter, dict) for adapter in adapters):
         raise CorruptFile(f"{path}: not a receipt that infold writes")
     return Claims(
@@ -74,6 +85,7 @@ def read_claims(folder: Path) -> Claims | None:
         tuple(text(adapter.get("path")) for adapter in adapters),
         tuple(digests(adapter.get("files")) for adapter in adapters),
         digests(receipt.get("shards")),
+        conversion,
         None if undo is None else text(undo.get("blake3")),
     )
 

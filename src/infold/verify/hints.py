@@ -12,6 +12,7 @@ from typing import Any
 from infold.checkpoint.inputs import InputFiles
 from infold.checkpoint.safetensors import TensorInfo
 from infold.plan.edits import Operation, Plan
+from infold.verify.parts import PartCheck
 from infold.verify.reference import alpha_of, scaling_of
 from infold.verify.tensors import BaseCheck, EditCheck, Workspace
 
@@ -25,7 +26,7 @@ _ENOUGH = 0.9  # of the elements of a sample must fit
 class Wrong:
     """A tensor that differs, and where its bytes lie."""
 
-    check: BaseCheck | EditCheck
+    check: BaseCheck | EditCheck | PartCheck
     path: Path  # its shard in the output
     info: TensorInfo
 
@@ -60,7 +61,8 @@ def _anew(
     scalings: Callable[[Operation, int], float] | None = None,
 ) -> BaseCheck | EditCheck:
     if name in plan.edits:
-        return EditCheck(plan.edits[name], plan.base, plan.adapters, files, scalings)
+        edit = plan.edits[name]
+        return EditCheck(edit, plan.base, plan.adapters, files, scalings, plan.original)
     base = plan.base
     return BaseCheck(base.shards[base.where[name]].path, base.info(name), files)
 

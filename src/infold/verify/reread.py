@@ -18,10 +18,13 @@ from blake3 import blake3
 
 from infold.checkpoint.inputs import InputFiles
 from infold.checkpoint.safetensors import Header, open_regular
+from infold.verify.parts import PartCheck
 from infold.verify.tensors import COPIED, BaseCheck, EditCheck, Workspace
 from infold.workers import Worker, run_all
 
-__all__ = ["Found", "digest_of", "reread"]
+__all__ = ["Check", "Found", "digest_of", "reread"]
+
+Check = BaseCheck | EditCheck | PartCheck
 
 _WORKERS = 4  # at most; each holds about 15 MB of buffers
 
@@ -33,7 +36,7 @@ class Found:
     name: str
     path: Path
     header: Header
-    checks: Mapping[str, BaseCheck | EditCheck]  # by tensor; one that has none is only hashed
+    checks: Mapping[str, Check]  # by tensor; one that has none is only hashed
     base: Path | None  # the base's shard, where its digest is wanted and all offsets are the same
     between: BaseCheck | None  # what lies between tensors, by offsets in the file
 
@@ -43,7 +46,7 @@ class _Piece:
     """Bytes of one tensor."""
 
     shard: Found
-    check: BaseCheck | EditCheck | None
+    check: Check | None
     begin: int  # in the file
     offset: int  # in the tensor
     count: int

@@ -24,11 +24,13 @@ from infold.checkpoint.adapter import Adapter
 from infold.checkpoint.inputs import InputFiles
 from infold.checkpoint.safetensors import TensorInfo
 from infold.checkpoint.shards import Checkpoint
+from infold.checkpoint.stored import stored_matrix
 from infold.dtypes import TORCH_DTYPES
-from infold.plan.edits import BaseTensor, Edit, Operation
+from infold.plan.edits import BaseTensor, Decoded, Edit, Operation, Original, Replacement
 from infold.verify.blocks import Blocks, blocks_of
 from infold.verify.reference import STEP, LowRank, Reference, Sums, Values, reference_of
 from infold.verify.rounding import LINES
+from infold.verify.stored import decode
 
 __all__ = ["BaseCheck", "EditCheck", "Tally", "Workspace"]
 
@@ -154,6 +156,7 @@ class EditCheck:
         adapters: tuple[Adapter, ...],
         files: InputFiles,
         scalings: Callable[[Operation, int], float] | None = None,
+        original: Checkpoint | None = None,
     ) -> None:
         self.tally = Tally()
         self.edit, self.adapters, self.files, self.scalings = edit, adapters, files, scalings
@@ -169,16 +172,25 @@ class EditCheck:
             self.row_bytes = self.columns * self.line.dtype.itemsize
         self.left = self.rows  # that are not checked yet
         self.loaded: Tensor | None = None
-        if isinstance(edit.source, BaseTensor):
-            info = base.info(edit.source.name)
-            self.path, self.begin = base.shards[base.where[info.name]].path, info.begin
+        self.decoded: Callable[[slice], Tensor] | None = None
+        self.in_place = False
+        if isinstance(edit.source, Decoded):
+            self.decoded, self.kind = _decoder(edit.source, base, files), torch.float64
+        elif isinstance(edit.source, BaseTensor | Original):
+            whence = base
+            if isinstance(edit.source, Original):
+                assert original is not None
+                whence = original
+            info = whence.info(edit.source.name)
+            self.path, self.begin = whence.shards[whence.where[info.name]].path, info.begin
             self.kind = TORCH_DTYPES[info.dtype if blocks is None else self.dtype]
-            self.in_place = info.name == edit.tensor
+            self.in_place = edit.source == BaseTensor(edit.tensor)
         else:
+            assert isinstance(edit.source, Replacement)
             adapter = adapters[edit.source.adapter]
             part = adapter.tensors[edit.source.key]
             self.path, self.begin = adapter.weights, part.begin
-            self.kind, self.in_place = TORCH_DTYPES[part.dtype], False
+            self.kind = TORCH_DTYPES[part.dtype]
             if part.end == part.begin:  # from a pickle, which is in memory already
                 self.loaded = adapter.read(edit.source.key).view(self.rows, -1)
         self._references: list[Reference] | None = None
@@ -226,6 +238,14 @@ class EditCheck:
         for doubt in _pieces(doubts):
             self._judge(references, doubt, raw, stored, row)
 
+    def exact(self, rows: slice, workspace: Workspace) -> Tensor:
+        """float64 values of whole rows, as the contract tells them."""
+        references = self._prepare(workspace)
+        values = Values(self._read(rows.start, rows.stop - rows.start, workspace).double())
+        for number, reference in enumerate(references):
+            self._on_logical(number, reference.contract, values, rows, slice(0, self.columns))
+        return values.x
+
     def done(self, count: int) -> None:
         """`count` bytes are checked: after the last of them the parts are forgotten."""
         with self._lock:
@@ -255,7 +275,9 @@ class EditCheck:
         return blocks.floats(merged), blocks.floats(own)
 
     def _read(self, row: int, count: int, workspace: Workspace) -> Tensor:
-        """Stored rows of the source."""
+        """Stored rows of the source; of a quantized module their float64 values."""
+        if self.decoded is not None:
+            return self.decoded(slice(row, row + count))
         if self.loaded is not None:
             return self.loaded[row : row + count]
         size = self.columns * self.kind.itemsize
@@ -423,6 +445,11 @@ class EditCheck:
         known = bound == 0
         low, high = self.line.rounded(x - bound), self.line.rounded(x + bound)
         return torch.where(known, place, low), torch.where(known, place, high)
+
+
+def _decoder(source: Decoded, base: Checkpoint, files: InputFiles) -> Callable[[slice], Tensor]:
+    parts = {part: stored_matrix(base, files, name) for part, name in source.parts}
+    return lambda rows: decode(source.form, parts, source.scheme, rows)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,6 +27,7 @@ from infold.checkpoint.shards import RECEIPT, companion, is_lone, open_checkpoin
 from infold.dtypes import BLOCKS
 from infold.errors import InfoldError, Refusal
 from infold.plan.build import plan_merge
+from infold.plan.convert import Choice
 from infold.plan.edits import Operation, Plan, Replacement
 from infold.plan.output import placed
 from infold.verify.folder import (
@@ -36,7 +38,8 @@ from infold.verify.folder import (
     side_files,
 )
 from infold.verify.hints import Wrong, hints
-from infold.verify.reread import Found, digest_of, reread
+from infold.verify.parts import PartCheck, parts_checks
+from infold.verify.reread import Check, Found, digest_of, reread
 from infold.verify.tensors import BaseCheck, EditCheck
 from infold.verify.verdict import Offender, Verdict
 
@@ -97,7 +100,7 @@ def verify_checkpoint(
         ok=not offenders,
         tensors=sum(len(shard.header.tensors) for shard in plan.shards),
         identical=sum(isinstance(check, BaseCheck) for check in right),
-        recomputed=sum(isinstance(check, EditCheck) for check in right),
+        recomputed=sum(isinstance(check, EditCheck | PartCheck) for check in right),
         undecided=sum(check.tally.undecided for check in checks),
         files=equal,
         offenders=tuple(offenders),
@@ -119,7 +122,9 @@ def _open(
             claims = read_claims(folder)
         except InfoldError as error:
             offenders.append(Offender("receipt", companion(folder, RECEIPT).name, str(error)))
-        return plan_merge(open_checkpoint(base), [open_adapter(a) for a in adapters]), claims
+        choice = None if claims is None else _choice(claims)
+        opened = [open_adapter(a) for a in adapters]
+        return plan_merge(open_checkpoint(base), opened, choice), claims
     if adapters:
         raise Refusal("adapters without a base; give both, or only the merged folder")
     claims = read_claims(folder)
@@ -146,11 +151,24 @@ def _open(
     changed = [o for n, adapter in enumerate(opened) for o in _changed(claims, n, adapter)]
     offenders += changed
     try:
-        return plan_merge(open_checkpoint(claims.base), opened), claims
+        return plan_merge(open_checkpoint(claims.base), opened, _choice(claims)), claims
     except Refusal as error:
         told = [f"{o.where}: changed since the merge" for o in changed]
         why = "the receipt's inputs no longer make a merge"
         raise Refusal([*told, *error.reasons, why]) from None
+
+
+def _choice(claims: Claims) -> Choice | None:
+    """How the receipt says that quantized modules were converted."""
+    told = claims.conversion
+    if told is None:
+        return None
+    original = None
+    if told["original"]:
+        if not os.path.exists(told["original"]):
+            raise Refusal(f"{told['original']}: the receipt names it, and it is not there any more")
+        original = open_checkpoint(told["original"])
+    return Choice(told["mode"], told["dtype"], original)
 
 
 def _refuse_swapped(base: PathLike, folder: Path) -> None:
@@ -211,19 +229,27 @@ def _find_shards(
 ) -> list[Found]:
     """The shards of the output that can be read, each tensor with its check."""
     shards = []
+    modules: dict[str, Any] = {}  # that were quantized again
     for planned in plan.shards:
         found, different = compare_header(folder.parent if is_lone(folder) else folder, planned)
         offenders += different
         if found is None:
             continue
         path, header = found
-        checks: dict[str, BaseCheck | EditCheck] = {}
+        checks: dict[str, Check] = {}
+        parts = parts_checks(
+            plan.edits, header, path, modules, plan.base, plan.adapters, files, plan.original
+        )
         for name, info in planned.header.tensors.items():
             there = header.tensors.get(name)
             if there is None or (there.dtype, there.shape) != (info.dtype, info.shape):
                 continue
-            if name in plan.edits:
-                checks[name] = EditCheck(plan.edits[name], plan.base, plan.adapters, files)
+            if name in parts:
+                checks[name] = parts[name]
+            elif name in plan.edits:
+                checks[name] = EditCheck(
+                    plan.edits[name], plan.base, plan.adapters, files, original=plan.original
+                )
             else:
                 place = plan.base.shards[plan.base.where[name]].path
                 checks[name] = BaseCheck(place, plan.base.info(name), files)
@@ -238,19 +264,25 @@ def _find_shards(
 
 def _wrong_tensors(plan: Plan, shards: Sequence[Found], files: InputFiles) -> list[Offender]:
     wrong = {}
+    described: list[Offender] = []
     for shard in shards:
         for name, check in shard.checks.items():
             if check.tally.wrong:
+                if isinstance(check, PartCheck):
+                    described.append(
+                        _describe(name, Wrong(check, shard.path, shard.header.tensors[name]), None)
+                    )
+                    continue
                 info = shard.header.tensors[name]
                 wrong[name] = Wrong(check, shard.path, info)
     told = hints(plan, wrong, files)
-    offenders = [_describe(name, one, told.get(name)) for name, one in wrong.items()]
+    described += [_describe(name, one, told.get(name)) for name, one in wrong.items()]
     for shard in shards:
         tally = None if shard.between is None else shard.between.tally
         if tally is not None and tally.first is not None:
             detail = f"{tally.wrong:,} bytes differ from the base's, first byte {tally.first[0]:,}"
-            offenders.append(Offender("between tensors", shard.name, detail))
-    return offenders
+            described.append(Offender("between tensors", shard.name, detail))
+    return described
 
 
 def _describe(name: str, one: Wrong, hint: str | None) -> Offender:
@@ -269,7 +301,8 @@ def _describe(name: str, one: Wrong, hint: str | None) -> Offender:
         f"{tally.wrong:,} of {math.prod(shape):,} {what} differ, first {index[::-1]}: "
         f"stored {stored}, expected {expected}"
     )
-    kind = "edited tensor" if isinstance(one.check, EditCheck) else "unedited tensor"
+    dense = isinstance(one.check, EditCheck | PartCheck)
+    kind = "edited tensor" if dense else "unedited tensor"
     return Offender(kind, name, f"{detail}; {hint}" if hint else detail)
 
 

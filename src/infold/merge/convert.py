@@ -1,0 +1,266 @@
+"""Quantized modules that become dense, or are quantized again: their sources and their runs.
+
+Where values come from the parts of a module, a block of rows is decoded to float64 when it is
+asked for. A module that is quantized again is computed as a whole by the first worker that comes to
+one of its parts, in blocks of rows, and its parts are held, packed, until the last byte of them is
+written: codes and scales come from the same values, but lie in different places of the file.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import ChainMap
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from infold.checkpoint.adapter import Adapter
+from infold.checkpoint.inputs import InputFiles
+from infold.checkpoint.stored import ELEMENTS, stored_matrix
+from infold.edit.blocks import Block
+from infold.edit.steps import Workspace, check_finite
+from infold.errors import Refusal
+from infold.formats import Floats
+from infold.formats.values import VALUES, Matrix, Scheme, encoder
+from infold.merge.apply import EditRun, Read, Run
+from infold.merge.source import Buffers, Source
+from infold.plan.edits import Decoded, Edit, Original, Part, Plan
+
+__all__ = [
+    "ConvertedRun",
+    "DecodedSource",
+    "PartRun",
+    "PartSource",
+    "converted_runs",
+    "encoded_bytes",
+    "measured_error",
+    "source_of",
+]
+
+
+class DecodedSource(Source):
+    """The values of a quantized module as blocks, decoded when they are asked for."""
+
+    def __init__(self, plan: Plan, source: Decoded, files: InputFiles) -> None:
+        self.scheme, self.decode = source.scheme, VALUES[source.form].decode
+        self.module = source.module
+        self.parts = parts_of(plan, source.parts, files)
+
+    def read(self, block: Block, buffers: Buffers) -> Tensor:
+        """float64 (rows, columns) of a block."""
+        try:
+            values = self.decode(self.parts, self.scheme, slice(block.row, block.row + block.rows))
+        except Refusal as error:
+            raise Refusal(f"{self.module}: {error}") from None
+        return values[:, block.column : block.column + block.columns]
+
+
+class PartSource(Source):
+    """What a module that is quantized again is made of; what is written is bytes."""
+
+    def __init__(self, values: Source) -> None:
+        self.values = values
+
+    def read(self, block: Block, buffers: Buffers) -> Tensor:
+        return self.values.read(block, buffers)
+
+    def room(self, floats: Floats, block: Block, written: memoryview) -> Tensor:
+        return torch.frombuffer(written, dtype=torch.uint8).view(1, -1)
+
+
+def source_of(plan: Plan, run: Run, files: InputFiles) -> Source:
+    """Where the stored values of one edit come from."""
+    source = run.edit.source
+    if isinstance(run, PartRun):
+        assert isinstance(source, Part)
+        run.parts = parts_of(plan, source.stored, files)
+        return PartSource(source_of(plan, run.module.inner, files))
+    if isinstance(source, Decoded):
+        return DecodedSource(plan, source, files)
+    return Source(plan, run, files)
+
+
+def parts_of(
+    plan: Plan, parts: Sequence[tuple[str, str]], files: InputFiles
+) -> Mapping[str, Matrix]:
+    return {part: stored_matrix(plan.base, files, name) for part, name in parts}
+
+
+class _Error:
+    """How far what is written lies from the exact values, relative, in the Frobenius norm."""
+
+    def __init__(self) -> None:
+        self.off = self.norm = 0.0
+        self._lock = threading.Lock()
+
+    def add(self, written: Tensor, values: Tensor) -> None:
+        off = float((written - values).square_().sum())
+        norm = float(values.square().sum())
+        with self._lock:
+            self.off += off
+            self.norm += norm
+
+    @property
+    def relative(self) -> float:
+        return math.sqrt(self.off / self.norm) if self.norm else 0.0
+
+
+class ConvertedRun(EditRun):
+    """An edit whose source is decoded, or the original's: dense, measured against the exact
+    values, and without a way back."""
+
+    def __init__(self, edit: Edit, adapters: Sequence[Adapter], device: torch.device) -> None:
+        super().__init__(edit, adapters, device)
+        self.error = _Error()
+
+    def run(self, raw: Tensor, out: Tensor, block: Block, workspace: Workspace) -> Tensor | None:
+        values = self.exact(raw, block, workspace)
+        rounded = self.target.form.encode(values, self.edit.dtype)
+        check_finite(raw, rounded, block, self.target)
+        self.error.add(rounded.to(torch.float64), values)
+        out.copy_(rounded)
+        with self._lock:
+            self.changed += block.count
+        return None
+
+
+class _Module:
+    """One module that is quantized again. `values`: its dense edit; `written`: its parts' edits."""
+
+    def __init__(self, source: Part, adapters: Sequence[Adapter], device: torch.device) -> None:
+        self.inner = EditRun(source.values, adapters, device)
+        self.form, self.scheme = source.form, source.scheme
+        self.written: dict[str, Edit] = {}
+        self.outputs: dict[str, Tensor] | None = None
+        self.error = _Error()
+        self.left = 0
+        self._lock = threading.Lock()
+
+    def add(self, part: str, edit: Edit) -> None:
+        self.written[part] = edit
+        self.left += 1
+
+    def compute(
+        self, workspace: Workspace, read: Read, stored: Mapping[str, Matrix], limit: int
+    ) -> None:
+        """Fill `outputs`, once."""
+        with self._lock:
+            if self.outputs is not None:
+                return
+            self.inner.prepare(workspace, read, limit)
+            outputs = {
+                part: torch.zeros(_matrix(edit.shape), dtype=ELEMENTS[edit.dtype])
+                for part, edit in self.written.items()
+            }
+            rows, columns = self.scheme.shape
+            encode, decode = encoder(self.form), VALUES[self.form].decode
+            step = max(1, limit // max(1, columns) // self.scheme.align) * self.scheme.align
+            for row in range(0, rows, step):
+                block = Block(row, min(step, rows - row), 0, columns)
+                here = slice(row, row + block.rows)
+                raw = read(block).to(self.inner.device)
+                values = self.inner.exact(raw, block, workspace).cpu()
+                if not torch.isfinite(values).all():
+                    check_finite(raw.cpu(), values, block, self.inner.target)
+                try:
+                    encode(values, self.scheme, stored, here, outputs)
+                    again = decode(ChainMap(outputs, dict(stored)), self.scheme, here)  # type: ignore[arg-type]
+                except Refusal as error:
+                    raise Refusal(f"{self.inner.edit.tensor}: {error}") from None
+                if not torch.isfinite(again).all():
+                    raise Refusal(
+                        f"{self.inner.edit.tensor}: its scales do not fit their dtype, so nothing "
+                        "was merged; use --dequantize"
+                    )
+                self.error.add(again, values)
+            self.inner.release()
+            self.outputs = outputs
+
+    def done(self) -> None:
+        """One part is written; after the last of them all is forgotten."""
+        with self._lock:
+            self.left -= 1
+            if self.left <= 0:
+                self.outputs = None
+
+
+class PartRun:
+    """One part of a module that is quantized again, as a row of bytes."""
+
+    reads = False
+    forward: EditRun | None = None
+
+    def __init__(self, edit: Edit, module: _Module) -> None:
+        assert isinstance(edit.source, Part)
+        self.edit, self.module, self.part = edit, module, edit.source.part
+        self.stored = torch.uint8
+        rows, columns = _matrix(edit.shape)
+        count = rows * columns * ELEMENTS[edit.dtype].itemsize
+        self.shape, self.floats = (1, count), Floats(1, count, "U8", 1, 1, None)
+        self.changed = 0
+        self.parts: Mapping[str, Matrix] = {}
+        module.add(self.part, edit)
+
+    @property
+    def error(self) -> _Error:
+        return self.module.error
+
+    def prepare(self, workspace: Workspace, read: Read, limit: int) -> None:
+        self.module.compute(workspace, read, self.parts, limit)
+
+    def run(self, raw: Tensor, out: Tensor, block: Block, workspace: Workspace) -> Tensor | None:
+        outputs = self.module.outputs
+        assert outputs is not None
+        data = outputs[self.part].view(torch.uint8).view(-1)
+        out.copy_(data[block.column : block.column + block.columns].view(1, -1))
+        return None
+
+    def release(self) -> None:
+        self.module.done()
+
+
+def converted_runs(plan: Plan, device: torch.device) -> dict[str, Run]:
+    """What computes every edit of a plan, converted modules included."""
+    runs: dict[str, Run] = {}
+    modules: dict[str, _Module] = {}
+    for name, edit in plan.edits.items():
+        source = edit.source
+        if isinstance(source, Part):
+            weight = source.values.tensor
+            if weight not in modules:
+                modules[weight] = _Module(source, plan.adapters, device)
+            runs[name] = PartRun(edit, modules[weight])
+        elif isinstance(source, Decoded | Original):
+            runs[name] = ConvertedRun(edit, plan.adapters, device)
+        else:
+            runs[name] = EditRun(edit, plan.adapters, device)
+    return runs
+
+
+def measured_error(run: Run) -> float | None:
+    """The relative error of what was written, where it was measured."""
+    if isinstance(run, ConvertedRun | PartRun):
+        return float(f"{run.error.relative:.4g}")
+    return None
+
+
+def encoded_bytes(edit: Edit) -> int:
+    """Memory that one part takes until it is written."""
+    if not isinstance(edit.source, Part):
+        return 0
+    return math.prod(edit.shape) * ELEMENTS[edit.dtype].itemsize
+
+
+def block_elements(plan: Plan) -> int:
+    """The least elements of a block for the modules that are quantized again."""
+    schemes: set[Scheme] = {
+        edit.source.scheme for edit in plan.edits.values() if isinstance(edit.source, Part)
+    }
+    return max((s.align * s.shape[1] for s in schemes), default=0)
+
+
+def _matrix(shape: Sequence[int]) -> tuple[int, int]:
+    """A stored shape as (rows, columns); a vector is a column."""
+    return (shape[0], math.prod(shape[1:])) if shape else (1, 1)

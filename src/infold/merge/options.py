@@ -1,0 +1,54 @@
+"""What is to happen to quantized modules that an adapter does not fold into, as it is asked for."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from infold.checkpoint.shards import open_checkpoint
+from infold.errors import Refusal
+from infold.plan.convert import DTYPES, MODES, Choice
+
+__all__ = ["Options"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of the command line and of `infold.merge`, by their names."""
+
+    promote: bool = False
+    dequantize: bool = False
+    requantize: bool = False
+    dtype: str = "auto"
+    base_16bit: str | os.PathLike[str] | None = None
+
+    def check_in_place(self) -> None:
+        """Refuse what changes the layout of the files, which an edit in place cannot."""
+        given = [
+            f"--{name.replace('_', '-')}" for name in (*MODES, "base_16bit") if getattr(self, name)
+        ]
+        if given:
+            raise Refusal(f"{', '.join(given)} with --in-place: give --out; the layout changes")
+
+    def choice(self) -> Choice | None:
+        """None where nothing was asked for. Raises Refusal for what does not go together."""
+        modes = [mode for mode in MODES if getattr(self, mode)]
+        if len(modes) > 1:
+            told = " and ".join(f"--{mode}" for mode in modes)
+            raise Refusal(f"{told} exclude each other")
+        if self.dtype != "auto" and self.dtype not in DTYPES:
+            raise Refusal(f"--dtype {self.dtype}: auto, {', '.join(DTYPES)}")
+        if not modes:
+            if self.base_16bit is not None:
+                raise Refusal("--base-16bit goes with --dequantize or --requantize")
+            if self.dtype != "auto":
+                raise Refusal("--dtype goes with --dequantize or --promote")
+            return None
+        if self.dtype != "auto" and self.requantize:
+            raise Refusal("--dtype goes with --dequantize or --promote, not with --requantize")
+        original = None
+        if self.base_16bit is not None:
+            if self.promote:
+                raise Refusal("--base-16bit goes with --dequantize or --requantize")
+            original = open_checkpoint(self.base_16bit)
+        return Choice(modes[0], DTYPES.get(self.dtype, ""), original)

@@ -1,0 +1,266 @@
+"""Where nothing folds: quantized modules that become dense, or are quantized again.
+
+The plan sees a *view* of the base in which those modules are dense already: their parts are hidden,
+and a weight (out, in) stands in their place. So every rule about shapes, layouts, ties and biases
+is the one for dense weights. Afterwards the edits of such weights get their true source, the parts.
+
+    dequantize   modules that an adapter touches become dense, with the siblings that servers fuse
+    promote      the same for the modules of IA³ vectors that have no place in scales; others fold
+    requantize   modules that an adapter touches are written in their own format again
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+from infold.checkpoint.safetensors import Header, TensorInfo
+from infold.checkpoint.shards import Checkpoint
+from infold.formats import Stored, format_of
+from infold.formats.values import VALUES, NoValues, Scheme
+from infold.plan.edits import BaseTensor, Decoded, Edit, Original, Part, Source
+from infold.plan.match import Names
+from infold.plan.quantized import StoredModules
+
+__all__ = [
+    "DTYPES",
+    "MODES",
+    "WAYS",
+    "Choice",
+    "Conversion",
+    "Convertible",
+    "convertible",
+    "original_reasons",
+    "to_dense",
+    "to_quantized",
+    "view",
+    "with_siblings",
+]
+
+DTYPES = {"bf16": "BF16", "f16": "F16", "f32": "F32"}
+WAYS = (
+    "; --dequantize writes such weights in 16 bits, --requantize rounds them into their own format "
+    "again"
+)
+MODES = ("promote", "dequantize", "requantize")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the user chose for modules that do not fold.
+
+    mode: one of MODES. dtype: of weights that become dense, by safetensors' name; "" for the one
+    that the config tells. original: the unquantized checkpoint that values of touched modules come
+    from, in place of the quantized one.
+    """
+
+    mode: str
+    dtype: str = ""
+    original: Checkpoint | None = None
+
+    def dense_dtype(self, base: Checkpoint) -> str:
+        """The dtype of weights that become dense."""
+        if self.dtype:
+            return self.dtype
+        config = base.config or {}
+        inner = config.get("text_config")
+        for place in (config, inner if isinstance(inner, dict) else {}):
+            told = str(place.get("dtype") or place.get("torch_dtype") or "")
+            if told.removeprefix("torch.") in ("bfloat16", "float16", "float32"):
+                return {"b": "BF16", "f": "F" + told[-2:]}[told.removeprefix("torch.")[0]]
+        return "BF16"
+
+
+@dataclass(frozen=True)
+class Convertible:
+    """A quantized module whose values are known."""
+
+    stored: Stored
+    form: str  # key in VALUES
+    scheme: Scheme
+
+    @property
+    def weight(self) -> str:
+        """The name of its dense weight."""
+        return f"{self.stored.name}.weight"
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """Part -> tensor of the base."""
+        known = VALUES[self.form].PARTS
+        return {p: f"{self.stored.name}.{p}" for p in self.stored.tensors if p in known}
+
+
+def convertible(base: Checkpoint) -> tuple[dict[str, Convertible], dict[str, str]]:
+    """The quantized modules of a base by their names; and why some cannot be decoded."""
+    found, reasons = {}, {}
+    for stored, form in StoredModules(base, Names(base.where)).all():
+        name = getattr(form, "__name__", "").rpartition(".")[2]  # a key of QUANTIZED
+        if name not in VALUES:
+            reasons[stored.name] = f"{form.words(stored)} cannot be decoded here"
+            continue
+        try:
+            found[stored.name] = Convertible(stored, name, VALUES[name].scheme(stored))
+        except NoValues as error:
+            reasons[stored.name] = str(error)
+    return found, reasons
+
+
+def view(base: Checkpoint, modules: Iterable[Convertible], dtype: str) -> Checkpoint:
+    """The base as if these modules were dense. Nothing is to be read of their weights."""
+    added: dict[int, list[TensorInfo]] = {}
+    hidden: set[str] = set()
+    for module in modules:
+        parts = module.parts
+        hidden.update(parts.values())
+        home = base.where[next(iter(parts.values()))]
+        info = TensorInfo(module.weight, dtype, module.scheme.shape, 0, 0)
+        added.setdefault(home, []).append(info)
+    if not hidden:
+        return base
+    shards, where = [], {}
+    for number, shard in enumerate(base.shards):
+        tensors = {n: t for n, t in shard.header.tensors.items() if n not in hidden}
+        tensors |= {info.name: info for info in added.get(number, ())}
+        header = Header(tensors, shard.header.metadata, shard.header.raw, shard.header.file_size)
+        shards.append(replace(shard, header=header))
+        where.update(dict.fromkeys(tensors, number))
+    return replace(base, shards=tuple(shards), where=where)
+
+
+# Projections that vLLM and SGLang load as one, so that all of them are quantized, or none.
+_FUSED = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("query", "key", "value"),
+    ("w1", "w3"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+)
+_EXPERTS = re.compile(r"(.*\.experts)\.\d+\.")
+
+
+def siblings(module: str, modules: Collection[str]) -> set[str]:
+    """The quantized modules that are loaded as one with this one."""
+    if expert := _EXPERTS.match(module):
+        return {other for other in modules if other.startswith(f"{expert[1]}.")}
+    above, _, name = module.rpartition(".")
+    group = next((names for names in _FUSED if name in names), ())
+    found = {f"{above}.{other}" if above else other for other in group}
+    return found.intersection(modules) - {module}
+
+
+def of_one_kind(module: str, modules: Collection[str]) -> set[str]:
+    """Modules that differ by the number of their layer alone: HQQ's config tells kinds."""
+
+    def kind(name: str) -> str:
+        return ".".join(c for c in name.split(".") if not c.isdigit())
+
+    return {other for other in modules if kind(other) == kind(module)} - {module}
+
+
+def with_siblings(touched: Collection[str], modules: Mapping[str, Convertible]) -> list[str]:
+    """All modules that become dense where these do, in the order of the files."""
+    found: set[str] = set()
+    todo = list(touched)
+    while todo:
+        module = todo.pop()
+        if module in found:
+            continue
+        found.add(module)
+        todo += siblings(module, modules)
+        if modules[module].form == "hqq":
+            todo += of_one_kind(module, modules)
+    return [name for name in modules if name in found]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """The edits with their true sources, and what happens to the layout."""
+
+    edits: Mapping[str, Edit]
+    removed: frozenset[str] = frozenset()  # tensors of the base that the output lacks
+    place: Mapping[str, str] = field(
+        default_factory=dict
+    )  # new tensor -> the base's whose place it takes
+    dense: tuple[str, ...] = ()  # modules that become dense
+    metadata: Mapping[str, str] = field(default_factory=dict)  # entries of headers that change
+
+
+def to_dense(
+    edits: Mapping[str, Edit], modules: Mapping[str, Convertible], dtype: str, choice: Choice
+) -> Conversion:
+    """Edits of dense weights, and of the siblings that are only decoded."""
+    weights = {module.weight: module for module in modules.values()}
+    result: dict[str, Edit] = {}
+    for name, edit in edits.items():
+        module = weights.get(name)
+        result[name] = (
+            edit if module is None else replace(edit, source=_source(module, edit, choice))
+        )
+    removed: set[str] = set()
+    place = {}
+    metadata = {}
+    for name, module in weights.items():
+        parts = list(module.parts.values())
+        removed.update(parts)
+        place[name] = parts[0]
+        if name not in result:
+            result[name] = Edit(name, _decoded(module), dtype, module.scheme.shape, ())
+        if module.form == "torchao":
+            metadata[name] = '{"_type": "Tensor"}'
+    return Conversion(result, frozenset(removed), place, tuple(modules), metadata)
+
+
+def to_quantized(
+    edits: Mapping[str, Edit], modules: Mapping[str, Convertible], choice: Choice
+) -> Conversion:
+    """Each edit of a dense weight as edits of the parts that it is written to.
+
+    Raises NoValues, naming the module, where its format is not to be had by plain rounding.
+    """
+    weights = {module.weight: module for module in modules.values()}
+    result: dict[str, Edit] = {}
+    for name, edit in edits.items():
+        module = weights.get(name)
+        if module is None:
+            result[name] = edit
+            continue
+        values = replace(edit, source=_source(module, edit, choice))
+        try:
+            written = VALUES[module.form].encoded(module.stored)
+        except NoValues as error:
+            raise NoValues(f"{module.stored.name}: {error}") from None
+        for part, entry in written.items():
+            tensor = f"{module.stored.name}.{part}"
+            source = Part(part, values, module.form, module.scheme, tuple(module.parts.items()))
+            result[tensor] = Edit(tensor, source, entry.dtype, entry.shape, edit.operations)
+    return Conversion(result)
+
+
+def _decoded(module: Convertible) -> Decoded:
+    return Decoded(module.stored.name, module.form, module.scheme, tuple(module.parts.items()))
+
+
+def _source(module: Convertible, edit: Edit, choice: Choice) -> Source:
+    """Where the values of a touched module come from."""
+    if edit.source != BaseTensor(edit.tensor):
+        return edit.source  # a whole module of an adapter takes its place
+    if choice.original is not None:
+        return Original(edit.tensor)
+    return _decoded(module)
+
+
+def original_reasons(original: Checkpoint, modules: Mapping[str, Convertible]) -> list[str]:
+    """Why a checkpoint is not what the quantized one was made of."""
+    reasons = []
+    for module in modules.values():
+        name = module.weight
+        if name not in original.where:
+            reasons.append(f"{original.path}: has no {name}, which the quantized base has")
+            continue
+        info = original.info(name)
+        if info.shape != module.scheme.shape or format_of(info.dtype) is None:
+            told = f"{info.dtype} {list(info.shape)}, not floats of {list(module.scheme.shape)}"
+            reasons.append(f"{original.path}: {name} is {told}")
+    return reasons
