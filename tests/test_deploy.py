@@ -31,6 +31,7 @@ from typer.testing import CliRunner
 
 import infold
 from infold.cli.main import app
+from infold.deploy import smoke
 from infold.deploy.bundle import bundle_problems, deploy_bundle, read_config
 from infold.deploy.checklist import Box, check_boxes
 from infold.deploy.facts import read_facts
@@ -195,6 +196,42 @@ def test_what_is_no_merged_folder_is_refused(made: tuple[Path, Path, Path]) -> N
     assert ran.exit_code == 2 and "not a merged folder" in ran.output
 
 
+def test_a_model_without_a_tokenizer_is_refused(merged: Path) -> None:
+    for file in merged.glob("tokenizer*"):
+        file.unlink()
+    before = contents(merged)
+    for more in ((), ("--smoke",)):
+        ran = CliRunner().invoke(app, ["deploy", str(merged), *more])
+        assert ran.exit_code == 2 and "has no tokenizer" in ran.output
+    assert contents(merged) == before
+
+
+def test_a_folder_that_was_edited_afterwards_is_refused(merged: Path) -> None:
+    content = bytearray((merged / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (merged / "model.safetensors").write_bytes(content)
+    before = contents(merged)
+    for more in ((), ("--smoke",)):
+        ran = CliRunner().invoke(app, ["deploy", str(merged), *more])
+        assert ran.exit_code == 2 and "was changed after it was merged" in ran.output
+    assert contents(merged) == before
+
+
+def test_the_rollback_command_restores_the_base(made: Any, tmp_path: Path) -> None:
+    infold.merge(made[0], made[1], tmp_path / "merged", undo=True)
+    plan = deploy_bundle(tmp_path / "merged", measured=False).config["rollback"]
+
+    assert plan["exact"] and plan["command"] in (tmp_path / "merged" / "README.md").read_text()
+    tool, *words = plan["command"].split()
+    assert tool == "infold"
+    subprocess.run([sys.executable, "-m", "infold", *words], cwd=tmp_path, check=True)
+    assert contents(tmp_path / "base") == contents(made[0])
+    infold.swap(tmp_path / "merged", made[1], tmp_path / "swapped")
+    assert (tmp_path / "swapped" / "README.md").read_text().endswith("# the base's own\n")
+    with pytest.raises(Refusal, match=r"deployment_config.json: .*, or use --out"):
+        infold.undo(tmp_path / "merged", in_place=True)
+
+
 # --- servers -------------------------------------------------------------------------------------
 
 
@@ -260,6 +297,67 @@ def test_growth_is_found_and_noise_is_not() -> None:
     assert growth([0.5, 1.5, 1.0] * 3, [*flat[:8], flat[0] + (60 << 20)]) == []
     assert "latency grew" in growth([1, 1, 1, 2, 2, 2, 3, 3, 3], flat)[0]
     assert "memory grew" in growth([1.0] * 9, [n << 20 for n in range(1000, 1900, 100)])[0]
+
+
+# Answers as it is told to: leaks, becomes slower, says another thing, hangs, dies or fails.
+FALSE_SERVER = """
+import http.server, json, os, sys, time
+kept, asked, how = [], 0, sys.argv[2]
+class Handler(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *words): pass
+    def answer(self, code, body):
+        self.send_response(code); self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body))); self.end_headers()
+        self.wfile.write(body)
+    def do_GET(self): self.answer(200, b"{}")
+    def do_POST(self):
+        global asked
+        asked += 1
+        self.rfile.read(int(self.headers["Content-Length"]))
+        text = "red"
+        if how == "leak": kept.append(os.urandom(24 << 20))
+        if how == "slow": time.sleep(0.02 * asked)
+        if how == "other" and asked > 3: text = "blue"
+        if how == "hang" and asked > 3: time.sleep(60)
+        if how == "die" and asked > 3: print("out of memory"); sys.stdout.flush(); os._exit(5)
+        if how == "fail" and asked > 3: return self.answer(500, b"{}")
+        self.answer(200, json.dumps({"id": "1", "object": "text_completion", "created": 0,
+            "model": "m", "choices": [{"index": 0, "text": text, "finish_reason": "stop"}]}
+            ).encode())
+http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+@pytest.mark.skipif(bool(SERVING), reason=f"the extra serve is missing: {SERVING}")
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        ("well", None),
+        ("leak", "memory grew from"),
+        ("slow", "latency grew from"),
+        ("other", "4 of 6 answers differ from the first"),
+        ("hang", "the server did not answer: Request timed out"),
+        ("die", "the server died with exit code 5: out of memory"),
+        ("fail", "the server did not answer"),
+    ],
+)
+def test_a_server_that_misbehaves_is_found_out(
+    merged: Path, monkeypatch: pytest.MonkeyPatch, how: str, told: str | None
+) -> None:
+    def command(folder: Path, port: int) -> list[str]:
+        return [sys.executable, "-c", FALSE_SERVER, str(port), how]
+
+    monkeypatch.setattr(smoke, "_transformers", command)
+    monkeypatch.setattr(smoke, "run_local", lambda *words, **given: {"text": "red"})
+    before = {p.pid for p in psutil.Process().children(recursive=True)}
+
+    few = ("--requests", "6", "--seconds", "0", "--timeout", "8")
+    ran = CliRunner().invoke(app, ["deploy", str(merged), "--smoke", *few])
+
+    assert ran.exit_code == (0 if told is None else 1), ran.output
+    if told is not None:
+        assert told in ran.output + str(ran.exception)
+    assert {p.pid for p in psutil.Process().children(recursive=True)} <= before
 
 
 @pytest.mark.skipif(bool(SERVING), reason=f"the extra serve is missing: {SERVING}")
