@@ -158,7 +158,7 @@ def _client(
             written = client.completions.create(model=model, prompt=prompt, **talk)
             return str(written.choices[0].text)
         except openai.OpenAIError as error:
-            server.check()
+            server.check(wait=2)  # a connection is lost a moment before its process ends
             raise ServerFailure(f"the server did not answer: {error}") from None
 
     return ask
