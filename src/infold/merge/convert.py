@@ -26,7 +26,8 @@ from infold.formats import Floats
 from infold.formats.values import VALUES, Matrix, Scheme, encoder
 from infold.merge.apply import EditRun, Read, Run
 from infold.merge.source import Buffers, Source
-from infold.plan.edits import Decoded, Edit, Original, Part, Plan
+from infold.plan.edits import BaseTensor, Decoded, Edit, Original, Part, Plan
+from infold.plan.edits import Source as AnySource
 
 __all__ = [
     "ConvertedRun",
@@ -36,6 +37,7 @@ __all__ = [
     "converted_runs",
     "encoded_bytes",
     "measured_error",
+    "reads_elsewhere",
     "source_of",
 ]
 
@@ -80,6 +82,20 @@ def source_of(plan: Plan, run: Run, files: InputFiles) -> Source:
     if isinstance(source, Decoded):
         return DecodedSource(plan, source, files)
     return Source(plan, run, files)
+
+
+def reads_elsewhere(plan: Plan, source: AnySource, shard: int) -> bool:
+    """Whether values come from another file than this shard of the base (or an adapter)."""
+    if isinstance(source, Original):
+        return True
+    if isinstance(source, BaseTensor):
+        return plan.base.where[source.name] != shard
+    if isinstance(source, Part):
+        others = any(plan.base.where[name] != shard for _, name in source.stored)
+        return others or reads_elsewhere(plan, source.values.source, shard)
+    if isinstance(source, Decoded):
+        return any(plan.base.where[name] != shard for _, name in source.parts)
+    return False
 
 
 def parts_of(

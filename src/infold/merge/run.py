@@ -527,6 +527,8 @@ def _identity(prepared: Prepared) -> str:
         hasher.update(repr(sorted(files.items())).encode())
     hasher.update(repr([describe(edit) for edit in plan.edits.values()]).encode())
     hasher.update(repr([edit.operations for edit in plan.edits.values()]).encode())
+    hasher.update(repr([edit.source for edit in plan.edits.values()]).encode())
+    hasher.update(repr(plan.conversion).encode())
     if prepared.undo:  # a record has blocks of one size
         hasher.update(repr([prepared.limit, source and source.record.identity]).encode())
     return hasher.hexdigest()
@@ -536,14 +538,14 @@ def _edits(plan: Plan, streamed: Streamed) -> list[dict[str, object]]:
     """Every edit, with the share of elements that rounding left as they were."""
     result = []
     for name, edit in plan.edits.items():
-        count = math.prod(edit.shape)
-        changed = streamed.runs[name].changed
-        error = measured_error(streamed.runs[name])
-        unchanged = round(1 - changed / count, 6) if count and not streamed.resumed else None
+        run = streamed.runs[name]
+        count = run.floats.rows * run.floats.columns
+        error = measured_error(run)
+        unchanged = round(1 - run.changed / count, 6) if count and not streamed.resumed else None
         entry = {**describe(edit), "unchanged": unchanged}
         if error is not None:  # nothing of the base's is left to compare with
             entry |= {"unchanged": None, "error": None if streamed.resumed else error}
-        if (loss := loss_of(streamed.runs[name])) is not None and not streamed.resumed:
+        if (loss := loss_of(run)) is not None:
             entry["rounding"] = loss.describe()
         result.append(entry)
     return result

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -31,7 +32,7 @@ from infold.edit.steps import Workspace
 from infold.edit.threads import take_one_core
 from infold.errors import Refusal
 from infold.merge.apply import Run
-from infold.merge.convert import converted_runs, source_of
+from infold.merge.convert import converted_runs, reads_elsewhere, source_of
 from infold.merge.losses import lossy
 from infold.merge.recording import Recording
 from infold.merge.source import Buffers, Source
@@ -124,8 +125,7 @@ class _Chain:
         self.ready = threading.Condition()
         self.kept = 0  # bytes that the journal tells or will tell
         foreign = any(
-            isinstance(edit.source, BaseTensor)
-            and plan.base.where[edit.source.name] != shard.source
+            reads_elsewhere(plan, edit.source, shard.source)
             for name in shard.header.tensors
             if (edit := plan.edits.get(name))
         )  # the digests of this shard do not tell whether that other one is still the same
@@ -355,6 +355,7 @@ class _Pool:
         self.chains: list[_Chain] = []
         self.digests: dict[str, ShardDigests] = {}
         self.resumed = 0
+        self.left: list[Compute] = []  # blocks of scales that an earlier run has written
         self.tasks = self._tasks()
         self.lock = threading.Lock()
         self.stopped = threading.Event()
@@ -380,7 +381,14 @@ class _Pool:
                 self.advance(-chain.start)
                 chain.start = chain._resume(None)
                 self.advance(chain.start)
-                todo = chunks
+                todo, done = chunks, []
+            self.left += [
+                work
+                for work in done
+                if isinstance(work, Compute)
+                and work.run.forward is not None
+                and work.run.forward.loss is not None
+            ]
             if not todo:
                 self._finish(chain)
             for number, (end, work) in enumerate(todo):
@@ -412,6 +420,19 @@ class _Pool:
         self.writers.shutdown(wait=False)  # each worker has waited for its own
         if self.error is not None:
             raise self.error
+        self._count_again()
+
+    def _count_again(self) -> None:
+        """Blocks that an earlier run has written: nothing more is known of how they came out."""
+        workspace, buffers = Workspace(self.device, self.limit), Buffers()
+        for work in self.left:
+            run, block = work.run, work.block
+            run.prepare(workspace, partial(work.source.read, buffers=buffers), self.limit)
+            raw = work.source.read(block, buffers)
+            out = torch.empty(block.rows, block.columns, dtype=run.stored)
+            run.run(raw.to(self.device), out, block, workspace)
+            if work.last:
+                run.release()
 
     def _work(self) -> None:
         take_one_core()
