@@ -338,26 +338,18 @@ def verify(
     merged: PathLike,
     /,
     *,
-    progress: Progress | None = ...,
-    outputs: bool = ...,
-    prompts: PathLike | None = ...,
-    text: PathLike | None = ...,
-    new_tokens: int = ...,
-    device: str = ...,
-) -> Verdict: ...
+    progress: Progress | None = ..., outputs: bool = ..., prompts: PathLike | None = ...,
+    text: PathLike | None = ..., new_tokens: int = ..., device: str = ...,
+) -> Verdict: ...  # fmt: skip
 
 
 @overload
 def verify(
     *,
     merged: PathLike,
-    progress: Progress | None = ...,
-    outputs: bool = ...,
-    prompts: PathLike | None = ...,
-    text: PathLike | None = ...,
-    new_tokens: int = ...,
-    device: str = ...,
-) -> Verdict: ...
+    progress: Progress | None = ..., outputs: bool = ..., prompts: PathLike | None = ...,
+    text: PathLike | None = ..., new_tokens: int = ..., device: str = ...,
+) -> Verdict: ...  # fmt: skip
 
 
 @overload
@@ -366,13 +358,9 @@ def verify(
     adapters: PathLike | Sequence[PathLike],
     merged: PathLike,
     *,
-    progress: Progress | None = ...,
-    outputs: bool = ...,
-    prompts: PathLike | None = ...,
-    text: PathLike | None = ...,
-    new_tokens: int = ...,
-    device: str = ...,
-) -> Verdict: ...
+    progress: Progress | None = ..., outputs: bool = ..., prompts: PathLike | None = ...,
+    text: PathLike | None = ..., new_tokens: int = ..., device: str = ...,
+) -> Verdict: ...  # fmt: skip
 
 
 def verify(
