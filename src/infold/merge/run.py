@@ -423,19 +423,17 @@ def block_size(
     widest = 40 if undo else 12  # bytes an element takes at most: stored, computed, staged
     if plan.conversion is not None:
         widest = _CONVERTED
-    needed, least = 0, block_elements(plan)
+    needed = 0
+    least = max(block_elements(plan), min(_BLOCK, fixed) if fixed else _SMALLEST_BLOCK)
     for count in range(workers, 0, -1) if fewer else (workers,):
         parts = sum(sizes[: count + 1])  # each worker can be at an edit of its own
         room = ((budget - parts) // count - _PER_WORKER) // widest
-        limit = min(_BLOCK, room)
-        if room < least:
-            needed = parts + count * (_PER_WORKER + least * widest)
-            continue
-        if fixed is not None and limit >= min(fixed, _BLOCK):
-            return count, fixed
-        if fixed is None and limit >= _SMALLEST_BLOCK:
-            return count, limit if device.type == "cpu" else min(8 * limit, 8 * _BLOCK // count)
-        needed = parts + count * (_PER_WORKER + (fixed or _SMALLEST_BLOCK) * widest)
+        if room >= least:
+            limit = max(least, min(_BLOCK, room)) if fixed is None else fixed
+            if fixed is None and device.type != "cpu":
+                limit = min(8 * limit, 8 * _BLOCK // count)
+            return count, limit
+        needed = parts + count * (_PER_WORKER + least * widest)
     raise Refusal(
         f"--max-memory: {_mib(budget)} is too little: this merge needs {-(-needed >> 20)} MiB "
         f"with --threads {1 if fewer else workers}"

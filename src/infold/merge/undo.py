@@ -352,8 +352,15 @@ class UndoRun:
         if self.guesser is not None:
             self.guesser.release()
 
-    def run(self, raw: Tensor, out: Tensor, block: Block, workspace: Workspace) -> None:
-        """`block` is one of the record's."""
+    def run(
+        self,
+        raw: Tensor,
+        out: Tensor,
+        block: Block,
+        workspace: Workspace,
+        near: Tensor | None = None,
+    ) -> None:
+        """`block` is one of the record's, `out` on the CPU."""
         where = f"{self.merged.record.path}: {self.edit.tensor}"
         with self._lock:
             if self._numbers is None:
@@ -362,10 +369,9 @@ class UndoRun:
         number = self._numbers[block.row, block.column]
         kind, payload = self.merged.record.payload(self.number, number)
         if kind != ORIGINAL:
-            near = self.guesser.guess(raw, block, workspace) if self.guesser else None
-            if near is None:
+            if self.guesser is None or not self.guesser.has_way_back():
                 raise CorruptFile(f"{where}: a residual, but no method that it belongs to")
-            out.copy_(near)
+            self.guesser.guess(raw, out, block, workspace)
         unpack(kind, payload, out, where)
 
     def _cut(self) -> Iterator[Block]:
@@ -412,9 +418,16 @@ class SwapRun:
         self.undo.release()
         self.new.release()
 
-    def run(self, raw: Tensor, out: Tensor, block: Block, workspace: Workspace) -> Tensor:
-        base = torch.empty(block.rows, block.columns, dtype=self.undo.stored)
+    def run(
+        self,
+        raw: Tensor,
+        out: Tensor,
+        block: Block,
+        workspace: Workspace,
+        near: Tensor | None = None,
+    ) -> Tensor:
+        base = workspace.block("base", block, self.undo.stored)
         self.undo.run(raw, base, block, workspace)
-        self.new.run(base.to(self.new.device), out, block, workspace)
+        self.new.run(base.to(self.new.device), out, block, workspace, near)
         self.changed = self.new.changed
         return base
