@@ -28,7 +28,7 @@ from infold.plan.fold import Part, Place, Unfoldable
 from infold.plan.layouts import is_conv1d
 from infold.plan.match import Names
 
-__all__ = ["StoredModules", "quantization_of"]
+__all__ = ["StoredModules", "quantization_of", "words_of"]
 
 _DEPTH = 3  # components of a tensor's name below its module, such as `weight.quant_state.nf4`
 _DTYPES = {
@@ -56,6 +56,14 @@ def quantization_of(base: Checkpoint) -> Mapping[str, Any]:
             if isinstance(told := place.get(name), dict):
                 return told
     return {}
+
+
+def words_of(form: Quantized, stored: Stored) -> str:
+    """The format for a person, also where the module is broken."""
+    try:
+        return form.words(stored)
+    except NoFold:
+        return form.NAME
 
 
 class StoredModules:
@@ -236,11 +244,11 @@ def _scales(module: str, stored: Stored, form: Quantized, whole: Settings) -> It
     try:
         scales = form.scales(stored)
     except NoFold as error:
-        raise Unfoldable(f"{module} ({form.words(stored)}): {error}") from None
+        raise Unfoldable(f"{module} ({words_of(form, stored)}): {error}") from None
     for scale in scales:
         field = stored.tensors[scale.part]
         if format_of(field.dtype) is None:
-            raise Unfoldable(f"{module} ({form.words(stored)}): its scales are {field.dtype}")
+            raise Unfoldable(f"{module} ({words_of(form, stored)}): its scales are {field.dtype}")
         settings = replace(whole, repeat=scale.repeat, rows=scale.rows or whole.rows)
         yield Place(f"{stored.name}.{scale.part}", settings, scale.transposed, scales=True)
 
