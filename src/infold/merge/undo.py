@@ -27,6 +27,7 @@ from infold.checkpoint.shards import (
     Shard,
     companion,
     is_lone,
+    kept_name,
     open_checkpoint,
     read_receipt,
 )
@@ -161,7 +162,7 @@ class Merged:
             if name in self.rewritten:
                 found[name] = self.rewritten[name]
             elif name in self.copied:
-                found[name] = (self.path / name).read_bytes()
+                found[name] = (self.path / kept_name(self.path, name)).read_bytes()
         return found
 
     def sides_digests(self, plan: Plan) -> dict[str, str]:
@@ -307,11 +308,12 @@ def _edit(name: str, entry: Mapping[str, Any]) -> Edit:
 def _check_sides(merged: Merged) -> None:
     wrong = []
     for name, digest in merged.record.manifest["side_files"].items():
-        if not os.path.lexists(merged.path / name):
-            wrong.append(f"{merged.path / name}: is missing; the base had this file too")
-        elif digest_file(merged.checkpoint, name) != digest:
+        kept = kept_name(merged.path, name)
+        if not os.path.lexists(merged.path / kept):
+            wrong.append(f"{merged.path / kept}: is missing; the base had this file too")
+        elif digest_file(merged.checkpoint, kept) != digest:
             wrong.append(
-                f"{merged.path / name}: was changed after it was merged, so it is not the base's "
+                f"{merged.path / kept}: was changed after it was merged, so it is not the base's "
                 "any more; put the old one back"
             )
     if wrong:
