@@ -21,9 +21,10 @@ from infold.checkpoint.safetensors import Header, TensorInfo
 from infold.checkpoint.shards import Checkpoint
 from infold.dtypes import BLOCKS
 from infold.formats import Field, NoFold, Stored, format_of
+from infold.formats.bitsandbytes import unnested
 from infold.formats.values import VALUES, NoValues, Scheme
 from infold.formats.values.ggml import ENCODES
-from infold.plan.edits import BaseTensor, Decoded, Edit, Original, Part, Source
+from infold.plan.edits import Amended, BaseTensor, Decoded, Edit, Original, Part, Source
 from infold.plan.match import Names
 from infold.plan.quantized import StoredModules, words_of
 
@@ -274,6 +275,9 @@ def to_quantized(
             tensor, scheme = module.tensor(part), module.scheme
             if entry is None:
                 removed.add(tensor)
+                for name, data in unnested(module.stored).amended.items():
+                    told = module.tensor(name)
+                    result[told] = Edit(told, Amended(told, data), "U8", (len(data),), ())
                 continue
             if entry.dtype in BLOCKS:
                 scheme = replace(scheme, kind=entry.dtype)
