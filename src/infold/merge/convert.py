@@ -18,7 +18,7 @@ from torch import Tensor
 
 from infold.checkpoint.adapter import Adapter
 from infold.checkpoint.inputs import InputFiles
-from infold.checkpoint.stored import ELEMENTS, stored_matrix
+from infold.checkpoint.stored import as_matrix, stored_matrix
 from infold.edit.blocks import Block
 from infold.edit.steps import Workspace, check_finite
 from infold.errors import Refusal
@@ -173,10 +173,10 @@ class _Module:
             if self.outputs is not None:
                 return
             self.inner.prepare(workspace, read, limit)
-            outputs = {
-                part: torch.zeros(_matrix(edit.shape), dtype=ELEMENTS[edit.dtype])
-                for part, edit in self.written.items()
-            }
+            outputs = {}
+            for part, edit in self.written.items():
+                dtype, shape = as_matrix(edit.dtype, edit.shape)
+                outputs[part] = torch.zeros(shape, dtype=dtype)
             rows, columns = self.scheme.shape
             encode, decode = encoder(self.form), VALUES[self.form].decode
             step = max(1, limit // max(1, columns) // self.scheme.align) * self.scheme.align
@@ -219,8 +219,7 @@ class PartRun:
         assert isinstance(edit.source, Part)
         self.edit, self.module, self.part = edit, module, edit.source.part
         self.stored = torch.uint8
-        rows, columns = _matrix(edit.shape)
-        count = rows * columns * ELEMENTS[edit.dtype].itemsize
+        count = encoded_bytes(edit)
         self.shape, self.floats = (1, count), Floats(1, count, "U8", 1, 1, None)
         self.changed = 0
         self.parts: Mapping[str, Matrix] = {}
@@ -280,7 +279,8 @@ def encoded_bytes(edit: Edit) -> int:
     """Memory that one part takes until it is written."""
     if not isinstance(edit.source, Part):
         return 0
-    return math.prod(edit.shape) * ELEMENTS[edit.dtype].itemsize
+    dtype, shape = as_matrix(edit.dtype, edit.shape)
+    return math.prod(shape) * dtype.itemsize
 
 
 def block_elements(plan: Plan) -> int:
@@ -289,8 +289,3 @@ def block_elements(plan: Plan) -> int:
         edit.source.scheme for edit in plan.edits.values() if isinstance(edit.source, Part)
     }
     return max((s.align * s.shape[1] for s in schemes), default=0)
-
-
-def _matrix(shape: Sequence[int]) -> tuple[int, int]:
-    """A stored shape as (rows, columns); a vector is a column."""
-    return (shape[0], math.prod(shape[1:])) if shape else (1, 1)

@@ -22,7 +22,7 @@ from infold.checkpoint.shards import (
     read_shard_header,
 )
 from infold.errors import CorruptFile, InfoldError, Refusal
-from infold.plan.convert import DTYPES, MODES
+from infold.plan.convert import DTYPES, MODES, TYPES
 from infold.plan.edits import OutputShard, Plan
 from infold.verify.verdict import Offender
 
@@ -75,7 +75,8 @@ def read_claims(folder: Path) -> Claims | None:
             isinstance(conversion.get(name), kind) for name, kind in fields.items()
         ):
             raise CorruptFile(f"{path}: not a receipt that infold writes")
-        if conversion["mode"] not in MODES or conversion["dtype"] not in ("", *DTYPES.values()):
+        known = ("", *DTYPES.values(), *TYPES.values())
+        if conversion["mode"] not in MODES or conversion["dtype"] not in known:
             raise CorruptFile(f"{path}: not a receipt that infold writes")
     if not all(isinstance(adapter, dict) for adapter in adapters):
         raise CorruptFile(f"{path}: not a receipt that infold writes")
