@@ -22,6 +22,7 @@ from ggufs import Stored
 from infold.checkpoint.gguf import read_gguf_header
 from infold.edit.scales import MOST
 from infold.formats.gguf import PACKINGS
+from infold.merge import stream
 from infold.plan.gguf import ARCHITECTURES
 
 WIDE, HEADS, GROUPS, ROWS = 256, 4, 2, 64
@@ -547,3 +548,27 @@ def test_a_killed_merge_to_a_file_goes_on(
 
     assert infold.verify(out).ok and not (tmp_path / ".merged.gguf.infold").exists()
     assert json.loads((tmp_path / "merged.gguf.infold-receipt.json").read_text())["undo"]
+
+
+def test_an_interrupted_merge_goes_on_where_it_was(
+    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is known of the scales then covers those that were written before, too."""
+    monkeypatch.setattr(stream, "KEEP_EVERY", 1 << 12)
+    whole = infold.merge(base, adapter, tmp_path / "whole.gguf", undo=True)
+    out, size = tmp_path / "merged.gguf", base.stat().st_size
+
+    def interrupt(done: int, total: int) -> None:
+        if done > size * 2 // 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        infold.merge(base, adapter, out, undo=True, threads=1, progress=interrupt)
+    receipt = infold.merge(base, adapter, out, undo=True, threads=1)
+
+    assert receipt.resumed_bytes > size // 2
+    assert out.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+    told = [[edit["rounding"] for edit in one.edits] for one in (receipt, whole)]
+    assert told[0] == told[1] and all(one["scales"] == 2 * ROWS for one in told[0])
+    infold.undo(out, tmp_path / "again.gguf")
+    assert (tmp_path / "again.gguf").read_bytes() == base.read_bytes()
