@@ -13,11 +13,11 @@ from infold.checkpoint.record import UNDO
 from infold.checkpoint.safetensors import Header, open_regular
 from infold.checkpoint.shards import (
     CARD,
-    KEPT_CARD,
     RECEIPT,
     companion,
     is_bundled,
     is_lone,
+    kept_name,
     read_receipt,
     read_shard_header,
 )
@@ -155,9 +155,7 @@ def side_files(folder: Path, plan: Plan) -> tuple[int, list[Offender]]:
             offenders.append(Offender("missing file", name, "it should be beside the weights"))
             continue
         try:
-            # `infold deploy` keeps the base's card under another name when it writes its own
-            kept = KEPT_CARD if name == CARD and os.path.lexists(folder / KEPT_CARD) else name
-            path = safe_child(folder, kept)
+            path = safe_child(folder, kept_name(folder, name))
             if name in plan.rewritten:
                 difference = _differs_from(path, plan.rewritten[name])
                 origin = "what the merge makes of the base's"
