@@ -36,7 +36,7 @@ def curve() -> list[dict[str, Any]]:
     from infold.dtypes import TORCH_DTYPES
     from infold.edit import Step, edit_tensor
     from infold.edit.blocks import Block
-    from infold.edit.residual import _fold, _integers, pack_residual
+    from infold.edit.residual import pack_residual
     from infold.edit.steps import Target, Workspace, backward, guess
     from infold.formats import dense
 
@@ -44,6 +44,16 @@ def curve() -> list[dict[str, Any]]:
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=random)
+
+    integers = {2: torch.int16, 4: torch.int32}
+
+    def folded(bits: Tensor) -> Tensor:
+        """Bits into positions on the line of all floats, or positions into bits."""
+        width = 8 * bits.element_size()
+        return bits ^ ((bits >> (width - 1)) & ((1 << (width - 1)) - 1))
+
+    def line(values: Tensor) -> Tensor:
+        return folded(values.view(integers[values.element_size()]).view(-1))
 
     def measured(weight: Tensor, dtype: str, steps: list[Step]) -> dict[str, float]:
         merged = edit_tensor(weight, steps, "weight")
@@ -54,7 +64,7 @@ def curve() -> list[dict[str, Any]]:
         workspace = Workspace(torch.device("cpu"), SIDE * SIDE)
         guess(back, merged, near, block, Target("weight", dtype, dense), workspace)
         _, payload = pack_residual(weight, near)
-        _, counts = (_fold(_integers(weight)) - _fold(_integers(near))).unique(return_counts=True)
+        _, counts = (line(weight) - line(near)).unique(return_counts=True)
         return {
             "record": len(payload) / weight.nbytes,
             "stream": _entropy(counts.double() / counts.sum()) / (8 * weight.element_size()),
@@ -71,12 +81,12 @@ def curve() -> list[dict[str, Any]]:
         likely as the normal distribution and the width of its rounding interval make it.
         """
         span = 400 if weight.element_size() == 2 else 60
-        integer = {2: torch.int16, 4: torch.int32}[weight.element_size()]
+        integer = integers[weight.element_size()]
         rows = slice(0, 256)
-        home = _fold(_integers(weight[rows].contiguous())).view(256, SIDE).long()
+        home = line(weight[rows].contiguous()).view(256, SIDE).long()
         total, own = torch.zeros(256, SIDE).double(), torch.zeros(256, SIDE).double()
         for offset in range(-span, span + 1):
-            other = _fold((home + offset).to(integer)).view(weight.dtype)
+            other = folded((home + offset).to(integer)).view(weight.dtype)
             usable = other.isfinite()
             tried = torch.where(usable, other, 0).contiguous()
             x = tried.double()

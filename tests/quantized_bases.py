@@ -92,6 +92,7 @@ def gptq(
         return (parts["scales"].double()[group] * difference).t()
 
     told = {"quant_method": "gptq", "bits": bits, "group_size": group, "desc_act": act_order}
+    told["checkpoint_format"] = "gptq" if version == 1 else "gptq_v2"
     return Module(tensors, values, ("scales",), told)
 
 

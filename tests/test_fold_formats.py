@@ -12,10 +12,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from typer.testing import CliRunner
 
 import handmade
 import infold
+import quantized_bases
 from infold.checkpoint.record import UNDO
+from infold.cli.main import app
 from quantized_bases import KINDS, REFUSED, Module
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the packages that write the bases
@@ -381,3 +384,25 @@ def test_small_scales_are_counted_and_hopeless_ones_refused(
         assert count == 63 * 4 + 128 * 2  # all but the zeros that are meant
         assert f"{count:,} of {64 * 4 + 128 * 2:,}" in told[0] and "0 fell to zero" in told[0]
         assert all(0.5 * error < entry["error"] < 2 * error for entry in found)
+
+
+def test_inspect_tells_the_formats(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "gptq")
+    tensors = load_file(base.path / "model.safetensors")
+    made = quantized_bases.blocks(torch.randn(64, 64))
+    tensors |= {f"{LAYER}.self_attn.o_proj.{part}": t for part, t in made.tensors.items()}
+    save_file(tensors, base.path / "model.safetensors")
+
+    found = infold.inspect(base.path)["quantization"]
+
+    assert sorted(found, key=lambda entry: -entry["modules"]) == [
+        {"format": "GPTQ, 4 bits, groups of 32", "modules": 4, "no_fold": None},
+        {
+            "format": "FP8, a scale for each block",
+            "modules": 1,
+            "no_fold": "one scale belongs to several rows ([2, 2] scales for 64 rows)",
+        },
+    ]
+    told = CliRunner().invoke(app, ["inspect", str(base.path)]).output
+    assert "GPTQ, 4 bits, groups of 32: 4 modules; IA³ folds" in told
+    assert "FP8, a scale for each block: 1 module; no place for IA³: one scale" in told

@@ -180,7 +180,7 @@ def watched(monkeypatch: pytest.MonkeyPatch, together: bool = False) -> Iterator
     seen, lock, company = Seen(), threading.Lock(), threading.Event()
     real_run, real_values = apply.EditRun.run, steps._values
 
-    def counted_run(self: Any, raw: Any, out: Any, block: Block, workspace: Any) -> None:
+    def counted_run(self: Any, raw: Any, out: Any, block: Block, *more: Any) -> Any:
         with lock:
             seen.blocks.append(block)
             seen.threads.add(threading.current_thread().name)
@@ -188,7 +188,7 @@ def watched(monkeypatch: pytest.MonkeyPatch, together: bool = False) -> Iterator
                 company.set()
         if together:
             assert company.wait(20)
-        real_run(self, raw, out, block, workspace)
+        return real_run(self, raw, out, block, *more)
 
     def counted_values(*given: Any) -> torch.Tensor:
         with lock:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import infold
 from infold.errors import Refusal
@@ -78,6 +78,33 @@ def test_a_right_merge_passes(dtype: str, kind: str, place: Path, tmp_path: Path
     effect, merged = found.differences["effect"], found.differences["merged"]
     assert merged.mean < effect.mean / 4 and merged.positions > 20
     assert not found.notes
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_fold_passes_and_one_without_an_edit_fails(place: Path, tmp_path: Path) -> None:
+    """A base that transformers saves with bitsandbytes in int8."""
+    base, merged = tmp_path / "base", tmp_path / "merged"
+    AutoModelForCausalLM.from_pretrained(
+        place / "base-float32",
+        quantization_config=BitsAndBytesConfig(load_in_8bit=True),
+        dtype=torch.float32,
+    ).save_pretrained(base)
+    AutoTokenizer.from_pretrained(place / "base-float32").save_pretrained(base)
+    shutil.copy(place / "prompts.txt", tmp_path)
+    infold.merge(base, place / "ia3", merged)
+
+    found = prove(base, place / "ia3", merged)
+
+    assert found.ok, [check for check in found.checks if not check.ok]
+    assert found.differences["merged"].mean < found.differences["effect"].mean / 1000
+    assert "control" not in found.differences and not found.notes
+
+    name = "model.layers.1.mlp.up_proj.SCB"
+    tensors = load_file(merged / "model.safetensors")
+    tensors[name] = load_file(base / "model.safetensors")[name]
+    save_file(tensors, merged / "model.safetensors", metadata={"format": "pt"})
+
+    assert not prove(base, place / "ia3", merged).ok
 
 
 def spoil_scale(base: Path, adapter: Path, out: Path) -> None:

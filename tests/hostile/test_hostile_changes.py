@@ -12,7 +12,7 @@ import torch
 
 import handmade
 import infold
-from infold.merge import stream
+from infold.merge import apply, stream
 
 OUT, IN = 512, 1024
 
@@ -47,7 +47,7 @@ def test_a_base_that_shrinks_while_it_is_read_ends_in_one_clear_error(
     file = base / "model.safetensors"
     shrink = cut_at(file, int(file.stat().st_size * part))
     place, name = (
-        (stream, "chunks_of") if moment == "when the streaming begins" else (stream.EditRun, "run")
+        (stream, "chunks_of") if moment == "when the streaming begins" else (apply.EditRun, "run")
     )
     real = getattr(place, name)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -46,7 +45,7 @@ class _Directed(LowRank):
     observes = True
 
     def __init__(self, parts: Mapping[str, Tensor], settings: Settings) -> None:
-        super().__init__(parts, settings)
+        super().__init__(*lora.factors(parts, settings))
         magnitude = parts["lora_magnitude_vector"].double().flatten()
         self.magnitude = settings.arranged(magnitude)
         self.total = torch.zeros_like(self.magnitude)  # sum of squares of each row
@@ -80,8 +79,8 @@ class _Undirected(LowRank):
     """W' / f - s B A, with the f that the norms of the merge gave."""
 
     def __init__(self, merged: _Directed) -> None:
-        settings = replace(merged.settings, scaling=-merged.settings.scaling)
-        super().__init__(merged.parts, settings)
+        super().__init__(merged.groups, merged.per_group, merged.delta_bias)
+        self.sign = -merged.sign
         back = root(merged.total) / merged.magnitude
         self.back = torch.where(back.isfinite(), back, 1.0)
 

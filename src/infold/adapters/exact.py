@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 import threading
+import weakref
 from typing import TypeAlias
 
 import torch
@@ -95,18 +96,40 @@ class Factors:
         self.b = _Grid(b, 1, scaling, width, slices)
         self.a = _Grid(a, 0, 1.0, width, slices)
 
-    def add_to(self, x: Tensor, rows: Index, cols: Index) -> None:
-        """x += (scaling * B @ A)[rows][:, cols], in place; x is float64 in either memory order."""
+    def add_to(self, x: Tensor, rows: Index, cols: Index, sign: int = 1) -> None:
+        """x += sign * (scaling * B @ A)[rows][:, cols], in place; x is float64 in either memory
+        order. The last product is kept: one that was added is often subtracted again at once."""
+        flipped = x.stride(0) < x.stride(1)  # stored as (in, out)
+        if flipped:
+            x = x.t()
+        delta = _scratch(x, 0)
+        this = self._product(flipped, rows, cols, x)
+        if this is None or this != _local.__dict__.get("last"):
+            _local.last = None
+            self._multiply(flipped, rows, cols, delta)
+            _local.last = this
+        if sign < 0:
+            x.sub_(delta)
+        else:
+            x.add_(delta)
+
+    def _product(self, flipped: bool, rows: Index, cols: Index, x: Tensor) -> object:
+        """What the thread's buffer is known by; None: this product is not kept."""
+        if x.device.type != "cpu" or isinstance(rows, Tensor) or isinstance(cols, Tensor):
+            return None
+        return weakref.ref(self), flipped, rows, cols, x.shape  # equal while it is alive
+
+    def _multiply(self, flipped: bool, rows: Index, cols: Index, delta: Tensor) -> None:
+        """The product into `delta`, in the order of its memory."""
         b, a = self.b.take(rows), self.a.take(cols)
-        if x.stride(0) < x.stride(1):  # stored as (in, out): multiply in the order of the memory
-            x, b, a = x.t(), tuple(t.t() for t in a), tuple(t.t() for t in b)
+        if flipped:
+            b, a = tuple(t.t() for t in a), tuple(t.t() for t in b)
         # a sum of nothing but -0 is -0 or +0, as the BLAS likes; begun with +0 it is +0
-        delta = _scratch(x, 0).zero_().addmm_(b[0], a[0])
+        delta.zero_().addmm_(b[0], a[0])
         if self.slices == 2:
-            cross = _scratch(x, 1)
+            cross = _scratch(delta, 1)
             torch.mm(torch.cat(b, 1), torch.cat(a[::-1], 0), out=cross)
             delta.add_(cross)
-        x.add_(delta)
 
 
 def _scratch(like: Tensor, number: int) -> Tensor:

@@ -11,8 +11,7 @@ and `lora_embedding_B` (out, r) of the transposed table. A grouped convolution h
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
-from dataclasses import replace
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -69,18 +68,16 @@ class LowRank:
 
     observes = False
 
-    def __init__(self, parts: Mapping[str, Tensor], settings: Settings) -> None:
-        self.parts, self.settings = parts, settings
-        self.groups = _groups(parts, settings)
-        self.per_group = settings.out // settings.groups
-        bias = parts.get("lora_bias")
-        if bias is not None:
-            bias = settings.arranged(bias.double().flatten()) * settings.scaling
-        self.delta_bias = bias
+    def __init__(self, groups: Sequence[Factors], per_group: int, bias: Tensor | None) -> None:
+        """groups: of outputs, each of `per_group`. bias: (out,), float64, scaled."""
+        self.groups, self.per_group, self.delta_bias = groups, per_group, bias
+        self.sign = 1
 
     def inverse(self) -> LowRank:
         """W' - s B A, and the like of the bias."""
-        return LowRank(self.parts, replace(self.settings, scaling=-self.settings.scaling))
+        back = LowRank(self.groups, self.per_group, self.delta_bias)
+        back.sign = -self.sign
+        return back
 
     @property
     def observed(self) -> Tensor | None:
@@ -92,31 +89,38 @@ class LowRank:
 
     def weight(self, x: Tensor, rows: Index, cols: Index) -> None:
         if len(self.groups) == 1:
-            self.groups[0].add_to(x, rows, cols)
+            self.groups[0].add_to(x, rows, cols, self.sign)
             return
         outputs = torch.arange(self.per_group * len(self.groups), device=x.device)[rows]
         for number, factors in enumerate(self.groups):
             mine = (outputs // self.per_group == number).nonzero().flatten()
             if len(mine):
                 part = x[mine]
-                factors.add_to(part, outputs[mine] - number * self.per_group, cols)
+                factors.add_to(part, outputs[mine] - number * self.per_group, cols, self.sign)
                 x[mine] = part
 
     def bias(self, x: Tensor, rows: Index) -> None:
         if self.delta_bias is not None:
-            x.add_(self.delta_bias[rows])
+            x.add_(self.delta_bias[rows], alpha=self.sign)
 
 
-def _groups(parts: Mapping[str, Tensor], settings: Settings) -> list[Factors]:
+def factors(
+    parts: Mapping[str, Tensor], settings: Settings
+) -> tuple[Sequence[Factors], int, Tensor | None]:
+    """What `LowRank` is made of."""
     a, b = parts["lora_A"].flatten(1), settings.arranged(parts["lora_B"].flatten(1))
-    return [
+    groups = [
         Factors(a_group, b_group, settings.scaling, settings.slices)
         for a_group, b_group in zip(a.chunk(settings.groups), b.chunk(settings.groups), strict=True)
     ]
+    bias = parts.get("lora_bias")
+    if bias is not None:
+        bias = settings.arranged(bias.double().flatten()) * settings.scaling
+    return groups, settings.out // settings.groups, bias
 
 
 def prepare(parts: Mapping[str, Tensor], settings: Settings) -> LowRank:
-    return LowRank(parts, settings)
+    return LowRank(*factors(parts, settings))
 
 
 def bound(peak: float, parts: Mapping[str, Tensor], settings: Settings) -> float:

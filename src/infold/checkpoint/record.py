@@ -34,7 +34,7 @@ from infold.errors import CorruptFile, StorageFailure
 __all__ = ["FILE", "ORIGINAL", "RESIDUAL", "SEEN", "UNDO", "Record", "RecordWriter", "open_record"]
 
 UNDO = "infold-undo.bin"
-MAGIC = b"infold undo 1\n\0\0"
+MAGIC = b"infold undo 2\n\0\0"
 SEEN, FILE, MANIFEST = 1 << 31, 0xFFFFFFFE, 0xFFFFFFFF
 # kinds of frames: content as it is; a block as the distance from a guess; a block as it was
 DATA, RESIDUAL, ORIGINAL = 0, 1, 2

@@ -100,6 +100,10 @@ def _checkpoint(found: dict[str, Any]) -> None:
             for dtype, e in found["dtypes"].items()
         )
     )
+    for form in found["quantization"]:
+        fold_text = f"no place for IA³: {form['no_fold']}" if form["no_fold"] else "IA³ folds"
+        told = f"{form['format']}: {plural('module', form['modules'])}; {fold_text}"
+        print(entry("quantized", told, 12))
     print("shards")
     print(
         table(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -137,7 +138,7 @@ def merge(
     if as_json:
         print(json.dumps(asdict(receipt)))
     elif say:
-        print(done_text(receipt, place))
+        print(done_text(receipt, place, plan.notes))
 
 
 def _in_place(
@@ -179,7 +180,13 @@ def _summary(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def done_text(receipt: Receipt, out: str) -> str:
+def _elements(edit: dict[str, Any]) -> int:
+    """Of a quantized tensor: its scales."""
+    return edit["rounding"]["scales"] if "rounding" in edit else math.prod(edit["shape"])
+
+
+def done_text(receipt: Receipt, out: str, told: Sequence[str] = ()) -> str:
+    """What was done; `told`: notes that were printed already."""
     kept = bytes_text(receipt.resumed_bytes)
     resumed = f", {kept} kept from an interrupted run" if receipt.resumed_bytes else ""
     speed = bytes_text(receipt.bytes / max(receipt.seconds, 1e-3))
@@ -191,16 +198,18 @@ def done_text(receipt: Receipt, out: str) -> str:
         )
     ]
     merged = [e for e in receipt.edits if e["operations"] and e["unchanged"] is not None]
-    count = sum(math.prod(edit["shape"]) for edit in merged)
-    same = sum(edit["unchanged"] * math.prod(edit["shape"]) for edit in merged)
+    count = sum(map(_elements, merged))
+    same = sum(edit["unchanged"] * _elements(edit) for edit in merged)
+    what = "scales" if all("rounding" in edit for edit in merged) else "elements"
     if same:
         lines.append(
             entry(
                 "rounding",
-                f"{same / count:.1%} of the edited elements stayed as they were: "
+                f"{same / count:.1%} of the edited {what} stayed as they were: "
                 "their change is zero or under half a unit of the stored dtype",
             )
         )
+    lines += [entry("note", note) for note in receipt.notes if note not in told]
     if receipt.undo:
         size = receipt.undo["bytes"]
         share = size / max(1, receipt.edited_bytes)

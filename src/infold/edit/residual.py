@@ -1,15 +1,14 @@
 """What rounding destroyed, in few bytes: the way from a guess of a block to the block itself.
 
-The floats of a dtype lie on a line of integers, in their order: their bits in two's complement, all
-but the sign inverted where that is set. Neighbours differ by 1 there, and -0 comes before +0. The
-residual r of an element is the distance from the guess to the stored value on that line, modulo
-its width. Most are 0, most of the others -1 or 1. One block becomes these planes, compressed by
-Zstandard:
+The bits of an element are taken for an integer. The residual r is the integer of the stored value
+less that of the guess, modulo its width; neighbours of one sign differ by 1. Most residuals are 0,
+most of the others -1 or 1. One block becomes two parts, compressed by Zstandard:
 
-    mask of r != 0                  a bit for each element
-    sign                            a bit for each element with r != 0;  m = |r| - 1 for those
-    LEVELS times: mask of m != 0    a bit for each m;                    m := m - 1 where it is set
-    what is left                    byte planes of the last m, the low bytes first
+    codes       two bits for each element: r where it is -1, 0 or 1, else 2. A byte has the codes of
+                four elements, one of each quarter of the block, the first quarter lowest; what
+                a quarter is too short by counts as 0
+    the others  for each code of 2, in order, 2 r - 3 where r > 0, else -2 r - 4, as byte planes,
+                the low bytes first
 
 A guess of any quality gives the block back. Where the residual is no smaller than the block, the
 block itself is stored as byte planes: exponents and mantissas compress better apart.
@@ -37,17 +36,16 @@ __all__ = [
 ]
 
 RESIDUAL, ORIGINAL = 1, 2  # kinds of a packed block
-LEVELS = 2
-_LEVEL = 3  # Zstandard's; higher ones gain nothing here
+_LEVEL = 1  # Zstandard's; higher ones gain nothing here
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-_GATHER = 0x0102040810204080  # times eight bytes of 0 or 1, moves them into the highest byte
+_HIGH, _LOW = 0xAA, 0x55  # the bits of each code in a byte of four
 _local = threading.local()
 
 
 def pack_residual(block: Tensor, guess: Tensor) -> tuple[int, bytes]:
     """(kind, payload) of a contiguous block of a float dtype; `guess` is of its shape and dtype."""
-    data = b"".join(_planes(_integers(block), _integers(guess)))
-    packed = _compress(data)
+    codes, rest = _coded(_integers(block), _integers(guess))
+    packed = _compress(content(codes) + _split(rest))
     if len(packed) * 2 > block.nbytes:
         original = pack_original(block)
         if len(original[1]) <= len(packed):
@@ -77,11 +75,11 @@ def unpack(kind: int, payload: bytes, block: Tensor, where: str) -> None:
 
 
 def unpack_bound(block: Tensor) -> int:
-    """The most bytes that the planes of such a block have."""
-    return block.nbytes + (2 + LEVELS) * (block.numel() // 8 + 1)
+    """The most bytes that such a block has before it is compressed."""
+    return block.nbytes + _quarter(block.numel())
 
 
-# --- the line of floats ------------------------------------------------------------------------
+# --- residuals ---------------------------------------------------------------------------------
 
 
 def _integers(block: Tensor) -> Tensor:
@@ -89,78 +87,64 @@ def _integers(block: Tensor) -> Tensor:
     return block.view(_INTEGER[block.element_size()]).view(-1)
 
 
-def _fold(bits: Tensor) -> Tensor:
-    """Bits into positions on the line, or positions into bits: it is its own inverse."""
-    width = 8 * bits.element_size()
-    return bits ^ ((bits >> (width - 1)) & ((1 << (width - 1)) - 1))
+def _quarter(count: int) -> int:
+    """Elements of a quarter: whole lanes of eight bytes of codes."""
+    return -(-count // 32) * 8
 
 
-def _differ(one: Tensor, two: Tensor) -> Tensor:
-    """Where two vectors of integers differ. Mostly few do: look at eight bytes at a time first."""
-    lanes = 8 // one.element_size()
-    if len(one) % lanes == 0:
-        wide = (one.view(torch.int64) ^ two.view(torch.int64)).nonzero().view(-1)
-        if 2 * lanes * len(wide) < len(one):
-            rows = one.view(-1, lanes)[wide] != two.view(-1, lanes)[wide]
-            within = rows.view(-1).nonzero().view(-1)
-            return wide[within // lanes] * lanes + within % lanes
-    return (one != two).nonzero().view(-1)
+def _coded(block: Tensor, guess: Tensor) -> tuple[Tensor, Tensor]:
+    """Of two vectors of integers the codes, as bytes, and what else is to be told."""
+    count, size = len(block), _quarter(len(block))
+    residual = _buffer("residual", 4 * size, block.dtype)
+    residual[count:] = 0
+    torch.sub(block, guess, out=residual[:count])
+    codes = _buffer("codes", 4 * size, block.dtype)
+    torch.clamp(residual, -2, 2, out=codes).bitwise_and_(3)
+    joined, *quarters = codes.view(4, size).unbind()
+    for number, quarter in enumerate(quarters, 1):
+        joined |= quarter.bitwise_left_shift_(2 * number)
+    packed = joined.to(torch.uint8)
+    others = residual[_others(packed)]
+    return packed, ((others << 1) ^ (others >> (8 * others.element_size() - 1))) - 3
 
 
-# --- planes ------------------------------------------------------------------------------------
-
-
-def _planes(block: Tensor, guess: Tensor) -> list[bytes]:
-    """The planes of two vectors of bits."""
-    where = _differ(block, guess)
-    moved = torch.zeros(len(block), dtype=torch.bool)
-    moved[where] = True
-    residual = _fold(block[where]) - _fold(guess[where])
-    negative = residual < 0
-    planes = [_pack(moved), _pack(negative)]
-    rest = torch.where(negative, ~residual, residual - 1)  # |r| - 1, which never overflows
-    for _ in range(LEVELS):
-        mask = rest != 0
-        planes.append(_pack(mask))
-        rest = rest[mask] - 1
-    return [*planes, _split(rest)]
+def _others(codes: Tensor) -> Tensor:
+    """The numbers of the elements whose code is 2, ascending. Mostly few are: look at eight bytes
+    at a time first."""
+    lanes = ((codes & _HIGH) & ~((codes & _LOW) << 1)).view(torch.int64)
+    wide = lanes.nonzero().view(-1)
+    some = lanes[wide].view(torch.uint8)
+    within = some.nonzero().view(-1)
+    which = torch.stack([some[within] & (2 << shift) for shift in (0, 2, 4, 6)])
+    quarter, number = which.nonzero(as_tuple=True)
+    return quarter * len(codes) + (wide[within >> 3] * 8 + (within & 7))[number]
 
 
 def _add(integers: Tensor, data: _Reader) -> None:
-    """Move each guess on its line by the residual that the planes tell."""
-    where = data.places(len(integers))
-    count = len(where)
-    negative = data.bits(count)
-    masks = []
-    for _ in range(LEVELS):
-        masks.append(data.bits(count))
-        count = int(torch.count_nonzero(masks[-1]))
-    rest = torch.empty(count, dtype=integers.dtype)
+    """Add the residuals to the guesses."""
+    count, size = len(integers), _quarter(len(integers))
+    codes = data.bytes(size)
+    others = _others(codes)
+    rest = torch.empty(len(others), dtype=integers.dtype)
     data.join(rest)
-    for mask in reversed(masks):
-        wider = torch.zeros(len(mask), dtype=integers.dtype)
-        wider[mask] = rest + 1
-        rest = wider
-    residual = torch.where(negative, ~rest, rest + 1)
-    integers[where] = _fold(_fold(integers[where]) + residual)
+    if len(others) and int(others[-1]) >= count:
+        raise CorruptFile(f"{data.where}: a residual lies outside of its block")
+    rest += 3
+    told = ((rest >> 1) & _largest(rest.dtype)) ^ -(rest & 1)
+    new = integers[others] + told
+    wide = _buffer("codes", size, integers.dtype).copy_(codes)
+    moved, width = _buffer("residual", size, integers.dtype), 8 * integers.element_size()
+    for number in range(4):
+        # two bits with their sign: up to the left end and down again
+        torch.bitwise_left_shift(wide, width - 2 - 2 * number, out=moved)
+        moved.bitwise_right_shift_(width - 2)
+        part = integers[number * size : (number + 1) * size]
+        part += moved[: len(part)]
+    integers[others] = new
 
 
-def _pack(mask: Tensor) -> bytes:
-    """A bit for each element, the first in the lowest bit."""
-    lanes = -(-len(mask) // 8)
-    padded = torch.zeros(8 * lanes, dtype=torch.bool)
-    padded[: len(mask)] = mask
-    gathered = (padded.view(torch.int64) * _GATHER) >> 56
-    return content((gathered & 0xFF).to(torch.uint8))
-
-
-def _table() -> Tensor:
-    """The eight bools of every byte, as one int64 each."""
-    numbers = torch.arange(256)[:, None]
-    return ((numbers >> torch.arange(8)) & 1).to(torch.bool).contiguous().view(torch.int64).view(-1)
-
-
-_SPREAD = _table()
+def _largest(dtype: torch.dtype) -> int:
+    return torch.iinfo(dtype).max
 
 
 def _split(values: Tensor) -> bytes:
@@ -183,7 +167,7 @@ class _Reader:
     def __init__(self, data: bytes, where: str) -> None:
         self.data, self.where, self.position = bytearray(data), where, 0
 
-    def _take(self, count: int) -> Tensor:
+    def bytes(self, count: int) -> Tensor:
         begin, self.position = self.position, self.position + count
         if self.position > len(self.data):
             raise CorruptFile(f"{self.where}: a block is too short")
@@ -191,24 +175,10 @@ class _Reader:
             return torch.empty(0, dtype=torch.uint8)
         return torch.frombuffer(self.data, dtype=torch.uint8, count=count, offset=begin)
 
-    def bits(self, count: int) -> Tensor:
-        packed = self._take(-(-count // 8))
-        return _SPREAD[packed.to(torch.int64)].view(torch.bool)[:count]
-
-    def places(self, count: int) -> Tensor:
-        """Where the bits of a mask are set; most of its bytes are 0."""
-        packed = self._take(-(-count // 8)).to(torch.int64)
-        some = packed.nonzero().view(-1)
-        within = _SPREAD[packed[some]].view(torch.bool).nonzero().view(-1)
-        where = some[within >> 3] * 8 + (within & 7)
-        if len(where) and int(where[-1]) >= count:
-            raise CorruptFile(f"{self.where}: a mask is longer than its block")
-        return where
-
     def join(self, out: Tensor) -> None:
         """Fill a vector of integers from its byte planes."""
         size = out.element_size()
-        planes = self._take(out.numel() * size)
+        planes = self.bytes(out.numel() * size)
         out.view(torch.uint8).view(-1, size).copy_(planes.view(size, -1).t())
 
     def end(self) -> None:
@@ -225,6 +195,16 @@ def _tool(kind: Callable[[], object]) -> object:
     if kind not in tools:
         tools[kind] = kind()
     return tools[kind]
+
+
+def _buffer(name: str, count: int, dtype: torch.dtype) -> Tensor:
+    """A vector of the thread, reused: fresh memory costs more than what is done with it."""
+    size = count * dtype.itemsize
+    buffers: dict[str, Tensor] = _local.__dict__.setdefault("buffers", {})
+    kept = buffers.get(name)
+    if kept is None or kept.numel() < size:
+        kept = buffers[name] = torch.empty(size, dtype=torch.uint8)
+    return kept[:size].view(dtype)
 
 
 def _compressor() -> zstandard.ZstdCompressor:

@@ -34,9 +34,6 @@ __all__ = [
 
 TILE = 192 << 10  # elements; smaller ones cost more in calls than they gain in the cache
 TILE_COLUMNS = 1536
-# Doubtful elements of a block that are settled one by one; more are a pattern in the data, since by
-# chance one of 2^16 is halfway. At least, and one of so many:
-_FEW, _FEW_OF = 64, 1 << 14
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +51,10 @@ class Step:
     def change(self, x: Tensor, rows: Index, columns: Index) -> None:
         """Change stored rows and columns, float64, in place."""
         x, outputs, inputs = self.logical(x, rows, columns)
-        if not self.on_bias:
+        if self.on_bias:
+            self.prepared.bias(x[:, 0], outputs)
+        else:
             self.prepared.weight(x, outputs, inputs)
-            return
-        for vector in x.unbind(1):  # one, but a grid of doubtful elements repeats it
-            self.prepared.bias(vector, outputs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +76,22 @@ class Workspace:
         self.values = torch.empty(self.tile, dtype=torch.float64, device=device)
         self.staged = torch.empty(0, dtype=torch.float32, device=device)
         self.flags = torch.zeros(0, dtype=torch.int64, device=device)
+        self.blocks: dict[str, Tensor] = {}
 
-    def stage(self, block: Block, dtype: torch.dtype) -> Tensor:
-        """A buffer in the shape of the block."""
-        if self.staged.numel() < block.count or self.staged.dtype != dtype:
-            self.staged = torch.empty(block.count, dtype=dtype, device=self.device)
-        return self.staged[: block.count].view(block.rows, block.columns)
+    def stage(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """A buffer of that shape for what is on its way to the stored dtype."""
+        count = shape.numel()
+        if self.staged.numel() < count or self.staged.dtype != dtype:
+            self.staged = torch.empty(max(count, self.tile), dtype=dtype, device=self.device)
+        return self.staged[:count].view(shape)
+
+    def block(self, name: str, block: Block, dtype: torch.dtype) -> Tensor:
+        """A named buffer for a whole block, on the CPU; valid until it is asked for again."""
+        size = block.count * dtype.itemsize
+        kept = self.blocks.get(name)
+        if kept is None or kept.numel() < size:
+            kept = self.blocks[name] = torch.empty(size, dtype=torch.uint8)
+        return kept[:size].view(dtype).view(block.rows, block.columns)
 
     def floats(self, shape: torch.Size) -> Tensor:
         """A float64 buffer of any shape; one that is larger than a tile is not kept."""
@@ -148,13 +154,26 @@ def compute(
     block: Block,
     target: Target,
     workspace: Workspace,
+    back: Sequence[Step] = (),
+    near: Tensor | None = None,
 ) -> None:
     """Compute one block: `raw` (rows, columns) as it is stored, into `out` of the same shape.
 
+    `near`, where given, gets what `guess` makes of `out` by the steps `back`. Tile by tile that is
+    cheaper, since what a step has computed for a tile is still there on the way back.
+
     Raises Refusal where a value of `out` is not finite.
     """
-    _fill(steps, raw, out, block, target, workspace)
+    for rows, columns in tiles(block, workspace.tile, workspace.tile_columns):
+        here = within(block, rows, columns)
+        x = _values(steps, raw[here], rows, columns, target, workspace)
+        _store(x, out[here], target, workspace)
+        if near is not None:
+            x = _values(back, out[here], rows, columns, target, workspace)
+            _store_nearly(x, near[here], workspace)
     check_finite(raw, out, block, target)
+    if near is not None:
+        _all_finite(near)
 
 
 def exact(
@@ -196,32 +215,41 @@ def guess(
     target: Target,
     workspace: Workspace,
 ) -> None:
-    """The base's block, or nearly, into `out`, by the steps of `backward`. As `compute`, the bits
-    are the same everywhere; what is not finite becomes 0."""
-    _fill(back, merged, out, block, target, workspace)
-    if not math.isfinite(out.sum().item()):
-        out.copy_(torch.where(out.isfinite(), out, 0))  # NaN has many bit patterns
-
-
-def _fill(
-    steps: Sequence[Step],
-    raw: Tensor,
-    out: Tensor,
-    block: Block,
-    target: Target,
-    workspace: Workspace,
-) -> None:
-    form = target.form
-    staging = form.staging(target.dtype)
-    through = out if staging == out.dtype else workspace.stage(block, staging)
+    """The base's block, or nearly, into `out`, by the steps of `backward`. As with `compute`, the
+    bits are the same everywhere; but they are rounded twice, and what is not finite becomes 0."""
     for rows, columns in tiles(block, workspace.tile, workspace.tile_columns):
         here = within(block, rows, columns)
-        x = _values(steps, raw[here], rows, columns, target, workspace)
-        form.narrow(x, through[here])
-    if through is not out:
-        doubtful = form.finish(through, out)
-        if len(doubtful[0]):
-            _settle(steps, raw, out, block, doubtful, target, workspace)
+        x = _values(back, merged[here], rows, columns, target, workspace)
+        _store_nearly(x, out[here], workspace)
+    _all_finite(out)
+
+
+def _all_finite(near: Tensor) -> None:
+    if not math.isfinite(near.sum().item()):
+        near.copy_(torch.where(near.isfinite(), near, 0))  # NaN has many bit patterns
+
+
+def _store(x: Tensor, out: Tensor, target: Target, workspace: Workspace) -> None:
+    """float64 values of a tile into its stored elements, rounded once."""
+    form = target.form
+    staging = form.staging(target.dtype)
+    if staging == out.dtype:
+        form.narrow(x, out)
+        return
+    staged = workspace.stage(out.shape, staging)
+    form.narrow(x, staged)
+    rows, columns = form.finish(staged, out)
+    if len(rows):
+        out[rows, columns] = form.encode(x[rows, columns], target.dtype)
+
+
+def _store_nearly(x: Tensor, out: Tensor, workspace: Workspace) -> None:
+    """As `_store`, by the quickest way whose bits are the same everywhere."""
+    if out.element_size() == 2:
+        staged = workspace.stage(out.shape, torch.float32)
+        staged.copy_(x)
+        x = staged
+    out.copy_(x)
 
 
 def _values(
@@ -238,28 +266,6 @@ def _values(
     for step in steps:
         step.change(x, rows, columns)
     return x
-
-
-def _settle(
-    steps: Sequence[Step],
-    raw: Tensor,
-    out: Tensor,
-    block: Block,
-    doubtful: tuple[Tensor, Tensor],
-    target: Target,
-    workspace: Workspace,
-) -> None:
-    """Encode the elements anew that the way through `staging` may have rounded twice."""
-    rows, columns = doubtful
-    encode = target.form.encode
-    if len(rows) > max(_FEW, block.count // _FEW_OF):
-        for span in tiles(block, workspace.tile, workspace.tile_columns):
-            here = within(block, *span)
-            out[here] = encode(_values(steps, raw[here], *span, target, workspace), target.dtype)
-        return
-    stored = raw[rows][:, columns]
-    grid = _values(steps, stored, rows + block.row, columns + block.column, target, workspace)
-    out[rows, columns] = encode(grid.diagonal(), target.dtype)
 
 
 def _refuse_non_finite(raw: Tensor, out: Tensor, block: Block, target: Target) -> None:

@@ -23,10 +23,12 @@ from infold.checkpoint.shards import (
     open_checkpoint,
 )
 from infold.errors import CorruptFile, Refusal
+from infold.formats import NoFold
 from infold.inspect.receipt import checked_receipt
 from infold.plan.build import plan_merge
 from infold.plan.config import read_config
-from infold.plan.match import group_keys
+from infold.plan.match import Names, group_keys
+from infold.plan.quantized import StoredModules
 
 __all__ = ["describe_path"]
 
@@ -168,6 +170,26 @@ def _parameters(base: Checkpoint) -> int:
     return sum(math.prod(t.shape) for s in base.shards for t in s.header.tensors.values())
 
 
+def _quantization(base: Checkpoint) -> list[dict[str, Any]]:
+    """The formats of quantized modules in words, with the number of modules; and whether IA³
+    vectors fold into the scales of all of them: if not, why, of the first that has none."""
+    found: dict[str, dict[str, Any]] = {}
+    for stored, form in StoredModules(base, Names(base.where)).all():
+        why = None
+        try:
+            form.scales(stored)
+        except NoFold as error:
+            why = str(error)
+        try:
+            words = form.words(stored)
+        except NoFold:
+            words = form.NAME
+        entry = found.setdefault(words, {"format": words, "modules": 0, "no_fold": None})
+        entry["modules"] += 1
+        entry["no_fold"] = entry["no_fold"] or why
+    return list(found.values())
+
+
 def _checkpoint(base: Checkpoint) -> dict[str, Any]:
     dtypes: dict[str, dict[str, int]] = {}
     for shard in base.shards:
@@ -184,6 +206,7 @@ def _checkpoint(base: Checkpoint) -> dict[str, Any]:
         "parameters": _parameters(base),
         "bytes": base.nbytes,
         "dtypes": dtypes,
+        "quantization": _quantization(base),
         "shards": [
             {"name": s.name, "tensors": len(s.header.tensors), "bytes": s.header.file_size}
             for s in base.shards

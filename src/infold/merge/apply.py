@@ -48,9 +48,20 @@ class Run(Protocol):
     def prepare(self, workspace: Workspace, read: Read, limit: int) -> None:
         """Make ready, once. `read` gives any block of the source; it is valid until the next."""
 
-    def run(self, raw: Tensor, out: Tensor, block: Block, workspace: Workspace) -> Tensor | None:
+    def run(
+        self,
+        raw: Tensor,
+        out: Tensor,
+        block: Block,
+        workspace: Workspace,
+        near: Tensor | None = None,
+    ) -> Tensor | None:
         """Compute one block: `raw` as it is stored in the source, `out` as it will be stored.
-        Returns the base's block that `out` was made from, where there is one to go back to."""
+
+        near: on the CPU, gets what the base's block is taken for when the way back begins; only
+        where `forward.has_way_back()`. Returns the base's block that `out` was made from, where
+        there is one to go back to; it is valid until the next block.
+        """
 
     def release(self) -> None:
         """Forget what `prepare` loaded."""
@@ -120,10 +131,19 @@ class EditRun:
         """Forget the parts."""
         self._ready = self._back = None
 
-    def run(self, raw: Tensor, out: Tensor, block: Block, workspace: Workspace) -> Tensor | None:
+    def run(
+        self,
+        raw: Tensor,
+        out: Tensor,
+        block: Block,
+        workspace: Workspace,
+        near: Tensor | None = None,
+    ) -> Tensor | None:
         assert self._ready is not None
-        there = out if out.device == self.device else torch.empty_like(out, device=self.device)
-        compute(self._ready, raw, there, block, self.target, workspace)
+        there, nearly = self._here(out), self._here(near)
+        assert there is not None
+        back = self._way_back() or () if near is not None else ()
+        compute(self._ready, raw, there, block, self.target, workspace, back, nearly)
         loss = None
         if self.loss is not None:
             loss = measure(self._ready, raw, there, block, self.target, workspace)
@@ -132,11 +152,19 @@ class EditRun:
             changed = workspace.count_changed(there, raw)
         if there is not out:
             out.copy_(there)
+        if near is not None and nearly is not None and nearly is not near:
+            near.copy_(nearly)
         with self._lock:
             self.changed += changed
             if self.loss is not None and loss is not None:
                 self.loss.add(loss)
         return raw
+
+    def _here(self, tensor: Tensor | None) -> Tensor | None:
+        """A tensor to fill in its place, on our device."""
+        if tensor is None or tensor.device == self.device:
+            return tensor
+        return torch.empty_like(tensor, device=self.device)
 
     def exact(self, raw: Tensor, block: Block, workspace: Workspace) -> Tensor:
         """float64 values of a block that nothing has rounded."""
@@ -148,19 +176,21 @@ class EditRun:
         steps = enumerate(self._ready or ())
         return {n: o for n, step in steps if (o := step.prepared.observed) is not None}
 
-    def guess(self, merged: Tensor, block: Block, workspace: Workspace) -> Tensor | None:
-        """The base's block, nearly, made of the merged one; None where no method knows the way.
+    def has_way_back(self) -> bool:
+        """Whether the methods know one, once all is prepared."""
+        return self._way_back() is not None
 
-        On the CPU, contiguous.
-        """
+    def _way_back(self) -> list[Step] | None:
         assert self._ready is not None
         with self._lock:
             if self._back is None:
-                back = backward(self._ready)
-                if back is None:
-                    return None
-                self._back = back
-        out = torch.empty(merged.shape, dtype=self.stored, device=self.device)
-        raw = merged.to(self.device)
-        guess(self._back, raw, out, block, self.target, workspace)
-        return out.cpu()
+                self._back = backward(self._ready)
+            return self._back
+
+    def guess(self, merged: Tensor, out: Tensor, block: Block, workspace: Workspace) -> None:
+        """The base's block, nearly, into `out`, made of the merged one."""
+        back, there = self._way_back(), self._here(out)
+        assert back is not None and there is not None
+        guess(back, merged.to(self.device), there, block, self.target, workspace)
+        if there is not out:
+            out.copy_(there)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from infold.checkpoint.adapter import Adapter
 from infold.checkpoint.inputs import InputFiles
-from infold.checkpoint.stored import ELEMENTS, stored_matrix
+from infold.checkpoint.stored import as_matrix, stored_matrix
 from infold.edit.blocks import Block
 from infold.edit.steps import Workspace, check_finite
 from infold.errors import Refusal
@@ -26,7 +26,8 @@ from infold.formats import Floats
 from infold.formats.values import VALUES, Matrix, Scheme, encoder
 from infold.merge.apply import EditRun, Read, Run
 from infold.merge.source import Buffers, Source
-from infold.plan.edits import Decoded, Edit, Original, Part, Plan
+from infold.plan.edits import BaseTensor, Decoded, Edit, Original, Part, Plan
+from infold.plan.edits import Source as AnySource
 
 __all__ = [
     "ConvertedRun",
@@ -36,6 +37,7 @@ __all__ = [
     "converted_runs",
     "encoded_bytes",
     "measured_error",
+    "reads_elsewhere",
     "source_of",
 ]
 
@@ -82,6 +84,20 @@ def source_of(plan: Plan, run: Run, files: InputFiles) -> Source:
     return Source(plan, run, files)
 
 
+def reads_elsewhere(plan: Plan, source: AnySource, shard: int) -> bool:
+    """Whether values come from another file than this shard of the base (or an adapter)."""
+    if isinstance(source, Original):
+        return True
+    if isinstance(source, BaseTensor):
+        return plan.base.where[source.name] != shard
+    if isinstance(source, Part):
+        others = any(plan.base.where[name] != shard for _, name in source.stored)
+        return others or reads_elsewhere(plan, source.values.source, shard)
+    if isinstance(source, Decoded):
+        return any(plan.base.where[name] != shard for _, name in source.parts)
+    return False
+
+
 def parts_of(
     plan: Plan, parts: Sequence[tuple[str, str]], files: InputFiles
 ) -> Mapping[str, Matrix]:
@@ -115,7 +131,14 @@ class ConvertedRun(EditRun):
         super().__init__(edit, adapters, device)
         self.error = _Error()
 
-    def run(self, raw: Tensor, out: Tensor, block: Block, workspace: Workspace) -> Tensor | None:
+    def run(
+        self,
+        raw: Tensor,
+        out: Tensor,
+        block: Block,
+        workspace: Workspace,
+        near: Tensor | None = None,
+    ) -> Tensor | None:
         values = self.exact(raw, block, workspace)
         rounded = self.target.form.encode(values, self.edit.dtype)
         check_finite(raw, rounded, block, self.target)
@@ -150,10 +173,10 @@ class _Module:
             if self.outputs is not None:
                 return
             self.inner.prepare(workspace, read, limit)
-            outputs = {
-                part: torch.zeros(_matrix(edit.shape), dtype=ELEMENTS[edit.dtype])
-                for part, edit in self.written.items()
-            }
+            outputs = {}
+            for part, edit in self.written.items():
+                dtype, shape = as_matrix(edit.dtype, edit.shape)
+                outputs[part] = torch.zeros(shape, dtype=dtype)
             rows, columns = self.scheme.shape
             encode, decode = encoder(self.form), VALUES[self.form].decode
             step = max(1, limit // max(1, columns) // self.scheme.align) * self.scheme.align
@@ -196,8 +219,7 @@ class PartRun:
         assert isinstance(edit.source, Part)
         self.edit, self.module, self.part = edit, module, edit.source.part
         self.stored = torch.uint8
-        rows, columns = _matrix(edit.shape)
-        count = rows * columns * ELEMENTS[edit.dtype].itemsize
+        count = encoded_bytes(edit)
         self.shape, self.floats = (1, count), Floats(1, count, "U8", 1, 1, None)
         self.changed = 0
         self.parts: Mapping[str, Matrix] = {}
@@ -210,7 +232,14 @@ class PartRun:
     def prepare(self, workspace: Workspace, read: Read, limit: int) -> None:
         self.module.compute(workspace, read, self.parts, limit)
 
-    def run(self, raw: Tensor, out: Tensor, block: Block, workspace: Workspace) -> Tensor | None:
+    def run(
+        self,
+        raw: Tensor,
+        out: Tensor,
+        block: Block,
+        workspace: Workspace,
+        near: Tensor | None = None,
+    ) -> Tensor | None:
         outputs = self.module.outputs
         assert outputs is not None
         data = outputs[self.part].view(torch.uint8).view(-1)
@@ -250,7 +279,8 @@ def encoded_bytes(edit: Edit) -> int:
     """Memory that one part takes until it is written."""
     if not isinstance(edit.source, Part):
         return 0
-    return math.prod(edit.shape) * ELEMENTS[edit.dtype].itemsize
+    dtype, shape = as_matrix(edit.dtype, edit.shape)
+    return math.prod(shape) * dtype.itemsize
 
 
 def block_elements(plan: Plan) -> int:
@@ -259,8 +289,3 @@ def block_elements(plan: Plan) -> int:
         edit.source.scheme for edit in plan.edits.values() if isinstance(edit.source, Part)
     }
     return max((s.align * s.shape[1] for s in schemes), default=0)
-
-
-def _matrix(shape: Sequence[int]) -> tuple[int, int]:
-    """A stored shape as (rows, columns); a vector is a column."""
-    return (shape[0], math.prod(shape[1:])) if shape else (1, 1)

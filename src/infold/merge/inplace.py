@@ -3,6 +3,8 @@
 A rehearsal comes first: it computes everything, refuses what is to be refused, and writes nothing
 but the record of the way back. Then the blocks are written, in steps:
 
+(beside a GGUF file that is a model by itself their names begin with its name)
+
     infold-undo.journal   held (flock) by the running edit; JSON lines: what is done; after the
                           rehearsal what comes out of it (from here on the edit will be completed,
                           until here it is rolled back); each finished step; that all is written
@@ -29,7 +31,14 @@ from typing import Any
 from infold.checkpoint.adapter import open_adapter
 from infold.checkpoint.inputs import InputFiles
 from infold.checkpoint.record import UNDO, RecordWriter
-from infold.checkpoint.shards import JOURNAL, RECEIPT, Checkpoint, open_checkpoint
+from infold.checkpoint.shards import (
+    JOURNAL,
+    RECEIPT,
+    Checkpoint,
+    companion,
+    is_lone,
+    open_checkpoint,
+)
 from infold.checkpoint.staging import Progress, storage_errors, sync_folder
 from infold.edit.threads import one_torch_thread, usual_threads
 from infold.errors import Refusal
@@ -186,7 +195,7 @@ def settle(folder: PathLike, *, refuse: bool = False) -> Settled | None:
     of what follows and has become a merged one.
     """
     path = Path(os.path.abspath(folder))
-    if not os.path.lexists(path / JOURNAL):
+    if not os.path.lexists(companion(path, JOURNAL)):
         return None
     with _Edit(path, "", None) as edit, one_torch_thread():
         settled = edit.settle()
@@ -200,8 +209,10 @@ def settle(folder: PathLike, *, refuse: bool = False) -> Settled | None:
 
 def _folder(name: PathLike) -> Path:
     path = Path(os.path.abspath(name))
-    if not path.is_dir():
-        raise Refusal(f"{name}: is no folder here; --in-place edits a local folder")
+    if not path.is_dir() and not (is_lone(path) and path.is_file()):
+        raise Refusal(
+            f"{name}: is no folder or GGUF file here; --in-place edits what lies on this machine"
+        )
     return path
 
 
@@ -210,13 +221,13 @@ def _obstacles(there: Checkpoint, plan: Plan) -> Iterator[str]:
     for shard in plan.shards:
         if not shard.same_layout:
             yield (
-                f"{there.path / shard.name}: its layout would change (new or resized tensors, "
+                f"{there.home / shard.name}: its layout would change (new or resized tensors, "
                 "untied embeddings), which --in-place does not do; use --out"
             )
     for name in plan.rewritten:
         yield f"{there.path / name}: would change, which --in-place does not do; use --out"
     for old in there.shards:
-        path = there.path / old.name
+        path = there.home / old.name
         if path.is_symlink() or os.stat(path).st_nlink > 1:
             yield f"{path}: is a link, and what shares it would change too; use --out"
         elif not os.access(path, os.W_OK):
@@ -230,12 +241,12 @@ def _obstacles(there: Checkpoint, plan: Plan) -> Iterator[str]:
 
 
 def _merged_already(there: Checkpoint) -> Iterator[str]:
-    if os.path.lexists(there.path / UNDO):
+    if os.path.lexists(companion(there.path, UNDO)):
         yield (
             f"{there.path}: was merged already, and its undo record would be lost; `infold swap` "
             "exchanges its adapters, `infold undo` restores its base"
         )
-    elif os.path.lexists(there.path / RECEIPT):
+    elif os.path.lexists(companion(there.path, RECEIPT)):
         yield (
             f"{there.path}: was merged already, so its receipt would be lost; merge all adapters "
             "into its base, or use --out"
@@ -296,12 +307,17 @@ class _Edit:
 
     def __init__(self, folder: Path, what: str, progress: Advance | None) -> None:
         self.folder, self.what, self.progress = folder, what, progress
+        self.home = folder.parent if is_lone(folder) else folder
         self.lines: list[dict[str, Any]] = []
         self.fd, self.done, self.total = -1, 0, 0
         self.committed = False
 
+    def _own(self, name: str) -> Path:
+        """A file of the edit: in the folder, or beside the file."""
+        return companion(self.folder, name)
+
     def __enter__(self) -> _Edit:
-        path = self.folder / JOURNAL
+        path = self._own(JOURNAL)
         with storage_errors(path):
             flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_CREAT if self.what else 0)
             self.fd = os.open(path, flags, 0o644)
@@ -320,7 +336,7 @@ class _Edit:
             try:
                 if self.what:
                     self._log({"what": self.what})
-                    sync_folder(self.folder)
+                    sync_folder(self.home)
                 else:
                     self._read(data)
             except BaseException as error:
@@ -330,7 +346,7 @@ class _Edit:
 
     def _read(self, data: bytes) -> None:
         self.committed = True  # one that cannot be read is left as it lies
-        self.lines, whole = read_journal(self.folder / JOURNAL, data)
+        self.lines, whole = read_journal(self._own(JOURNAL), data)
         os.ftruncate(self.fd, whole)  # no line that the kill cut off in the middle
         self.what = self.lines[0]["what"] if self.lines else "edit"
         self.committed = any("result" in line for line in self.lines)
@@ -360,10 +376,10 @@ class _Edit:
         with storage_errors(self.folder):
             for name in (*names, PART, STEP, TOLD, JOURNAL):
                 if name == JOURNAL:
-                    sync_folder(self.folder)
-                if os.path.lexists(self.folder / name):
-                    os.unlink(self.folder / name)
-            sync_folder(self.folder)
+                    sync_folder(self.home)
+                if os.path.lexists(self._own(name)):
+                    os.unlink(self._own(name))
+            sync_folder(self.home)
 
     def _advance(self, count: int) -> None:
         self.done += count
@@ -377,7 +393,7 @@ class _Edit:
         over = source.swap_plan(plan) if source else plan
         runs = source.swap_runs(plan, prepared.device) if source else None
         with one_torch_thread(), ExitStack() as opened:
-            writer = RecordWriter(self.folder / PART)
+            writer = RecordWriter(self._own(PART))
             opened.callback(writer.close)
             recording = Recording(writer, plan, prepared.limit)
             streamed = self._rehearse(over, prepared, runs, recording)
@@ -385,6 +401,7 @@ class _Edit:
                 source.check(streamed)
             receipt = make_receipt(prepared, streamed, names, sha256={})
             told = finish_record(recording, receipt, source)
+            told["file"] = self._own(UNDO).name
             receipt = replace(
                 receipt,
                 undo=told,
@@ -417,7 +434,7 @@ class _Edit:
         self.total = sum(s.header.file_size for s in plan.shards) + plan.edited_bytes
         return stream(
             plan,
-            _Rehearsal(self.folder),
+            _Rehearsal(self.home),
             threads=prepared.workers,
             limit=prepared.limit,
             device=prepared.device,
@@ -437,7 +454,7 @@ class _Edit:
         return Settled(self.what, True, result)
 
     def _write(self, result: Mapping[str, Any], workers: int) -> None:
-        with storage_errors(self.folder / JOURNAL):
+        with storage_errors(self._own(JOURNAL)):
             self._log({"result": result, "step_bytes": STEP_BYTES})
         self.committed = True
         self._finish(result, workers)
@@ -446,17 +463,17 @@ class _Edit:
         """From wherever it stands to its end."""
         if not any("written" in line for line in self.lines):
             self._steps(workers)
-            with storage_errors(self.folder / JOURNAL):
+            with storage_errors(self._own(JOURNAL)):
                 self._log({"written": True})
         with storage_errors(self.folder):
             if self.what == "undo":
                 self._forget(RECEIPT, UNDO)
                 return
-            if os.path.lexists(self.folder / PART):
-                os.rename(self.folder / PART, self.folder / UNDO)
-            write_file(self.folder / TOLD, Receipt(**result).to_file())
-            os.rename(self.folder / TOLD, self.folder / RECEIPT)
-            sync_folder(self.folder)
+            if os.path.lexists(self._own(PART)):
+                os.rename(self._own(PART), self._own(UNDO))
+            write_file(self._own(TOLD), Receipt(**result).to_file())
+            os.rename(self._own(TOLD), self._own(RECEIPT))
+            sync_folder(self.home)
             self._forget()
 
     def _steps(self, workers: int) -> None:
@@ -471,7 +488,7 @@ class _Edit:
             plan, runs, limit = program(old, new)
             finished = max((line.get("step", 0) for line in self.lines), default=0)
             size = next(line["step_bytes"] for line in self.lines if "step_bytes" in line)
-            writer = opened.enter_context(Places(self.folder, [s.name for s in plan.shards]))
+            writer = opened.enter_context(Places(self.home, [s.name for s in plan.shards]))
             finished = self._replay(writer, finished, plan.shards)
             files = InputFiles()
             opened.callback(files.close)
@@ -482,20 +499,20 @@ class _Edit:
                 self._advance(sum(work.count for work in works))
 
     def _step(self, writer: Places, number: int, pieces: Sequence[Piece]) -> None:
-        with storage_errors(self.folder / STEP):
-            write_file(self.folder / STEP, pack_step(number, pieces))
+        with storage_errors(self._own(STEP)):
+            write_file(self._own(STEP), pack_step(number, pieces))
             if number == 1:
-                sync_folder(self.folder)
+                sync_folder(self.home)
         self._place(writer, number, pieces)
 
     def _place(self, writer: Places, number: int, pieces: Sequence[Piece]) -> None:
         writer.write(pieces)
-        with storage_errors(self.folder / JOURNAL):
+        with storage_errors(self._own(JOURNAL)):
             self._log({"step": number})
 
     def _replay(self, writer: Places, finished: int, shards: Sequence[OutputShard]) -> int:
         """Write the step once more that the kill may have torn. Returns the last finished one."""
-        pieces = read_step(self.folder / STEP, finished + 1, shards)
+        pieces = read_step(self._own(STEP), finished + 1, shards)
         if pieces is None:
             return finished
         self._place(writer, finished + 1, pieces)

@@ -25,6 +25,7 @@ class Receipt:
     unchanged is the share of elements that rounding left as they were; None after a resumed run.
     Where float16 scales of quantized weights were edited there is also rounding: {scales,
     subnormal, zero, error}, of which so many are below the normal range, so many fell to zero.
+    Of ggml's types, which hold their scales themselves, `unchanged` is the share of the scales.
     tensors: of the output. bytes: of its shards. edited_bytes: of its edited tensors.
     resumed_bytes: left by an interrupted run, checked and kept.
     notes: what the plan and the rounding of scales told. seconds: from the first byte written to

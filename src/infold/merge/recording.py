@@ -74,23 +74,20 @@ class Recording:
         edit = self.plan.edits.get(run.edit.tensor)
         return None if edit is None or not undone_by_residual(edit) else self.numbers[edit.tensor]
 
-    def add(
-        self,
-        run: Run,
-        number: int,
-        before: Tensor,
-        merged: Tensor,
-        block: Block,
-        workspace: Workspace,
-    ) -> None:
-        """One block of the base and of the output, by the run that has just computed it."""
+    def near(self, run: Run, block: Block, workspace: Workspace) -> Tensor | None:
+        """Where `run`, which is prepared, shall put what it takes the base's block for."""
+        if self._tensor(run) is None or run.forward is None or not run.forward.has_way_back():
+            return None
+        return workspace.block("near", block, run.stored)
+
+    def add(self, run: Run, number: int, before: Tensor, near: Tensor | None) -> None:
+        """One block of the base, by the run that has just merged it, and what `near` got."""
         tensor, forward = self._tensor(run), run.forward
         if tensor is None or forward is None:
             return
         if number == 0:
             for step, observed in forward.observed().items():
                 self.writer.append(tensor | SEEN, step, 0, content(observed.cpu()))
-        near = forward.guess(merged, block, workspace)
         before = before.cpu()
         packed = pack_original(before) if near is None else pack_residual(before, near)
         self.writer.append(tensor, number, *packed)

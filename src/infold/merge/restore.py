@@ -11,7 +11,7 @@ from pathlib import Path
 from blake3 import blake3
 
 from infold.checkpoint.adapter import open_adapter
-from infold.checkpoint.shards import is_lone
+from infold.checkpoint.shards import is_lone, kept_name
 from infold.checkpoint.staging import Staging
 from infold.edit.threads import one_torch_thread, usual_threads
 from infold.errors import Refusal
@@ -100,7 +100,7 @@ def undo_checkpoint(
         identity = blake3(f"infold {__version__} undo {merged.record.identity}".encode())
         with Staging(path, identity.hexdigest(), False, lone=is_lone(path)) as staging:
             for name in plan.copied:
-                staging.copy_file(plan.base.path / name, name)
+                staging.copy_file(plan.base.path / kept_name(plan.base.path, name), name)
             for name, data in plan.rewritten.items():
                 staging.write_bytes(name, data)
             streamed = stream(

@@ -32,6 +32,7 @@ from infold.checkpoint.shards import (
     RECEIPT,
     companion,
     is_lone,
+    kept_name,
     open_checkpoint,
     read_receipt,
 )
@@ -200,7 +201,8 @@ def _execute(
             Staging(path, _identity(prepared), prepared.force, lone=lone)
         )
         for name in over.copied:
-            staging.copy_file(over.base.path / name, name)
+            kept = kept_name(over.base.path, name) if source else name
+            staging.copy_file(over.base.path / kept, name)
         for name, data in over.rewritten.items():
             staging.write_bytes(name, data)
         recording = None
@@ -434,19 +436,17 @@ def block_size(
     widest = 40 if undo else 12  # bytes an element takes at most: stored, computed, staged
     if plan.conversion is not None:
         widest = _CONVERTED
-    needed, least = 0, block_elements(plan)
+    needed = 0
+    least = max(block_elements(plan), min(_BLOCK, fixed) if fixed else _SMALLEST_BLOCK)
     for count in range(workers, 0, -1) if fewer else (workers,):
         parts = sum(sizes[: count + 1])  # each worker can be at an edit of its own
         room = ((budget - parts) // count - _PER_WORKER) // widest
-        limit = min(_BLOCK, room)
-        if room < least:
-            needed = parts + count * (_PER_WORKER + least * widest)
-            continue
-        if fixed is not None and limit >= min(fixed, _BLOCK):
-            return count, fixed
-        if fixed is None and limit >= _SMALLEST_BLOCK:
-            return count, limit if device.type == "cpu" else min(8 * limit, 8 * _BLOCK // count)
-        needed = parts + count * (_PER_WORKER + (fixed or _SMALLEST_BLOCK) * widest)
+        if room >= least:
+            limit = max(least, min(_BLOCK, room)) if fixed is None else fixed
+            if fixed is None and device.type != "cpu":
+                limit = min(8 * limit, 8 * _BLOCK // count)
+            return count, limit
+        needed = parts + count * (_PER_WORKER + least * widest)
     raise Refusal(
         f"--max-memory: {_mib(budget)} is too little: this merge needs {-(-needed >> 20)} MiB "
         f"with --threads {1 if fewer else workers}"
@@ -538,6 +538,8 @@ def _identity(prepared: Prepared) -> str:
         hasher.update(repr(sorted(files.items())).encode())
     hasher.update(repr([describe(edit) for edit in plan.edits.values()]).encode())
     hasher.update(repr([edit.operations for edit in plan.edits.values()]).encode())
+    hasher.update(repr([edit.source for edit in plan.edits.values()]).encode())
+    hasher.update(repr(plan.conversion).encode())
     if prepared.undo:  # a record has blocks of one size
         hasher.update(repr([prepared.limit, source and source.record.identity]).encode())
     return hasher.hexdigest()
@@ -547,14 +549,14 @@ def _edits(plan: Plan, streamed: Streamed) -> list[dict[str, object]]:
     """Every edit, with the share of elements that rounding left as they were."""
     result = []
     for name, edit in plan.edits.items():
-        count = math.prod(edit.shape)
-        changed = streamed.runs[name].changed
-        error = measured_error(streamed.runs[name])
-        unchanged = round(1 - changed / count, 6) if count and not streamed.resumed else None
+        run = streamed.runs[name]
+        count = run.floats.rows * run.floats.columns
+        error = measured_error(run)
+        unchanged = round(1 - run.changed / count, 6) if count and not streamed.resumed else None
         entry = {**describe(edit), "unchanged": unchanged}
         if error is not None:  # nothing of the base's is left to compare with
             entry |= {"unchanged": None, "error": None if streamed.resumed else error}
-        if (loss := loss_of(streamed.runs[name])) is not None and not streamed.resumed:
+        if (loss := loss_of(run)) is not None:
             entry["rounding"] = loss.describe()
         result.append(entry)
     return result

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -31,7 +32,7 @@ from infold.edit.steps import Workspace
 from infold.edit.threads import take_one_core
 from infold.errors import Refusal
 from infold.merge.apply import Run
-from infold.merge.convert import converted_runs, source_of
+from infold.merge.convert import converted_runs, reads_elsewhere, source_of
 from infold.merge.losses import lossy
 from infold.merge.recording import Recording
 from infold.merge.source import Buffers, Source
@@ -82,6 +83,14 @@ class _Copy:
 
 
 @dataclass(frozen=True, slots=True)
+class _Pad:
+    """Zeros between two tensors, where the layout is not the base's (GGUF)."""
+
+    target: int  # offset in the output
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
 class Compute:
     """A block of an edited tensor."""
 
@@ -99,7 +108,7 @@ class _Task:
 
     chain: _Chain
     number: int
-    work: _Copy | Compute
+    work: _Copy | _Pad | Compute
     end: int  # offset in the output where the chunk ends
 
 
@@ -124,8 +133,7 @@ class _Chain:
         self.ready = threading.Condition()
         self.kept = 0  # bytes that the journal tells or will tell
         foreign = any(
-            isinstance(edit.source, BaseTensor)
-            and plan.base.where[edit.source.name] != shard.source
+            reads_elsewhere(plan, edit.source, shard.source)
             for name in shard.header.tensors
             if (edit := plan.edits.get(name))
         )  # the digests of this shard do not tell whether that other one is still the same
@@ -287,10 +295,11 @@ def stream(
 
 def chunks_of(
     plan: Plan, shard: OutputShard, runs: Mapping[str, Run], files: InputFiles, limit: int
-) -> Iterator[tuple[int, _Copy | Compute]]:
+) -> Iterator[tuple[int, _Copy | _Pad | Compute]]:
     """(end, work) for every chunk after the header, in file order. In the same layout all that lies
     between the edits is copied, padding included."""
     base = plan.base.shards[shard.source].header.tensors
+    end = len(shard.header.raw)  # of what was yielded or gathered
     source = target = count = 0  # the unedited bytes that were gathered so far
     if shard.same_layout:
         source = target = len(shard.header.raw)
@@ -302,6 +311,10 @@ def chunks_of(
             yield target + offset + piece, _Copy(source + offset, target + offset, piece)
             offset += piece
 
+    def pad(begin: int, stop: int) -> Iterator[tuple[int, _Pad]]:
+        if stop > begin and not shard.same_layout:
+            yield stop, _Pad(begin, stop - begin)
+
     for name, info in shard.header.tensors.items():
         if name not in plan.edits:
             begin = base[name].begin
@@ -311,11 +324,15 @@ def chunks_of(
                 count += info.nbytes
             else:
                 yield from flush()
+                yield from pad(end, info.begin)
                 source, target, count = begin, info.begin, info.nbytes
+            end = info.end
             continue
         if shard.same_layout:
             count = info.begin - target
         yield from flush()
+        yield from pad(end, info.begin)
+        end = info.end
         source, target, count = info.end, info.end, 0
         run = runs[name]
         floats = run.floats
@@ -329,6 +346,7 @@ def chunks_of(
     if shard.same_layout:
         count = shard.header.file_size - target
     yield from flush()
+    yield from pad(end, shard.header.file_size)
 
 
 class _Pool:
@@ -355,6 +373,7 @@ class _Pool:
         self.chains: list[_Chain] = []
         self.digests: dict[str, ShardDigests] = {}
         self.resumed = 0
+        self.left: list[Compute] = []  # blocks of scales that an earlier run has written
         self.tasks = self._tasks()
         self.lock = threading.Lock()
         self.stopped = threading.Event()
@@ -380,17 +399,24 @@ class _Pool:
                 self.advance(-chain.start)
                 chain.start = chain._resume(None)
                 self.advance(chain.start)
-                todo = chunks
+                todo, done = chunks, []
+            self.left += [
+                work
+                for work in done
+                if isinstance(work, Compute)
+                and work.run.forward is not None
+                and work.run.forward.loss is not None
+            ]
             if not todo:
                 self._finish(chain)
             for number, (end, work) in enumerate(todo):
                 yield _Task(chain, number, work, end)
 
     @staticmethod
-    def _starts_at(first: tuple[int, _Copy | Compute], position: int) -> bool:
+    def _starts_at(first: tuple[int, _Copy | _Pad | Compute], position: int) -> bool:
         return first[1].target == position
 
-    def _recorded(self, done: Sequence[_Copy | Compute]) -> bool:
+    def _recorded(self, done: Sequence[_Copy | _Pad | Compute]) -> bool:
         """Whether the record has all blocks that an earlier run left."""
         if self.recording is None:
             return True
@@ -412,6 +438,19 @@ class _Pool:
         self.writers.shutdown(wait=False)  # each worker has waited for its own
         if self.error is not None:
             raise self.error
+        self._count_again()
+
+    def _count_again(self) -> None:
+        """Blocks that an earlier run has written: nothing more is known of how they came out."""
+        workspace, buffers = Workspace(self.device, self.limit), Buffers()
+        for work in self.left:
+            run, block = work.run, work.block
+            run.prepare(workspace, partial(work.source.read, buffers=buffers), self.limit)
+            raw = work.source.read(block, buffers)
+            out = torch.empty(block.rows, block.columns, dtype=run.stored)
+            run.run(raw.to(self.device), out, block, workspace)
+            if work.last:
+                run.release()
 
     def _work(self) -> None:
         take_one_core()
@@ -424,6 +463,8 @@ class _Pool:
                     return
                 if isinstance(task.work, _Copy):
                     self._copy(task, task.work, buffers)
+                elif isinstance(task.work, _Pad):
+                    self._pad(task, task.work)
                 else:
                     self._compute(task, task.work, workspace, buffers)
         except _Stopped:
@@ -432,6 +473,14 @@ class _Pool:
             with self.lock:
                 self.error = self.error or error
             self.stopped.set()
+
+    def _pad(self, task: _Task, work: _Pad) -> None:
+        zeros = memoryview(bytes(work.count))
+        if self.staging.writes:
+            task.chain.target.write(zeros, work.target)
+        with self._turn(task):
+            task.chain.hash(zeros, zeros)
+        self.advance(work.count)
 
     def _copy(self, task: _Task, work: _Copy, buffers: Buffers) -> None:
         chain, count = task.chain, work.count
@@ -465,10 +514,12 @@ class _Pool:
         raw = work.source.read(block, buffers) if run.reads else _NOTHING
         written = buffers.view("out", block.count * run.floats.width, work.target)
         out = work.source.room(run.floats, block, written)
-        before = run.run(raw.to(self.device), out, block, workspace)
+        recording = self.recording
+        near = None if recording is None else recording.near(run, block, workspace)
+        before = run.run(raw.to(self.device), out, block, workspace, near)
         work.source.fill(run.floats, out, written, buffers)
-        if self.recording is not None and before is not None:
-            self.recording.add(run, work.number, before, out, block, workspace)
+        if recording is not None and before is not None:
+            recording.add(run, work.number, before, near)
         base = buffers.view("in", len(written))
         if chain.in_step and run.edit.source != BaseTensor(run.edit.tensor):
             # the values came from elsewhere, but the base's own bytes belong to its digest

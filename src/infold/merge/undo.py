@@ -26,6 +26,7 @@ from infold.checkpoint.shards import (
     Shard,
     companion,
     is_lone,
+    kept_name,
     open_checkpoint,
     read_receipt,
 )
@@ -159,7 +160,7 @@ class Merged:
             if name in self.rewritten:
                 found[name] = self.rewritten[name]
             elif name in self.copied:
-                found[name] = (self.path / name).read_bytes()
+                found[name] = (self.path / kept_name(self.path, name)).read_bytes()
         return found
 
     def sides_digests(self, plan: Plan) -> dict[str, str]:
@@ -278,11 +279,12 @@ def _check_sides(merged: Merged) -> None:
     if not isinstance(told, dict):
         raise CorruptFile(f"{merged.record.path}: its side_files are none that infold writes")
     for name, digest in told.items():
-        if not os.path.lexists(merged.path / name):
-            wrong.append(f"{merged.path / name}: is missing; the base had this file too")
-        elif digest_file(merged.checkpoint, name) != digest:
+        kept = kept_name(merged.path, name)
+        if not os.path.lexists(merged.path / kept):
+            wrong.append(f"{merged.path / kept}: is missing; the base had this file too")
+        elif digest_file(merged.checkpoint, kept) != digest:
             wrong.append(
-                f"{merged.path / name}: was changed after it was merged, so it is not the base's "
+                f"{merged.path / kept}: was changed after it was merged, so it is not the base's "
                 "any more; put the old one back"
             )
     if wrong:
@@ -323,8 +325,15 @@ class UndoRun:
         if self.guesser is not None:
             self.guesser.release()
 
-    def run(self, raw: Tensor, out: Tensor, block: Block, workspace: Workspace) -> None:
-        """`block` is one of the record's."""
+    def run(
+        self,
+        raw: Tensor,
+        out: Tensor,
+        block: Block,
+        workspace: Workspace,
+        near: Tensor | None = None,
+    ) -> None:
+        """`block` is one of the record's, `out` on the CPU."""
         with self._lock:
             if self._numbers is None:
                 blocks = enumerate(self._cut())
@@ -332,11 +341,10 @@ class UndoRun:
         number = self._numbers[block.row, block.column]
         kind, payload = self.merged.record.payload(self.number, number)
         if kind != ORIGINAL:
-            with as_told(self.where):
-                near = self.guesser.guess(raw, block, workspace) if self.guesser else None
-            if near is None:
+            if self.guesser is None or not self.guesser.has_way_back():
                 raise CorruptFile(f"{self.where}: a residual, but no method that it belongs to")
-            out.copy_(near)
+            with as_told(self.where):
+                self.guesser.guess(raw, out, block, workspace)
         unpack(kind, payload, out, self.where)
 
     def _cut(self) -> Iterator[Block]:
@@ -383,9 +391,16 @@ class SwapRun:
         self.undo.release()
         self.new.release()
 
-    def run(self, raw: Tensor, out: Tensor, block: Block, workspace: Workspace) -> Tensor:
-        base = torch.empty(block.rows, block.columns, dtype=self.undo.stored)
+    def run(
+        self,
+        raw: Tensor,
+        out: Tensor,
+        block: Block,
+        workspace: Workspace,
+        near: Tensor | None = None,
+    ) -> Tensor:
+        base = workspace.block("base", block, self.undo.stored)
         self.undo.run(raw, base, block, workspace)
-        self.new.run(base.to(self.new.device), out, block, workspace)
+        self.new.run(base.to(self.new.device), out, block, workspace, near)
         self.changed = self.new.changed
         return base

@@ -245,9 +245,7 @@ class GgufModules:
         if self.table.rotary and home.name in ("attn_q", "attn_k"):
             heads = self._heads(home.layer, keys=home.name == "attn_k")
             if not heads or rows % (2 * heads):
-                raise Unfoldable(
-                    f"{module}: {rows} rows, which are not even heads, {heads} of them"
-                )
+                raise Unfoldable(f"{module}: {rows} rows are not {heads} heads of an even size")
             return Settings(view=(heads, 2, rows // heads // 2), order=(0, 2, 1))
         if self.table.fused and home.name == "attn_qkv":
             heads, groups = self._heads(home.layer), self._heads(home.layer, keys=True)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from infold.checkpoint.files import exists, locate, read_object
+from infold.checkpoint.shards import TOKENIZERS
 from infold.errors import Refusal
 from infold.tuners.model import load as load_adapter
 
@@ -39,8 +40,9 @@ def device_of(name: str) -> torch.device:
     return device
 
 
-def model_folder(name: PathLike) -> Path:
+def model_folder(name: PathLike, *, quantized: bool = False) -> Path:
     """The folder of a causal language model that transformers can load; a Hub id is downloaded.
+    quantized: whether its weights may be.
 
     Raises Refusal for a folder that is none, without reading weights.
     """
@@ -50,7 +52,7 @@ def model_folder(name: PathLike) -> Path:
         hint = ": it is an adapter, give its base" if adapter else ""
         raise Refusal(f"{os.fspath(name)}: no folder with a config.json, so no model to run{hint}")
     config = read_object(folder / "config.json")
-    if config.get("quantization_config"):
+    if config.get("quantization_config") and not quantized:
         raise Refusal(f"{os.fspath(name)}: quantized weights cannot be run here yet")
     return folder
 
@@ -99,8 +101,7 @@ def tokenizer_of(folder: Path) -> Any:
     """The tokenizer of a folder. Raises Refusal where there is none."""
     from transformers import AutoTokenizer
 
-    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-    if not any(exists(folder / name) for name in (*names, "vocab.txt", "spiece.model")):
+    if not any(exists(folder / name) for name in TOKENIZERS):
         raise Refusal(f"{folder}: has no tokenizer; copy the tokenizer files of its model into it")
     try:
         with calm():

@@ -22,6 +22,7 @@ __all__ = [
     "is_bitsandbytes",
     "is_readable",
     "keep_gradients",
+    "widen",
 ]
 
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -156,6 +157,28 @@ def _from_fp8(module: nn.Module) -> Tensor | None:
             scales = scales.repeat_interleave(size[dim], dim)
         scales = scales[: weight.shape[0], : weight.shape[1]]
     return weight * scales
+
+
+def widen(model: nn.Module) -> list[str]:
+    """Replace a model's quantized layers by Linear layers in float32, which hold what codes and
+    scales say. Returns their paths. Raises Refusal where a layer's weight is not known."""
+    found = {}
+    for path, module in model.named_modules():
+        if is_bitsandbytes(module) or _scales_fp8(module) is not None:
+            weight = dequantized(module)
+            if weight is None:
+                raise Refusal(f"{path}: a quantized layer whose weight cannot be read here")
+            found[path] = (weight, getattr(module, "bias", None))
+    for path, (weight, bias) in found.items():
+        with torch.device("meta"):
+            layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
+        layer.weight = nn.Parameter(weight.float(), requires_grad=False)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach().float(), requires_grad=False)
+        model.set_submodule(path, layer)
+    if found:
+        _forget_quantization(model)
+    return list(found)
 
 
 # --- the model that holds them -------------------------------------------------------------------

@@ -7,6 +7,10 @@ model by one unit in its last place. Merging in memory at the stored dtype tells
 weights must do to the outputs; the folder must show that, and nothing else. The control's merge
 finds its layers by the tree of modules, the folder's by the names of tensors.
 
+A quantized model is run on the float32 values of its codes and scales. A merge in memory does not
+fold into scales, so there is no control: what rounding the scales may do is measured by moving
+every weight of these layers by the largest rounding error of a scale.
+
 One model is in memory at a time; logits wait on the disk.
 """
 
@@ -24,7 +28,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from infold.checkpoint.shards import open_checkpoint
 from infold.errors import Refusal
+from infold.formats import NoFold
+from infold.plan.match import Names
+from infold.plan.quantized import StoredModules
 from infold.tuners.loading import (
     attach_all,
     calm,
@@ -33,6 +41,7 @@ from infold.tuners.loading import (
     model_folder,
     tokenizer_of,
 )
+from infold.tuners.quantized import widen
 from infold.verify.logits import Distance, cross_entropy, margin
 from infold.verify.prompts import Questions, read_questions
 from infold.verify.verdict import Check, Continuation, Difference, Outputs
@@ -46,6 +55,9 @@ PathLike = str | os.PathLike[str]
 NOISE = 16
 # The largest of a few thousand draws varies; the control is the same rounding, so twice is ample.
 ROUNDING = 2
+
+
+_PRECISION = {"F64": 53, "F32": 24, "F16": 11, "BF16": 8}  # bits of a significand
 
 
 def prove_outputs(
@@ -71,7 +83,8 @@ def prove_outputs(
     where = device_of(device)
     if new_tokens < 1:
         raise Refusal(f"{new_tokens} new tokens: at least 1 is needed to compare continuations")
-    base_folder, merged_folder = model_folder(base), model_folder(merged)
+    base_folder = model_folder(base, quantized=True)
+    merged_folder = model_folder(merged, quantized=True)
     tokenizer = tokenizer_of(base_folder)
     limit = _positions(base_folder)
     questions = read_questions(prompts, text, tokenizer, limit, new_tokens)
@@ -112,6 +125,7 @@ class _Run:
         self.differences: dict[str, Difference] = {}
         self.perplexity: dict[str, float] = {}
         self.greedy: dict[str, list[list[int]]] = {}
+        self.step: float | None = None  # a quantized model's largest rounding error of a scale
         self.margins: list[float] = []  # of the first token that differs, for each prompt
         self.done = 0
 
@@ -120,7 +134,8 @@ class _Run:
     def adapter_mode(self, base: Path, adapters: Sequence[PathLike]) -> None:
         """The reference; the same with its adapters off; merged in float32; moved by a unit."""
         # transformers rounds all weights to one dtype, which is the one that is stored
-        model = attach_all(load_model(base, self.device).float(), adapters)
+        model, _ = self._float(base)
+        model = attach_all(model, adapters)
         self.greedy["adapter"] = self._continue(model)
         asked = zip(self.questions.prompt_ids, self.greedy["adapter"], strict=True)
         self.sequences = [(*ids, *new) for ids, new in asked] + list(self.questions.windows)
@@ -134,19 +149,32 @@ class _Run:
         self._drop("float32")
 
     def control(self, base: Path, adapters: Sequence[PathLike]) -> None:
-        """Merged in memory at the stored dtype, run in float32."""
-        model = attach_all(load_model(base, self.device), adapters).merge_and_unload().float()
+        """Merged in memory at the stored dtype, run in float32; of a quantized model, moved."""
+        self.step = _rounding_of_scales(base)
+        if self.step is None:
+            model = attach_all(load_model(base, self.device), adapters).merge_and_unload().float()
+        else:
+            model, layers = self._float(base)
+            model = attach_all(model, adapters).merge_and_unload()
+            _move((model.get_submodule(path).weight for path in layers), self.step)
         self._pass(model, "predicted", against={"predicted": "adapter"}, keep=True)
 
     def merged(self, folder: Path) -> None:
-        model = load_model(folder, self.device).float()
+        model, _ = self._float(folder)
         self.greedy["merged"] = self._continue(model)
-        self._pass(model, "merged", against={"merged": "adapter", "control": "predicted"})
+        control = {"control": "predicted"} if self.step is None else {}
+        self._pass(model, "merged", against={"merged": "adapter", **control})
         for number, (one, two) in enumerate(zip(*self.greedy.values(), strict=True)):
             at = _first_difference(one, two)
             row = 0 if at is None else len(self.questions.prompt_ids[number]) - 1 + at
             lead = 0.0 if at is None else float(margin(self._kept("adapter", number)[row]))
             self.margins.append(lead)
+
+    def _float(self, folder: Path) -> tuple[Any, list[str]]:
+        """A folder's model in float32, and the layers of it that are quantized."""
+        model = load_model(folder, self.device)
+        layers = widen(model)
+        return model.float(), layers
 
     # --- passes ----------------------------------------------------------------------------------
 
@@ -207,12 +235,26 @@ class _Run:
 
 
 @torch.no_grad()
-def _move(parameters: Iterable[Tensor]) -> None:
-    """Move every weight by a unit in float32's last place, up or down, the same on every run."""
+def _move(parameters: Iterable[Tensor], step: float = 2.0**-23) -> None:
+    """Move every weight by a relative step, up or down, the same on every run; by itself by a unit
+    in float32's last place."""
     for number, parameter in enumerate(parameters):
         numbers = torch.Generator().manual_seed(number)
         up = torch.randint(0, 2, parameter.shape, generator=numbers, dtype=torch.int8)
-        parameter.mul_((1 + (up.float() * 2 - 1) * 2.0**-23).to(parameter.device))
+        parameter.mul_((1 + (up.float() * 2 - 1) * step).to(parameter.device))
+
+
+def _rounding_of_scales(folder: Path) -> float | None:
+    """The largest relative rounding error of a checkpoint's scales; None where it has none."""
+    base = open_checkpoint(folder)
+    found = []
+    for stored, form in StoredModules(base, Names(base.where)).all():
+        try:
+            scales = form.scales(stored)
+        except NoFold:
+            continue
+        found += [_PRECISION[stored.tensors[scale.part].dtype] for scale in scales]
+    return 2.0 ** -min(found) if found else None
 
 
 # --- what it means -------------------------------------------------------------------------------
@@ -226,10 +268,10 @@ def _checks(run: _Run) -> tuple[Check, ...]:
     def check(what: str, measured: float, bound: float) -> None:
         checks.append(Check(what, measured, bound, measured <= bound))
 
-    for name, what in (
-        ("arithmetic", "adapter mode and its merge in float32"),
-        ("control", "the merged folder and the control, merged in memory"),
-    ):
+    kinds = {"arithmetic": "adapter mode and its merge in float32"}
+    if "control" in found:
+        kinds["control"] = "the merged folder and the control, merged in memory"
+    for name, what in kinds.items():
         check(f"{what}: largest logit difference", found[name].largest, NOISE * unit.largest)
         check(f"{what}: mean logit difference", found[name].mean, NOISE * unit.mean)
     what = "adapter mode and the merged folder"

@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from infold.dtypes import BLOCKS
 from infold.formats.values import Matrix, Scheme
+from infold.verify.ggml import codes_of, half_at, values_of
 
 __all__ = ["FLOATS8", "Grid", "decode", "grid"]
 
@@ -48,6 +50,11 @@ class Grid:
 
 def decode(form: str, parts: Mapping[str, Matrix], scheme: Scheme, rows: slice) -> Tensor:
     """float64 (rows, in) of a module."""
+    if form == "ggml":
+        size = BLOCKS[scheme.kind][1]
+        data = parts[""][rows, _ALL].numpy()
+        values = values_of(scheme.kind, data.reshape(-1, size))
+        return torch.from_numpy(values.reshape(len(data), -1))
     return grid(form, parts, scheme, rows).values()
 
 
@@ -256,6 +263,25 @@ def _hqq(parts: Mapping[str, Matrix], scheme: Scheme, rows: slice) -> Grid:
     )  # fmt: skip
 
 
+def _ggml(parts: Mapping[str, Matrix], scheme: Scheme, rows: slice) -> Grid:
+    """Of the plain types. Their minimum is told as a zero point, in steps."""
+    kind, (elements, size) = scheme.kind, BLOCKS[scheme.kind]
+    data = parts[""][rows, _ALL].numpy()
+    blocks = data.reshape(-1, size)
+    codes = torch.from_numpy(codes_of(kind, blocks)).reshape(len(data), -1)
+    scale = torch.from_numpy(half_at(blocks, 0)).reshape(len(data), -1)
+    bits = int(kind[1])
+    levels, zero = torch.arange(1 << bits).double(), None
+    if kind == "Q8_0":
+        codes, levels = codes + 128, _I8
+    elif kind.endswith("_0"):
+        levels = levels - (1 << (bits - 1))
+    else:
+        zero = -torch.from_numpy(half_at(blocks, 2)).reshape(len(data), -1) / scale
+    group = torch.arange(codes.shape[1]) // elements
+    return Grid(codes, levels, scale, zero, group, "", "")
+
+
 _GRIDS = {
     "gptq": _gptq,
     "awq": _awq,
@@ -264,4 +290,5 @@ _GRIDS = {
     "fp8": _fp8,
     "torchao": _torchao,
     "hqq": _hqq,
+    "ggml": _ggml,
 }

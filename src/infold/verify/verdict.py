@@ -76,6 +76,8 @@ class Outputs:
     merged in memory and rounded to the stored dtype), "control" (the control and the merged
     folder), "arithmetic" (adapter mode and the control merged in float32), "unit" (that one, and
     it with every weight moved by a unit in float32's last place), "effect" (adapter mode and base).
+    Of a quantized model there is no control: "predicted" is what the largest rounding error of a
+    scale, in every weight of the quantized layers, does to the control merged in float32.
     perplexity: of base, adapter and merged on the text. tokens: of that text.
     continuations: greedy ones. notes: what deserves a look. device: what computed.
     kind, version: of this record.

@@ -13,6 +13,7 @@ from infold.formats.values import (
     bitsandbytes,
     compressed_tensors,
     fp8,
+    ggml,
     gptq,
     hqq,
     torchao,
@@ -45,6 +46,7 @@ VALUES: Mapping[str, Values] = {
     "fp8": fp8,
     "hqq": hqq,
     "torchao": torchao,
+    "ggml": ggml,
 }
 
 

@@ -1,0 +1,499 @@
+"""Where nothing folds: modules become dense, or are quantized again; computed and proven.
+
+The bases are written by the packages that define their formats, and read back by those packages.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import infold
+from handmade import RECEIPT, digests, ia3, lora
+from infold.errors import Refusal
+from quantized_bases import KINDS, REFUSED, Module
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of the packages that write the bases
+
+LAYER = "model.layers.0"
+SIZES = {
+    "self_attn.q_proj": (64, 64), "self_attn.k_proj": (32, 64), "self_attn.v_proj": (32, 64),
+    "mlp.gate_proj": (128, 64), "mlp.up_proj": (128, 64), "mlp.down_proj": (64, 128),
+}  # fmt: skip
+TOUCHED = ("self_attn.q_proj", "mlp.down_proj")
+DENSE = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.down_proj")
+FORMATS: dict[str, Callable[[Tensor], Module]] = {
+    **{n: make for n, make in KINDS.items() if n not in (
+        "awq-gemv", "awq-gemv_fast", "eetq", "torchao-tinygemm"
+    )},
+    **{n: make for n, (make, _) in REFUSED.items()},
+}  # fmt: skip
+UNKNOWN = ("awq-gemv", "awq-gemv_fast", "eetq", "torchao-tinygemm")
+NO_ROUNDING = {  # and why
+    "hqq": "HQQ optimizes", "hqq-axis0": "HQQ optimizes", "ct-tensor": "the whole tensor",
+    "torchao-int8-tensor": "the whole tensor", "torchao-intx": "how many of its 8 bits",
+    "bnb-nf4-nested": "double quantization",
+}  # fmt: skip
+
+
+@dataclass
+class Base:
+    path: Path
+    modules: dict[str, Module]
+
+    def parts(self, folder: Path, name: str) -> dict[str, Tensor]:
+        """The tensors of a module of a folder, by their names below it."""
+        prefix = f"{LAYER}.{name}."
+        with safe_open(folder / "model.safetensors", "pt") as file:
+            return {
+                key.removeprefix(prefix): file.get_tensor(key)
+                for key in file.keys()
+                if key.startswith(prefix)
+            }
+
+    def values(self, name: str, folder: Path | None = None) -> Tensor:
+        made = self.modules[name]
+        parts = self.parts(folder or self.path, name)
+        return made.values({k: v for k, v in parts.items() if k in made.tensors})
+
+
+def make_base(path: Path, make: Callable[[Tensor], Module], **config: Any) -> Base:
+    random = torch.Generator().manual_seed(1)
+    torch.manual_seed(1)
+    modules, tensors, metadata = {}, {}, {"format": "pt"}
+    for name, shape in SIZES.items():
+        modules[name] = made = make(torch.randn(shape, generator=random) * 0.05)
+        tensors |= {f"{LAYER}.{name}.{part}": t.contiguous() for part, t in made.tensors.items()}
+        metadata |= {f"{LAYER}.{name}.{key}": text for key, text in made.metadata.items()}
+    tensors[f"{LAYER}.self_attn.q_proj.bias"] = torch.randn(64, generator=random).half()
+    tensors[f"{LAYER}.input_layernorm.weight"] = torch.ones(64).bfloat16()
+    path.mkdir(parents=True)
+    told = {"hidden_act": "silu", "quantization_config": made.config, "dtype": "bfloat16", **config}
+    (path / "config.json").write_text(json.dumps(told))
+    save_file(tensors, path / "model.safetensors", metadata)
+    return Base(path, modules)
+
+
+def low_rank(path: Path, **config: Any) -> Path:
+    return lora(path, {f"{LAYER}.{n}": SIZES[n] for n in TOUCHED}, seed=4, **config)
+
+
+def update(adapter: Path, name: str, weight: Tensor) -> Tensor:
+    """The merged weight, float64, by LoRA's or DoRA's formula in one line each."""
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    prefix = f"base_model.model.{LAYER}.{name}"
+    a, b = (tensors[f"{prefix}.lora_{part}.weight"].double() for part in "AB")
+    new = weight + 2 * (b @ a)
+    magnitude = tensors.get(f"{prefix}.lora_magnitude_vector")
+    if magnitude is None:
+        return new
+    return magnitude.double()[:, None] / new.norm(dim=1, keepdim=True) * new
+
+
+def assert_rounded(found: Tensor, exact: Tensor, bits: int = 8) -> None:
+    """Each element is within half a unit of a float with that many bits, and a little: for short
+    floats the exact product takes 24 bits of each factor."""
+    slack = 2e-8 if bits < 24 else 1e-12
+    unit = 2.0 ** (torch.frexp(exact)[1].double() - bits)
+    unit.clamp_(min=2.0**-24 if bits == 11 else 0.0)  # float16's smallest
+    assert ((found.double() - exact).abs() <= unit / 2 * (1 + 1e-6) + slack).all()
+
+
+def relative(found: Tensor, exact: Tensor) -> float:
+    return float((found.double() - exact).norm() / exact.norm())
+
+
+def errors(receipt: Any) -> dict[str, float]:
+    return {
+        e["tensor"].removeprefix(f"{LAYER}."): e["error"] for e in receipt.edits if "error" in e
+    }
+
+
+def flip(folder: Path, tensor: str, element: int = 5) -> None:
+    """Change one bit of a stored tensor."""
+    file = folder / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    begin = header[tensor]["data_offsets"][0] + 8 + length
+    data[begin + element] ^= 4
+    file.write_bytes(data)
+
+
+# --- dequantize ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_touched_modules_become_dense(kind: str, tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", FORMATS[kind])
+    adapter = low_rank(tmp_path / "lora", use_dora=kind in ("gptq", "bnb-nf4", "fp8-blocks"))
+    out = tmp_path / "merged"
+
+    receipt = infold.merge(base.path, adapter, out, dequantize=True)
+
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    told = json.dumps(config)
+    for name in SIZES:
+        parts = base.parts(out, name)
+        if name not in DENSE:
+            before = base.parts(base.path, name)
+            assert parts.keys() == before.keys()
+            assert all(
+                torch.equal(parts[k].view(torch.uint8), t.view(torch.uint8))
+                if t.dim() and t.dtype.itemsize == 1 else torch.equal(parts[k], t)
+                for k, t in before.items()
+            )  # fmt: skip
+            assert kind.startswith("hqq") or name.rpartition(".")[2] not in told
+            continue
+        assert parts.keys() <= {"weight", "bias"}
+        exact = base.values(name)
+        if name in TOUCHED:
+            exact = update(adapter, name, exact)
+        assert parts["weight"].dtype == torch.bfloat16
+        assert_rounded(parts["weight"], exact)
+        measured = errors(receipt)[f"{name}.weight"]
+        assert measured == pytest.approx(relative(parts["weight"], exact), rel=1e-3)
+        assert name.rpartition(".")[2] in told
+    assert torch.equal(
+        base.parts(out, "self_attn.q_proj")["bias"],
+        base.parts(base.path, "self_attn.q_proj")["bias"],
+    )
+    assert sorted(receipt.conversion["touched"]) == sorted(f"{LAYER}.{n}" for n in TOUCHED)
+    verdict = infold.verify(out)
+    assert verdict.ok and verdict.recomputed == len(DENSE), verdict.offenders
+
+    flip(out, f"{LAYER}.self_attn.v_proj.weight")
+    found = [o.where for o in infold.verify(base.path, adapter, out).offenders]
+    assert f"{LAYER}.self_attn.v_proj.weight" in found
+
+
+@pytest.mark.parametrize("kind", UNKNOWN)
+def test_codes_in_an_unknown_order_are_refused(kind: str, tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", KINDS[kind])
+
+    with pytest.raises(Refusal) as caught:
+        infold.merge(base.path, low_rank(tmp_path / "lora"), tmp_path / "out", dequantize=True)
+
+    reasons = [reason for reason in caught.value.reasons if "single elements" in reason]
+    assert len(reasons) == len(TOUCHED)
+    assert all("known here" in r or "cannot be decoded" in r for r in reasons), reasons
+
+
+def test_every_dtype_budget_and_number_of_threads(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", KINDS["gptq"])
+    adapter = low_rank(tmp_path / "lora")
+    exact = update(adapter, "mlp.down_proj", base.values("mlp.down_proj"))
+    made = set()
+    for dtype, bits in (("f16", 11), ("f32", 24), ("bf16", 8)):
+        for number, options in enumerate(({"threads": 1}, {"threads": 2, "max_memory": "64MiB"})):
+            out = tmp_path / f"{dtype}-{number}"
+            infold.merge(base.path, adapter, out, dequantize=True, dtype=dtype, **options)
+            made.add(digests(out)["model.safetensors"])
+            assert_rounded(base.parts(out, "mlp.down_proj")["weight"], exact, bits)
+            assert infold.verify(out).ok
+    assert len(made) == 3
+
+
+# --- requantize ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [kind for kind in FORMATS if kind not in NO_ROUNDING])
+def test_touched_modules_are_rounded_into_their_format(kind: str, tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", FORMATS[kind])
+    adapter = low_rank(tmp_path / "lora")
+    out = tmp_path / "merged"
+
+    receipt = infold.merge(base.path, adapter, out, requantize=True)
+
+    with safe_open(base.path / "model.safetensors", "pt") as before:
+        with safe_open(out / "model.safetensors", "pt") as after:
+            assert list(before.keys()) == list(after.keys())
+            assert before.metadata() == after.metadata()
+    assert (out / "config.json").read_bytes() == (base.path / "config.json").read_bytes()
+    for name in TOUCHED:
+        exact = update(adapter, name, base.values(name))
+        found = base.values(name, out)
+        told = {e for tensor, e in errors(receipt).items() if tensor.startswith(f"{name}.")}
+        assert len(told) == 1
+        assert told.pop() == pytest.approx(relative(found, exact), rel=1e-3)
+        worst = 0.2 if base.modules[name].config.get("bits") == 4 or "4" in kind else 0.13
+        assert relative(found, exact) < worst
+        assert relative(found, base.values(name)) > 0.5 * relative(exact, base.values(name))
+    verdict = infold.verify(out)
+    assert verdict.ok, verdict.offenders
+
+
+@pytest.mark.parametrize(("kind", "part"), [
+    ("gptq", "qweight"), ("gptq", "scales"), ("gptq", "qzeros"), ("awq", "qzeros"),
+    ("bnb-int8", "SCB"), ("bnb-nf4", "weight"), ("fp8-blocks", "weight_scale_inv"),
+    ("ct-pack-asymmetric", "weight_zero_point"), ("ct-int8", "weight"),
+])  # fmt: skip
+def test_a_wrong_code_or_scale_is_found(kind: str, part: str, tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", FORMATS[kind])
+    adapter = low_rank(tmp_path / "lora")
+    infold.merge(base.path, adapter, tmp_path / "merged", requantize=True)
+    name = f"{LAYER}.mlp.down_proj.{part}"
+
+    flip(tmp_path / "merged", name)
+
+    wrong = [o for o in infold.verify(tmp_path / "merged").offenders if o.what == "edited tensor"]
+    assert wrong and name in {o.where for o in wrong}, wrong
+
+
+@pytest.mark.parametrize("kind", [kind for kind in NO_ROUNDING if kind in FORMATS])
+def test_formats_that_plain_rounding_does_not_make(kind: str, tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", FORMATS[kind])
+
+    with pytest.raises(Refusal, match=f"{NO_ROUNDING[kind]}.*--dequantize"):
+        infold.merge(base.path, low_rank(tmp_path / "lora"), tmp_path / "out", requantize=True)
+
+
+def test_the_first_gptq_version_and_symmetric_grids(tmp_path: Path) -> None:
+    """A symmetric base keeps its fixed zero points, whatever the update."""
+    base = make_base(tmp_path / "base", KINDS["gptq"])
+    path = base.path / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["sym"] = True
+    path.write_text(json.dumps(config))
+    out = tmp_path / "merged"
+
+    infold.merge(base.path, low_rank(tmp_path / "lora"), out, requantize=True)
+
+    zeros = base.parts(out, "mlp.down_proj")["qzeros"]
+    assert (zeros == 0x77777777).all(), "8, less one"
+    assert infold.verify(out).ok
+
+
+# --- promote ------------------------------------------------------------------------------------
+
+
+def vectors() -> dict[str, Tensor]:
+    random = torch.Generator().manual_seed(3)
+    return {
+        f"{LAYER}.self_attn.k_proj": 1 + 0.3 * torch.randn(32, 1, generator=random),
+        f"{LAYER}.mlp.down_proj": 1 + 0.3 * torch.randn(1, 128, generator=random),
+    }
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_vectors_without_a_place_in_scales(kind: str, tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", FORMATS[kind])
+    adapter = ia3(tmp_path / "ia3", vectors(), feedforward_modules=["down_proj"])
+    out = tmp_path / "merged"
+    with pytest.raises(Refusal, match=r"--promote|one scale|axis 0|whole"):
+        infold.merge(base.path, adapter, out)
+
+    receipt = infold.merge(base.path, adapter, out, promote=True)
+
+    key, down = (base.parts(out, n)["weight"] for n in ("self_attn.k_proj", "mlp.down_proj"))
+    first, second = vectors().values()
+    assert_rounded(key, first.double() * base.values("self_attn.k_proj"))
+    assert_rounded(down, second.double() * base.values("mlp.down_proj"))
+    kept = set() if kind == "hqq-axis0" else {"mlp.gate_proj", "mlp.up_proj"}
+    assert all(base.parts(out, n).keys() == base.parts(base.path, n).keys() for n in kept)
+    assert receipt.conversion["mode"] == "promote"
+    assert infold.verify(out).ok
+
+
+def test_only_what_does_not_fold_is_promoted(tmp_path: Path) -> None:
+    """GELU stands before down_proj; k_proj's vector still goes into its scales."""
+    base = make_base(tmp_path / "base", KINDS["ct-int8"], hidden_act="gelu")
+    tensors = load_file(base.path / "model.safetensors")
+    plain = {n: t for n, t in tensors.items() if "gate_proj" not in n}
+    save_file(plain, base.path / "model.safetensors", {"format": "pt"})
+    adapter = ia3(tmp_path / "ia3", vectors(), feedforward_modules=["down_proj"])
+    out = tmp_path / "merged"
+
+    infold.merge(base.path, adapter, out, promote=True, dtype="f16")
+
+    after = load_file(out / "model.safetensors")
+    place = f"{LAYER}.self_attn.k_proj"
+    assert torch.equal(after[f"{place}.weight"], tensors[f"{place}.weight"])
+    assert torch.equal(after[f"{place}.weight_scale"], (
+        tensors[f"{place}.weight_scale"].double() * vectors()[place].double()
+    ).float())  # fmt: skip
+    assert after[f"{LAYER}.mlp.down_proj.weight"].dtype == torch.float16
+    told = json.loads((out / "config.json").read_text())["quantization_config"]["ignore"]
+    assert told == [f"{LAYER}.mlp.down_proj"]
+    assert infold.verify(out).ok
+
+
+def test_promote_is_for_vectors(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", KINDS["gptq"])
+
+    with pytest.raises(Refusal, match="--promote is for IA³ vectors; --dequantize"):
+        infold.merge(base.path, low_rank(tmp_path / "lora"), tmp_path / "out", promote=True)
+
+
+# --- the unquantized original -------------------------------------------------------------------
+
+
+def original(path: Path, **changes: Tensor | None) -> Path:
+    random = torch.Generator().manual_seed(1)
+    tensors = {
+        f"{LAYER}.{n}.weight": (torch.randn(s, generator=random) * 0.05).bfloat16()
+        for n, s in SIZES.items()
+    }
+    for name, tensor in changes.items():
+        key = f"{LAYER}.mlp.{name}.weight"
+        tensors.pop(key)
+        if tensor is not None:
+            tensors[key] = tensor
+    path.mkdir()
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    return path
+
+
+@pytest.mark.parametrize("mode", ["dequantize", "requantize"])
+def test_values_of_the_unquantized_original(mode: str, tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", KINDS["awq"])
+    adapter, first = low_rank(tmp_path / "lora"), original(tmp_path / "original")
+    out = tmp_path / "merged"
+
+    infold.merge(base.path, adapter, out, base_16bit=first, **{mode: True})
+
+    dense = load_file(first / "model.safetensors")
+    for name in TOUCHED:
+        exact = update(adapter, name, dense[f"{LAYER}.{name}.weight"].double())
+        if mode == "dequantize":
+            assert_rounded(base.parts(out, name)["weight"], exact)
+        else:
+            assert relative(base.values(name, out), exact) < 0.12
+            theirs = update(adapter, name, base.values(name))
+            assert relative(base.values(name, out), theirs) > 1.1 * relative(
+                base.values(name, out), exact
+            )
+    if mode == "dequantize":
+        beside = base.parts(out, "self_attn.v_proj")["weight"]
+        assert_rounded(beside, base.values("self_attn.v_proj"))
+    assert infold.verify(out).ok
+
+
+def test_an_original_of_another_model(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", KINDS["awq"])
+    wrong = original(tmp_path / "original", up_proj=torch.ones(128, 32), gate_proj=None)
+
+    with pytest.raises(Refusal) as caught:
+        infold.merge(
+            base.path, low_rank(tmp_path / "lora"), tmp_path / "out", dequantize=True,
+            base_16bit=wrong,
+        )  # fmt: skip
+
+    told = "\n".join(caught.value.reasons)
+    assert "has no model.layers.0.mlp.gate_proj.weight" in told
+    assert "up_proj.weight is F32 [128, 32], not floats of [128, 64]" in told
+
+
+# --- refusals -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("options", "why"), [
+    ({}, "--dequantize writes such weights in 16 bits, --requantize"),
+    ({"dequantize": True, "requantize": True}, "--dequantize and --requantize exclude each other"),
+    ({"dequantize": True, "dtype": "int4"}, "--dtype int4: auto, bf16, f16, f32, q4_0"),
+    ({"dtype": "f16"}, "--dtype goes with"),
+    ({"requantize": True, "dtype": "f16"}, "--dtype f16 goes with --dequantize"),
+    ({"base_16bit": "somewhere"}, "--base-16bit goes with"),
+    ({"dequantize": True, "undo": True}, "--undo does not go with --dequantize"),
+])  # fmt: skip
+def test_what_does_not_go_together(options: dict[str, Any], why: str, tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", KINDS["ct-int8"])
+
+    with pytest.raises(Refusal, match=why):
+        infold.merge(base.path, low_rank(tmp_path / "lora"), tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_in_place_and_dense_bases_are_refused(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", KINDS["ct-int8"])
+    adapter = low_rank(tmp_path / "lora")
+
+    with pytest.raises(Refusal, match="--dequantize with --in-place"):
+        infold.merge(base.path, adapter, in_place=True, dequantize=True)
+    with pytest.raises(Refusal, match="has no quantized weights"):
+        infold.merge(original(tmp_path / "dense"), adapter, tmp_path / "out", dequantize=True)
+
+
+def test_a_config_that_cannot_tell_of_it_is_refused(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", KINDS["ct-int8"], quantization_config={"quant_method": "x"})
+
+    with pytest.raises(Refusal, match=r"config\.json tells quant_method 'x'"):
+        infold.merge(base.path, low_rank(tmp_path / "lora"), tmp_path / "out", dequantize=True)
+
+
+def test_a_receipt_that_lies_about_the_choice(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", KINDS["ct-int8"])
+    out = tmp_path / "merged"
+    infold.merge(base.path, low_rank(tmp_path / "lora"), out, dequantize=True)
+    receipt = json.loads((out / RECEIPT).read_text())
+    receipt["conversion"]["dtype"] = "F16"
+    (out / RECEIPT).write_text(json.dumps(receipt))
+
+    verdict = infold.verify(out)
+
+    assert not verdict.ok and "dtype or shape" in {o.what for o in verdict.offenders}
+
+
+# --- transformers and PEFT ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_model_that_transformers_quantized_and_loads_again(kind: str, tmp_path: Path) -> None:
+    """LoRA by PEFT on transformers' own dequantized weights, against the merged folder."""
+    import peft
+    import transformers as hf
+
+    torch.manual_seed(0)
+    config = hf.LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=80, tie_word_embeddings=False, pad_token_id=0,
+    )  # fmt: skip
+    hf.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "dense")
+    four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    way = hf.BitsAndBytesConfig(**(four if kind == "nf4" else {"load_in_8bit": True}))
+    load = hf.AutoModelForCausalLM.from_pretrained
+    model = load(tmp_path / "dense", quantization_config=way, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "base")
+    dense = load(tmp_path / "base", dtype=torch.float32).dequantize().float()
+    ids = torch.randint(1, 80, (2, 9))
+    linears = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    settings = peft.LoraConfig(
+        r=4, target_modules=linears, init_lora_weights=False, use_dora=kind == "nf4"
+    )
+    adapted = peft.get_peft_model(dense, settings).eval()
+    adapted.save_pretrained(tmp_path / "lora")
+    out = tmp_path / "merged"
+
+    infold.merge(tmp_path / "base", tmp_path / "lora", out, dequantize=True, dtype="f32")
+
+    merged = load(out, dtype=torch.float32).eval()
+    assert {type(m).__name__ for m in merged.modules() if isinstance(m, torch.nn.Linear)} == {
+        "Linear"
+    }
+    with torch.no_grad():
+        found, wanted = merged(ids).logits, adapted(ids).logits
+        with adapted.disable_adapter():
+            without = adapted(ids).logits
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5)
+    assert (without - wanted).abs().max() > 0.05
+
+    # where the adapter touches one projection, the others stay quantized, but for its siblings
+    keys = [k for k in load_file(tmp_path / "lora" / "adapter_model.safetensors") if "q_proj" in k]
+    one = {k: load_file(tmp_path / "lora" / "adapter_model.safetensors")[k] for k in keys}
+    save_file(one, tmp_path / "lora" / "adapter_model.safetensors")
+    infold.merge(tmp_path / "base", tmp_path / "lora", tmp_path / "one", dequantize=True)
+    classes = {
+        name.rpartition(".")[2]: type(module).__name__
+        for name, module in load(tmp_path / "one").named_modules()
+    }
+    assert [classes[name] for name in ("q_proj", "k_proj", "v_proj", "lm_head")] == ["Linear"] * 4
+    assert classes["up_proj"] == {"int8": "Linear8bitLt", "nf4": "Linear4bit"}[kind]
