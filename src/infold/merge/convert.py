@@ -12,6 +12,7 @@ import math
 import threading
 from collections import ChainMap
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -26,7 +27,8 @@ from infold.formats import Floats
 from infold.formats.values import VALUES, Matrix, Scheme, encoder
 from infold.merge.apply import EditRun, Read, Run
 from infold.merge.source import Buffers, Source
-from infold.plan.edits import BaseTensor, Decoded, Edit, Original, Part, Plan
+from infold.merge.whole import WholeRun, WholeSource
+from infold.plan.edits import Amended, BaseTensor, Decoded, Edit, Original, Part, Plan
 from infold.plan.edits import Source as AnySource
 
 __all__ = [
@@ -75,6 +77,8 @@ class PartSource(Source):
 def source_of(plan: Plan, run: Run, files: InputFiles) -> Source:
     """Where the stored values of one edit come from."""
     source = run.edit.source
+    if isinstance(run, WholeRun):
+        return WholeSource()
     if isinstance(run, PartRun):
         assert isinstance(source, Part)
         run.parts = parts_of(plan, source.stored, files)
@@ -261,6 +265,8 @@ def converted_runs(plan: Plan, device: torch.device) -> dict[str, Run]:
             if weight not in modules:
                 modules[weight] = _Module(source, plan.adapters, device)
             runs[name] = PartRun(edit, modules[weight])
+        elif isinstance(source, Amended):
+            runs[name] = WholeRun(edit, len(source.data), partial(bytes, source.data))
         elif isinstance(source, Decoded | Original):
             runs[name] = ConvertedRun(edit, plan.adapters, device)
         else:

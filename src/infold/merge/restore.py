@@ -136,7 +136,7 @@ def undone(merged: Merged, path: Path, streamed: Streamed, started: float) -> Un
         out=str(path),
         shards={name: digests.output for name, digests in streamed.digests.items()},
         side_files=sorted([*merged.copied, *merged.rewritten]),
-        restored=len(merged.edits),
+        restored=len(merged.edits) + len(merged.kept),
         tensors=len(base.where),
         bytes=base.nbytes,
         resumed_bytes=streamed.resumed,
@@ -157,6 +157,7 @@ def open_swap(
     """Check all that a swap needs. Writes nothing. The caller closes `source.record`."""
     merged = open_merged(Path(folder))
     try:
+        merged.check_swap()
         plan = plan_merge(merged.base, [open_adapter(adapter) for adapter in adapters])
         return prepare(
             plan, out, max_memory=max_memory, device=device, threads=threads, force=force,

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,8 @@ from infold.merge.apply import EditRun, Read, Run
 from infold.merge.manifest import ODD, as_told, read_adapter, read_edit
 from infold.merge.recording import block_of, digest_file, undone_by_residual
 from infold.merge.stream import Streamed
-from infold.plan.edits import BaseTensor, Edit, OutputShard, Plan
+from infold.merge.whole import WholeRun
+from infold.plan.edits import Amended, BaseTensor, Decoded, Edit, OutputShard, Plan
 
 __all__ = ["Merged", "SwapRun", "UndoRun", "open_merged"]
 
@@ -60,6 +62,7 @@ class Merged:
     limit: int  # elements of a block
     base_digests: Mapping[str, str]
     digests: Mapping[str, str]
+    kept: Mapping[str, int]  # tensors of the base that lie in the record as a whole: their files
 
     @property
     def path(self) -> Path:
@@ -91,6 +94,7 @@ class Merged:
             )
         )
         edits = {name: self.undo_edit(name) for name in self.edits}
+        edits |= {name: self._kept_edit(name) for name in self.kept}
         return Plan(self.checkpoint, self.adapters, edits, shards, self.rewritten, self.copied, ())
 
     def undo_edit(self, name: str) -> Edit:
@@ -98,10 +102,29 @@ class Merged:
         return Edit(name, BaseTensor(name), info.dtype, info.shape, ())
 
     def undo_runs(self, device: torch.device) -> dict[str, Run]:
-        return {name: UndoRun(self, name, device) for name in self.edits}
+        runs: dict[str, Run] = {name: UndoRun(self, name, device) for name in self.edits}
+        for name, number in self.kept.items():
+            count = self.base.info(name).nbytes
+            runs[name] = WholeRun(self._kept_edit(name), count, partial(self.record.file, number))
+        return runs
+
+    def _kept_edit(self, name: str) -> Edit:
+        """Of a tensor that is taken from the record; nothing of what lies there is needed."""
+        info = self.base.info(name)
+        return Edit(name, Amended(name, b""), info.dtype, info.shape, ())
+
+    def check_swap(self, plan: Plan | None = None) -> None:
+        """Refuse where an edit needs parts of the base that are no floats."""
+        edits = () if plan is None else plan.edits.values()
+        if self.kept or any(isinstance(edit.source, Amended | Decoded) for edit in edits):
+            raise Refusal(
+                f"{self.path}: scales that are quantized themselves cannot be swapped; restore the "
+                "base with `infold undo`, and merge the adapters into it"
+            )
 
     def swap_plan(self, plan: Plan) -> Plan:
         """A merge of the base, as a plan over what lies there."""
+        self.check_swap(plan)
         shards = tuple(
             replace(s, same_layout=s.header.raw == self.checkpoint.shards[s.source].header.raw)
             for s in plan.shards
@@ -261,7 +284,8 @@ def _merged(checkpoint: Checkpoint, record: Record, receipt: Mapping[str, Any]) 
     edits = {
         str(name): read_edit(str(name), told["edits"][name], adapters) for name in told["tensors"]
     }
-    lost = [name for name in edits if name not in where]
+    kept = {n.removeprefix("tensor/"): files[n] for n in files if n.startswith("tensor/")}
+    lost = [name for name in (*edits, *kept) if name not in where]
     limit = int(told["limit"])
     if lost:
         raise CorruptFile(f"{record.path}: edits tensors that the base does not have: {lost}")
@@ -271,6 +295,7 @@ def _merged(checkpoint: Checkpoint, record: Record, receipt: Mapping[str, Any]) 
         checkpoint, base, record, receipt, adapters, edits, rewritten, copied, limit,
         {s.name: str(told["base"]["shards"][n]) for s, n in zip(shards, names, strict=True)},
         {str(n): str(d) for n, d in told["shards"].items()},
+        kept,
     )  # fmt: skip
 
 

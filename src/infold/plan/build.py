@@ -27,7 +27,7 @@ from infold.plan.convert import (
     with_siblings,
 )
 from infold.plan.draft import Draft
-from infold.plan.edits import BaseTensor, Edit, Plan
+from infold.plan.edits import Amended, BaseTensor, Edit, Plan
 from infold.plan.gguf_consume import GgufConsumer
 from infold.plan.match import group_keys
 from infold.plan.origin import origin_notes
@@ -215,6 +215,8 @@ def _edits(draft: Draft) -> dict[str, Edit]:
         edits[tensor] = Edit(
             tensor, state.source, state.dtype, state.shape, operations, state.scales
         )
+    for tensor, data in draft.amended.items():
+        edits[tensor] = Edit(tensor, Amended(tensor, data), "U8", (len(data),), ())
     return edits
 
 
@@ -227,7 +229,8 @@ def _plan(
 ) -> Plan:
     """All decisions, with the files that follow from them."""
     edits = conversion.edits
-    shards = output_shards(base, edits, conversion.removed, conversion.place, conversion.metadata)
+    removed = conversion.removed | draft.removed
+    shards = output_shards(base, edits, removed, conversion.place, conversion.metadata)
     rewritten = {"config.json": with_changes(base.config or {}, changes)} if changes else {}
     copied = [name for name in base.side_files if name not in rewritten]
     if base.index is not None:

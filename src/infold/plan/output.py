@@ -68,7 +68,10 @@ def output_shards(
             continue
         resized = any(n in edits and edits[n].shape != t.shape for n, t in header.tensors.items())
         mine = added if number == home else []
-        moved = not header.tensors.keys().isdisjoint(removed)
+        moved = not header.tensors.keys().isdisjoint(removed) or any(
+            name in edits and edits[name].dtype != info.dtype
+            for name, info in header.tensors.items()
+        )
         if resized or mine or moved:
             entries = []
             for name, info in header.tensors.items():

@@ -49,7 +49,9 @@ class Grid:
 
 
 def decode(form: str, parts: Mapping[str, Matrix], scheme: Scheme, rows: slice) -> Tensor:
-    """float64 (rows, in) of a module."""
+    """float64 (rows, in) of a module, or of its nested scales."""
+    if form == "bitsandbytes_absmax":
+        return _absmax(parts, scheme, torch.arange(rows.start, rows.stop)).double()[:, None]
     if form == "ggml":
         size = BLOCKS[scheme.kind][1]
         data = parts[""][rows, _ALL].numpy()
@@ -146,11 +148,7 @@ def _bitsandbytes(parts: Mapping[str, Matrix], scheme: Scheme, rows: slice) -> G
     table = parts["weight.quant_map"][_ALL, _ALL].flatten().double()
     size = scheme.group
     blocks = torch.arange(first // size, -(-(first + count) // size))
-    absmax = parts["weight.absmax"][slice(int(blocks[0]), int(blocks[-1]) + 1), _ALL].flatten()
-    if absmax.dtype == torch.uint8:
-        outer = parts["weight.nested_absmax"][_ALL, _ALL].flatten()[blocks // scheme.nested_block]
-        inner = parts["weight.nested_quant_map"][_ALL, _ALL].flatten()[absmax.long()]
-        absmax = inner * outer + np.float32(scheme.offset)  # float32, as it is done there
+    absmax = _absmax(parts, scheme, blocks)
     if inputs % size == 0:
         scale = absmax.double().view(-1, inputs // size)
         group = torch.arange(inputs) // size
@@ -158,6 +156,16 @@ def _bitsandbytes(parts: Mapping[str, Matrix], scheme: Scheme, rows: slice) -> G
         each = (torch.arange(first, first + count) // size) - blocks[0]
         scale, group = absmax.double()[each].view(-1, inputs), torch.arange(inputs)
     return Grid(there, table, scale, None, group, "weight", "weight.absmax")
+
+
+def _absmax(parts: Mapping[str, Matrix], scheme: Scheme, blocks: Tensor) -> Tensor:
+    """float32 absmax of successive blocks."""
+    absmax = parts["weight.absmax"][slice(int(blocks[0]), int(blocks[-1]) + 1), _ALL].flatten()
+    if absmax.dtype == torch.uint8:
+        outer = parts["weight.nested_absmax"][_ALL, _ALL].flatten()[blocks // scheme.nested_block]
+        inner = parts["weight.nested_quant_map"][_ALL, _ALL].flatten()[absmax.long()]
+        absmax = inner * outer + np.float32(scheme.offset)  # float32, as it is done there
+    return absmax
 
 
 def _floats8() -> Tensor:

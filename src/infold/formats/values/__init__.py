@@ -16,6 +16,7 @@ from infold.formats.values import (
     ggml,
     gptq,
     hqq,
+    nested,
     torchao,
 )
 from infold.formats.values.scheme import Matrix, NoValues, Parts, Scheme
@@ -42,6 +43,7 @@ VALUES: Mapping[str, Values] = {
     "gptq": gptq,
     "awq": awq,
     "bitsandbytes": bitsandbytes,
+    "bitsandbytes_absmax": nested,
     "compressed_tensors": compressed_tensors,
     "fp8": fp8,
     "hqq": hqq,
