@@ -87,52 +87,24 @@ PathLike = str | os.PathLike[str]
 Progress = Callable[[int, int], None]
 
 
+# fmt: off
 @overload
 def merge(
-    base: PathLike,
-    adapters: PathLike | Sequence[PathLike],
-    out: PathLike | None = ...,
-    *,
-    max_memory: int | str = ...,
-    device: str = ...,
-    threads: int | None = ...,
-    dry_run: Literal[False] = ...,
-    force: bool = ...,
-    sha256: bool = ...,
-    undo: bool = ...,
-    in_place: bool = ...,
-    promote: bool = ...,
-    dequantize: bool = ...,
-    requantize: bool = ...,
-    dtype: str = ...,
-    base_16bit: PathLike | None = ...,
-    progress: Progress | None = ...,
+    base: PathLike, adapters: PathLike | Sequence[PathLike], out: PathLike | None = ..., *,
+    max_memory: int | str = ..., device: str = ..., threads: int | None = ..., dry_run:
+    Literal[False] = ..., force: bool = ..., sha256: bool = ..., undo: bool = ..., in_place:
+    bool = ..., promote: bool = ..., dequantize: bool = ..., requantize: bool = ..., dtype: str
+    = ..., base_16bit: PathLike | None = ..., progress: Progress | None = ...,
 ) -> Receipt: ...
-
-
 @overload
 def merge(
-    base: PathLike,
-    adapters: PathLike | Sequence[PathLike],
-    out: PathLike | None = ...,
-    *,
-    max_memory: int | str = ...,
-    device: str = ...,
-    threads: int | None = ...,
-    dry_run: Literal[True],
-    force: bool = ...,
-    sha256: bool = ...,
-    undo: bool = ...,
-    in_place: bool = ...,
-    promote: bool = ...,
-    dequantize: bool = ...,
-    requantize: bool = ...,
-    dtype: str = ...,
-    base_16bit: PathLike | None = ...,
-    progress: Progress | None = ...,
+    base: PathLike, adapters: PathLike | Sequence[PathLike], out: PathLike | None = ..., *,
+    max_memory: int | str = ..., device: str = ..., threads: int | None = ..., dry_run:
+    Literal[True], force: bool = ..., sha256: bool = ..., undo: bool = ..., in_place: bool =
+    ..., promote: bool = ..., dequantize: bool = ..., requantize: bool = ..., dtype: str = ...,
+    base_16bit: PathLike | None = ..., progress: Progress | None = ...,
 ) -> dict[str, Any]: ...
-
-
+# fmt: on
 def merge(
     base: PathLike,
     adapters: PathLike | Sequence[PathLike],
@@ -291,38 +263,20 @@ def _settle(folder: PathLike | None, *, refuse: bool = False) -> None:
             _log(f"{os.fspath(folder)}: {settled}")
 
 
+# fmt: off
 @overload
 def combine(
-    adapters: PathLike | Sequence[PathLike],
-    out: PathLike,
-    *,
-    weights: Sequence[float],
-    kind: str,
-    density: float | None = ...,
-    majority_sign: str = ...,
-    svd_rank: int | None = ...,
-    seed: int = ...,
-    force: bool = ...,
-    dry_run: Literal[False] = ...,
+    adapters: PathLike | Sequence[PathLike], out: PathLike, *, weights: Sequence[float], kind: str,
+    density: float | None = ..., majority_sign: str = ..., svd_rank: int | None = ...,
+    seed: int = ..., force: bool = ..., dry_run: Literal[False] = ...,
 ) -> Combined: ...
-
-
 @overload
 def combine(
-    adapters: PathLike | Sequence[PathLike],
-    out: PathLike,
-    *,
-    weights: Sequence[float],
-    kind: str,
-    density: float | None = ...,
-    majority_sign: str = ...,
-    svd_rank: int | None = ...,
-    seed: int = ...,
-    force: bool = ...,
-    dry_run: Literal[True],
+    adapters: PathLike | Sequence[PathLike], out: PathLike, *, weights: Sequence[float], kind: str,
+    density: float | None = ..., majority_sign: str = ..., svd_rank: int | None = ...,
+    seed: int = ..., force: bool = ..., dry_run: Literal[True],
 ) -> dict[str, Any]: ...
-
-
+# fmt: on
 def combine(
     adapters: PathLike | Sequence[PathLike],
     out: PathLike,
