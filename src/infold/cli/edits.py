@@ -52,7 +52,7 @@ def _steps(edit: dict[str, Any], adapters: Sequence[str]) -> str:
         what = "" if key == edit["tensor"] else f"{key} of "
         steps.append(f"replaced by {what}{_name(adapters[source['adapter']])}")
     elif "decoded" in source or "original" in source:
-        whence = "the 16-bit base" if "original" in source else source["format"]
+        whence = "the 16-bit base" if "original" in source else source.get("format", "")
         again = f", as {source['requantized']} again" if "requantized" in source else ""
         steps.append(f"from {whence}{again}")
     elif source["base"] != edit["tensor"]:
