@@ -268,11 +268,29 @@ def test_marlin_is_refused_by_name(tmp_path: Path) -> None:
         infold.merge(base.path, make_adapter(tmp_path / "adapter", vectors()), tmp_path / "out")
 
 
-@pytest.mark.parametrize("part", ["q_weight", "trellis", "Qidxs", "weight_blocks"])
-def test_formats_without_row_scales_are_refused_by_name(tmp_path: Path, part: str) -> None:
-    tensors = {f"{LAYER}.{name}.{part}": torch.zeros(8, 8).byte() for name in SIZES}
+@pytest.mark.parametrize(
+    ("parts", "name"),
+    [
+        ("q_weight", "EXL2"),
+        ("trellis", "EXL3"),
+        ("Qidxs", "QuIP#"),
+        ("weight_blocks", "MXFP4"),
+        ("B s workspace", "Marlin"),
+        ("weight_packed scale_packed meta", "Marlin"),
+        ("weight weight_scale weight_scale_2", "NVFP4"),
+        ("weight_packed weight_scale weight_global_scale", "NVFP4"),
+        ("weight_packed weight_scale", "MX scales"),
+    ],
+)
+def test_formats_without_row_scales_are_refused_by_name(
+    tmp_path: Path, parts: str, name: str
+) -> None:
+    tensors = {
+        f"{LAYER}.{module}.{part}": torch.zeros(shape[0], shape[1] // 2).byte()
+        for module, shape in SIZES.items()
+        for part in parts.split()
+    }
     base = handmade.base_folder(tmp_path / "base", tensors)
-    name = {"q_weight": "EXL2", "trellis": "EXL3", "Qidxs": "QuIP#", "weight_blocks": "MXFP4"}[part]
 
     with pytest.raises(infold.Refusal) as caught:
         infold.merge(base, make_adapter(tmp_path / "adapter", vectors()), tmp_path / "out")
