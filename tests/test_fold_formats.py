@@ -332,6 +332,29 @@ def test_dense_modules_of_a_quantized_base(tmp_path: Path) -> None:
         assert infold.verify(path, adapter, out).ok
 
 
+def test_a_moved_vector_acts_after_a_later_lora(tmp_path: Path) -> None:
+    """It scales what comes out of up_proj, whatever another adapter has made of that."""
+    base = make_base(tmp_path / "base", "ct-int8")
+    name = f"{LAYER}.mlp.up_proj"
+    tensors = load_file(base.path / "model.safetensors")
+    kept = {k: v for k, v in tensors.items() if not k.startswith(name)}
+    kept[f"{name}.weight"] = weight = base.values(base.path, "mlp.up_proj").float()
+    config = json.loads((base.path / "config.json").read_text())
+    folder = handmade.base_folder(tmp_path / "dense", kept, config)
+    ia3 = make_adapter(tmp_path / "ia3", vectors())
+    lora = handmade.lora(tmp_path / "lora", {name: SIZES["mlp.up_proj"]})
+    parts = load_file(lora / "adapter_model.safetensors")
+    a, b = (parts[f"base_model.model.{name}.lora_{part}.weight"].double() for part in "AB")
+
+    infold.merge(folder, [ia3, lora], tmp_path / "out")
+
+    found = load_file(tmp_path / "out/model.safetensors")[f"{name}.weight"].double()
+    factor = vectors()[f"{LAYER}.mlp.down_proj"].double().t()
+    wanted = factor * (weight.double() + 2 * b @ a)
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-9)
+    assert (found - (factor * weight.double() + 2 * b @ a)).abs().max() > 1e-3
+
+
 def test_static_scales_of_activations_are_told(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", "ct-fp8")
     tensors = load_file(base.path / "model.safetensors")
