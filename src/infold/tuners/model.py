@@ -21,6 +21,7 @@ from infold.adapters import METHODS, Settings
 from infold.adapters.exact import slices_for
 from infold.dtypes import NAMES
 from infold.errors import Refusal
+from infold.patience import patience
 from infold.tuners import files, merging
 from infold.tuners.config import IA3Config, LoraConfig, TunerConfig
 from infold.tuners.layers import Adapted, Adapter, Rows, Stage, adapt, restore
@@ -107,7 +108,8 @@ def load(
         _become(model)
     adapted = cast(AdaptedModel, model)
     try:
-        files.load(adapted, path, name, trainable)
+        with patience(os.fspath(path)):
+            files.load(adapted, path, name, trainable)
     except BaseException:
         if fresh:
             adapted.unload()
