@@ -21,7 +21,6 @@ from infold.adapters import METHODS, Settings
 from infold.adapters.exact import slices_for
 from infold.dtypes import NAMES
 from infold.errors import Refusal
-from infold.patience import patience
 from infold.tuners import files, merging
 from infold.tuners.config import IA3Config, LoraConfig, TunerConfig
 from infold.tuners.layers import Adapted, Adapter, Rows, Stage, adapt, restore
@@ -108,8 +107,7 @@ def load(
         _become(model)
     adapted = cast(AdaptedModel, model)
     try:
-        with patience(os.fspath(path)):
-            files.load(adapted, path, name, trainable)
+        files.load(adapted, path, name, trainable)
     except BaseException:
         if fresh:
             adapted.unload()
