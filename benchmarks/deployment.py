@@ -1,9 +1,11 @@
 """Measure base, adapter mode (infold, PEFT) and merged SmolLM2, with `infold bench`.
 
     python benchmarks/deployment.py                    # the base and adapters of `make demo`
-    python benchmarks/deployment.py --starts 1 --rounds 1 --only ia3 --dtype float32
+    python benchmarks/deployment.py --only ia3 --dtype float32        # one part of four, again
+    python benchmarks/deployment.py --rounds 1 --starts 1 --results /tmp   # a try
 
-Writes results/deployment.md, and results/deployment.json with medians and intervals.
+Writes deployment.md, and deployment.json with medians and intervals, after each part: those of an
+interrupted run on the same machine, with the same versions and settings, are kept.
 """
 
 from __future__ import annotations
@@ -38,8 +40,13 @@ def main() -> None:
     parser.add_argument("--only", choices=("lora", "ia3"))
     parser.add_argument("--dtype", choices=DTYPES)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rounds", type=int, default=6)
+    # 27 pairs, in processes that were launched three times: about two minutes a part, on two cores
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--starts", type=int, default=3)
+    parser.add_argument("--batch", type=int, action="append", help="default: 1")
+    parser.add_argument("--prompt-tokens", type=int, default=64)
+    parser.add_argument("--new-tokens", type=int, default=16)
+    parser.add_argument("--results", type=Path, default=HERE / "results")
     given = parser.parse_args()
     records: dict[str, dict[str, Any]] = {}
     for method in [given.only] if given.only else ["lora", "ia3"]:
@@ -48,20 +55,31 @@ def main() -> None:
             infold.merge(given.base, adapter, Path(made) / "merged")
             for dtype in [given.dtype] if given.dtype else DTYPES:
                 with step_progress(f"{method} {dtype}", False) as progress:
-                    records[f"{method}, {dtype}"] = measure_models(
+                    record = measure_models(
                         given.base, adapter, Path(made) / "merged", rounds=given.rounds,
-                        starts=given.starts, dtype=dtype, device=given.device, progress=progress,
+                        starts=given.starts, dtype=dtype, device=given.device,
+                        batches=given.batch or [1], prompt_tokens=given.prompt_tokens,
+                        new_tokens=given.new_tokens, progress=progress,
                     )  # fmt: skip
-                _save(records)
+                records = _save(given.results, f"{method}, {dtype}", record)
     print(page(records))
 
 
-def _save(records: dict[str, dict[str, Any]]) -> None:
-    """After each part, since all of them take an hour."""
-    results = HERE / "results"
-    results.mkdir(exist_ok=True)
-    (results / "deployment.json").write_text(json.dumps(records, indent=1) + "\n")
-    (results / "deployment.md").write_text(page(records))
+def _save(folder: Path, part: str, record: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Put a part among those that were measured in the same way; return all of them."""
+    folder.mkdir(exist_ok=True)
+    file = folder / "deployment.json"
+    before = json.loads(file.read_text()) if file.exists() else {}
+    records = {name: r for name, r in before.items() if _way(r) == _way(record)} | {part: record}
+    file.write_text(json.dumps(records, indent=1) + "\n")
+    (folder / "deployment.md").write_text(page(records))
+    return records
+
+
+def _way(record: dict[str, Any]) -> list[Any]:
+    """What must be equal for figures to stand on one page."""
+    names = "device processor threads versions prompt_tokens new_tokens starts rounds infold"
+    return [record[name] for name in names.split()]
 
 
 def page(records: dict[str, dict[str, Any]]) -> str:
@@ -104,15 +122,18 @@ def tables(records: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def verdict(record: dict[str, Any]) -> str:
-    """Whether merged is the base's equal: every median in the band, and intervals that hold 1."""
+    """Whether merged is the base's equal: intervals of speed that lie in the band, or hold 1."""
+    low, high = NOISE
     found = [c for c in record["comparisons"] if c["model"] == "merged" and c["what"] == "speed"]
-    inside = [c for c in found if NOISE[0] <= c["ratio"] <= NOISE[1]]
+    medians = [c for c in found if low <= c["ratio"] <= high]
+    whole = [c for c in found if low <= c["low"] and c["high"] <= high]
     apart = [c for c in found if not c["within_noise"]]
-    text = f"Merged over base: {len(inside)} of {len(found)} medians of speed lie in "
-    text += f"{NOISE[0]}–{NOISE[1]}; {len(found) - len(apart)} intervals hold 1."
+    text = f"Merged over base, of {len(found)} ratios of speed: {len(medians)} medians and "
+    text += f"{len(whole)} whole intervals lie in {low}–{high}; {len(found) - len(apart)} "
+    text += "intervals hold 1."
     if apart:
         text += " Not: " + ", ".join(f"{c['metric']} {c['ratio']:.3f}" for c in apart) + "."
-    return text
+    return text + f" Measured in {record['seconds']:.0f} s."
 
 
 def _cell(metric: str, found: dict[str, float] | None, ratio: dict[str, Any] | None) -> str:

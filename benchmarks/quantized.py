@@ -297,7 +297,7 @@ def model_case(base: Path, cache: Path, work: Path, kind: str) -> dict[str, Any]
         right[name] = judge(model, held_out, answers)
         row[f"accuracy {name}"] = sum(right[name]) / len(right[name])
         del model
-        if kind != "nf4-nested":
+        if name != "base":
             exact[name] = logits_of(load(path, adapter, dense=True), rows, POSITIONS)
         print(kind, name, row[f"accuracy {name}"], flush=True)
     row["reviews that differ"] = sum(
@@ -305,9 +305,8 @@ def model_case(base: Path, cache: Path, work: Path, kind: str) -> dict[str, Any]
     )
     row["runtime"] = compare(logits["adapter"], logits["folded"])
     row["base against adapter"] = compare(logits["base"], logits["adapter"])
-    if exact:
-        row["dequantized"] = compare(exact["adapter"], exact["folded"])
-        row["runtime against dequantized"] = compare(logits["base"], exact["base"])
+    row["dequantized"] = compare(exact["adapter"], exact["folded"])
+    row["runtime against dequantized"] = compare(logits["adapter"], exact["adapter"])
     row["std"] = float(logits["adapter"].std())
     return row
 
@@ -392,7 +391,7 @@ def report(record: dict[str, Any]) -> str:
     line("the same on weights dequantized to float32", pair("dequantized"))
     line("base / adapter (must differ)", pair("base against adapter"))
     line(
-        "base: runtime / dequantized (the runtime's own rounding)",
+        "adapter: runtime / dequantized (the runtime's own rounding)",
         pair("runtime against dequantized"),
     )
     line("standard deviation of a logit", [f"{row['std']:.2f}" for row in models])
@@ -406,7 +405,7 @@ def main() -> None:
     parser.add_argument("--kinds", default="int8,nf4", help="models: int8, nf4, nf4-nested")
     options = parser.parse_args()
     cache = smollm2.default_cache()
-    work = cache / "quantized" / "work"
+    work = cache / "quantized" / f"work-{options.part}"
     work.mkdir(parents=True, exist_ok=True)
     if options.part == "errors":
         add("errors", errors(smollm2.make_base(cache), work))

@@ -2,6 +2,7 @@
 
 python examples/notebook.py            # fails where a cell fails; writes nothing
 python examples/notebook.py --save     # and keeps the outputs in the notebook
+python examples/notebook.py --within 300   # fails, too, where all of it takes longer, in seconds
 """
 
 import argparse
@@ -27,7 +28,8 @@ def anonymous(text: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--save", action="store_true", help="keep the outputs in the notebook")
-    save = parser.parse_args().save
+    parser.add_argument("--within", type=float, help="seconds that all cells may take")
+    given = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     began = time.monotonic()
@@ -36,8 +38,11 @@ def main() -> None:
         record_timing=False,
     )  # fmt: skip
     client.execute()
-    print(f"{NOTEBOOK.name}: every cell ran, {time.monotonic() - began:.0f} s")
-    if not save:
+    took = time.monotonic() - began
+    print(f"{NOTEBOOK.name}: every cell ran, {took:.0f} s")
+    if given.within is not None and took > given.within:
+        raise SystemExit(f"{NOTEBOOK.name}: may take {given.within:.0f} s, not {took:.0f} s")
+    if not given.save:
         return
     for cell in notebook.cells:
         if "outputs" in cell:  # warnings name the places of this machine's packages

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -167,15 +168,26 @@ def test_the_verb_saves_what_checklist_and_report_read(
     boxes = {box.title: box for box in check_boxes(base, adapter, merged)}
     assert boxes["baseline recorded"].status == "PASS"
     assert "the base's" in boxes["speed"].evidence
-    assert "decode seconds per token, batch 1, merged over base" in render_markdown(collect(merged))
+    page = render_markdown(collect(merged))
+    assert "| 1 is the base's, more is worse | infold | PEFT | merged |" in page
+    ratio = next(
+        c for c in saved["comparisons"] if c["model"] == "merged" and c["what"] == "memory"
+    )
+    assert re.search(rf"\n\| {ratio['metric']} \|.*\| {ratio['ratio']:.3f} \(.*\) \|\n", page)
 
-    # the same record, made to tell of a merged model that decodes a tenth slower
-    for one in saved["comparisons"]:
-        if one["model"] == "merged" and one["what"] == "speed":
-            one |= {"ratio": 1.1, "low": 1.08, "high": 1.12}
-    (merged / "records" / "bench.json").write_text(json.dumps(saved))
-    boxes = {box.title: box for box in check_boxes(base, adapter, merged)}
-    assert boxes["speed"].status == "FAIL"
+    # the same record, made to tell of other merged models
+    def box(**told: float) -> str:
+        for one in saved["comparisons"]:
+            if one["model"] == "merged" and one["what"] == "speed":
+                one |= told
+        (merged / "records" / "bench.json").write_text(json.dumps(saved))
+        boxes = {box.title: box for box in check_boxes(base, adapter, merged)}
+        return boxes["speed"].status
+
+    assert box(ratio=1.1, low=1.08, high=1.12, coverage=0.95) == "FAIL"
+    assert box(ratio=1.0, low=0.99, high=1.01, coverage=0.95) == "PASS"
+    assert box(ratio=1.0, low=0.70, high=1.30, coverage=0.95) == "NOT DONE"
+    assert box(ratio=1.0, low=1.00, high=1.00, coverage=0.0) == "NOT DONE"
 
 
 def test_all_that_is_wrong_is_told_at_once(made: tuple[Path, Path, Path]) -> None:

@@ -399,9 +399,9 @@ def test_an_original_of_another_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("options", "why"), [
     ({}, "--dequantize writes such weights in 16 bits, --requantize"),
     ({"dequantize": True, "requantize": True}, "--dequantize and --requantize exclude each other"),
-    ({"dequantize": True, "dtype": "int4"}, "--dtype int4: auto, bf16, f16, f32"),
+    ({"dequantize": True, "dtype": "int4"}, "--dtype int4: auto, bf16, f16, f32, q4_0"),
     ({"dtype": "f16"}, "--dtype goes with"),
-    ({"requantize": True, "dtype": "f16"}, "not with --requantize"),
+    ({"requantize": True, "dtype": "f16"}, "--dtype f16 goes with --dequantize"),
     ({"base_16bit": "somewhere"}, "--base-16bit goes with"),
     ({"dequantize": True, "undo": True}, "--undo does not go with --dequantize"),
 ])  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import signal
@@ -30,12 +31,13 @@ from typer.testing import CliRunner
 
 import infold
 from infold.cli.main import app
+from infold.deploy import smoke
 from infold.deploy.bundle import bundle_problems, deploy_bundle, read_config
 from infold.deploy.checklist import Box, check_boxes
 from infold.deploy.facts import read_facts
 from infold.deploy.local import LocalFailure, run_local
 from infold.deploy.recipes import check_modelfile, check_recipes, recipes
-from infold.deploy.records import save_record
+from infold.deploy.records import keep_record, save_record
 from infold.deploy.server import LOOPBACK, ServerFailure, free_port, serve
 from infold.deploy.smoke import growth, smoke_test
 from infold.errors import Refusal
@@ -194,6 +196,42 @@ def test_what_is_no_merged_folder_is_refused(made: tuple[Path, Path, Path]) -> N
     assert ran.exit_code == 2 and "not a merged folder" in ran.output
 
 
+def test_a_model_without_a_tokenizer_is_refused(merged: Path) -> None:
+    for file in merged.glob("tokenizer*"):
+        file.unlink()
+    before = contents(merged)
+    for more in ((), ("--smoke",)):
+        ran = CliRunner().invoke(app, ["deploy", str(merged), *more])
+        assert ran.exit_code == 2 and "has no tokenizer" in ran.output
+    assert contents(merged) == before
+
+
+def test_a_folder_that_was_edited_afterwards_is_refused(merged: Path) -> None:
+    content = bytearray((merged / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (merged / "model.safetensors").write_bytes(content)
+    before = contents(merged)
+    for more in ((), ("--smoke",)):
+        ran = CliRunner().invoke(app, ["deploy", str(merged), *more])
+        assert ran.exit_code == 2 and "was changed after it was merged" in ran.output
+    assert contents(merged) == before
+
+
+def test_the_rollback_command_restores_the_base(made: Any, tmp_path: Path) -> None:
+    infold.merge(made[0], made[1], tmp_path / "merged", undo=True)
+    plan = deploy_bundle(tmp_path / "merged", measured=False).config["rollback"]
+
+    assert plan["exact"] and plan["command"] in (tmp_path / "merged" / "README.md").read_text()
+    tool, *words = plan["command"].split()
+    assert tool == "infold"
+    subprocess.run([sys.executable, "-m", "infold", *words], cwd=tmp_path, check=True)
+    assert contents(tmp_path / "base") == contents(made[0])
+    infold.swap(tmp_path / "merged", made[1], tmp_path / "swapped")
+    assert (tmp_path / "swapped" / "README.md").read_text().endswith("# the base's own\n")
+    with pytest.raises(Refusal, match=r"deployment_config.json: .*, or use --out"):
+        infold.undo(tmp_path / "merged", in_place=True)
+
+
 # --- servers -------------------------------------------------------------------------------------
 
 
@@ -261,6 +299,67 @@ def test_growth_is_found_and_noise_is_not() -> None:
     assert "memory grew" in growth([1.0] * 9, [n << 20 for n in range(1000, 1900, 100)])[0]
 
 
+# Answers as it is told to: leaks, becomes slower, says another thing, hangs, dies or fails.
+FALSE_SERVER = """
+import http.server, json, os, sys, time
+kept, asked, how = [], 0, sys.argv[2]
+class Handler(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *words): pass
+    def answer(self, code, body):
+        self.send_response(code); self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body))); self.end_headers()
+        self.wfile.write(body)
+    def do_GET(self): self.answer(200, b"{}")
+    def do_POST(self):
+        global asked
+        asked += 1
+        self.rfile.read(int(self.headers["Content-Length"]))
+        text = "red"
+        if how == "leak": kept.append(os.urandom(24 << 20))
+        if how == "slow": time.sleep(0.02 * asked)
+        if how == "other" and asked > 3: text = "blue"
+        if how == "hang" and asked > 3: time.sleep(60)
+        if how == "die" and asked > 3: print("out of memory"); sys.stdout.flush(); os._exit(5)
+        if how == "fail" and asked > 3: return self.answer(500, b"{}")
+        self.answer(200, json.dumps({"id": "1", "object": "text_completion", "created": 0,
+            "model": "m", "choices": [{"index": 0, "text": text, "finish_reason": "stop"}]}
+            ).encode())
+http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+@pytest.mark.skipif(bool(SERVING), reason=f"the extra serve is missing: {SERVING}")
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        ("well", None),
+        ("leak", "memory grew from"),
+        ("slow", "latency grew from"),
+        ("other", "4 of 6 answers differ from the first"),
+        ("hang", "the server did not answer: Request timed out"),
+        ("die", "the server died with exit code 5: out of memory"),
+        ("fail", "the server did not answer"),
+    ],
+)
+def test_a_server_that_misbehaves_is_found_out(
+    merged: Path, monkeypatch: pytest.MonkeyPatch, how: str, told: str | None
+) -> None:
+    def command(folder: Path, port: int) -> list[str]:
+        return [sys.executable, "-c", FALSE_SERVER, str(port), how]
+
+    monkeypatch.setattr(smoke, "_transformers", command)
+    monkeypatch.setattr(smoke, "run_local", lambda *words, **given: {"text": "red"})
+    before = {p.pid for p in psutil.Process().children(recursive=True)}
+
+    few = ("--requests", "6", "--seconds", "0", "--timeout", "8")
+    ran = CliRunner().invoke(app, ["deploy", str(merged), "--smoke", *few])
+
+    assert ran.exit_code == (0 if told is None else 1), ran.output
+    if told is not None:
+        assert told in ran.output + str(ran.exception)
+    assert {p.pid for p in psutil.Process().children(recursive=True)} <= before
+
+
 @pytest.mark.skipif(bool(SERVING), reason=f"the extra serve is missing: {SERVING}")
 def test_a_real_server_answers_as_the_model_does(made: Any, merged: Path) -> None:
     before = {p.pid for p in psutil.Process().children(recursive=True)}
@@ -315,6 +414,51 @@ def test_what_was_changed_afterwards_fails(made: tuple[Path, Path, Path], merged
         "merged", "functions normally", "stable over time", "configuration saved",
     }  # fmt: skip
     assert "another merge" in boxes["functions normally"]["evidence"]
+
+
+def test_the_library_does_what_the_commands_do(
+    made: tuple[Path, Path, Path], merged: Path, tmp_path: Path
+) -> None:
+    done = infold.deploy(merged, context=64, no_measure=True)
+    record = infold.checklist(made[0], made[1], merged)
+    page = infold.report(merged, tmp_path / "page.md")
+
+    assert done["config"] == json.loads((merged / "deployment_config.json").read_text())
+    assert record == json.loads((merged / "records" / "checklist.json").read_text())
+    ran = CliRunner().invoke(app, ["checklist", *map(str, (made[0], made[1], merged)), "--json"])
+    told = {box["title"]: box["status"] for box in json.loads(ran.stdout.splitlines()[0])["boxes"]}
+    assert {box["title"]: box["status"] for box in record["boxes"]} == told
+    assert all(title in page.read_text() for title in told)
+    with pytest.raises(TypeError, match="writes no bundle"):
+        infold.deploy(merged, tmp_path / "out", smoke=True)
+
+
+def test_names_and_defaults_are_the_commands_own() -> None:
+    """but for the library's progress, and the commands' ways to print."""
+    for verb in ("deploy", "checklist", "report"):
+        (command,) = (
+            c.callback
+            for c in app.registered_commands
+            if c.callback and c.callback.__name__ == verb
+        )
+        told, ours = (
+            {n: p.default for n, p in inspect.signature(f).parameters.items()}
+            for f in (command, getattr(infold, verb))
+        )
+        told = {n: v for n, v in told.items() if n not in ("as_json", "quiet")}
+        told = {{"licence": "license"}.get(n, n): v for n, v in told.items()}
+        ours.pop("progress", None)
+        ours |= {"record": None} if "record" in ours else {}  # a list, which no default may be
+        assert ours == told
+
+
+def test_a_folder_that_cannot_be_written_costs_the_record_alone(merged: Path) -> None:
+    (merged / "records").write_text("a file where a folder would be\n")
+    told: list[str] = []
+
+    keep_record(merged, {"kind": "bench"}, told.append)
+
+    assert len(told) == 1 and "the bench record was not kept" in told[0]
 
 
 def test_an_adapter_that_was_never_trained_fails(made: Any, tmp_path: Path) -> None:

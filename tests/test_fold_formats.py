@@ -406,3 +406,82 @@ def test_inspect_tells_the_formats(tmp_path: Path) -> None:
     told = CliRunner().invoke(app, ["inspect", str(base.path)]).output
     assert "GPTQ, 4 bits, groups of 32: 4 modules; IA³ folds" in told
     assert "FP8, a scale for each block: 1 module; no place for IA³: one scale" in told
+
+
+@pytest.fixture
+def nested(tmp_path: Path) -> tuple[Base, Path, Path]:
+    """NF4 with double quantization: (base, adapter, merged with an undo record)."""
+    base = make_base(tmp_path / "base", "", lambda w: quantized_bases.bitsandbytes(w, "nf4-nested"))
+    adapter = make_adapter(tmp_path / "adapter", vectors())
+    infold.merge(base.path, adapter, tmp_path / "out", undo=True)
+    return base, adapter, tmp_path / "out"
+
+
+def test_nested_scales_become_plain(nested: tuple[Base, Path, Path], tmp_path: Path) -> None:
+    """What bitsandbytes makes of nested absmax, times l, rounded once; it reads the result itself.
+    The other modules stay nested."""
+    import bitsandbytes.functional as bnb
+
+    base, adapter, out = nested
+    for name, origin in SCALED.items():
+        before, after = base.parts(base.path, name), base.parts(out, name)
+        factor = vectors()[f"{LAYER}.{origin}"].double().flatten()
+        told = {k.removeprefix("weight."): v for k, v in before.items() if "." in k}
+        state = bnb.QuantState.from_dict(told, torch.device("cpu"))
+        absmax = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset
+        each = len(absmax) // len(factor)
+        wanted = (absmax.double() * factor.repeat_interleave(each)).float()
+
+        assert torch.equal(after["weight.absmax"], wanted)
+        assert same(after["weight"], before["weight"])
+        assert after.keys() == before.keys() - {"weight.nested_absmax", "weight.nested_quant_map"}
+        exact = factor[:, None] * base.values(base.path, name)
+        assert ((base.values(out, name) - exact).abs() <= exact.abs() * 2.0**-24).all()
+    gates = [base.parts(folder, "mlp.gate_proj") for folder in (base.path, out)]
+    assert gates[0].keys() == gates[1].keys()
+    assert all(same(tensor, gates[1][name]) for name, tensor in gates[0].items())
+    assert infold.verify(base.path, adapter, out).ok
+    assert infold.inspect(out)["kind"] == "merged"
+
+
+def test_nested_scales_come_back(nested: tuple[Base, Path, Path], tmp_path: Path) -> None:
+    base, adapter, out = nested
+
+    infold.undo(out, tmp_path / "back")
+
+    back, was = (f / "model.safetensors" for f in (tmp_path / "back", base.path))
+    assert back.read_bytes() == was.read_bytes()
+    with pytest.raises(infold.Refusal, match="cannot be swapped"):
+        infold.swap(out, adapter, tmp_path / "swapped")
+    with pytest.raises(infold.Refusal, match="layout would change"):
+        infold.merge(base.path, adapter, in_place=True)
+
+
+@pytest.mark.parametrize("part", ["weight.quant_state.bitsandbytes__nf4", "weight.absmax"])
+def test_a_wrong_nested_module_is_noticed(nested: tuple[Base, Path, Path], part: str) -> None:
+    base, adapter, out = nested
+    path, name = out / "model.safetensors", f"{LAYER}.mlp.up_proj.{part}"
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    changed = tensors[name].clone()
+    changed[5] = changed[6]
+    tensors[name] = changed
+    save_file(tensors, path, metadata)
+
+    verdict = infold.verify(base.path, adapter, out)
+
+    assert not verdict.ok and any(o.where == name for o in verdict.offenders)
+
+
+def test_two_adapters_on_nested_scales(nested: tuple[Base, Path, Path], tmp_path: Path) -> None:
+    base, adapter, _ = nested
+    other = make_adapter(tmp_path / "other", vectors(5))
+
+    infold.merge(base.path, [adapter, other], tmp_path / "both")
+
+    old = base.values(base.path, "mlp.up_proj")
+    factor = torch.stack([vectors(n)[f"{LAYER}.mlp.down_proj"].double() for n in (0, 5)]).prod(0)
+    off = (base.values(tmp_path / "both", "mlp.up_proj") - factor.view(-1, 1) * old).abs()
+    assert (off <= (factor.view(-1, 1) * old).abs() * 2.0**-24 * (1 + 1e-9)).all()
+    assert infold.verify(base.path, [adapter, other], tmp_path / "both").ok

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import peft
@@ -16,6 +19,7 @@ from infold.adapters import METHODS
 from infold.cli.main import app
 from infold.errors import Refusal
 from infold.methods import table
+from infold.methods.measure import BOTTLENECKS, _bottleneck, _check_python
 from infold.methods.table import MethodRow, attach_peft, method_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -71,7 +75,9 @@ def test_parameters_and_overhead_of_a_real_class(tmp_path: Path) -> None:
 
     assert done.exit_code == 0, done.output
     found = {one["name"]: one for one in json.loads(done.stdout)["measured"]}
-    assert set(found) == {kind.value for kind in peft.PeftType}
+    assert set(found) == {kind.value for kind in peft.PeftType} | {*BOTTLENECKS.values()}
+    if find_spec("adapters") is None:
+        assert all("--adapters-python" in found[name]["why"] for name in BOTTLENECKS.values())
     for name in ("LORA", "IA3", "OFT", "PROMPT_TUNING"):
         trained, total = attach_peft(LlamaForCausalLM(config), name).get_nb_trainable_parameters()
         assert found[name]["parameters"] == trained and total
@@ -79,7 +85,69 @@ def test_parameters_and_overhead_of_a_real_class(tmp_path: Path) -> None:
     assert found["PROMPT_TUNING"]["parameters"] == 20 * 64
 
 
+# A package of the same few functions: the real one wants a transformers that is not ours.
+FAKE = """
+import torch
+def init(model):
+    model.add_adapter = lambda name, config: None
+    model.train_adapter = lambda name: train(model)
+def train(model):
+    for p in model.parameters():
+        p.requires_grad_(False)
+    for layer in model.model.layers:
+        layer.down, layer.up = torch.nn.Linear(32, 3), torch.nn.Linear(3, 32)
+        layer.register_forward_hook(lambda m, i, out: out + m.up(torch.relu(m.down(out))))
+"""
+
+
+def test_bottleneck_adapters_run_in_another_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that does not run has no figures."""
+    package = tmp_path / "packages" / "adapters.py"
+    package.parent.mkdir()
+    monkeypatch.setenv("PYTHONPATH", str(package.parent))
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+
+    package.write_text(FAKE)
+    found = _bottleneck(sys.executable, tmp_path / "base", "seq_bn", tokens=4, rounds=2)
+    package.write_text(FAKE.replace("out + m.up", "out + 0 * m.up"))
+    idle = _bottleneck(sys.executable, tmp_path / "base", "seq_bn", tokens=4, rounds=2)
+
+    assert found["parameters"] == 2 * (32 * 3 + 3 + 3 * 32 + 32)
+    assert 0 < found["low"] <= found["ratio"] <= found["high"]
+    assert idle == {"why": "it changes no logit, so it did not run"}
+
+
+@pytest.mark.skipif(
+    "INFOLD_ADAPTERS_PYTHON" not in os.environ,
+    reason="INFOLD_ADAPTERS_PYTHON names no Python with the package adapters",
+)
+def test_bottleneck_adapters_of_the_real_package(tmp_path: Path) -> None:
+    """The counts are the formula's: down, up and their biases, one or two a layer."""
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    python = os.environ["INFOLD_ADAPTERS_PYTHON"]
+    one = 2 * (64 * 4 + 4 + 4 * 64 + 64)  # both layers, reduced by 16
+
+    for kind, parameters in (("seq_bn", one), ("double_seq_bn", 2 * one)):
+        found = _bottleneck(python, tmp_path / "base", kind, tokens=4, rounds=1)
+        assert found["parameters"] == parameters, found
+
+
 def test_what_cannot_be_measured_is_refused(tmp_path: Path) -> None:
+    for python, told in ((tmp_path / "no", "No such file"), (Path("/bin/false"), "exit code 1")):
+        with pytest.raises(Refusal, match=f"--adapters-python {python}: {told}"):
+            _check_python(python)
+    done = CliRunner().invoke(app, ["methods", "--adapters-python", "python"])
+    assert done.exit_code == 2 and "belongs to --measure" in done.output
     with pytest.raises(Refusal, match="no such file or folder"):
         infold.methods(tmp_path / "nothing")
     done = CliRunner().invoke(app, ["methods", "--measure", str(tmp_path), "--rounds", "0"])

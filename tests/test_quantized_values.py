@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from infold.dtypes import BLOCKS
 from infold.errors import Refusal
 from infold.formats.values import (
     awq,
@@ -364,15 +365,15 @@ def test_hqq(bits: int, axis: int) -> None:
 # --- GGUF -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ggml.BLOCKS)
+@pytest.mark.parametrize("kind", ggml.TYPES)
 def test_gguf_blocks_of_any_bytes(kind: str) -> None:
     gguf = pytest.importorskip("gguf")
-    size = ggml.BLOCKS[kind][1]
+    size = BLOCKS[kind][1]
     raw = torch.randint(0, 256, (9, 3 * size), generator=RANDOM, dtype=torch.uint8)
     with np.errstate(invalid="ignore"):
         theirs = gguf.quants.dequantize(raw.numpy(), gguf.GGMLQuantizationType[kind])
 
-    found = ggml.decode(kind, raw).numpy()
+    found = ggml.decode_rows(kind, raw).numpy()
 
     finite = np.isfinite(theirs)
     assert finite.mean() > 0.7
@@ -390,10 +391,10 @@ def test_gguf_rounding_is_as_good_as_the_package_s(kind: str) -> None:
     number = gguf.GGMLQuantizationType[kind]
     theirs = gguf.quants.quantize(values.numpy().astype(np.float32), number)
 
-    mine = ggml.encode(kind, values)
+    mine = ggml.encode_rows(kind, values)
 
     assert mine.shape == theirs.shape
     assert (mine.numpy() == theirs).mean() > 0.99
     decoded = torch.from_numpy(gguf.quants.dequantize(theirs, number)).double()
-    assert error(ggml.decode(kind, mine), values) < error(decoded, values) * 1.001
-    assert (ggml.decode(kind, mine)[3] == 0).all()
+    assert error(ggml.decode_rows(kind, mine), values) < error(decoded, values) * 1.001
+    assert (ggml.decode_rows(kind, mine)[3] == 0).all()

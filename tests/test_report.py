@@ -51,6 +51,24 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "merged" / "records").mkdir()
     record = {"kind": "checklist", "version": 1, "boxes": boxes}
     (folder / "merged" / "records" / "checklist.json").write_text(json.dumps(record))
+    one = {"largest": 0.1, "mean": 0.01, "kl": 1e-5, "largest_kl": 1e-4, "agreement": 0.99}
+    outputs = {
+        "kind": "outputs", "ok": False, "tokens": 20, "notes": [long],
+        "checks": [{"what": long, "measured": 0.5, "bound": 0.25, "ok": False}],
+        "differences": {"merged": one | {"widest": 0.1, "positions": 40}},
+        "perplexity": {"base": 9.0, "adapter": 8.0, "merged": 8.5},
+        "continuations": [{"differs_at": None}, {"differs_at": 3}],
+    }  # fmt: skip
+    (folder / "merged" / "records" / "outputs.json").write_text(json.dumps(outputs))
+    compared = [
+        {"model": model, "what": "speed", "metric": "decode seconds per token, batch 1"}
+        | {"ratio": 1.0, "low": 0.987, "high": 1.234}
+        for model in ("infold", "PEFT", "merged")
+    ]
+    values = {"median": 20.0, "low": 19.0, "high": 22.0}
+    models = {m: {"decode_tokens_per_second, batch 1": values} for m in ("base", "merged")}
+    bench = {"kind": "bench", "models": models, "comparisons": compared}
+    (folder / "merged" / "records" / "bench.json").write_text(json.dumps(bench))
     return folder / "merged"
 
 
@@ -82,14 +100,28 @@ def test_the_page_needs_nothing_but_itself(records: Records) -> None:
     assert "<script" not in page and "&lt;script&gt;" in page
     links = re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"'\s>)]*)""", page)
     assert all(link.startswith(("#", "data:")) for link in links), links
-    assert page.count("<svg") == 4
+    assert page.count("<svg") == 5
     assert render_html(records) == page, "the same records, the same bytes"
 
 
 def test_markdown_has_the_same_figures(records: Records) -> None:
     text = render_markdown(records)
 
+    assert "| FAIL | " + "x" * 300 + " | 5.00e-01 | 2.50e-01 |" in text
+    assert "token by token | 1 of 2 |" in text
     assert "## Checklist" in text and "| FAIL | <script>alert(1)</script> | <b>& |" in text
+
+
+def test_the_training_record_is_found_beside_the_adapter(merged: Path, tmp_path: Path) -> None:
+    record = merged.parent / "adapter" / "infold-training.json"
+    losses = {"eval_first": 1.5, "eval_last": 0.75, "eval_accuracy": None}
+    try:
+        assert "## Training" not in infold.report(merged, tmp_path / "page.md").read_text()
+        record.write_text(json.dumps({"losses": losses, "steps": 7, "parameters": 10}))
+        text = infold.report(merged, tmp_path / "page.md").read_text()
+    finally:
+        record.unlink()
+    assert "## Training" in text and "| eval last | 0.7500 |" in text
 
 
 def test_hostile_records_are_refused(tmp_path: Path) -> None:

@@ -14,7 +14,9 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from infold.errors import CorruptFile, InfoldError, ProofFailed, Refusal, StorageFailure
@@ -48,11 +50,14 @@ __all__ = [
     "__version__",
     "attach",
     "bench",
+    "checklist",
     "combine",
+    "deploy",
     "inspect",
     "load",
     "merge",
     "methods",
+    "report",
     "swap",
     "train",
     "undo",
@@ -61,7 +66,7 @@ __all__ = [
 
 # A room and its verb share a name. Importing a package for the first time binds its name here, so
 # do that now (the rooms' __init__ import nothing), and let the functions below take the names.
-for _room in ("merge", "verify", "inspect", "bench", "methods"):
+for _room in ("merge", "verify", "inspect", "bench", "methods", "deploy", "report"):
     import_module(f"infold.{_room}")
 
 _TYPES = {
@@ -309,14 +314,9 @@ def combine(
     from infold.tuners.combine import plan_combination, write_combination
 
     plan = plan_combination(
-        _listed(adapters),
-        weights,
-        kind,
-        density=density,
-        majority_sign=majority_sign,
-        svd_rank=svd_rank,
-        seed=seed,
-    )
+        _listed(adapters), weights, kind, density=density, majority_sign=majority_sign,
+        svd_rank=svd_rank, seed=seed,
+    )  # fmt: skip
     return write_combination(plan, out, force=force)
 
 
@@ -338,26 +338,18 @@ def verify(
     merged: PathLike,
     /,
     *,
-    progress: Progress | None = ...,
-    outputs: bool = ...,
-    prompts: PathLike | None = ...,
-    text: PathLike | None = ...,
-    new_tokens: int = ...,
-    device: str = ...,
-) -> Verdict: ...
+    progress: Progress | None = ..., outputs: bool = ..., prompts: PathLike | None = ...,
+    text: PathLike | None = ..., new_tokens: int = ..., device: str = ...,
+) -> Verdict: ...  # fmt: skip
 
 
 @overload
 def verify(
     *,
     merged: PathLike,
-    progress: Progress | None = ...,
-    outputs: bool = ...,
-    prompts: PathLike | None = ...,
-    text: PathLike | None = ...,
-    new_tokens: int = ...,
-    device: str = ...,
-) -> Verdict: ...
+    progress: Progress | None = ..., outputs: bool = ..., prompts: PathLike | None = ...,
+    text: PathLike | None = ..., new_tokens: int = ..., device: str = ...,
+) -> Verdict: ...  # fmt: skip
 
 
 @overload
@@ -366,13 +358,9 @@ def verify(
     adapters: PathLike | Sequence[PathLike],
     merged: PathLike,
     *,
-    progress: Progress | None = ...,
-    outputs: bool = ...,
-    prompts: PathLike | None = ...,
-    text: PathLike | None = ...,
-    new_tokens: int = ...,
-    device: str = ...,
-) -> Verdict: ...
+    progress: Progress | None = ..., outputs: bool = ..., prompts: PathLike | None = ...,
+    text: PathLike | None = ..., new_tokens: int = ..., device: str = ...,
+) -> Verdict: ...  # fmt: skip
 
 
 def verify(
@@ -394,6 +382,7 @@ def verify(
     outputs: also run the base with its adapters unmerged, and the merged folder, and compare their
     logits (docs/verify.md; needs transformers). prompts, text: files for that, one prompt a line.
     new_tokens: of each greedy continuation. device: "cpu", "cuda" or "cuda:N", for the outputs.
+    What running found is kept in records/outputs.json of the merged folder, for `checklist`.
     Returns a Verdict whose `ok` tells the result and whose `offenders` lists every difference.
     Raises Refusal for inputs that make no merge, StorageFailure as `merge` does; never ProofFailed.
     """
@@ -408,18 +397,16 @@ def verify(
     _settle(base, refuse=True)
     if not outputs:
         return verify_checkpoint(base, given, merged, progress=progress)
+    from infold.deploy.records import keep_record
     from infold.verify.both import verify_with_outputs
 
-    return verify_with_outputs(
-        base,
-        given,
-        merged,
-        prompts=prompts,
-        text=text,
-        new_tokens=new_tokens,
-        device=device,
+    verdict = verify_with_outputs(
+        base, given, merged, prompts=prompts, text=text, new_tokens=new_tokens, device=device,
         progress=progress,
-    )
+    )  # fmt: skip
+    if verdict.outputs is not None:
+        keep_record(merged, asdict(verdict.outputs), _log)
+    return verdict
 
 
 def bench(
@@ -442,15 +429,20 @@ def bench(
     prompt_tokens, new_tokens, batches: what is timed. rounds: in each start, after one to warm up.
     starts: how often the processes are launched anew. dtype: "auto" as stored, or one for all.
     progress: called with (steps done, steps in all, None).
-    Returns the record, JSON-ready: medians with intervals, and ratios to the base; it is not
-    saved. Raises Refusal for what cannot be run, StorageFailure where a model's process dies.
+    Returns the record, JSON-ready: medians with intervals, and ratios to the base; with `merged` it
+    is kept in records/bench.json there. Raises Refusal for what cannot be run, StorageFailure where
+    a model's process dies.
     """
     from infold.bench.run import measure_models
+    from infold.deploy.records import keep_record
 
-    return measure_models(
+    record = measure_models(
         base, adapter, merged, prompt_tokens=prompt_tokens, new_tokens=new_tokens, batches=batches,
         rounds=rounds, starts=starts, device=device, dtype=dtype, progress=progress,
     )  # fmt: skip
+    if merged is not None:
+        keep_record(merged, record, _log)
+    return record
 
 
 def methods(
@@ -458,12 +450,15 @@ def methods(
     *,
     tokens: int = 64,
     rounds: int = 9,
+    adapters_python: PathLike | None = None,
     progress: Callable[[int, int, float | None], None] | None = None,
 ) -> dict[str, list[dict[str, Any]]]:
     """Which adapter methods end in one weight: by infold, by PEFT (tried), or not, and why.
 
     measure: a base, on which PEFT also attaches each type; `rounds` forward passes of `tokens`
-    tokens are timed. progress: called with (steps done, steps in all, None), for each part.
+    tokens are timed. adapters_python: the Python of an environment with the `adapters` package,
+    which measures bottleneck adapters. progress: called with (steps done, steps in all, None), for
+    each part.
     Returns {"methods": rows, "measured": rows}, JSON-ready. Raises Refusal as `bench` does.
     """
     from infold.methods.measure import measure_methods
@@ -471,8 +466,97 @@ def methods(
 
     measured: list[dict[str, Any]] = []
     if measure is not None:
-        measured = measure_methods(measure, tokens=tokens, rounds=rounds, progress=progress)
+        measured = measure_methods(
+            measure, tokens=tokens, rounds=rounds, adapters_python=adapters_python,
+            progress=progress,
+        )  # fmt: skip
     return {"methods": [row.as_dict() for row in method_rows(progress)], "measured": measured}
+
+
+def deploy(
+    merged: PathLike,
+    out: PathLike | None = None,
+    *,
+    context: int | None = None,
+    license: str | None = None,
+    no_measure: bool = False,
+    smoke: bool = False,
+    port: int = 0,
+    requests: int = 30,
+    seconds: float = 10,
+    timeout: float = 300,
+    prompt: str | None = None,
+    progress: Callable[[int, int, float | None], None] | None = None,
+) -> dict[str, Any]:
+    """Write what a server needs beside a merged model, or with `smoke` try a real server on it.
+
+    The bundle (docs/deploy.md): out: a new folder for model and bundle; in place without it.
+    context: tokens that memory is computed for. license: for the model card; by default the one
+    that the base's card tells. no_measure: do not load and measure the model.
+    smoke: write none, but serve the folder, or a GGUF file, on loopback. port: 0 takes a free one.
+    requests, seconds: how many, and the time they spread over. timeout: seconds until the server
+    must be ready, and for each answer. prompt: what is asked.
+    progress: called with (steps done, steps in all, None).
+    Returns what `--json` prints: {"out", "files", "config", "kept"}; with `smoke` the record, whose
+    `ok` tells the result and whose `problems` say what failed; it is kept in records/smoke.json.
+    Raises Refusal, StorageFailure, or an InfoldError for a model that does not run, and a server
+    that dies or is late.
+    """
+    _settle(merged)
+    if not smoke:
+        from infold.deploy.bundle import deploy_bundle
+
+        return asdict(deploy_bundle(
+            merged, out, context=context, licence=license, measured=not no_measure,
+            progress=progress,
+        ))  # fmt: skip
+    from infold.deploy.records import keep_record
+    from infold.deploy.smoke import PROMPT, smoke_test
+
+    if out is not None or context is not None or license is not None or no_measure:
+        raise TypeError("smoke=True writes no bundle: out, context, license, no_measure")
+    record = smoke_test(
+        merged, port=port, requests=requests, seconds=seconds, timeout=timeout,
+        prompt=PROMPT if prompt is None else prompt, progress=progress,
+    )  # fmt: skip
+    keep_record(merged, record, _log)
+    return record
+
+
+def checklist(
+    base: PathLike, adapter: PathLike, merged: PathLike, *, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Check every box from the trained adapter to delivery: PASS, FAIL or NOT DONE, and why.
+
+    The merge is verified anew; the rest is read from the records of `bench`, `verify` and `deploy`.
+    progress: called with (bytes verified, bytes in all).
+    Returns the record, whose `ok` says that no box failed and whose `boxes` are {"part", "title",
+    "status", "evidence", "command"}; it is kept in records/checklist.json of the merged folder.
+    Raises Refusal for paths that are no base, adapter and merged folder; never ProofFailed.
+    """
+    from infold.deploy.checklist import check_boxes, checklist_record
+    from infold.deploy.records import keep_record
+
+    _settle(merged)
+    _settle(base, refuse=True)
+    record = checklist_record(check_boxes(base, adapter, merged, progress=progress), merged)
+    keep_record(merged, record, _log)
+    return record
+
+
+def report(
+    folder: PathLike, out: PathLike | None = None, *, record: Sequence[PathLike] = ()
+) -> Path:
+    """Write one self-contained page of what was merged, measured and checked (docs/report.md).
+
+    folder: a merged folder, or one of JSON records. out: the .html or .md file; by default
+    NAME-report.html here. record: JSON records from elsewhere. Returns the page's path.
+    Raises Refusal where there are no records, CorruptFile for what is none, StorageFailure.
+    """
+    from infold.inspect.update import describe_update
+    from infold.report.write import write_report
+
+    return write_report(folder, out, record, describe_update)[0]
 
 
 def __getattr__(name: str) -> Any:
@@ -505,15 +589,8 @@ def train(
     from infold.tuners.settings import TrainSettings
     from infold.tuners.train import train_adapter
 
-    return train_adapter(
-        base,
-        data,
-        out,
-        TrainSettings.of(settings),
-        resume=resume,
-        force=force,
-        progress=progress,
-    )
+    given = TrainSettings.of(settings)
+    return train_adapter(base, data, out, given, resume=resume, force=force, progress=progress)
 
 
 def _listed(adapters: PathLike | Sequence[PathLike]) -> list[PathLike]:

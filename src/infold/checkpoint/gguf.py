@@ -34,7 +34,7 @@ from infold.checkpoint.safetensors import (
 from infold.dtypes import BLOCKS
 from infold.errors import CorruptFile, Refusal, StorageFailure
 
-__all__ = ["MAGIC", "Array", "part_of", "parts_beside", "read_gguf_header"]
+__all__ = ["MAGIC", "Array", "part_of", "parts_beside", "read_gguf_header", "with_types"]
 
 MAGIC = b"GGUF"
 MAX_DIMENSIONS = 4  # ggml's
@@ -185,6 +185,7 @@ def _parse(header: _Header) -> Header:
     align = metadata.get("general.alignment", _ALIGNMENT)
     if type(align) is not int or not 0 < align <= _MOST_ALIGNED or align & (align - 1):
         raise CorruptFile(f"{path}: general.alignment = {align!r} is not a power of two")
+    table = header.at
     entries = [_entry(header) for _ in range(count)]
     seen: set[str] = set()
     for entry in entries:
@@ -198,7 +199,33 @@ def _parse(header: _Header) -> Header:
     placed = [TensorInfo(e.name, e.dtype, e.shape, start + e.begin, start + e.end) for e in entries]
     placed.sort(key=lambda t: (t.begin, t.end))
     _check_places(path, placed, start, align, size)
-    return Header({t.name: t for t in placed}, metadata, bytes(header.data[:start]), size)
+    raw = bytes(header.data[:start])
+    return Header({t.name: t for t in placed}, metadata, raw, size, table)
+
+
+def with_types(header: Header, types: Mapping[str, str]) -> Header:
+    """The header of the same file with other types of some tensors, in the same order and with the
+    same metadata, byte for byte: in the list of tensors only types and offsets change."""
+    align = header.metadata.get("general.alignment", _ALIGNMENT)
+    assert type(align) is int  # checked when the file was read
+    start, position, tensors = len(header.raw), 0, {}
+    for name, info in header.tensors.items():
+        dtype = types.get(name, info.dtype)
+        elements, width = BLOCKS.get(dtype) or (1, DTYPE_BITS[dtype] // 8)
+        begin = _up(position, align)
+        position = begin + math.prod(info.shape) // elements * width
+        tensors[name] = TensorInfo(name, dtype, info.shape, start + begin, start + position)
+    raw, at = bytearray(header.raw), header.table
+    numbers = {dtype: number for number, dtype in _TYPES.items()}
+    for _ in tensors:
+        (length,) = struct.unpack_from("<Q", raw, at)
+        name = raw[at + 8 : at + 8 + length].decode()
+        (dimensions,) = struct.unpack_from("<I", raw, at + 8 + length)
+        at += 8 + length + 4 + 8 * dimensions
+        info = tensors[name]
+        struct.pack_into("<IQ", raw, at, numbers[info.dtype], info.begin - start)
+        at += 12
+    return Header(tensors, header.metadata, bytes(raw), start + _up(position, align), header.table)
 
 
 def _up(position: int, align: int) -> int:

@@ -68,6 +68,7 @@ class Header:
     metadata: Mapping[str, Any]  # of safetensors: texts
     raw: bytes
     file_size: int
+    table: int = 0  # of GGUF: where in `raw` the list of tensors begins
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -21,10 +21,12 @@ __all__ = [
     "JOURNAL",
     "RECEIPT",
     "SINGLE",
+    "TOKENIZERS",
     "Checkpoint",
     "Shard",
     "companion",
     "is_lone",
+    "kept_name",
     "open_checkpoint",
     "read_exactly",
     "read_receipt",
@@ -38,6 +40,11 @@ JOURNAL = "infold-undo.journal"  # there while a folder is edited in place
 GGUF = ".gguf"
 CARD = "README.md"
 KEPT_CARD = "README.base.md"  # the base's, where `infold deploy` wrote a card of its own
+# one of them is in every folder with a tokenizer
+TOKENIZERS = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt",
+    "spiece.model",
+)  # fmt: skip
 
 # A second copy of the base's weights in another container, or an adapter that a loader would attach
 # on top of the merged model: copying them would undo the merge behind the user's back.
@@ -104,6 +111,13 @@ def companion(path: Path, name: str) -> Path:
     """Where a file of infold's own (the receipt, the undo record) lies that belongs to the model at
     `path`: in its folder, or beside a single file, with that one's name before its own."""
     return path.with_name(f"{path.name}.{name}") if is_lone(path) else path / name
+
+
+def kept_name(folder: Path, name: str) -> str:
+    """Under which name a merged folder holds the base's side file `name`: `infold deploy` moves the
+    base's model card when it writes its own."""
+    moved = name == CARD and os.path.lexists(folder / KEPT_CARD)
+    return KEPT_CARD if moved else name
 
 
 def read_shard_header(path: Path) -> Header:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor
 from infold.checkpoint.inputs import InputFiles
 from infold.checkpoint.safetensors import TensorInfo
 from infold.checkpoint.shards import Checkpoint
+from infold.dtypes import BLOCKS
 
-__all__ = ["ELEMENTS", "StoredMatrix", "stored_matrix"]
+__all__ = ["ELEMENTS", "StoredMatrix", "as_matrix", "stored_matrix"]
 
 ELEMENTS = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16,
@@ -22,8 +24,18 @@ ELEMENTS = {
 }  # fmt: skip
 
 
+def as_matrix(dtype: str, shape: Sequence[int]) -> tuple[torch.dtype, tuple[int, int]]:
+    """A stored tensor as (first dimension, all others); a vector is a column, a scalar (1, 1). Rows
+    of ggml's blocks are rows of bytes."""
+    if dtype in BLOCKS:
+        elements, size = BLOCKS[dtype]
+        rows = math.prod(shape[:-1])
+        return torch.uint8, (rows, shape[-1] // elements * size)
+    return ELEMENTS[dtype], (shape[0], math.prod(shape[1:])) if shape else (1, 1)
+
+
 class StoredMatrix:
-    """(first dimension, all others) of a stored tensor; a vector is a column, a scalar (1, 1).
+    """A stored tensor as the matrix of `as_matrix`.
 
     `matrix[rows, columns]` reads what is asked for, in memory of its own: at once where the columns
     are all, else row by row.
@@ -31,9 +43,7 @@ class StoredMatrix:
 
     def __init__(self, files: InputFiles, path: Path, info: TensorInfo) -> None:
         self.files, self.path, self.begin = files, path, info.begin
-        self.dtype = ELEMENTS[info.dtype]
-        shape = info.shape
-        self.shape = (shape[0], math.prod(shape[1:])) if shape else (1, 1)
+        self.dtype, self.shape = as_matrix(info.dtype, info.shape)
 
     def __getitem__(self, where: tuple[slice, slice], /) -> Tensor:
         (top, bottom, _), (left, right, _) = (

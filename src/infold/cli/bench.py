@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from infold.cli.output import entry, table
+from infold.cli.output import complain, entry, table
 from infold.cli.progress import step_progress
 from infold.cli.startup import lasting_imports
 from infold.sizes import bytes_text
@@ -45,6 +45,7 @@ def bench(
     """
     with lasting_imports():
         from infold.bench.run import measure_models
+        from infold.deploy.records import keep_record
 
     if picture is not None:
         from infold.report.bars import check_picture
@@ -57,7 +58,7 @@ def bench(
             progress=progress,
         )  # fmt: skip
     if merged is not None:
-        _save(merged, record)
+        keep_record(merged, record, complain)
     if picture is not None:
         from infold.report.bars import save_bars
 
@@ -68,18 +69,6 @@ def bench(
         _show(record)
         if picture is not None:
             print(entry("picture", str(picture), 10))
-
-
-def _save(merged: str, record: dict[str, Any]) -> None:
-    """Into the merged folder, where `infold checklist` and `report` read it."""
-    from infold.checkpoint.files import exists, locate
-    from infold.checkpoint.shards import RECEIPT
-    from infold.deploy.facts import receipt_digest
-    from infold.deploy.records import save_record
-
-    folder = locate(merged)
-    if exists(folder / RECEIPT):  # another tool's merge has none
-        save_record(folder, record | {"receipt": receipt_digest(folder)})
 
 
 def _show(record: dict[str, Any]) -> None:
@@ -93,11 +82,14 @@ def _show(record: dict[str, Any]) -> None:
     rows = [("over the base", "ratio", "interval", "")]
     for c in record["comparisons"]:
         told = "within noise" if c["within_noise"] else ""
+        if c["coverage"] < 0.9:  # of load and memory, which a start gives one value
+            told = f"{told}, of {c['coverage']:.0%}".removeprefix(", ")
         span = f"{c['low']:.3f} to {c['high']:.3f}"
         rows.append((f"{c['model']}: {c['metric']}", f"{c['ratio']:.3f}", span, told))
     print(table(rows) + "\n")
-    least = min(c["coverage"] for c in record["comparisons"])
-    told = f"median over rounds of the ratio to the base, order statistics, {least:.0%} or more"
+    least = min(c["coverage"] for c in record["comparisons"] if c["what"] == "speed")
+    told = f"median over rounds of the ratio to the base, order statistics, {least:.0%}"
+    told += ", where no other share is told"
     print(entry("interval", told, 10))
     where = f"{record['device']}, {record['processor']}, {record['threads']} threads"
     print(entry("machine", f"{where}, {record['dtype']}", 10))

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from infold.cli.output import entry
+from infold.cli.output import complain, entry
+from infold.cli.place import settle_first
 from infold.cli.progress import byte_progress
 from infold.cli.startup import lasting_imports
 from infold.errors import ProofFailed
@@ -26,16 +27,15 @@ def checklist(
     The merge is verified anew; the rest is read from the records of other verbs.
     """
     with lasting_imports():
-        from infold.checkpoint.files import locate
         from infold.deploy.checklist import check_boxes, checklist_record
-        from infold.deploy.facts import receipt_digest
-        from infold.deploy.records import save_record
+        from infold.deploy.records import keep_record
 
+    settle_first(merged)
+    settle_first(base, refuse=True)
     with byte_progress("verifying", as_json) as progress:
         boxes = check_boxes(base, adapter, merged, progress=progress)
-    folder = locate(merged)
-    record = checklist_record(boxes, receipt_digest(folder))
-    save_record(folder, record)
+    record = checklist_record(boxes, merged)
+    keep_record(merged, record, complain)
     if as_json:
         print(json.dumps(record))
     else:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from infold.cli.output import complain, entry, plural
+from infold.cli.place import settle_first
 from infold.cli.progress import step_progress
 from infold.cli.startup import lasting_imports
 from infold.errors import ProofFailed, Refusal
@@ -49,6 +50,7 @@ def deploy(
 
     The bundle: deployment_config.json with measured figures, a model card, serving recipes.
     """
+    settle_first(merged)
     if smoke:
         bundled = {"--out": out, "--context": context, "--license": licence}
         given = [name for name, value in bundled.items() if value is not None]
@@ -90,14 +92,12 @@ def deploy(
 
 def _smoke(merged: str, settings: dict[str, Any], as_json: bool, quiet: bool) -> None:
     with lasting_imports():
-        from infold.checkpoint.files import locate
-        from infold.deploy.records import save_record
+        from infold.deploy.records import keep_record
         from infold.deploy.smoke import smoke_test
 
     with step_progress("asking", quiet or as_json) as progress:
         found = smoke_test(merged, **settings, progress=progress)
-    if found["receipt"] is not None:
-        save_record(locate(merged), found)
+    keep_record(merged, found, complain)
     if as_json:
         print(json.dumps(found))
     elif not quiet:

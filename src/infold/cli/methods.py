@@ -10,6 +10,7 @@ import typer
 from infold.cli.output import table
 from infold.cli.progress import step_progress
 from infold.cli.startup import lasting_imports
+from infold.errors import Refusal
 
 
 def methods(
@@ -19,6 +20,10 @@ def methods(
     ] = None,
     tokens: Annotated[int, typer.Option(help="With --measure: tokens of the forward pass.")] = 64,
     rounds: Annotated[int, typer.Option(help="With --measure: timed rounds of each.")] = 9,
+    adapters_python: Annotated[
+        str | None,
+        typer.Option(help="With --measure: the Python of an environment with `adapters`."),
+    ] = None,
     markdown: Annotated[
         bool, typer.Option("--markdown", help="Print tables for docs/methods.md.")
     ] = False,
@@ -35,11 +40,16 @@ def methods(
         from infold.methods.measure import measure_methods
         from infold.methods.table import method_rows
 
+    if measure is None and adapters_python is not None:
+        raise Refusal("--adapters-python belongs to --measure BASE")
     silent = quiet or as_json
     measured: list[dict[str, Any]] = []
     if measure is not None:
         with step_progress("measuring", silent) as progress:
-            measured = measure_methods(measure, tokens=tokens, rounds=rounds, progress=progress)
+            measured = measure_methods(
+                measure, tokens=tokens, rounds=rounds, adapters_python=adapters_python,
+                progress=progress,
+            )  # fmt: skip
     with step_progress("trying", silent) as progress:
         rows = method_rows(progress)
     if as_json:
@@ -55,7 +65,7 @@ def methods(
 
 def _figures(measured: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [
-        ("unmerged, by PEFT", "parameters", "share", "attach", "forward, over the base", "interval")
+        ("unmerged", "parameters", "share", "attach", "forward, over the base", "interval")
     ]
     for one in measured:
         if "why" in one:

@@ -106,18 +106,13 @@ def _with_outputs(
     base: str | None, adapters: list[str], merged: str, quiet: bool, **run: Any
 ) -> Verdict:
     """The whole proof; what was found by running is kept for `infold checklist` and `report`."""
-    from infold.checkpoint.files import locate
-    from infold.deploy.facts import receipt_digest
-    from infold.deploy.records import save_record
+    from infold.deploy.records import keep_record
     from infold.verify.both import verify_with_outputs
-    from infold.version import __version__
 
     with byte_progress("verifying", quiet) as read, step_progress("running", quiet) as steps:
         verdict = verify_with_outputs(base, adapters, merged, progress=read, steps=steps, **run)
     if verdict.outputs is not None:
-        folder = locate(merged)
-        facts = {"infold": __version__, "receipt": receipt_digest(folder)}
-        save_record(folder, asdict(verdict.outputs) | facts)
+        keep_record(merged, asdict(verdict.outputs), complain)
     return verdict
 
 

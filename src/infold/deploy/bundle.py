@@ -24,7 +24,7 @@ from infold.checkpoint.files import exists, read_bytes, read_object, safe_child
 from infold.checkpoint.shards import CARD, INDEX, KEPT_CARD, RECEIPT
 from infold.checkpoint.staging import Staging, storage_errors
 from infold.deploy.card import MARK, model_card
-from infold.deploy.facts import CONFIG, UNDO, Facts, read_facts
+from infold.deploy.facts import CONFIG, UNDO, Facts, check_deployable, read_facts
 from infold.deploy.local import run_local
 from infold.deploy.recipes import FOLDER, check_recipes, recipes, usage_example
 from infold.errors import Refusal
@@ -72,6 +72,7 @@ def deploy_bundle(
     length = context or min(facts.context or _CONTEXT, _CONTEXT)
     place = facts.folder if out is None else Path(out)
     _check_place(facts, place)
+    check_deployable(facts)
     files = recipes(facts, length)
     example = usage_example(facts)
     problems = check_recipes(files)

@@ -15,11 +15,27 @@ from blake3 import blake3
 from infold.checkpoint.files import exists, locate, read_bytes, read_object, safe_child
 from infold.checkpoint.record import UNDO
 from infold.checkpoint.safetensors import DTYPE_BITS
-from infold.checkpoint.shards import CARD, KEPT_CARD, RECEIPT, Checkpoint, open_checkpoint
+from infold.checkpoint.shards import (
+    CARD,
+    KEPT_CARD,
+    RECEIPT,
+    TOKENIZERS,
+    Checkpoint,
+    open_checkpoint,
+)
+from infold.checkpoint.staging import storage_errors
 from infold.errors import Refusal
 from infold.inspect.receipt import checked_receipt
 
-__all__ = ["CONFIG", "UNDO", "Facts", "KVCache", "read_facts", "receipt_digest"]
+__all__ = [
+    "CONFIG",
+    "UNDO",
+    "Facts",
+    "KVCache",
+    "check_deployable",
+    "read_facts",
+    "receipt_digest",
+]
 
 CONFIG = "deployment_config.json"
 
@@ -121,6 +137,33 @@ def read_facts(merged: str | os.PathLike[str]) -> Facts:
         undo=exists(folder / UNDO),
         chat=_has_chat_template(folder),
     )
+
+
+def check_deployable(facts: Facts) -> None:
+    """Read all shards, and refuse what is no longer what was merged, or what no server could serve.
+
+    Raises Refusal with all reasons.
+    """
+    folder, wrong = facts.folder, []
+    if facts.generates and not any(exists(folder / name) for name in TOKENIZERS):
+        wrong.append(
+            f"{folder}: has no tokenizer, so no server answers; copy the tokenizer files of its "
+            "model into the base, and merge again"
+        )
+    told = facts.receipt["shards"]
+    for shard in facts.checkpoint.shards:
+        path = safe_child(folder, shard.name)
+        with storage_errors(path):
+            found = blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest()
+        if told.get(shard.name) != found:
+            wrong.append(
+                f"{path}: was changed after it was merged: its BLAKE3 is not the receipt's; merge "
+                "again (`infold verify` tells which tensors differ)"
+            )
+    gone = told.keys() - {shard.name for shard in facts.checkpoint.shards}
+    wrong += [f"{folder / name}: is gone; merge again" for name in sorted(gone)]
+    if wrong:
+        raise Refusal(wrong)
 
 
 def receipt_digest(folder: Path) -> str:

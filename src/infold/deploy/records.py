@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from infold.checkpoint.files import exists, read_object, safe_child
+from infold.checkpoint.files import exists, locate, read_object, safe_child
+from infold.checkpoint.shards import RECEIPT
 from infold.checkpoint.staging import storage_errors
+from infold.deploy.facts import receipt_digest
+from infold.errors import StorageFailure
+from infold.version import __version__
 
-__all__ = ["RECORDS", "read_records", "save_record"]
+__all__ = ["RECORDS", "keep_record", "read_records", "save_record"]
 
 RECORDS = "records"
 
@@ -28,6 +32,24 @@ def save_record(folder: Path, record: Mapping[str, Any]) -> Path:
         finally:
             draft.unlink(missing_ok=True)
     return path
+
+
+def keep_record(
+    merged: str | os.PathLike[str], record: Mapping[str, Any], told: Callable[[str], object]
+) -> None:
+    """Save a record of what is at `merged` with its receipt's digest, for checklist and report.
+
+    Without a receipt (another tool's merge, a GGUF file) nothing is saved. Where the folder cannot
+    be written, `told` hears why: what was found is worth more than its record.
+    """
+    folder = locate(merged)
+    if not exists(folder / RECEIPT):
+        return
+    try:
+        facts = {"infold": __version__, "receipt": receipt_digest(folder)}
+        save_record(folder, {**record, **facts})
+    except StorageFailure as error:
+        told(f"the {record['kind']} record was not kept: {error}")
 
 
 def read_records(folder: Path) -> dict[str, dict[str, Any]]:

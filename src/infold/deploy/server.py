@@ -54,8 +54,11 @@ class Server:
                     total += process.memory_info().rss
         return total
 
-    def check(self) -> None:
-        """Raise ServerFailure, with the end of its log, if it has died."""
+    def check(self, wait: float = 0) -> None:
+        """Raise ServerFailure, with the end of its log, if it has died, or does within `wait` s."""
+        if wait:
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(wait)
         if self.process.poll() is not None:
             code = self.process.returncode
             raise ServerFailure(f"the server died with exit code {code}: {_tail(self.log)}")

@@ -12,7 +12,7 @@ from statistics import median
 from typing import Any
 
 from infold.checkpoint.files import locate
-from infold.deploy.facts import read_facts
+from infold.deploy.facts import check_deployable, read_facts
 from infold.deploy.gguf import ask_gguf, gguf_command
 from infold.deploy.local import run_local
 from infold.deploy.server import Server, ServerFailure, free_port, serve
@@ -65,6 +65,7 @@ def smoke_test(
         facts = read_facts(place)
         if not facts.generates:
             raise Refusal(f"{merged}: {facts.architecture} does not generate text; nothing to ask")
+        check_deployable(facts)
         chat, name, digest = facts.chat, "transformers serve", facts.digest
         command, model = _transformers(facts.folder, port), str(facts.folder.resolve())
         told = run_local("answer", facts.folder, prompt=prompt, new_tokens=_NEW_TOKENS, chat=chat)
@@ -157,7 +158,7 @@ def _client(
             written = client.completions.create(model=model, prompt=prompt, **talk)
             return str(written.choices[0].text)
         except openai.OpenAIError as error:
-            server.check()
+            server.check(wait=2)  # a connection is lost a moment before its process ends
             raise ServerFailure(f"the server did not answer: {error}") from None
 
     return ask

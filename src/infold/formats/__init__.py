@@ -27,7 +27,7 @@ from infold.formats import (
 )
 from infold.formats.floats import Floats, floats_of
 from infold.formats.gguf import Packing
-from infold.formats.stored import Field, NoFold, Scale, Stored
+from infold.formats.stored import Field, NoFold, Scale, Stored, Unnested
 
 __all__ = [
     "FORMATS",
@@ -40,6 +40,7 @@ __all__ = [
     "Quantized",
     "Scale",
     "Stored",
+    "Unnested",
     "floats_of",
     "format_of",
     "quantized_of",

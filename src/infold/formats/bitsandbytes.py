@@ -9,7 +9,8 @@ NF4, FP4  weight U8 [out * in / 2, 1], two codes a byte, the first in the high h
           W.flatten()[n] = quant_map[code[n]] * absmax[n // blocksize]
 
 With nested quantization absmax is U8 itself, with weight.nested_absmax F32 and
-weight.nested_quant_map F32 [256]; see `unnested`.
+weight.nested_quant_map F32 [256]; see `unnested`. A factor of single absmax does not fit into codes
+that share a nested_absmax, so absmax becomes F32, which readers take as well.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import json
 import math
 from typing import Any
 
-from infold.formats.stored import NoFold, Scale, Stored
+from infold.formats.stored import NoFold, Scale, Stored, Unnested
 
 NAME = "bitsandbytes"
 CORE: tuple[str, ...] = ("weight",)
@@ -64,9 +65,16 @@ def scales(stored: Stored) -> tuple[Scale, ...]:
         raise NoFold(f"its rows of {inputs} elements share blocks of {block}")
     if math.prod(absmax.shape) != out * inputs // block:
         raise NoFold(f"absmax of shape {list(absmax.shape)} does not suit blocks of {block}")
-    if absmax.dtype == "U8":
-        raise NoFold("its absmax is quantized itself (double quantization)")
-    return (Scale("weight.absmax", repeat=inputs // block),)
+    return (Scale("weight.absmax", repeat=inputs // block, nested=absmax.dtype == "U8"),)
+
+
+def unnested(stored: Stored) -> Unnested:
+    """A module with absmax in F32: readers go by whether there is a nested_absmax."""
+    name, told = _state_name(stored), state(stored)
+    assert name is not None
+    kept = {key: value for key, value in told.items() if not key.startswith("nested_")}
+    removed = ("weight.nested_absmax", "weight.nested_quant_map")
+    return Unnested(removed, {name: json.dumps(kept).encode()})
 
 
 def state(stored: Stored) -> dict[str, Any]:

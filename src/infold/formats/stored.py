@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["Field", "NoFold", "Scale", "Stored"]
+__all__ = ["Field", "NoFold", "Scale", "Stored", "Unnested"]
 
 
 class NoFold(ValueError):
@@ -56,10 +56,21 @@ class Scale:
 
     part: its name below the module. transposed: its matrix (first dimension, all others) holds the
     rows as columns. repeat: consecutive rows of it that belong to one row of the module. rows: how
-    many rows of the module it has room for, if more than the module has (padding).
+    many rows of the module it has room for, if more than the module has (padding). nested: it is
+    quantized itself, and becomes plain floats; see `Unnested`.
     """
 
     part: str
     transposed: bool = False
     repeat: int = 1
     rows: int = 0
+    nested: bool = False
+
+
+@dataclass(frozen=True)
+class Unnested:
+    """What else changes where nested scales become plain, by names below the module: tensors that
+    are gone, and others with their new bytes."""
+
+    removed: tuple[str, ...]
+    amended: Mapping[str, bytes]

@@ -80,7 +80,8 @@ def _strangers(receipt: dict[str, Any]) -> list[str]:
     found = []
     for number, edit in enumerate(receipt["edits"]):
         source = edit["source"]
-        whole = isinstance(source.get("base"), str) or isinstance(source.get("key"), str)
+        kinds = ("base", "key", "decoded", "original")
+        whole = any(isinstance(source.get(kind), str) for kind in kinds)
         numbers = [op["adapter"] for op in edit["operations"]]
         if "key" in source:
             numbers.append(source.get("adapter"))

@@ -12,13 +12,14 @@ import math
 import threading
 from collections import ChainMap
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from infold.checkpoint.adapter import Adapter
 from infold.checkpoint.inputs import InputFiles
-from infold.checkpoint.stored import ELEMENTS, stored_matrix
+from infold.checkpoint.stored import as_matrix, stored_matrix
 from infold.edit.blocks import Block
 from infold.edit.steps import Workspace, check_finite
 from infold.errors import Refusal
@@ -26,7 +27,8 @@ from infold.formats import Floats
 from infold.formats.values import VALUES, Matrix, Scheme, encoder
 from infold.merge.apply import EditRun, Read, Run
 from infold.merge.source import Buffers, Source
-from infold.plan.edits import BaseTensor, Decoded, Edit, Original, Part, Plan
+from infold.merge.whole import WholeRun, WholeSource
+from infold.plan.edits import Amended, BaseTensor, Decoded, Edit, Original, Part, Plan
 from infold.plan.edits import Source as AnySource
 
 __all__ = [
@@ -75,6 +77,8 @@ class PartSource(Source):
 def source_of(plan: Plan, run: Run, files: InputFiles) -> Source:
     """Where the stored values of one edit come from."""
     source = run.edit.source
+    if isinstance(run, WholeRun):
+        return WholeSource()
     if isinstance(run, PartRun):
         assert isinstance(source, Part)
         run.parts = parts_of(plan, source.stored, files)
@@ -173,10 +177,10 @@ class _Module:
             if self.outputs is not None:
                 return
             self.inner.prepare(workspace, read, limit)
-            outputs = {
-                part: torch.zeros(_matrix(edit.shape), dtype=ELEMENTS[edit.dtype])
-                for part, edit in self.written.items()
-            }
+            outputs = {}
+            for part, edit in self.written.items():
+                dtype, shape = as_matrix(edit.dtype, edit.shape)
+                outputs[part] = torch.zeros(shape, dtype=dtype)
             rows, columns = self.scheme.shape
             encode, decode = encoder(self.form), VALUES[self.form].decode
             step = max(1, limit // max(1, columns) // self.scheme.align) * self.scheme.align
@@ -219,8 +223,7 @@ class PartRun:
         assert isinstance(edit.source, Part)
         self.edit, self.module, self.part = edit, module, edit.source.part
         self.stored = torch.uint8
-        rows, columns = _matrix(edit.shape)
-        count = rows * columns * ELEMENTS[edit.dtype].itemsize
+        count = encoded_bytes(edit)
         self.shape, self.floats = (1, count), Floats(1, count, "U8", 1, 1, None)
         self.changed = 0
         self.parts: Mapping[str, Matrix] = {}
@@ -262,6 +265,8 @@ def converted_runs(plan: Plan, device: torch.device) -> dict[str, Run]:
             if weight not in modules:
                 modules[weight] = _Module(source, plan.adapters, device)
             runs[name] = PartRun(edit, modules[weight])
+        elif isinstance(source, Amended):
+            runs[name] = WholeRun(edit, len(source.data), partial(bytes, source.data))
         elif isinstance(source, Decoded | Original):
             runs[name] = ConvertedRun(edit, plan.adapters, device)
         else:
@@ -280,7 +285,8 @@ def encoded_bytes(edit: Edit) -> int:
     """Memory that one part takes until it is written."""
     if not isinstance(edit.source, Part):
         return 0
-    return math.prod(edit.shape) * ELEMENTS[edit.dtype].itemsize
+    dtype, shape = as_matrix(edit.dtype, edit.shape)
+    return math.prod(shape) * dtype.itemsize
 
 
 def block_elements(plan: Plan) -> int:
@@ -289,8 +295,3 @@ def block_elements(plan: Plan) -> int:
         edit.source.scheme for edit in plan.edits.values() if isinstance(edit.source, Part)
     }
     return max((s.align * s.shape[1] for s in schemes), default=0)
-
-
-def _matrix(shape: Sequence[int]) -> tuple[int, int]:
-    """A stored shape as (rows, columns); a vector is a column."""
-    return (shape[0], math.prod(shape[1:])) if shape else (1, 1)

@@ -154,6 +154,7 @@ def swap_in_place(
             return Receipt(**settled.result)
     source = open_merged(folder)
     with source.record:
+        source.check_swap()
         plan = plan_merge(source.base, opened)
         over = source.swap_plan(plan)
         _refuse([*_obstacles(source.checkpoint, over), *_removed(source)])

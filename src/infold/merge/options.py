@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from infold.checkpoint.shards import open_checkpoint
 from infold.errors import Refusal
-from infold.plan.convert import DTYPES, MODES, Choice
+from infold.plan.convert import DTYPES, MODES, TYPES, Choice
 
 __all__ = ["Options"]
 
@@ -36,19 +36,21 @@ class Options:
         if len(modes) > 1:
             told = " and ".join(f"--{mode}" for mode in modes)
             raise Refusal(f"{told} exclude each other")
-        if self.dtype != "auto" and self.dtype not in DTYPES:
-            raise Refusal(f"--dtype {self.dtype}: auto, {', '.join(DTYPES)}")
+        if self.dtype != "auto" and self.dtype not in {**DTYPES, **TYPES}:
+            raise Refusal(f"--dtype {self.dtype}: auto, {', '.join([*DTYPES, *TYPES])}")
         if not modes:
             if self.base_16bit is not None:
                 raise Refusal("--base-16bit goes with --dequantize or --requantize")
             if self.dtype != "auto":
-                raise Refusal("--dtype goes with --dequantize or --promote")
+                raise Refusal("--dtype goes with --dequantize, --requantize or --promote")
             return None
-        if self.dtype != "auto" and self.requantize:
-            raise Refusal("--dtype goes with --dequantize or --promote, not with --requantize")
+        if self.requantize and self.dtype in DTYPES:
+            raise Refusal(f"--dtype {self.dtype} goes with --dequantize or --promote")
+        if not self.requantize and self.dtype in TYPES:
+            raise Refusal(f"--dtype {self.dtype} goes with --requantize")
         original = None
         if self.base_16bit is not None:
             if self.promote:
                 raise Refusal("--base-16bit goes with --dequantize or --requantize")
             original = open_checkpoint(self.base_16bit)
-        return Choice(modes[0], DTYPES.get(self.dtype, ""), original)
+        return Choice(modes[0], {**DTYPES, **TYPES}.get(self.dtype, ""), original)

@@ -22,10 +22,11 @@ from infold.edit.residual import content, pack_original, pack_residual
 from infold.edit.steps import Workspace
 from infold.formats import Floats, floats_of
 from infold.merge.apply import Run
-from infold.plan.edits import BaseTensor, Edit, Plan
+from infold.plan.edits import Amended, BaseTensor, Decoded, Edit, Plan
 
 __all__ = ["BlockOf", "Recording", "block_of", "digest_file", "undone_by_residual"]
 
+_PIECE = 1 << 20
 BlockOf = Callable[[str, Block], Tensor]  # stored elements (rows, columns) of a tensor by its name
 
 
@@ -62,8 +63,10 @@ class Recording:
     def __init__(self, writer: RecordWriter, plan: Plan, limit: int) -> None:
         self.writer, self.plan, self.limit = writer, plan, limit
         names = [name for shard in plan.base.shards for name in shard.header.tensors]
+        self.kept = kept_whole(plan)
         # new tensors have no number, since they have no way back
-        self.numbers = {name: n for n, name in enumerate(t for t in names if t in plan.edits)}
+        edited = [t for t in names if t in plan.edits and t not in self.kept]
+        self.numbers = {name: n for n, name in enumerate(edited)}
 
     def has(self, run: Run, number: int) -> bool:
         """Whether this block is in the record, or needs not be."""
@@ -72,7 +75,7 @@ class Recording:
 
     def _tensor(self, run: Run) -> int | None:
         edit = self.plan.edits.get(run.edit.tensor)
-        return None if edit is None or not undone_by_residual(edit) else self.numbers[edit.tensor]
+        return self.numbers.get(edit.tensor) if edit and undone_by_residual(edit) else None
 
     def near(self, run: Run, block: Block, workspace: Workspace) -> Tensor | None:
         """Where `run`, which is prepared, shall put what it takes the base's block for."""
@@ -127,6 +130,8 @@ class Recording:
             keep(f"side/{name}", [data])
         for number, adapter in enumerate(plan.adapters):
             keep(f"adapter/{number}", _contents(adapter))
+        for name in self.kept:
+            keep(f"tensor/{name}", _stored(plan.base, name))
         self.writer.finish(
             {
                 **origin,
@@ -151,6 +156,31 @@ def digest_file(folder: Checkpoint, name: str) -> str:
         while data := file.read(1 << 20):
             hasher.update(data)
     return hasher.hexdigest()
+
+
+def kept_whole(plan: Plan) -> list[str]:
+    """The base's tensors that the output lacks, or has with other bytes that are no floats of
+    theirs: such as nested scales that became plain. They are small."""
+    there = {name for shard in plan.shards for name in shard.header.tensors}
+    return [
+        name
+        for shard in plan.base.shards
+        for name in shard.header.tensors
+        if name not in there
+        or (name in plan.edits and isinstance(plan.edits[name].source, Amended | Decoded))
+    ]
+
+
+def _stored(base: Checkpoint, name: str) -> Iterator[bytes]:
+    """The bytes of a tensor, some at a time."""
+    info, files = base.info(name), InputFiles()
+    try:
+        for begin in range(info.begin, info.end, _PIECE):
+            piece = bytearray(min(_PIECE, info.end - begin))
+            files.read(base.shards[base.where[name]].path, memoryview(piece), begin)
+            yield bytes(piece)
+    finally:
+        files.close()
 
 
 def _contents(adapter: Adapter) -> Iterator[bytes]:

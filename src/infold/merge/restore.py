@@ -11,7 +11,7 @@ from pathlib import Path
 from blake3 import blake3
 
 from infold.checkpoint.adapter import open_adapter
-from infold.checkpoint.shards import is_lone
+from infold.checkpoint.shards import is_lone, kept_name
 from infold.checkpoint.staging import Staging
 from infold.edit.threads import one_torch_thread, usual_threads
 from infold.errors import Refusal
@@ -100,7 +100,7 @@ def undo_checkpoint(
         identity = blake3(f"infold {__version__} undo {merged.record.identity}".encode())
         with Staging(path, identity.hexdigest(), False, lone=is_lone(path)) as staging:
             for name in plan.copied:
-                staging.copy_file(plan.base.path / name, name)
+                staging.copy_file(plan.base.path / kept_name(plan.base.path, name), name)
             for name, data in plan.rewritten.items():
                 staging.write_bytes(name, data)
             streamed = stream(
@@ -136,7 +136,7 @@ def undone(merged: Merged, path: Path, streamed: Streamed, started: float) -> Un
         out=str(path),
         shards={name: digests.output for name, digests in streamed.digests.items()},
         side_files=sorted([*merged.copied, *merged.rewritten]),
-        restored=len(merged.edits),
+        restored=len(merged.edits) + len(merged.kept),
         tensors=len(base.where),
         bytes=base.nbytes,
         resumed_bytes=streamed.resumed,
@@ -157,6 +157,7 @@ def open_swap(
     """Check all that a swap needs. Writes nothing. The caller closes `source.record`."""
     merged = open_merged(Path(folder))
     try:
+        merged.check_swap()
         plan = plan_merge(merged.base, [open_adapter(adapter) for adapter in adapters])
         return prepare(
             plan, out, max_memory=max_memory, device=device, threads=threads, force=force,

@@ -32,6 +32,7 @@ from infold.checkpoint.shards import (
     RECEIPT,
     companion,
     is_lone,
+    kept_name,
     open_checkpoint,
     read_receipt,
 )
@@ -198,7 +199,8 @@ def _execute(
             Staging(path, _identity(prepared), prepared.force, lone=lone)
         )
         for name in over.copied:
-            staging.copy_file(over.base.path / name, name)
+            kept = kept_name(over.base.path, name) if source else name
+            staging.copy_file(over.base.path / kept, name)
         for name, data in over.rewritten.items():
             staging.write_bytes(name, data)
         recording = None

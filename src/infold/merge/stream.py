@@ -83,6 +83,14 @@ class _Copy:
 
 
 @dataclass(frozen=True, slots=True)
+class _Pad:
+    """Zeros between two tensors, where the layout is not the base's (GGUF)."""
+
+    target: int  # offset in the output
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
 class Compute:
     """A block of an edited tensor."""
 
@@ -100,7 +108,7 @@ class _Task:
 
     chain: _Chain
     number: int
-    work: _Copy | Compute
+    work: _Copy | _Pad | Compute
     end: int  # offset in the output where the chunk ends
 
 
@@ -287,10 +295,11 @@ def stream(
 
 def chunks_of(
     plan: Plan, shard: OutputShard, runs: Mapping[str, Run], files: InputFiles, limit: int
-) -> Iterator[tuple[int, _Copy | Compute]]:
+) -> Iterator[tuple[int, _Copy | _Pad | Compute]]:
     """(end, work) for every chunk after the header, in file order. In the same layout all that lies
     between the edits is copied, padding included."""
     base = plan.base.shards[shard.source].header.tensors
+    end = len(shard.header.raw)  # of what was yielded or gathered
     source = target = count = 0  # the unedited bytes that were gathered so far
     if shard.same_layout:
         source = target = len(shard.header.raw)
@@ -302,6 +311,10 @@ def chunks_of(
             yield target + offset + piece, _Copy(source + offset, target + offset, piece)
             offset += piece
 
+    def pad(begin: int, stop: int) -> Iterator[tuple[int, _Pad]]:
+        if stop > begin and not shard.same_layout:
+            yield stop, _Pad(begin, stop - begin)
+
     for name, info in shard.header.tensors.items():
         if name not in plan.edits:
             begin = base[name].begin
@@ -311,11 +324,15 @@ def chunks_of(
                 count += info.nbytes
             else:
                 yield from flush()
+                yield from pad(end, info.begin)
                 source, target, count = begin, info.begin, info.nbytes
+            end = info.end
             continue
         if shard.same_layout:
             count = info.begin - target
         yield from flush()
+        yield from pad(end, info.begin)
+        end = info.end
         source, target, count = info.end, info.end, 0
         run = runs[name]
         floats = run.floats
@@ -329,6 +346,7 @@ def chunks_of(
     if shard.same_layout:
         count = shard.header.file_size - target
     yield from flush()
+    yield from pad(end, shard.header.file_size)
 
 
 class _Pool:
@@ -395,10 +413,10 @@ class _Pool:
                 yield _Task(chain, number, work, end)
 
     @staticmethod
-    def _starts_at(first: tuple[int, _Copy | Compute], position: int) -> bool:
+    def _starts_at(first: tuple[int, _Copy | _Pad | Compute], position: int) -> bool:
         return first[1].target == position
 
-    def _recorded(self, done: Sequence[_Copy | Compute]) -> bool:
+    def _recorded(self, done: Sequence[_Copy | _Pad | Compute]) -> bool:
         """Whether the record has all blocks that an earlier run left."""
         if self.recording is None:
             return True
@@ -445,6 +463,8 @@ class _Pool:
                     return
                 if isinstance(task.work, _Copy):
                     self._copy(task, task.work, buffers)
+                elif isinstance(task.work, _Pad):
+                    self._pad(task, task.work)
                 else:
                     self._compute(task, task.work, workspace, buffers)
         except _Stopped:
@@ -453,6 +473,14 @@ class _Pool:
             with self.lock:
                 self.error = self.error or error
             self.stopped.set()
+
+    def _pad(self, task: _Task, work: _Pad) -> None:
+        zeros = memoryview(bytes(work.count))
+        if self.staging.writes:
+            task.chain.target.write(zeros, work.target)
+        with self._turn(task):
+            task.chain.hash(zeros, zeros)
+        self.advance(work.count)
 
     def _copy(self, task: _Task, work: _Copy, buffers: Buffers) -> None:
         chain, count = task.chain, work.count

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from infold.checkpoint.shards import (
     Shard,
     companion,
     is_lone,
+    kept_name,
     open_checkpoint,
     read_receipt,
 )
@@ -39,7 +41,17 @@ from infold.formats import floats_of
 from infold.merge.apply import EditRun, Read, Run
 from infold.merge.recording import block_of, digest_file, undone_by_residual
 from infold.merge.stream import Streamed
-from infold.plan.edits import BaseTensor, Edit, Operation, OutputShard, Plan, Replacement
+from infold.merge.whole import WholeRun
+from infold.plan.edits import (
+    Amended,
+    BaseTensor,
+    Decoded,
+    Edit,
+    Operation,
+    OutputShard,
+    Plan,
+    Replacement,
+)
 
 __all__ = ["Merged", "SwapRun", "UndoRun", "open_merged"]
 
@@ -61,6 +73,7 @@ class Merged:
     limit: int  # elements of a block
     base_digests: Mapping[str, str]
     digests: Mapping[str, str]
+    kept: Mapping[str, int]  # tensors of the base that lie in the record as a whole: their files
 
     @property
     def path(self) -> Path:
@@ -92,6 +105,7 @@ class Merged:
             )
         )
         edits = {name: self.undo_edit(name) for name in self.edits}
+        edits |= {name: self._kept_edit(name) for name in self.kept}
         return Plan(self.checkpoint, self.adapters, edits, shards, self.rewritten, self.copied, ())
 
     def undo_edit(self, name: str) -> Edit:
@@ -99,10 +113,29 @@ class Merged:
         return Edit(name, BaseTensor(name), info.dtype, info.shape, ())
 
     def undo_runs(self, device: torch.device) -> dict[str, Run]:
-        return {name: UndoRun(self, name, device) for name in self.edits}
+        runs: dict[str, Run] = {name: UndoRun(self, name, device) for name in self.edits}
+        for name, number in self.kept.items():
+            count = self.base.info(name).nbytes
+            runs[name] = WholeRun(self._kept_edit(name), count, partial(self.record.file, number))
+        return runs
+
+    def _kept_edit(self, name: str) -> Edit:
+        """Of a tensor that is taken from the record; nothing of what lies there is needed."""
+        info = self.base.info(name)
+        return Edit(name, Amended(name, b""), info.dtype, info.shape, ())
+
+    def check_swap(self, plan: Plan | None = None) -> None:
+        """Refuse where an edit needs parts of the base that are no floats."""
+        edits = () if plan is None else plan.edits.values()
+        if self.kept or any(isinstance(edit.source, Amended | Decoded) for edit in edits):
+            raise Refusal(
+                f"{self.path}: scales that are quantized themselves cannot be swapped; restore the "
+                "base with `infold undo`, and merge the adapters into it"
+            )
 
     def swap_plan(self, plan: Plan) -> Plan:
         """A merge of the base, as a plan over what lies there."""
+        self.check_swap(plan)
         shards = tuple(
             replace(s, same_layout=s.header.raw == self.checkpoint.shards[s.source].header.raw)
             for s in plan.shards
@@ -161,7 +194,7 @@ class Merged:
             if name in self.rewritten:
                 found[name] = self.rewritten[name]
             elif name in self.copied:
-                found[name] = (self.path / name).read_bytes()
+                found[name] = (self.path / kept_name(self.path, name)).read_bytes()
         return found
 
     def sides_digests(self, plan: Plan) -> dict[str, str]:
@@ -259,7 +292,8 @@ def _merged(checkpoint: Checkpoint, record: Record, receipt: Mapping[str, Any]) 
         _adapter(record, files[f"adapter/{n}"], entry) for n, entry in enumerate(told["contents"])
     )
     edits = {str(name): _edit(str(name), told["edits"][name]) for name in told["tensors"]}
-    lost = [name for name in edits if name not in where]
+    kept = {n.removeprefix("tensor/"): files[n] for n in files if n.startswith("tensor/")}
+    lost = [name for name in (*edits, *kept) if name not in where]
     limit = int(told["limit"])
     if lost or not 0 < limit <= 1 << 26:
         raise CorruptFile(f"{record.path}: edits tensors that the base does not have: {lost}")
@@ -267,6 +301,7 @@ def _merged(checkpoint: Checkpoint, record: Record, receipt: Mapping[str, Any]) 
         checkpoint, base, record, receipt, adapters, edits, rewritten, copied, limit,
         {s.name: str(told["base"]["shards"][n]) for s, n in zip(shards, names, strict=True)},
         {str(n): str(d) for n, d in told["shards"].items()},
+        kept,
     )  # fmt: skip
 
 
@@ -307,11 +342,12 @@ def _edit(name: str, entry: Mapping[str, Any]) -> Edit:
 def _check_sides(merged: Merged) -> None:
     wrong = []
     for name, digest in merged.record.manifest["side_files"].items():
-        if not os.path.lexists(merged.path / name):
-            wrong.append(f"{merged.path / name}: is missing; the base had this file too")
-        elif digest_file(merged.checkpoint, name) != digest:
+        kept = kept_name(merged.path, name)
+        if not os.path.lexists(merged.path / kept):
+            wrong.append(f"{merged.path / kept}: is missing; the base had this file too")
+        elif digest_file(merged.checkpoint, kept) != digest:
             wrong.append(
-                f"{merged.path / name}: was changed after it was merged, so it is not the base's "
+                f"{merged.path / kept}: was changed after it was merged, so it is not the base's "
                 "any more; put the old one back"
             )
     if wrong:

@@ -1,15 +1,22 @@
-"""What each of PEFT's methods costs while it is not merged, on a real model."""
+"""What each of PEFT's methods costs while it is not merged, on a real model.
+
+Bottleneck adapters too, through the `adapters` package, in an environment of its own.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import io
+import json
 import os
+import subprocess
+import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from infold.bench.interval import paired_ratio
@@ -19,19 +26,32 @@ from infold.tuners.loading import calm, device_of, load_model, model_folder
 
 __all__ = ["measure_methods"]
 
+# configurations of the package, by whose layers the adapters follow or flank
+BOTTLENECKS = {
+    "seq_bn": "bottleneck adapters, one a layer (seq_bn)",
+    "double_seq_bn": "bottleneck adapters, two a layer (double_seq_bn)",
+    "par_bn": "bottleneck adapters, in parallel (par_bn)",
+}
+_LIMIT = 900.0  # seconds for one of them
+_ABSENT = "give the Python of an environment with the adapters package: --adapters-python"
+
 
 def measure_methods(
     base: str | os.PathLike[str],
     *,
     tokens: int = 64,
     rounds: int = 9,
+    adapters_python: str | os.PathLike[str] | None = None,
     progress: Callable[[int, int, float | None], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Parameters, time to attach and the forward pass over the base's, for each type of PEFT.
+    """Parameters, time to attach and the forward pass over the base's, for each type of PEFT and
+    for bottleneck adapters.
 
-    Untrained adapters on the CPU in float32, with PEFT's defaults; one row of `tokens` tokens; base
-    and adapter take turns. A type that cannot be run has `why` instead of figures.
-    Raises Refusal without PEFT, or for a base that cannot be run.
+    Untrained adapters on the CPU in float32, with the packages' defaults; one row of `tokens`
+    tokens; base and adapter take turns. A type that cannot be run has `why` instead of figures.
+    adapters_python: the Python of an environment with the `adapters` package, whose versions of
+    transformers are others than PEFT's; by default this one, where the package is here.
+    Raises Refusal without PEFT, or for a base or a Python that cannot be run.
     """
     import torch
 
@@ -39,7 +59,12 @@ def measure_methods(
         raise Refusal("PEFT and transformers are needed: pip install 'infold[train]' peft")
     if min(tokens, rounds) < 1:
         raise Refusal(f"{tokens} tokens, {rounds} rounds: at least 1 of each is needed")
-    model = load_model(model_folder(base), device_of("cpu"), torch.float32)
+    folder = model_folder(base)
+    if adapters_python is None and find_spec("adapters") is not None:
+        adapters_python = sys.executable
+    if adapters_python is not None:
+        _check_python(adapters_python)
+    model = load_model(folder, device_of("cpu"), torch.float32)
     top = model.config.get_text_config().vocab_size
     ids = torch.randint(0, top, (1, tokens), generator=torch.Generator().manual_seed(0))
     total = model.num_parameters()
@@ -50,8 +75,53 @@ def measure_methods(
             warnings.simplefilter("ignore")
             found.append({"name": name} | _measured(model, name, ids, rounds, total))
         if progress is not None:
-            progress(number + 1, len(names), None)
+            progress(number + 1, len(names) + len(BOTTLENECKS), None)
+    del model
+    for number, (kind, name) in enumerate(BOTTLENECKS.items()):
+        row = {"why": _ABSENT} if adapters_python is None else None
+        row = row or _bottleneck(adapters_python or "", folder, kind, tokens, rounds)
+        found.append({"name": name} | row)
+        if progress is not None:
+            progress(len(names) + number + 1, len(names) + len(BOTTLENECKS), None)
     return found
+
+
+def _check_python(python: str | os.PathLike[str]) -> None:
+    try:
+        ran = subprocess.run(
+            [python, "-c", "import adapters, torch, transformers"],
+            capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired) as error:
+        told = getattr(error, "strerror", None) or "does not answer"
+        raise Refusal(f"--adapters-python {os.fspath(python)}: {told}") from None
+    if ran.returncode:
+        last = (ran.stderr.strip().splitlines() or [f"exit code {ran.returncode}"])[-1]
+        raise Refusal(
+            f"--adapters-python {os.fspath(python)}: {last}; make an environment for it with "
+            "`pip install torch adapters`"
+        )
+
+
+def _bottleneck(
+    python: str | os.PathLike[str], base: Path, kind: str, tokens: int, rounds: int
+) -> dict[str, Any]:
+    """A row of the package's configuration `kind`, from a process of that Python."""
+    given = {"base": str(base.resolve()), "kind": kind, "tokens": tokens, "rounds": rounds}
+    try:
+        ran = subprocess.run(
+            [python, str(Path(__file__).with_name("bottleneck.py"))],
+            input=json.dumps(given), capture_output=True, text=True, timeout=_LIMIT,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        )  # fmt: skip
+        told: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
+    except subprocess.TimeoutExpired:
+        return {"why": f"it took more than {_LIMIT:.0f} s"}
+    except (IndexError, ValueError):
+        return {"why": (ran.stderr.strip().splitlines() or ["its process ended"])[-1][:90]}
+    if "why" in told:
+        return {"why": str(told["why"])[:90]}
+    return _row(told["parameters"], told["total"], told["attach_seconds"], told["pairs"])
 
 
 def _measured(model: Any, name: str, ids: Any, rounds: int, total: int) -> dict[str, Any]:
@@ -70,7 +140,14 @@ def _measured(model: Any, name: str, ids: Any, rounds: int, total: int) -> dict[
     except Exception as error:  # forty types, each with errors of its own
         told = (str(error).strip().splitlines() or [""])[0]
         return {"why": told[:90] or type(error).__name__}
-    plain, slower = zip(*pairs[1:], strict=True)
+    return _row(trained, total, attached, pairs[1:])
+
+
+def _row(
+    trained: int, total: int, attached: float, pairs: Sequence[Sequence[float]]
+) -> dict[str, Any]:
+    """pairs: seconds of the base, and of the base with the adapter."""
+    plain, slower = zip(*pairs, strict=True)
     ratio = paired_ratio(slower, plain)
     return {
         "parameters": trained,

@@ -9,6 +9,7 @@ from types import MappingProxyType
 
 from infold.checkpoint.adapter import Adapter
 from infold.checkpoint.shards import INDEX, Checkpoint
+from infold.dtypes import BLOCKS
 from infold.errors import Refusal
 from infold.formats import floats_of
 from infold.formats.values import NoValues
@@ -26,7 +27,7 @@ from infold.plan.convert import (
     with_siblings,
 )
 from infold.plan.draft import Draft
-from infold.plan.edits import BaseTensor, Edit, Plan
+from infold.plan.edits import Amended, BaseTensor, Edit, Plan
 from infold.plan.gguf_consume import GgufConsumer
 from infold.plan.match import group_keys
 from infold.plan.origin import origin_notes
@@ -91,12 +92,12 @@ def _need_config(draft: Draft, base: Checkpoint, changes: Mapping[str, object]) 
 
 def _converted(base: Checkpoint, adapters: tuple[Adapter, ...], choice: Choice) -> Plan:
     """The plan where some quantized modules become dense or are quantized again."""
-    if base.is_gguf:
-        raise Refusal(f"--{choice.mode}: {base.path} is a GGUF file, which is not converted yet")
     modules, unknown = convertible(base)
     if not modules and not unknown:
         raise Refusal(f"--{choice.mode}: {base.path} has no quantized weights")
-    dtype = "F32" if choice.mode == "requantize" else choice.dense_dtype(base)
+    dtype = choice.dense_dtype(base)
+    if choice.dtype in BLOCKS and not base.is_gguf:
+        raise Refusal(f"--dtype {choice.dtype.lower()} is a type of GGUF, and the base is none")
     if choice.original is not None:
         if wrong := original_reasons(choice.original, modules):
             raise Refusal(wrong)
@@ -120,8 +121,8 @@ def _converted(base: Checkpoint, adapters: tuple[Adapter, ...], choice: Choice) 
             dense = with_siblings(touched, modules) if choice.mode == "dequantize" else chosen
             conversion = to_dense(edits, {n: modules[n] for n in dense}, dtype, choice)
     except NoValues as error:
-        raise Refusal(f"{error}; --dequantize writes it in 16 bits instead") from None
-    if conversion.dense:
+        raise Refusal(f"{error}; --dequantize writes it in floats instead") from None
+    if conversion.dense and not base.is_gguf:
         try:
             changes |= unconverted_changes(base, conversion.dense)
         except LookupError as error:
@@ -132,7 +133,7 @@ def _converted(base: Checkpoint, adapters: tuple[Adapter, ...], choice: Choice) 
     plan = _plan(draft, base, adapters, conversion, changes)
     told = {
         "mode": choice.mode,
-        "dtype": "" if choice.mode == "requantize" else dtype,
+        "dtype": choice.dtype if choice.mode == "requantize" else dtype,
         "touched": touched,
         "beside": [name for name in conversion.dense if name not in touched],
         "original": None if choice.original is None else os.path.abspath(choice.original.path),
@@ -214,6 +215,8 @@ def _edits(draft: Draft) -> dict[str, Edit]:
         edits[tensor] = Edit(
             tensor, state.source, state.dtype, state.shape, operations, state.scales
         )
+    for tensor, data in draft.amended.items():
+        edits[tensor] = Edit(tensor, Amended(tensor, data), "U8", (len(data),), ())
     return edits
 
 
@@ -226,7 +229,8 @@ def _plan(
 ) -> Plan:
     """All decisions, with the files that follow from them."""
     edits = conversion.edits
-    shards = output_shards(base, edits, conversion.removed, conversion.place, conversion.metadata)
+    removed = conversion.removed | draft.removed
+    shards = output_shards(base, edits, removed, conversion.place, conversion.metadata)
     rewritten = {"config.json": with_changes(base.config or {}, changes)} if changes else {}
     copied = [name for name in base.side_files if name not in rewritten]
     if base.index is not None:

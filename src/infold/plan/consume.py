@@ -267,6 +267,8 @@ class Consumer:
             self.refuse(key, f"{error}; and {why}" if why else str(error))
             return False
         for place in places:
+            if place.nested:
+                self.draft.unnest(place.tensor)
             state = self.draft.state(place.tensor)
             state.scales = state.scales or place.scales
             state.operations.append(

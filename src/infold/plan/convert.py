@@ -12,13 +12,17 @@ is the one for dense weights. Afterwards the edits of such weights get their tru
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+
+from torch import Tensor
 
 from infold.checkpoint.safetensors import Header, TensorInfo
 from infold.checkpoint.shards import Checkpoint
-from infold.formats import Stored, format_of
+from infold.dtypes import BLOCKS
+from infold.formats import Field, Stored, format_of
 from infold.formats.values import VALUES, NoValues, Scheme
+from infold.formats.values.ggml import ENCODES
 from infold.plan.edits import BaseTensor, Decoded, Edit, Original, Part, Source
 from infold.plan.match import Names
 from infold.plan.quantized import StoredModules
@@ -26,6 +30,7 @@ from infold.plan.quantized import StoredModules
 __all__ = [
     "DTYPES",
     "MODES",
+    "TYPES",
     "WAYS",
     "Choice",
     "Conversion",
@@ -39,6 +44,7 @@ __all__ = [
 ]
 
 DTYPES = {"bf16": "BF16", "f16": "F16", "f32": "F32"}
+TYPES = {kind.lower(): kind for kind in ENCODES}  # of GGUF, that --requantize can write
 WAYS = (
     "; --dequantize writes such weights in 16 bits, --requantize rounds them into their own format "
     "again"
@@ -51,8 +57,9 @@ class Choice:
     """What the user chose for modules that do not fold.
 
     mode: one of MODES. dtype: of weights that become dense, by safetensors' name; "" for the one
-    that the config tells. original: the unquantized checkpoint that values of touched modules come
-    from, in place of the quantized one.
+    that the config tells, in GGUF F16; with requantize a type of GGUF, "" for the same. original:
+    the unquantized checkpoint that values of touched modules come from, in place of the quantized
+    one.
     """
 
     mode: str
@@ -61,8 +68,10 @@ class Choice:
 
     def dense_dtype(self, base: Checkpoint) -> str:
         """The dtype of weights that become dense."""
-        if self.dtype:
-            return self.dtype
+        if self.mode == "requantize":
+            return "F32"
+        if self.dtype or base.is_gguf:
+            return self.dtype or "F16"
         config = base.config or {}
         inner = config.get("text_config")
         for place in (config, inner if isinstance(inner, dict) else {}):
@@ -83,18 +92,31 @@ class Convertible:
     @property
     def weight(self) -> str:
         """The name of its dense weight."""
-        return f"{self.stored.name}.weight"
+        return self.tensor("" if self.form == "ggml" else "weight")
 
     @property
     def parts(self) -> dict[str, str]:
         """Part -> tensor of the base."""
         known = VALUES[self.form].PARTS
-        return {p: f"{self.stored.name}.{p}" for p in self.stored.tensors if p in known}
+        return {p: self.tensor(p) for p in self.stored.tensors if p in known}
+
+    def tensor(self, part: str) -> str:
+        """The name of a part. In GGUF the one part is the tensor, and gives the module its name."""
+        return f"{self.stored.name}.{part}" if part else self.stored.name
 
 
 def convertible(base: Checkpoint) -> tuple[dict[str, Convertible], dict[str, str]]:
     """The quantized modules of a base by their names; and why some cannot be decoded."""
-    found, reasons = {}, {}
+    found: dict[str, Convertible] = {}
+    reasons: dict[str, str] = {}
+    if base.is_gguf:
+        for stored in _quantized_tensors(base):
+            try:
+                scheme = VALUES["ggml"].scheme(stored)
+                found[stored.name] = Convertible(stored, "ggml", scheme)
+            except NoValues as error:
+                reasons[stored.name] = str(error)
+        return found, reasons
     for stored, form in StoredModules(base, Names(base.where)).all():
         name = getattr(form, "__name__", "").rpartition(".")[2]  # a key of QUANTIZED
         if name not in VALUES:
@@ -105,6 +127,18 @@ def convertible(base: Checkpoint) -> tuple[dict[str, Convertible], dict[str, str
         except NoValues as error:
             reasons[stored.name] = str(error)
     return found, reasons
+
+
+def _quantized_tensors(base: Checkpoint) -> Iterator[Stored]:
+    """The tensors of a GGUF file that consist of blocks, each as a module of one part."""
+
+    def nothing(part: str) -> Tensor:
+        raise AssertionError("nothing is read to plan a GGUF file")
+
+    for shard in base.shards:
+        for name, info in shard.header.tensors.items():
+            if info.dtype in BLOCKS:
+                yield Stored(name, {"": Field(info.dtype, info.shape)}, {}, {}, nothing)
 
 
 def view(base: Checkpoint, modules: Iterable[Convertible], dtype: str) -> Checkpoint:
@@ -227,15 +261,28 @@ def to_quantized(
             result[name] = edit
             continue
         values = replace(edit, source=_source(module, edit, choice))
+        stored = module.stored
+        if choice.dtype in BLOCKS:  # another type of GGUF than the base's
+            stored = replace(stored, tensors={"": Field(choice.dtype, module.scheme.shape)})
         try:
-            written = VALUES[module.form].encoded(module.stored)
+            written = VALUES[module.form].encoded(stored)
+            _check_blocks(written)
         except NoValues as error:
             raise NoValues(f"{module.stored.name}: {error}") from None
         for part, entry in written.items():
-            tensor = f"{module.stored.name}.{part}"
-            source = Part(part, values, module.form, module.scheme, tuple(module.parts.items()))
+            tensor, scheme = module.tensor(part), module.scheme
+            if entry.dtype in BLOCKS:
+                scheme = replace(scheme, kind=entry.dtype)
+            source = Part(part, values, module.form, scheme, tuple(module.parts.items()))
             result[tensor] = Edit(tensor, source, entry.dtype, entry.shape, edit.operations)
     return Conversion(result)
+
+
+def _check_blocks(written: Mapping[str, Field]) -> None:
+    for entry in written.values():
+        elements = BLOCKS.get(entry.dtype, (1, 1))[0]
+        if entry.shape and entry.shape[-1] % elements:
+            raise NoValues(f"rows of {entry.shape[-1]} are no whole blocks of {entry.dtype}")
 
 
 def _decoded(module: Convertible) -> Decoded:
@@ -254,6 +301,11 @@ def _source(module: Convertible, edit: Edit, choice: Choice) -> Source:
 def original_reasons(original: Checkpoint, modules: Mapping[str, Convertible]) -> list[str]:
     """Why a checkpoint is not what the quantized one was made of."""
     reasons = []
+    if any(module.form == "ggml" for module in modules.values()) and not original.is_gguf:
+        return [
+            f"{original.path}: is no GGUF file, and the base has the names and orders of rows of "
+            "one; convert it without quantizing, to F16 or BF16"
+        ]
     for module in modules.values():
         name = module.weight
         if name not in original.where:

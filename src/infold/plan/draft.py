@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from infold.checkpoint.shards import Checkpoint
-from infold.plan.edits import BaseTensor, Operation, Replacement
+from infold.plan.edits import BaseTensor, Operation, Source
 from infold.plan.match import Names
 from infold.plan.quantized import StoredModules
 
@@ -17,7 +17,7 @@ __all__ = ["Draft", "State"]
 class State:
     """What is known so far of one tensor of the output."""
 
-    source: BaseTensor | Replacement
+    source: Source
     dtype: str
     shape: tuple[int, ...]
     operations: list[Operation] = field(default_factory=list)
@@ -37,6 +37,8 @@ class Draft:
         self.elements: set[str] = set()  # quantized modules with an update of single elements
         self.ways = ""  # what else can be done with a quantized module, for messages
         self.unknown: Mapping[str, str] = {}  # quantized modules without known values, and why
+        self.removed: set[str] = set()  # tensors that the output lacks
+        self.amended: dict[str, bytes] = {}  # tensors with other bytes
         self.notes: list[str] = []
         self.labels: int | None = None  # outputs of a head that is added
         self.pair = pair  # (embedding, head) that share their values
@@ -50,3 +52,11 @@ class Draft:
             info = self.base.info(source)
             self.states[tensor] = State(BaseTensor(source), info.dtype, info.shape)
         return self.states[tensor]
+
+    def unnest(self, tensor: str) -> None:
+        """Make nested scales plain; once, whatever comes to them."""
+        nested, state = self.modules.nested[tensor], self.state(tensor)
+        if state.source != nested.source:
+            state.source, state.dtype = nested.source, "F32"
+            self.removed.update(nested.removed)
+            self.amended.update(nested.amended)

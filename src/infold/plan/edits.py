@@ -13,9 +13,11 @@ from infold.checkpoint.shards import Checkpoint
 from infold.formats.values import Scheme
 
 __all__ = [
+    "Amended",
     "BaseTensor",
     "Decoded",
     "Edit",
+    "Nested",
     "Operation",
     "Original",
     "OutputShard",
@@ -70,7 +72,25 @@ class Part:
     stored: tuple[tuple[str, str], ...]
 
 
-Source = BaseTensor | Replacement | Decoded | Original | Part
+@dataclass(frozen=True)
+class Amended:
+    """These bytes, which the plan has made from the base's tensor."""
+
+    name: str
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Nested:
+    """Scales of a module that are quantized themselves and become plain: their values, the tensors
+    that are gone then, and those with other bytes."""
+
+    source: Decoded
+    removed: tuple[str, ...]
+    amended: Mapping[str, bytes]
+
+
+Source = BaseTensor | Replacement | Decoded | Original | Part | Amended
 
 
 @dataclass(frozen=True)
@@ -177,4 +197,6 @@ def _told(source: Source) -> dict[str, Any]:
         return {"decoded": source.module, "format": source.form}
     if isinstance(source, Original):
         return {"original": source.name}
+    if isinstance(source, Amended):
+        return {"base": source.name, "amended": True}
     return {**_told(source.values.source), "requantized": source.form}

@@ -52,7 +52,8 @@ class Place:
 
     settings: side "out" and the row map from the vector to the stored rows. transposed: those rows
     are the columns of the tensor's matrix. on_bias: for messages and receipts; a bias is scaled as
-    any tensor is. scales: its floats are scales of a quantized weight.
+    any tensor is. scales: its floats are scales of a quantized weight. nested: they are quantized
+    themselves now.
     """
 
     tensor: str
@@ -60,6 +61,7 @@ class Place:
     transposed: bool = False
     on_bias: bool = False
     scales: bool = False
+    nested: bool = False
 
 
 class Modules(Protocol):

@@ -68,11 +68,11 @@ class GgufConsumer(Consumer):
             self.refuse(key, f"{home.weight} holds all experts as one tensor{_INSTEAD}")
         elif not dense:
             dtype = self.draft.base.info(home.weight).dtype
+            self.draft.elements.add(home.weight)
             self.refuse(
                 key,
                 f"{home.weight} is quantized ({dtype}), and {method} changes single elements, "
-                "which its scales cannot tell: --dequantize writes such tensors unquantized, "
-                "--requantize quantizes them anew",
+                f"which its scales cannot tell{self._ways(home.weight)}",
             )
         else:
             made = self._lora(method, module, parts, home.weight, table)

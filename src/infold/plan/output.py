@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
+from infold.checkpoint.gguf import with_types
 from infold.checkpoint.safetensors import DTYPE_BITS, Header, build_header
 from infold.checkpoint.shards import Checkpoint, is_lone
 from infold.errors import Refusal
@@ -56,9 +57,21 @@ def output_shards(
     result = []
     for number, shard in enumerate(base.shards):
         header: Header = shard.header
+        if base.is_gguf:
+            types = {
+                name: edits[name].dtype
+                for name, info in header.tensors.items()
+                if name in edits and edits[name].dtype != info.dtype
+            }
+            header = with_types(header, types) if types else header
+            result.append(OutputShard(shard.name, header, number, not types))
+            continue
         resized = any(n in edits and edits[n].shape != t.shape for n, t in header.tensors.items())
         mine = added if number == home else []
-        moved = not header.tensors.keys().isdisjoint(removed)
+        moved = not header.tensors.keys().isdisjoint(removed) or any(
+            name in edits and edits[name].dtype != info.dtype
+            for name, info in header.tensors.items()
+        )
         if resized or mine or moved:
             entries = []
             for name, info in header.tensors.items():

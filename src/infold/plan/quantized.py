@@ -21,9 +21,12 @@ from infold.formats import (
     NoFold,
     Quantized,
     Stored,
+    bitsandbytes,
     format_of,
     quantized_of,
 )
+from infold.formats.values import VALUES, NoValues
+from infold.plan.edits import Decoded, Nested
 from infold.plan.fold import Part, Place, Unfoldable
 from infold.plan.layouts import is_conv1d
 from infold.plan.match import Names
@@ -65,6 +68,7 @@ class StoredModules:
         self.base, self.names = base, names
         self.config = quantization_of(base)
         self._found: dict[str, tuple[Stored, Quantized] | None] = {}
+        self.nested: dict[str, Nested] = {}  # by the tensor of such scales, once they are places
 
     @cached_property
     def _below(self) -> dict[str, dict[str, str]]:
@@ -202,7 +206,7 @@ class StoredModules:
             places.append(Place(weight, whole, self._transposed(weight)))
         else:
             stored, form = found
-            places += _scales(module, stored, form, whole)
+            places += self._scales(module, stored, form, whole)
         bias = f"{bias}.bias"
         if bias in self.base.where:
             if self.base.info(bias).shape != (size[0],):
@@ -211,6 +215,22 @@ class StoredModules:
                 )
             places.append(Place(bias, whole, on_bias=True))
         return places
+
+    def _scales(
+        self, module: str, stored: Stored, form: Quantized, whole: Settings
+    ) -> Iterator[Place]:
+        """The places of the rows of a quantized module."""
+        try:
+            for scale in form.scales(stored):
+                tensor = f"{stored.name}.{scale.part}"
+                if scale.nested:
+                    self.nested[tensor] = _nested(stored)
+                elif format_of(dtype := stored.tensors[scale.part].dtype) is None:
+                    raise NoFold(f"its scales are {dtype}")
+                settings = replace(whole, repeat=scale.repeat, rows=scale.rows or whole.rows)
+                yield Place(tensor, settings, scale.transposed, scales=True, nested=scale.nested)
+        except (NoFold, NoValues) as error:
+            raise Unfoldable(f"{module} ({form.words(stored)}): {error}") from None
 
     def activations(self) -> Collection[str]:
         return {
@@ -231,20 +251,6 @@ class StoredModules:
                 yield place[name]
 
 
-def _scales(module: str, stored: Stored, form: Quantized, whole: Settings) -> Iterator[Place]:
-    """The places of the rows of a quantized module."""
-    try:
-        scales = form.scales(stored)
-    except NoFold as error:
-        raise Unfoldable(f"{module} ({form.words(stored)}): {error}") from None
-    for scale in scales:
-        field = stored.tensors[scale.part]
-        if format_of(field.dtype) is None:
-            raise Unfoldable(f"{module} ({form.words(stored)}): its scales are {field.dtype}")
-        settings = replace(whole, repeat=scale.repeat, rows=scale.rows or whole.rows)
-        yield Place(f"{stored.name}.{scale.part}", settings, scale.transposed, scales=True)
-
-
 def read(base: Checkpoint, name: str) -> Tensor:
     """A whole tensor of a checkpoint, in memory of its own."""
     info, shard = base.info(name), base.shards[base.where[name]]
@@ -260,3 +266,16 @@ def read(base: Checkpoint, name: str) -> Tensor:
     if not buffer:
         return torch.empty(info.shape, dtype=_DTYPES[info.dtype])
     return torch.frombuffer(buffer, dtype=_DTYPES[info.dtype]).view(info.shape)
+
+
+def _nested(stored: Stored) -> Nested:
+    """Nested scales of bitsandbytes as plain ones. Raises NoValues, NoFold."""
+    values = VALUES["bitsandbytes_absmax"]
+    parts = tuple((part, f"{stored.name}.{part}") for part in values.PARTS)
+    source = Decoded(stored.name, "bitsandbytes_absmax", values.scheme(stored), parts)
+    changes = bitsandbytes.unnested(stored)
+    return Nested(
+        source,
+        tuple(f"{stored.name}.{part}" for part in changes.removed),
+        {f"{stored.name}.{part}": data for part, data in changes.amended.items()},
+    )

@@ -35,6 +35,7 @@ def render_html(records: Records) -> str:
     made = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     return made.from_string(text).render(
         title=_title(records),
+        digits={*"0123456789"},  # figures do not break within a word
         sections=sections,
         pictures={name: [(t, Markup(svg)) for t, svg in found] for name, found in drawn.items()},
     )
@@ -65,8 +66,8 @@ def _sections(records: Records) -> list[tuple[str, tuple[str, ...], Rows]]:
         ("receipt", "What was merged", ("", ""), _receipt),
         ("training", "Training", ("", ""), _training),
         ("deployment", "Measured, and needed", ("", ""), _deployment),
-        ("bench", "Base, adapter mode, merged", ("what", "ratio", "interval"), _bench),
-        ("outputs", "Consistency", ("", ""), _flat),
+        ("bench", "Speed and memory over the base's", _bench_heads(records), _bench),
+        ("outputs", "Consistency", ("", "outputs", "measured", "bound"), _outputs),
         ("smoke", "Served", ("", ""), _smoke),
         ("checklist", "Checklist", ("", "box", "evidence"), _checklist),
     )
@@ -127,31 +128,41 @@ def _deployment(r: Mapping[str, Any]) -> Rows:
     return rows
 
 
+def _bench_heads(records: Records) -> tuple[str, ...]:
+    compared = records.get("bench", {}).get("comparisons", [])
+    models = dict.fromkeys(str(c.get("model", "merged")) for c in compared if isinstance(c, dict))
+    return ("1 is the base's, more is worse", *models)
+
+
 def _bench(r: Mapping[str, Any]) -> Rows:
-    return [
-        (
-            f"{c['metric']}, {c.get('model', 'merged')} over base",
-            f"{c['ratio']:.3f}",
-            f"{c['low']:.3f} to {c['high']:.3f}",
-        )
-        for c in r.get("comparisons", [])
+    """A row for each metric, a cell for each model: the ratio to the base, and its interval."""
+    compared = r.get("comparisons", [])
+    models = dict.fromkeys(str(c.get("model", "merged")) for c in compared)
+    rows: dict[str, dict[str, str]] = {}
+    for c in compared:
+        told = f"{c['ratio']:.3f} ({c['low']:.3f} to {c['high']:.3f})"
+        rows.setdefault(c["metric"], {})[str(c.get("model", "merged"))] = told
+    return [(metric, *(cells.get(model, "") for model in models)) for metric, cells in rows.items()]
+
+
+def _outputs(r: Mapping[str, Any]) -> Rows:
+    """Each bound of `infold verify --outputs`, and what was found beside them."""
+    rows: Rows = [
+        ("PASS" if c["ok"] else "FAIL", c["what"], f"{c['measured']:.2e}", f"{c['bound']:.2e}")
+        for c in r["checks"]
     ]
-
-
-def _flat(r: Mapping[str, Any], head: str = "") -> Rows:
-    """Figures of any record by their names; lists are left out."""
-    rows: Rows = []
-    for name, value in r.items():
-        label = f"{head}{name}".replace("_", " ")
-        if isinstance(value, Mapping):
-            rows += _flat(value, f"{label}, ")
-        elif isinstance(value, bool):
-            rows.append((label, "yes" if value else "no"))
-        elif isinstance(value, float):
-            rows.append((label, f"{value:.6g}"))
-        elif isinstance(value, int | str) and name not in ("kind", "version", "receipt"):
-            rows.append((label, str(value)))
-    return rows
+    merged, pairs = r["differences"]["merged"], r["continuations"]
+    same = sum(pair["differs_at"] is None for pair in pairs)
+    shown = ("base", "adapter", "merged")
+    found = ", ".join(f"{name} {r['perplexity'][name]:.4f}" for name in shown)
+    found = f"perplexity over {r['tokens']:,} tokens: {found}"
+    return [
+        *rows,
+        ("", f"same best token, of {merged['positions']:,}", f"{merged['agreement']:.2%}", ""),
+        ("", "same greedy continuation, token by token", f"{same} of {len(pairs)}", ""),
+        ("", found, "", ""),
+        *(("", f"note: {note}", "", "") for note in r["notes"]),
+    ]
 
 
 def _smoke(r: Mapping[str, Any]) -> Rows:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from infold.checkpoint.files import exists, locate, read_object
+from infold.checkpoint.shards import TOKENIZERS
 from infold.errors import Refusal
 from infold.tuners.model import load as load_adapter
 
@@ -100,8 +101,7 @@ def tokenizer_of(folder: Path) -> Any:
     """The tokenizer of a folder. Raises Refusal where there is none."""
     from transformers import AutoTokenizer
 
-    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-    if not any(exists(folder / name) for name in (*names, "vocab.txt", "spiece.model")):
+    if not any(exists(folder / name) for name in TOKENIZERS):
         raise Refusal(f"{folder}: has no tokenizer; copy the tokenizer files of its model into it")
     try:
         with calm():

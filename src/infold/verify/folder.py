@@ -13,16 +13,16 @@ from infold.checkpoint.record import UNDO
 from infold.checkpoint.safetensors import Header, open_regular
 from infold.checkpoint.shards import (
     CARD,
-    KEPT_CARD,
     RECEIPT,
     companion,
     is_bundled,
     is_lone,
+    kept_name,
     read_receipt,
     read_shard_header,
 )
 from infold.errors import CorruptFile, InfoldError
-from infold.plan.convert import DTYPES, MODES
+from infold.plan.convert import DTYPES, MODES, TYPES
 from infold.plan.edits import OutputShard, Plan
 from infold.verify.verdict import Offender
 
@@ -75,7 +75,8 @@ def read_claims(folder: Path) -> Claims | None:
             isinstance(conversion.get(name), kind) for name, kind in fields.items()
         ):
             raise CorruptFile(f"{path}: not a receipt that infold writes")
-        if conversion["mode"] not in MODES or conversion["dtype"] not in ("", *DTYPES.values()):
+        known = ("", *DTYPES.values(), *TYPES.values())
+        if conversion["mode"] not in MODES or conversion["dtype"] not in known:
             raise CorruptFile(f"{path}: not a receipt that infold writes")
     if not all(isinstance(adapter, dict) for adapter in adapters):
         raise CorruptFile(f"{path}: not a receipt that infold writes")
@@ -139,9 +140,7 @@ def side_files(folder: Path, plan: Plan) -> tuple[int, list[Offender]]:
             offenders.append(Offender("missing file", name, "it should be beside the weights"))
             continue
         try:
-            # `infold deploy` keeps the base's card under another name when it writes its own
-            kept = KEPT_CARD if name == CARD and os.path.lexists(folder / KEPT_CARD) else name
-            path = safe_child(folder, kept)
+            path = safe_child(folder, kept_name(folder, name))
             if name in plan.rewritten:
                 difference = _differs_from(path, plan.rewritten[name])
                 origin = "what the merge makes of the base's"

@@ -12,6 +12,7 @@ from typing import Any
 from infold.checkpoint.inputs import InputFiles
 from infold.checkpoint.safetensors import TensorInfo
 from infold.plan.edits import Operation, Plan
+from infold.verify.amended import AmendedCheck
 from infold.verify.parts import PartCheck
 from infold.verify.reference import alpha_of, scaling_of
 from infold.verify.tensors import BaseCheck, EditCheck, Workspace
@@ -26,7 +27,7 @@ _ENOUGH = 0.9  # of the elements of a sample must fit
 class Wrong:
     """A tensor that differs, and where its bytes lie."""
 
-    check: BaseCheck | EditCheck | PartCheck
+    check: BaseCheck | EditCheck | PartCheck | AmendedCheck
     path: Path  # its shard in the output
     info: TensorInfo
 

@@ -253,7 +253,8 @@ def _rounding_of_scales(folder: Path) -> float | None:
             scales = form.scales(stored)
         except NoFold:
             continue
-        found += [_PRECISION[stored.tensors[scale.part].dtype] for scale in scales]
+        dtypes = ["F32" if s.nested else stored.tensors[s.part].dtype for s in scales]
+        found += [_PRECISION[dtype] for dtype in dtypes]
     return 2.0 ** -min(found) if found else None
 
 

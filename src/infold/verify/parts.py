@@ -87,10 +87,38 @@ class _Module:
         low = values.new_zeros(shape).scatter_reduce(1, group, values, "amin")
         if self.scheme.block[0] > 1:  # rows of a block share their scale
             high, low = (self._tall(x, reduce) for x, reduce in ((high, "amax"), (low, "amin")))
+        if self.form == "ggml":
+            self._ggml(values, found, row)
+            self._codes(values, found, row)
+            return
         self._scales(found, high, low, row)
         if found.zero is not None:
             self._zeros(found, low, row)
         self._codes(values, found, row)
+
+    def _ggml(self, values: Tensor, found: Grid, row: int) -> None:
+        """The float16 of each block: what its extremes ask for, and of *_1 its minimum."""
+        grouped = values.view(*found.scale.shape, -1)
+        high, low = grouped.amax(2), grouped.amin(2)
+        kind, tiny = self.scheme.kind, 2.0**-25
+        reach = torch.maximum(high, -low)
+
+        def near(stored: Tensor, wanted: Tensor) -> Tensor:
+            close = (stored - wanted).abs() <= wanted.abs() * (2.0**-11 + _SLACK) + tiny
+            return close | ((wanted.abs() <= tiny * (1 + _SLACK)) & (stored == 1))
+
+        if kind == "Q8_0":
+            fine = near(found.scale, reach / 127)
+        elif found.zero is None:  # the extreme has the lowest code, whichever its sign
+            half = -float(found.levels[0])
+            fine = (near(found.scale, high / -half) & (high >= reach * (1 - _SLACK))) | (
+                near(found.scale, low / -half) & (-low >= reach * (1 - _SLACK))
+            )
+        else:
+            fine = near(found.scale, (high - low) / float(found.levels[-1]))
+            least = -found.zero * found.scale
+            fine &= (least - low).abs() <= low.abs() * (2.0**-11 + _SLACK) + tiny
+        self._tell("", ~fine, found.scale, reach, row)
 
     def _tall(self, x: Tensor, reduce: str) -> Tensor:
         """The extremes of blocks of rows, for each row."""
@@ -149,7 +177,7 @@ class _Module:
         if found.zero is not None:
             place = place + found.zero[:, found.group]
         levels = found.levels[found.levels.isfinite()].sort().values
-        if self.form in ("bitsandbytes", "torchao") and len(levels) == 256:
+        if self.form in ("bitsandbytes", "torchao", "ggml") and len(levels) == 256:
             levels = levels[1:]  # -128 is not used where 127 is the absmax
         right = torch.searchsorted(levels, place.contiguous()).clamp(1, len(levels) - 1)
         best = torch.minimum((levels[right] - place).abs(), (place - levels[right - 1]).abs())

@@ -18,13 +18,14 @@ from blake3 import blake3
 
 from infold.checkpoint.inputs import InputFiles
 from infold.checkpoint.safetensors import Header, open_regular
+from infold.verify.amended import AmendedCheck
 from infold.verify.parts import PartCheck
 from infold.verify.tensors import COPIED, BaseCheck, EditCheck, Workspace
 from infold.workers import Worker, run_all
 
 __all__ = ["Check", "Found", "digest_of", "reread"]
 
-Check = BaseCheck | EditCheck | PartCheck
+Check = BaseCheck | EditCheck | PartCheck | AmendedCheck
 
 _WORKERS = 4  # at most; each holds about 15 MB of buffers
 

@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from infold.dtypes import BLOCKS
 from infold.formats.values import Matrix, Scheme
+from infold.verify.ggml import codes_of, half_at, values_of
 
 __all__ = ["FLOATS8", "Grid", "decode", "grid"]
 
@@ -47,7 +49,14 @@ class Grid:
 
 
 def decode(form: str, parts: Mapping[str, Matrix], scheme: Scheme, rows: slice) -> Tensor:
-    """float64 (rows, in) of a module."""
+    """float64 (rows, in) of a module, or of its nested scales."""
+    if form == "bitsandbytes_absmax":
+        return _absmax(parts, scheme, torch.arange(rows.start, rows.stop)).double()[:, None]
+    if form == "ggml":
+        size = BLOCKS[scheme.kind][1]
+        data = parts[""][rows, _ALL].numpy()
+        values = values_of(scheme.kind, data.reshape(-1, size))
+        return torch.from_numpy(values.reshape(len(data), -1))
     return grid(form, parts, scheme, rows).values()
 
 
@@ -139,11 +148,7 @@ def _bitsandbytes(parts: Mapping[str, Matrix], scheme: Scheme, rows: slice) -> G
     table = parts["weight.quant_map"][_ALL, _ALL].flatten().double()
     size = scheme.group
     blocks = torch.arange(first // size, -(-(first + count) // size))
-    absmax = parts["weight.absmax"][slice(int(blocks[0]), int(blocks[-1]) + 1), _ALL].flatten()
-    if absmax.dtype == torch.uint8:
-        outer = parts["weight.nested_absmax"][_ALL, _ALL].flatten()[blocks // scheme.nested_block]
-        inner = parts["weight.nested_quant_map"][_ALL, _ALL].flatten()[absmax.long()]
-        absmax = inner * outer + np.float32(scheme.offset)  # float32, as it is done there
+    absmax = _absmax(parts, scheme, blocks)
     if inputs % size == 0:
         scale = absmax.double().view(-1, inputs // size)
         group = torch.arange(inputs) // size
@@ -151,6 +156,16 @@ def _bitsandbytes(parts: Mapping[str, Matrix], scheme: Scheme, rows: slice) -> G
         each = (torch.arange(first, first + count) // size) - blocks[0]
         scale, group = absmax.double()[each].view(-1, inputs), torch.arange(inputs)
     return Grid(there, table, scale, None, group, "weight", "weight.absmax")
+
+
+def _absmax(parts: Mapping[str, Matrix], scheme: Scheme, blocks: Tensor) -> Tensor:
+    """float32 absmax of successive blocks."""
+    absmax = parts["weight.absmax"][slice(int(blocks[0]), int(blocks[-1]) + 1), _ALL].flatten()
+    if absmax.dtype == torch.uint8:
+        outer = parts["weight.nested_absmax"][_ALL, _ALL].flatten()[blocks // scheme.nested_block]
+        inner = parts["weight.nested_quant_map"][_ALL, _ALL].flatten()[absmax.long()]
+        absmax = inner * outer + np.float32(scheme.offset)  # float32, as it is done there
+    return absmax
 
 
 def _floats8() -> Tensor:
@@ -256,6 +271,25 @@ def _hqq(parts: Mapping[str, Matrix], scheme: Scheme, rows: slice) -> Grid:
     )  # fmt: skip
 
 
+def _ggml(parts: Mapping[str, Matrix], scheme: Scheme, rows: slice) -> Grid:
+    """Of the plain types. Their minimum is told as a zero point, in steps."""
+    kind, (elements, size) = scheme.kind, BLOCKS[scheme.kind]
+    data = parts[""][rows, _ALL].numpy()
+    blocks = data.reshape(-1, size)
+    codes = torch.from_numpy(codes_of(kind, blocks)).reshape(len(data), -1)
+    scale = torch.from_numpy(half_at(blocks, 0)).reshape(len(data), -1)
+    bits = int(kind[1])
+    levels, zero = torch.arange(1 << bits).double(), None
+    if kind == "Q8_0":
+        codes, levels = codes + 128, _I8
+    elif kind.endswith("_0"):
+        levels = levels - (1 << (bits - 1))
+    else:
+        zero = -torch.from_numpy(half_at(blocks, 2)).reshape(len(data), -1) / scale
+    group = torch.arange(codes.shape[1]) // elements
+    return Grid(codes, levels, scale, zero, group, "", "")
+
+
 _GRIDS = {
     "gptq": _gptq,
     "awq": _awq,
@@ -264,4 +298,5 @@ _GRIDS = {
     "fp8": _fp8,
     "torchao": _torchao,
     "hqq": _hqq,
+    "ggml": _ggml,
 }

@@ -28,8 +28,9 @@ from infold.dtypes import BLOCKS
 from infold.errors import InfoldError, Refusal
 from infold.plan.build import plan_merge
 from infold.plan.convert import Choice
-from infold.plan.edits import Operation, Plan, Replacement
+from infold.plan.edits import Amended, Operation, Plan, Replacement
 from infold.plan.output import placed
+from infold.verify.amended import AmendedCheck
 from infold.verify.folder import (
     Claims,
     compare_header,
@@ -100,7 +101,7 @@ def verify_checkpoint(
         ok=not offenders,
         tensors=sum(len(shard.header.tensors) for shard in plan.shards),
         identical=sum(isinstance(check, BaseCheck) for check in right),
-        recomputed=sum(isinstance(check, EditCheck | PartCheck) for check in right),
+        recomputed=sum(not isinstance(check, BaseCheck) for check in right),
         undecided=sum(check.tally.undecided for check in checks),
         files=equal,
         offenders=tuple(offenders),
@@ -246,6 +247,8 @@ def _find_shards(
                 continue
             if name in parts:
                 checks[name] = parts[name]
+            elif name in plan.edits and isinstance(plan.edits[name].source, Amended):
+                checks[name] = AmendedCheck(plan.base, plan.base.info(name), files)
             elif name in plan.edits:
                 checks[name] = EditCheck(
                     plan.edits[name], plan.base, plan.adapters, files, original=plan.original
@@ -268,7 +271,7 @@ def _wrong_tensors(plan: Plan, shards: Sequence[Found], files: InputFiles) -> li
     for shard in shards:
         for name, check in shard.checks.items():
             if check.tally.wrong:
-                if isinstance(check, PartCheck):
+                if isinstance(check, PartCheck | AmendedCheck):
                     described.append(
                         _describe(name, Wrong(check, shard.path, shard.header.tensors[name]), None)
                     )
@@ -301,8 +304,7 @@ def _describe(name: str, one: Wrong, hint: str | None) -> Offender:
         f"{tally.wrong:,} of {math.prod(shape):,} {what} differ, first {index[::-1]}: "
         f"stored {stored}, expected {expected}"
     )
-    dense = isinstance(one.check, EditCheck | PartCheck)
-    kind = "edited tensor" if dense else "unedited tensor"
+    kind = "unedited tensor" if isinstance(one.check, BaseCheck) else "edited tensor"
     return Offender(kind, name, f"{detail}; {hint}" if hint else detail)
 
 

@@ -13,8 +13,10 @@ from infold.formats.values import (
     bitsandbytes,
     compressed_tensors,
     fp8,
+    ggml,
     gptq,
     hqq,
+    nested,
     torchao,
 )
 from infold.formats.values.scheme import Matrix, NoValues, Parts, Scheme
@@ -41,10 +43,12 @@ VALUES: Mapping[str, Values] = {
     "gptq": gptq,
     "awq": awq,
     "bitsandbytes": bitsandbytes,
+    "bitsandbytes_absmax": nested,
     "compressed_tensors": compressed_tensors,
     "fp8": fp8,
     "hqq": hqq,
     "torchao": torchao,
+    "ggml": ggml,
 }
 
 

@@ -20,7 +20,7 @@ from infold.formats.stored import Field, NoFold, Stored
 from infold.formats.values import integers
 from infold.formats.values.scheme import NoValues, Parts, Scheme, stored_scales
 
-__all__ = ["PARTS", "decode", "encode", "encoded", "scheme"]
+__all__ = ["PARTS", "absmax_of", "decode", "encode", "encoded", "scheme"]
 
 PARTS: tuple[str, ...] = (
     "weight", "SCB", "weight_format", "weight.absmax", "weight.quant_map", "weight.nested_absmax",
@@ -86,13 +86,13 @@ def decode(parts: Parts, scheme: Scheme, rows: slice) -> Tensor:
     table = parts["weight.quant_map"][_ALL, _ALL].flatten().to(torch.float64)
     size = scheme.group
     top, bottom = first // size, -(-last // size)
-    absmax = _absmax(parts, scheme, slice(top, bottom)).to(torch.float64)
+    absmax = absmax_of(parts, scheme, slice(top, bottom)).to(torch.float64)
     values = table[codes]
     values *= absmax.repeat_interleave(size)[first - top * size : last - top * size]
     return values.view(rows.stop - rows.start, inputs)
 
 
-def _absmax(parts: Parts, scheme: Scheme, blocks: slice) -> Tensor:
+def absmax_of(parts: Parts, scheme: Scheme, blocks: slice) -> Tensor:
     """float32 absmax of some blocks, unnested as bitsandbytes does it."""
     stored = parts["weight.absmax"][blocks, _ALL].flatten()
     if stored.dtype != torch.uint8:

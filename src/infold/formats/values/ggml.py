@@ -1,6 +1,6 @@
 """GGUF's block types: a row is a sequence of blocks, each with its own scales.
 
-`decode` gives the float64 values of rows; `encode`, for the plain types, the bytes of rows. The
+`decode_rows` gives the float64 values of rows; `encode_rows`, for the plain types, their bytes. The
 layouts are those of ggml's block structs; all multi-byte numbers are little-endian.
 
     Q4_0, Q5_0, Q8_0   w = d * q                 32 weights a block, q around zero
@@ -18,38 +18,80 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from infold.dtypes import BLOCKS, TORCH_DTYPES
 from infold.formats.dense import encode as encode_dense
-from infold.formats.values.scheme import stored_scales
+from infold.formats.stored import Field, Stored
+from infold.formats.values.scheme import NoValues, Parts, Scheme, stored_scales
 
-__all__ = ["BLOCKS", "ENCODES", "decode", "encode"]
+__all__ = [
+    "ENCODES",
+    "PARTS",
+    "TYPES",
+    "decode",
+    "decode_rows",
+    "encode",
+    "encode_rows",
+    "encoded",
+    "scheme",
+]
 
-# elements and bytes of a block
-BLOCKS = {
-    "Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22), "Q5_1": (32, 24), "Q8_0": (32, 34),
-    "Q2_K": (256, 84), "Q3_K": (256, 110), "Q4_K": (256, 144), "Q5_K": (256, 176),
-    "Q6_K": (256, 210), "IQ4_NL": (32, 18), "IQ4_XS": (256, 136), "TQ2_0": (256, 66),
-}  # fmt: skip
+PARTS: tuple[str, ...] = ("",)  # the tensor is the weight
+_ALL = slice(None)
+
 ENCODES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
-_DENSE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+_OTHERS = ", ".join(kind.lower() for kind in ENCODES[:-1])
 _IQ4 = torch.tensor(
     [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], dtype=torch.float64
 )
 
 
-def decode(kind: str, rows: Tensor) -> Tensor:
+def scheme(stored: Stored) -> Scheme:
+    """Raises NoValues for types whose tables are not known here, and for what is no matrix."""
+    field = stored.tensors[""]
+    if field.dtype not in _DECODERS:
+        raise NoValues(f"values of the type {field.dtype} are not known here")
+    if len(field.shape) != 2:
+        raise NoValues(f"its shape {list(field.shape)} is no matrix")
+    return Scheme((field.shape[0], field.shape[1]), kind=field.dtype)
+
+
+def encoded(stored: Stored) -> dict[str, Field]:
+    """The tensor itself, where its type is of ENCODES."""
+    field = stored.tensors[""]
+    if field.dtype not in ENCODES:
+        raise NoValues(
+            f"{field.dtype} is not made by plain rounding; --dtype q8_0 (or {_OTHERS}) writes it "
+            "in a type that is"
+        )
+    return {"": field}
+
+
+def decode(parts: Parts, scheme: Scheme, rows: slice) -> Tensor:
+    """float64 (rows, in)."""
+    return decode_rows(scheme.kind, parts[""][rows, _ALL])
+
+
+def encode(
+    values: Tensor, scheme: Scheme, parts: Parts, rows: slice, out: dict[str, Tensor]
+) -> None:
+    """Round float64 rows into the type of `out`, which `scheme.kind` names."""
+    out[""][rows] = encode_rows(scheme.kind, values)
+
+
+def decode_rows(kind: str, rows: Tensor) -> Tensor:
     """Bytes (rows, row bytes) of a type -> float64 (rows, in). KeyError for an unknown type."""
-    if kind in _DENSE:
-        return rows.contiguous().view(_DENSE[kind]).to(torch.float64)
+    if kind in TORCH_DTYPES:
+        return rows.contiguous().view(TORCH_DTYPES[kind]).to(torch.float64)
     elements, size = BLOCKS[kind]
     blocks = rows.reshape(-1, size)
     return _DECODERS[kind](blocks).view(len(rows), rows.shape[1] // size * elements)
 
 
-def encode(kind: str, values: Tensor) -> Tensor:
+def encode_rows(kind: str, values: Tensor) -> Tensor:
     """float64 (rows, in) -> bytes (rows, row bytes), by plain absmax (or minimum and maximum)
     rounding: codes are the nearest for the scale as it is stored. KeyError where that is no type
     of ENCODES and no dense one."""
-    if kind in _DENSE:
+    if kind in TORCH_DTYPES:
         name = kind
         return encode_dense(values, name).contiguous().view(torch.uint8).view(len(values), -1)
     if kind not in ENCODES:
@@ -194,6 +236,9 @@ _DECODERS: dict[str, Callable[[Tensor], Tensor]] = {
     "Q2_K": _q2_k, "Q3_K": _q3_k, "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k,
     "IQ4_NL": _iq4_nl, "IQ4_XS": _iq4_xs, "TQ2_0": _tq2_0,
 }  # fmt: skip
+
+
+TYPES = tuple(_DECODERS)
 
 
 def _encode(kind: str, blocks: Tensor) -> Tensor:
