@@ -483,7 +483,8 @@ def _error_lines(found: dict[str, Any]) -> list[str]:
         "trained vector of that layer's down projection; merged, it multiplies rows of ffn_up "
         "(those of four layers side by side, so that rows are whole blocks); requantized, it "
         "multiplies the columns of ffn_down. All by ggml's quantizers, without an importance "
-        "matrix. The type's own error is against the values of the Q4_1 file that all is made from.", "",
+        "matrix. The type's own error is against the values of the Q4_1 file that all is made "
+        "from.", "",
         "| type | its own error | row side: merged | requantized | feed-forward side: merged "
         "| requantized | bytes of the tensor that change |", "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
