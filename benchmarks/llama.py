@@ -61,9 +61,12 @@ def library() -> ctypes.CDLL:
 
 
 class Llama:
-    """A GGUF file in llama.cpp, on the CPU. Use as `with Llama(file) as model`."""
+    """A GGUF file in llama.cpp, on the CPU. Use as `with Llama(file) as model`.
 
-    def __init__(self, file: Path, threads: int = 2) -> None:
+    texts: how many are decoded side by side at most, sharing CONTEXT tokens.
+    """
+
+    def __init__(self, file: Path, threads: int = 1, texts: int = 1) -> None:
         lib = library()
         self.model = ctypes.c_void_p(
             lib.llama_model_load_from_file(str(file).encode(), lib.llama_model_default_params())
@@ -71,7 +74,7 @@ class Llama:
         if not self.model:
             raise RuntimeError(f"{file}: llama.cpp does not load it")
         settings = lib.llama_context_default_params()
-        struct.pack_into("<4I", settings.content, 0, CONTEXT, CONTEXT, 512, 1)
+        struct.pack_into("<4I", settings.content, 0, CONTEXT, CONTEXT, 512, texts)
         self.context = ctypes.c_void_p(lib.llama_init_from_model(self.model, settings))
         if not self.context:
             raise RuntimeError(f"{file}: llama.cpp makes no context of it")
@@ -95,28 +98,42 @@ class Llama:
         lib = library()
         lib.llama_memory_clear(ctypes.c_void_p(lib.llama_get_memory(self.context)), True)
 
-    def decode(self, tokens: Sequence[int], start: int = 0, every: bool = False) -> np.ndarray:
-        """Logits (positions, vocabulary) after all of the tokens, or only after the last."""
-        lib, batch = library(), self.batch
-        batch.n_tokens = len(tokens)
-        for number, token in enumerate(tokens):
-            batch.token[number], batch.pos[number] = token, start + number
-            batch.n_seq_id[number], batch.seq_id[number][0] = 1, 0
-            batch.logits[number] = every or number == len(tokens) - 1
-        if lib.llama_decode(self.context, batch):
-            raise RuntimeError("llama_decode failed")
-        wanted = range(len(tokens)) if every else (len(tokens) - 1,)
-        rows = []
-        for number in wanted:
-            place = lib.llama_get_logits_ith(self.context, number)
-            row = ctypes.cast(place, ctypes.POINTER(ctypes.c_float))
-            rows.append(np.ctypeslib.as_array(row, (self.vocabulary,)).copy())
-        return np.stack(rows)
+    def decode(self, tokens: Sequence[int], start: int = 0) -> None:
+        """Go on with one text by these tokens."""
+        self._fill([tokens], start, every=False)
 
-    def logits(self, tokens: Sequence[int], every: bool = False) -> np.ndarray:
-        """`decode` of a text of its own."""
+    def logits(self, texts: Sequence[Sequence[int]], every: bool) -> list[np.ndarray]:
+        """Logits (positions, vocabulary) of texts of their own: every position, or the last."""
         self.forget()
-        return self.decode(tokens, every=every)
+        places = self._fill(texts, 0, every)
+        lib, found = library(), []
+        for mine in places:
+            rows = []
+            for place in mine:
+                row = ctypes.cast(
+                    lib.llama_get_logits_ith(self.context, place), ctypes.POINTER(ctypes.c_float)
+                )
+                rows.append(np.ctypeslib.as_array(row, (self.vocabulary,)).copy())
+            found.append(np.stack(rows))
+        return found
+
+    def _fill(self, texts: Sequence[Sequence[int]], start: int, every: bool) -> list[list[int]]:
+        """Decode a batch; returns the places in it that have logits, by text."""
+        batch, count = self.batch, 0
+        places: list[list[int]] = []
+        for number, tokens in enumerate(texts):
+            places.append([])
+            for position, token in enumerate(tokens):
+                batch.token[count], batch.pos[count] = token, start + position
+                batch.n_seq_id[count], batch.seq_id[count][0] = 1, number
+                batch.logits[count] = wanted = every or position == len(tokens) - 1
+                if wanted:
+                    places[-1].append(count)
+                count += 1
+        batch.n_tokens = count
+        if library().llama_decode(self.context, batch):
+            raise RuntimeError("llama_decode failed")
+        return places
 
 
 def quantize(values: np.ndarray, kind: int, size: int) -> np.ndarray:
