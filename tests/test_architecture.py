@@ -14,13 +14,22 @@ import pytest
 import infold
 
 ROOT = Path(infold.__file__).parent
-FREE = {"errors", "version", "dtypes", "sizes", "workers", "machine"}  # every room may import these
+FREE = {
+    "errors",
+    "version",
+    "dtypes",
+    "sizes",
+    "workers",
+    "machine",
+    "patience",
+}  # every room may import these
 LEAVES = {"adapters", "formats", "checkpoint"}
 MAY_IMPORT = {
     "errors": set(),
     "version": set(),
     "sizes": set(),
     "workers": set(),
+    "patience": set(),
     "machine": set(),
     "dtypes": set(),
     "adapters": set(),

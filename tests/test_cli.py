@@ -212,6 +212,33 @@ def test_inspect_shows_what_an_adapter_edits_and_how_far_it_went(pair: tuple[Pat
     assert found["share_of_parameters"] == pytest.approx(64 / (16 * 32 + 16 + 32 * 48 + 32))
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_end_no_verb_and_reach_no_shard(
+    closed: str, pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """The next file would take a closed stream's number, and get what PyTorch prints there."""
+    code = (
+        "import os, sys\nfrom infold.checkpoint.staging import Staging\n"
+        "whole = Staging.open_file\n"
+        "def loud(self, name, size):\n"
+        "    fd = whole(self, name, size)\n"
+        "    for number in (1, 2):\n"
+        "        os.write(number, b'a warning of PyTorch')\n"
+        "    return fd\n"
+        "Staging.open_file = loud\n"
+        "from infold.cli.main import run\nrun()\n"
+    )
+    (tmp_path / "loud.py").write_text(code)
+    for verb in ("merge", "verify"):
+        words = [str(w) for w in (*pair, "out")]
+        words[-1:-1] = ["--out"] if verb == "merge" else []
+        line = " ".join([sys.executable, "loud.py", verb, *words, closed])
+        done = subprocess.run(["sh", "-c", line], cwd=tmp_path, capture_output=True)
+        assert done.returncode == 0, done
+
+    assert infold.verify(*pair, tmp_path / "out").ok
+
+
 def test_an_interrupt_ends_with_130_and_the_next_run_finishes(
     pair: tuple[Path, Path], tmp_path: Path
 ) -> None:

@@ -621,6 +621,13 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert planned.returncode == 0 and "nothing was written" in planned.stdout
     assert f"{Q}  -0.5 x adapter 0 + 1 x adapter 1  rank 4" in planned.stdout
     assert not (tmp_path / "out").exists()
+    plan = json.loads(run(*words, "--dry-run", "--json").stdout)
+    options: dict[str, Any] = dict(weights=[-0.5, 1], kind="svd", dry_run=True)
+    assert infold.combine([one, two], tmp_path / "out", **options) == plan
+    assert not (tmp_path / "out").exists()
+    assert run(*words[:-1], two, "--dry-run").returncode == 2
+    with pytest.raises(Refusal, match="choose another place"):
+        infold.combine([one, two], two, **options)
 
     done = run(*words, "--json")
     assert done.returncode == 0 and done.stderr == ""

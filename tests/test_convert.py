@@ -20,7 +20,7 @@ from torch import Tensor
 import infold
 from handmade import RECEIPT, digests, ia3, lora
 from infold.errors import Refusal
-from quantized_bases import KINDS, REFUSED, Module
+from quantized_bases import KINDS, REFUSED, Module, bitsandbytes
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the packages that write the bases
 
@@ -36,12 +36,12 @@ FORMATS: dict[str, Callable[[Tensor], Module]] = {
         "awq-gemv", "awq-gemv_fast", "eetq", "torchao-tinygemm"
     )},
     **{n: make for n, (make, _) in REFUSED.items()},
+    "bnb-nf4-nested": lambda w: bitsandbytes(w, "nf4-nested"),
 }  # fmt: skip
 UNKNOWN = ("awq-gemv", "awq-gemv_fast", "eetq", "torchao-tinygemm")
 NO_ROUNDING = {  # and why
     "hqq": "HQQ optimizes", "hqq-axis0": "HQQ optimizes", "ct-tensor": "the whole tensor",
     "torchao-int8-tensor": "the whole tensor", "torchao-intx": "how many of its 8 bits",
-    "bnb-nf4-nested": "double quantization",
 }  # fmt: skip
 
 
@@ -216,7 +216,11 @@ def test_touched_modules_are_rounded_into_their_format(kind: str, tmp_path: Path
 
     with safe_open(base.path / "model.safetensors", "pt") as before:
         with safe_open(out / "model.safetensors", "pt") as after:
-            assert list(before.keys()) == list(after.keys())
+            nested = ("nested_absmax", "nested_quant_map") if kind.endswith("nested") else ()
+            assert set(before.keys()) - set(after.keys()) == {
+                f"{LAYER}.{name}.weight.{part}" for name in TOUCHED for part in nested
+            }
+            assert set(after.keys()) <= set(before.keys())
             assert before.metadata() == after.metadata()
     assert (out / "config.json").read_bytes() == (base.path / "config.json").read_bytes()
     for name in TOUCHED:
@@ -497,3 +501,44 @@ def test_a_model_that_transformers_quantized_and_loads_again(kind: str, tmp_path
     }
     assert [classes[name] for name in ("q_proj", "k_proj", "v_proj", "lm_head")] == ["Linear"] * 4
     assert classes["up_proj"] == {"int8": "Linear8bitLt", "nf4": "Linear4bit"}[kind]
+
+    # quantized again, it loads as it did; NF4 scales are plain now where they were quantized
+    infold.merge(tmp_path / "base", tmp_path / "lora", tmp_path / "again", requantize=True)
+    place = "model.layers.1.self_attn.q_proj"
+    wanted = dict(load(tmp_path / "one", dtype=torch.float32).named_modules())[place].weight
+    again = load(tmp_path / "again", dtype=torch.float32).dequantize().float()
+    found = dict(again.named_modules())[place].weight
+    assert relative(found, wanted.double()) < {"int8": 0.01, "nf4": 0.12}[kind]
+    assert infold.verify(tmp_path / "again").ok
+
+
+# --- hostile files ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_parts_of_any_shape_end_in_a_reason(kind: str, tmp_path: Path) -> None:
+    """Each part in turn gets other shapes and another dtype: a refusal, or a merge of what it means
+    then; never an error of another kind."""
+    base = make_base(tmp_path / "base", FORMATS[kind])
+    adapter = lora(tmp_path / "lora", {f"{LAYER}.mlp.down_proj": SIZES["mlp.down_proj"]}, seed=4)
+    file = base.path / "model.safetensors"
+    good = load_file(file)
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    for part in base.modules["mlp.down_proj"].tensors:
+        name = f"{LAYER}.mlp.down_proj.{part}"
+        old = good[name]
+        others = [old.new_zeros(0), old.new_zeros(1, 1), old.new_zeros(*old.shape, 2)]
+        if old.dim():
+            others += [old[:-1].contiguous(), old.flatten(), torch.cat((old, old))]
+        others.append(old.to(torch.float32) if old.dtype != torch.float32 else old.half())
+        for other in others:
+            save_file({**good, name: other}, file, metadata)
+            for mode in ("dequantize", "requantize"):
+                out = tmp_path / "out"
+                try:
+                    infold.merge(base.path, adapter, out, force=True, **{mode: True})
+                except Refusal as refusal:
+                    assert refusal.reasons and all("\n" not in r for r in refusal.reasons)
+                else:
+                    assert infold.verify(out).ok, (part, other.shape, other.dtype)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from infold.adapters import METHODS, Settings
-from infold.edit import Step, edit_tensor, tensor
+from infold.edit import Step, TensorEdit, edit_tensor, edit_tensors, tensor
 from infold.errors import Refusal
 from infold.formats import dense
 from test_numerics import exact, factors, product, rounded, same_bits
@@ -295,3 +295,72 @@ def test_a_forked_child_has_threads_of_its_own() -> None:
     finally:
         child.join(5)
         child.kill()
+
+
+@pytest.mark.parametrize("borrowed", [False, True])
+@pytest.mark.parametrize("kept", [1, 2000, 1 << 20])
+def test_many_edits_are_each_what_one_is(
+    monkeypatch: pytest.MonkeyPatch, borrowed: bool, kept: int
+) -> None:
+    """Small and large windows, methods that observe, several tensors a group, empty ones too."""
+    many_blocks(monkeypatch)
+    monkeypatch.setattr(tensor, "_KEPT", kept)
+    groups, right = [], []
+    found: dict[int, list[Tensor]] = {}
+    for number, dtype in enumerate((torch.bfloat16, torch.float32, torch.float16) * 3):
+        weight, a, b = factors(70 + number, 90, 4, number)
+        weight = weight.to(dtype)
+        if number == 4:
+            weight, a, b = weight[:0], a, b[:0]
+
+        def steps(a: Tensor = a, b: Tensor = b, number: int = number) -> list[Step]:
+            if number % 3 == 1 and len(b):
+                magnitude = torch.linspace(1, 2, len(b))
+                return [dora(a, b, magnitude), lora(a, b), dora(2 * a, b, magnitude + 1)]
+            return [lora(a, b)]
+
+        bias = torch.linspace(-1, 1, max(len(weight), 1))
+        scale = ia3(torch.full((len(bias),), 1.5), on_bias=True)
+        edits = [
+            TensorEdit(weight, steps, f"w{number}"),
+            TensorEdit(bias, lambda scale=scale: [scale], f"b{number}", torch.float64),
+        ]
+        right.append(
+            [
+                edit_tensor(weight, steps(), "w"),
+                edit_tensor(bias, [scale], "b", dtype=torch.float64),
+            ]
+        )
+
+        def done(made: list[Tensor], number: int = number) -> None:
+            assert number not in found
+            found[number] = [value.clone() for value in made]
+
+        groups.append((edits, done))
+
+    edit_tensors(groups, borrowed=borrowed, threads=3)
+
+    assert len(found) == len(right)
+    for number, wanted in enumerate(right):
+        for one, other in zip(found[number], wanted, strict=True):
+            assert one.dtype == other.dtype and torch.equal(one, other), number
+
+
+def test_a_refused_edit_hands_no_part_of_its_group_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    many_blocks(monkeypatch)
+    weight, a, b = factors(200, 90, 4, 10)
+    bad = torch.tensor([1.0, math.inf])
+    handed = []
+    with pytest.raises(Refusal, match="bad"):
+        edit_tensors(
+            [
+                (
+                    [
+                        TensorEdit(weight, lambda: [lora(a, b)], "good"),
+                        TensorEdit(bad, lambda: [ia3(torch.ones(2), on_bias=True)], "bad"),
+                    ],
+                    handed.append,
+                )
+            ]
+        )
+    assert not handed

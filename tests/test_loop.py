@@ -20,9 +20,11 @@ from transformers import LlamaForCausalLM
 
 import infold
 import loop_tasks
+from handmade import digests
 from infold.errors import Refusal
 from infold.loop import arithmetic
 from infold.loop.config import read_config
+from infold.loop.folder import Journal, write_json, write_lines
 from infold.loop.run import checkout, lineage
 from infold.loop.score import score, wilson
 from infold.loop.task import check_apart, open_task
@@ -138,8 +140,14 @@ def test_a_changed_adapter_does_not_pass_as_the_iteration(whole: Path, tmp_path:
                 for n in ("001", "002"))  # fmt: skip
     shutil.copyfile(two, one)
 
-    with pytest.raises(infold.InfoldError, match="not the bytes of iteration 1"):
+    with pytest.raises(infold.ProofFailed, match="not the bytes of iteration 1"):
         checkout(run, 1, tmp_path / "out")
+    assert not (tmp_path / "out").exists(), "the wrong bytes have no name"
+    checkout(whole, 1, tmp_path / "out")
+    before = digests(tmp_path / "out")
+    with pytest.raises(infold.ProofFailed, match="not the bytes of iteration 1"):
+        checkout(run, 1, tmp_path / "out", force=True)
+    assert before == digests(tmp_path / "out"), "and replace no right ones"
 
 
 def test_weights_of_one_iteration_and_adapters_of_all(whole: Path) -> None:
@@ -187,6 +195,26 @@ def test_more_iterations_continue_a_run(base: Path, whole: Path, tmp_path: Path)
 
 
 # --- kills ----------------------------------------------------------------------------------------
+
+
+def test_a_journal_loses_its_torn_line_and_no_other(tmp_path: Path) -> None:
+    file = tmp_path / "collect.jsonl"
+    first = {"chunk": 0, "answers": [["a\r\u2028\u0085b", "half a pair \ud800"]]}
+    Journal(file).append(first)
+    whole = file.read_bytes()
+    file.write_bytes(whole + b'{"chunk": 1, "answ')
+    assert Journal(file).entries == [first] and file.read_bytes() == whole
+    for line in (b"torn\n", b"[1]\n", b"{}\n", b"\0\n"):
+        file.write_bytes(whole + line + b'{"chunk": 1, "answers": []}\n')
+        with pytest.raises(infold.CorruptFile, match=r"collect\.jsonl: line 2"):
+            Journal(file)
+
+
+def test_half_of_a_surrogate_pair_in_an_answer_is_kept(tmp_path: Path) -> None:
+    write_json(tmp_path / "one.json", {"text": "\ud800 é"})
+    write_lines(tmp_path / "two.jsonl", [{"text": "\ud800 é"}])
+    for name in ("one.json", "two.jsonl"):
+        assert json.loads((tmp_path / name).read_text()) == {"text": "\ud800 é"}
 
 
 def run_child(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -247,30 +249,51 @@ def test_merging_for_good_keeps_off_memory_that_others_use(calm: None) -> None:
     assert type(plain).__name__ == "LlamaForCausalLM"
 
 
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+@pytest.mark.parametrize("config", [IA3Config(), LoraConfig(r=4, target_modules="all-linear")])
+@pytest.mark.parametrize("where", ["here", "in a thread"])
 def test_an_interrupted_merge_for_good_leaves_the_same_function(
-    calm: None, monkeypatch: pytest.MonkeyPatch
+    calm: None, monkeypatch: pytest.MonkeyPatch, architecture: str, config: Any, where: str
 ) -> None:
-    from infold.tuners import merging
+    """Qwen2's biases change together with their weights."""
+    from infold.edit import tensor
 
-    model = tuned("llama", LoraConfig(r=4, target_modules="all-linear"))
-    wanted = model(**model_inputs("llama")).logits
-    done = 0
+    model = tuned(architecture, copy.deepcopy(config))
+    inputs = model_inputs(architecture)
+    wanted = model(**inputs).logits
+    calls = 0
 
-    def interrupted(*args: Any, **kwargs: Any) -> Tensor:
-        nonlocal done
-        done += 1
-        if done == 6:
+    def interrupted(*args: Any) -> None:
+        nonlocal calls
+        calls += 1
+        mine = calls
+        if mine == 3 and where == "here":
+            main = threading.main_thread().ident
+            assert main is not None
+            signal.pthread_kill(main, signal.SIGINT)
+        if mine == 3 and where == "in a thread":
             raise KeyboardInterrupt
-        return edit(*args, **kwargs)
+        if mine >= 3 and where == "here":
+            assert stopped.wait(60)
+        compute(*args)
 
-    edit = merging.edit_tensor
-    monkeypatch.setattr(merging, "edit_tensor", interrupted)
+    def waiting(*args: Any) -> Any:  # the main thread has told the others to stop
+        if calls >= 3:
+            stopped.set()
+        return wait(*args)
+
+    stopped = threading.Event()
+    compute, wait = tensor.compute, tensor.wait
+    monkeypatch.setattr(tensor, "compute", interrupted)
+    monkeypatch.setattr(tensor, "wait", waiting)
+    monkeypatch.setattr(tensor, "usual_threads", lambda: 2)
     with pytest.raises(KeyboardInterrupt):
         model.merge_and_unload()
 
-    assert any(isinstance(m, Adapted) and not len(m.adapters) for m in model.modules())
-    assert_close(model(**model_inputs("llama")).logits, wanted)
-    assert_close(model.merge_and_unload()(**model_inputs("llama")).logits, wanted)
+    left = [len(m.adapters) for m in model.modules() if isinstance(m, Adapted)]
+    assert 0 < left.count(0) < len(left)
+    assert_close(model(**inputs).logits, wanted)
+    assert_close(model.merge_and_unload()(**inputs).logits, wanted)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -314,13 +337,17 @@ def test_no_merged_element_exceeds_the_bound(seed: int) -> None:
         ("bert", LoraConfig(r=4, target_modules=["query", "word_embeddings"])),
     ],
 )
-def test_each_row_goes_through_its_own_adapter(calm: None, architecture: str, config: Any) -> None:
-    model = tuned(architecture, config)
+@pytest.mark.parametrize("grad", [True, False])
+def test_each_row_goes_through_its_own_adapter(
+    calm: None, architecture: str, config: Any, grad: bool
+) -> None:
+    model = tuned(architecture, copy.deepcopy(config))
     randomized(attach(model, copy.deepcopy(config), "other"), 7)
     inputs = {k: v.repeat(2, 1) for k, v in model_inputs(architecture).items()}
     names = ["other", "__base__", "default", "other"]
 
-    found = model(**inputs, adapter_names=names).logits
+    with torch.set_grad_enabled(grad):
+        found = model(**inputs, adapter_names=names).logits
 
     for row, name in enumerate(names):
         alone = {k: v[row : row + 1] for k, v in inputs.items()}
@@ -366,19 +393,79 @@ def test_generation_uses_the_rows_too(calm: None, beams: int) -> None:
     assert torch.equal(mixed, torch.stack(alone))
 
 
-def test_a_table_of_vectors_follows_the_training(calm: None) -> None:
-    model = tuned("llama", IA3Config())
+def _step(model: Any) -> None:
     ids = model_inputs("llama")["input_ids"]
-    with torch.no_grad():
-        first = model(ids, adapter_names=["default", "__base__"]).logits
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.mul_(1.5)
-        second = model(ids, adapter_names=["default", "__base__"]).logits
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=5.0)
+    with torch.enable_grad():
+        model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
 
-    assert_differs(first[0], second[0])
-    assert torch.equal(first[1], second[1])
+
+def _replace_values(model: Any) -> None:
+    for name, parameter in model.named_parameters():
+        if ".adapters." in name:
+            parameter.data = parameter.data * 1.5
+
+
+def _write_values(model: Any) -> None:
+    for name, parameter in model.named_parameters():
+        if ".adapters." in name:
+            parameter.data.mul_(1.5)
+
+
+def _other_of_that_name(model: Any) -> None:
+    model.delete_adapter("default")
+    randomized(attach(model, IA3Config(), "default"), 30)
+
+
+CHANGES = {
+    "an optimizer's step": _step,
+    "other memory": _replace_values,
+    "the same memory": _write_values,
+    "another adapter": _other_of_that_name,
+    "another one active": lambda model: model.set_adapter("other"),
+    "another dtype": lambda model: model.to(torch.float64),
+}
+
+
+@pytest.mark.parametrize("rows", [2, 24])
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_kept_for_a_batch_is_never_out_of_date(calm: None, change: str, rows: int) -> None:
+    model = tuned("llama", IA3Config())
+    randomized(attach(model, IA3Config(), "other"), 9)
+    model.set_adapter("default")
+    ids = model_inputs("llama")["input_ids"].repeat(rows // 2, 1)
+    names = ["default", "__base__"] * (rows // 2)
+    with torch.no_grad():
+        first = model(ids, adapter_names=names).logits
+
+        CHANGES[change](model)
+
+        second = model(ids, adapter_names=names).logits
+    assert_close(second, model(ids, adapter_names=names).logits)
+    model.set_adapter("default")
     assert_close(second[0], model(ids[:1]).logits[0])
+    assert_close(first[1], second[1])
+    if "another one" not in change and "dtype" not in change:
+        assert_differs(first[0], second[0])
+    assert not model._attached.rows.kept
+
+
+def test_rows_and_recomputed_layers_do_not_go_together(calm: None) -> None:
+    """The backward pass would run the layers again, each row through the active adapter."""
+    model = tuned("llama", IA3Config())
+    attach(model, IA3Config(), "other")
+    model.activation_checkpointing_enable()
+    ids = model_inputs("llama")["input_ids"]
+    options: dict[str, Any] = dict(adapter_names=["default", "other"])
+
+    with pytest.raises(Refusal, match="switch it off"):
+        model.train()(ids, **options)
+
+    model.eval()(ids, **options)
+    with torch.no_grad():
+        model.train()(ids, **options)
 
 
 def test_rows_are_trained_together(calm: None) -> None:

@@ -254,8 +254,8 @@ def test_a_transposed_dora_is_swapped_into(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         from infold.merge import run
 
-        patch.setattr(run, "_BLOCK", 200)
-        patch.setattr(run, "_SMALLEST_BLOCK", 200)
+        patch.setattr(run, "_BLOCK", 256)
+        patch.setattr(run, "_SMALLEST_BLOCK", 256)
         infold.merge(tmp_path / "base", tmp_path / "one", tmp_path / "merged", undo=True)
         swapped = infold.swap(tmp_path / "merged", tmp_path / "two", tmp_path / "swapped")
     plain = infold.merge(tmp_path / "base", tmp_path / "two", tmp_path / "plain")

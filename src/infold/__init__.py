@@ -87,52 +87,24 @@ PathLike = str | os.PathLike[str]
 Progress = Callable[[int, int], None]
 
 
+# fmt: off
 @overload
 def merge(
-    base: PathLike,
-    adapters: PathLike | Sequence[PathLike],
-    out: PathLike | None = ...,
-    *,
-    max_memory: int | str = ...,
-    device: str = ...,
-    threads: int | None = ...,
-    dry_run: Literal[False] = ...,
-    force: bool = ...,
-    sha256: bool = ...,
-    undo: bool = ...,
-    in_place: bool = ...,
-    promote: bool = ...,
-    dequantize: bool = ...,
-    requantize: bool = ...,
-    dtype: str = ...,
-    base_16bit: PathLike | None = ...,
-    progress: Progress | None = ...,
+    base: PathLike, adapters: PathLike | Sequence[PathLike], out: PathLike | None = ..., *,
+    max_memory: int | str = ..., device: str = ..., threads: int | None = ..., dry_run:
+    Literal[False] = ..., force: bool = ..., sha256: bool = ..., undo: bool = ..., in_place:
+    bool = ..., promote: bool = ..., dequantize: bool = ..., requantize: bool = ..., dtype: str
+    = ..., base_16bit: PathLike | None = ..., progress: Progress | None = ...,
 ) -> Receipt: ...
-
-
 @overload
 def merge(
-    base: PathLike,
-    adapters: PathLike | Sequence[PathLike],
-    out: PathLike | None = ...,
-    *,
-    max_memory: int | str = ...,
-    device: str = ...,
-    threads: int | None = ...,
-    dry_run: Literal[True],
-    force: bool = ...,
-    sha256: bool = ...,
-    undo: bool = ...,
-    in_place: bool = ...,
-    promote: bool = ...,
-    dequantize: bool = ...,
-    requantize: bool = ...,
-    dtype: str = ...,
-    base_16bit: PathLike | None = ...,
-    progress: Progress | None = ...,
+    base: PathLike, adapters: PathLike | Sequence[PathLike], out: PathLike | None = ..., *,
+    max_memory: int | str = ..., device: str = ..., threads: int | None = ..., dry_run:
+    Literal[True], force: bool = ..., sha256: bool = ..., undo: bool = ..., in_place: bool =
+    ..., promote: bool = ..., dequantize: bool = ..., requantize: bool = ..., dtype: str = ...,
+    base_16bit: PathLike | None = ..., progress: Progress | None = ...,
 ) -> dict[str, Any]: ...
-
-
+# fmt: on
 def merge(
     base: PathLike,
     adapters: PathLike | Sequence[PathLike],
@@ -291,6 +263,20 @@ def _settle(folder: PathLike | None, *, refuse: bool = False) -> None:
             _log(f"{os.fspath(folder)}: {settled}")
 
 
+# fmt: off
+@overload
+def combine(
+    adapters: PathLike | Sequence[PathLike], out: PathLike, *, weights: Sequence[float], kind: str,
+    density: float | None = ..., majority_sign: str = ..., svd_rank: int | None = ...,
+    seed: int = ..., force: bool = ..., dry_run: Literal[False] = ...,
+) -> Combined: ...
+@overload
+def combine(
+    adapters: PathLike | Sequence[PathLike], out: PathLike, *, weights: Sequence[float], kind: str,
+    density: float | None = ..., majority_sign: str = ..., svd_rank: int | None = ...,
+    seed: int = ..., force: bool = ..., dry_run: Literal[True],
+) -> dict[str, Any]: ...
+# fmt: on
 def combine(
     adapters: PathLike | Sequence[PathLike],
     out: PathLike,
@@ -302,21 +288,26 @@ def combine(
     svd_rank: int | None = None,
     seed: int = 0,
     force: bool = False,
-) -> Combined:
+    dry_run: bool = False,
+) -> Combined | dict[str, Any]:
     """Combine IA³ or LoRA adapters of one base into one adapter folder (docs/combine.md).
 
     adapters: PEFT folders or Hub ids. weights: one finite number for each; they are not normalised.
     kind: the command line's --type. density: the share of elements that pruning keeps, in (0, 1].
     svd_rank: the rank of the svd kinds; default: the adapters' largest. seed: for DARE.
+    dry_run: check everything, write nothing, and return the plan as JSON-ready values.
     The new tensors are float32 (float64 where an adapter's are).
     Raises Refusal (bad input; lists all offenders; nothing is written) or StorageFailure.
     """
-    from infold.tuners.combine import plan_combination, write_combination
+    from infold.tuners.combine import check_output, plan_combination, write_combination
 
     plan = plan_combination(
         _listed(adapters), weights, kind, density=density, majority_sign=majority_sign,
         svd_rank=svd_rank, seed=seed,
     )  # fmt: skip
+    if dry_run:
+        check_output(plan, out, force)
+        return plan.summary()
     return write_combination(plan, out, force=force)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import signal
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import handmade
 import infold
 from handmade import digests
 from hostile.conftest import MODULES, Refused
+from infold import patience
 
 WEIGHTS, PICKLE, CONFIG = (
     "adapter_model.safetensors",
@@ -358,3 +361,25 @@ def test_an_adapter_that_vanishes_while_the_merge_begins_is_a_storage_failure(
     with pytest.raises(infold.StorageFailure, match=WEIGHTS):
         merge_checkpoint(plan, tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_would_take_for_ever_is_refused(
+    field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every further letter of a module's name doubles what Python's matcher has to do."""
+    monkeypatch.setattr(patience, "SECONDS", 0.3)
+    module = "model.layers.0.self_attention_with_a_long_name.q_proj"
+    base = handmade.base_folder(tmp_path / "base", {f"{module}.weight": torch.ones(8, 8)})
+    adapter = handmade.lora(
+        tmp_path / "adapter", {module: (8, 8)}, **{field: {"([a-z_.0-9]+)+#": 4}}
+    )
+
+    began = time.process_time()
+    with pytest.raises(infold.Refusal, match=r"adapter: takes longer than 0\.3 s"):
+        infold.merge(base, adapter, tmp_path / "out")
+
+    assert time.process_time() - began < 10
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
+    assert signal.getsignal(signal.SIGVTALRM) == signal.SIG_DFL
+    assert signal.getitimer(signal.ITIMER_VIRTUAL)[0] == 0

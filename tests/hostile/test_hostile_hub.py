@@ -150,3 +150,33 @@ def test_each_failure_of_the_hub_says_what_to_do_in_our_words(
     message = str(caught.value)
     assert message.startswith("org/name@v9: no such folder here, and ") and told in message
     assert "requested files" not in message and "\n" not in message
+
+
+@pytest.mark.parametrize("which", ["base", "adapter"])
+def test_a_receipt_never_makes_infold_ask_the_hub(
+    which: str, sharded: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever made the folder also wrote its receipt."""
+    out = tmp_path / "merged"
+    infold.merge(sharded, adapter, out)
+    receipt = json.loads((out / handmade.RECEIPT).read_text())
+    place = receipt["base"] if which == "base" else receipt["adapters"][0]
+    place["path"] = "someone/beacon"
+    (out / handmade.RECEIPT).write_text(json.dumps(receipt))
+    asked = []
+
+    def download(*given: object, **more: object) -> str:
+        asked.append(more.get("local_files_only"))
+        if not more.get("local_files_only"):
+            raise AssertionError("asked the Hub")
+        raise hub_errors.LocalEntryNotFoundError("not in the cache")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    for outputs in (False, True):
+        with pytest.raises(infold.Refusal, match="someone/beacon: the receipt names it"):
+            infold.verify(out, outputs=outputs)
+    assert asked and all(asked)
+
+    source = sharded if which == "base" else adapter
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(source))
+    assert infold.verify(out).ok, "what lies in the cache is used"

@@ -6,6 +6,7 @@ import errno
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,27 @@ def exists(path: Path) -> bool:
         return path.exists()
     except (OSError, ValueError) as error:
         raise StorageFailure(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def already_here(name: str) -> Path:
+    """As `locate`, for a name that a file tells and not the user: nothing is ever fetched for it.
+
+    A Hub id is looked up in the Hub's cache alone. Raises Refusal where it is not there.
+    """
+    path = Path(name)
+    if exists(path):
+        return path
+    if _HUB_ID.fullmatch(name):
+        repo, _, revision = name.partition("@")
+        from huggingface_hub import snapshot_download
+
+        with suppress(Exception):  # whatever it is, it is not here
+            return Path(snapshot_download(repo, revision=revision or None, local_files_only=True))
+        raise Refusal(
+            f"{name}: the receipt names it, and the Hub's cache does not have it; nothing is "
+            "fetched because a receipt says so"
+        )
+    raise Refusal(f"{name}: the receipt names it, and it is not there any more")
 
 
 def locate(

@@ -83,7 +83,8 @@ def _show(record: dict[str, Any]) -> None:
     for c in record["comparisons"]:
         told = "within noise" if c["within_noise"] else ""
         if c["coverage"] < 0.9:  # of load and memory, which a start gives one value
-            told = f"{told}, of {c['coverage']:.0%}".removeprefix(", ")
+            share = f"of {c['coverage']:.0%}" if c["coverage"] else "one value"
+            told = f"{told}, {share}".removeprefix(", ")
         span = f"{c['low']:.3f} to {c['high']:.3f}"
         rows.append((f"{c['model']}: {c['metric']}", f"{c['ratio']:.3f}", span, told))
     print(table(rows) + "\n")

@@ -68,7 +68,7 @@ def combine(
     """
     numbers = _numbers(weights)
     with lasting_imports():
-        from infold.tuners.combine import plan_combination, write_combination
+        from infold.tuners.combine import check_output, plan_combination, write_combination
 
     plan = plan_combination(
         adapters,
@@ -80,6 +80,7 @@ def combine(
         seed=seed,
     )
     if dry_run:
+        check_output(plan, out, force)
         print(json.dumps(plan.summary()) if as_json else _plan_text(plan))
         return
     say = not (quiet or as_json)

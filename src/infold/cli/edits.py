@@ -11,6 +11,7 @@ from infold.cli.output import fold, table
 __all__ = ["edits_text"]
 
 PREFIX = "base_model.model."  # PEFT's, of every key in an adapter file
+_COMMON = ("method", "adapter", "module", "moved")  # the rest is what the method tells of itself
 
 
 def edits_text(edits: Sequence[dict[str, Any]], adapters: Sequence[str]) -> str:
@@ -51,14 +52,16 @@ def _steps(edit: dict[str, Any], adapters: Sequence[str]) -> str:
         what = "" if key == edit["tensor"] else f"{key} of "
         steps.append(f"replaced by {what}{_name(adapters[source['adapter']])}")
     elif "decoded" in source or "original" in source:
-        whence = "the 16-bit base" if "original" in source else source["format"]
+        whence = "the 16-bit base" if "original" in source else source.get("format", "")
         again = f", as {source['requantized']} again" if "requantized" in source else ""
         steps.append(f"from {whence}{again}")
     elif source["base"] != edit["tensor"]:
         steps.append(f"copied from {source['base']}")
     for operation in edit["operations"]:
-        detail = operation.get("side") or (
-            f"scaling {operation['scaling']:g}" if "scaling" in operation else ""
+        detail = ", ".join(
+            f"{name} {value:g}" if isinstance(value, int | float) else str(value)
+            for name, value in operation.items()
+            if name not in _COMMON
         )
         whose = f" of {_name(adapters[operation['adapter']])}" if len(adapters) > 1 else ""
         steps.append(operation["method"] + (f" ({detail})" if detail else "") + whose)

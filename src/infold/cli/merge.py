@@ -185,6 +185,21 @@ def _elements(edit: dict[str, Any]) -> int:
     return edit["rounding"]["scales"] if "rounding" in edit else math.prod(edit["shape"])
 
 
+def _conversion_text(receipt: Receipt) -> str:
+    told = receipt.conversion or {}
+    touched, beside = len(told["touched"]), len(told["beside"])
+    text = f"{plural('quantized weight', touched)}"
+    if told["mode"] == "requantize":
+        text += f" quantized again{' as ' + told['dtype'] if told['dtype'] else ''}"
+    else:
+        more = f" and {beside} that are loaded with them" if beside else ""
+        text += f"{more} written as {told['dtype']}"
+    measured = [e["error"] for e in receipt.edits if e.get("error") is not None]
+    if measured:
+        text += f"; relative error against the exact merge at most {max(measured):.2g}"
+    return text
+
+
 def done_text(receipt: Receipt, out: str, told: Sequence[str] = ()) -> str:
     """What was done; `told`: notes that were printed already."""
     kept = bytes_text(receipt.resumed_bytes)
@@ -210,6 +225,8 @@ def done_text(receipt: Receipt, out: str, told: Sequence[str] = ()) -> str:
             )
         )
     lines += [entry("note", note) for note in receipt.notes if note not in told]
+    if receipt.conversion:
+        lines.append(entry("converted", _conversion_text(receipt), 11))
     if receipt.undo:
         size = receipt.undo["bytes"]
         share = size / max(1, receipt.edited_bytes)

@@ -31,10 +31,20 @@ class _Pipe(io.FileIO):
 
 
 def protect_streams() -> None:
-    """Let standard output and error survive closed pipes, and names that they cannot spell."""
-    for name in ("stdout", "stderr"):
+    """Let standard output and error survive closed pipes, and names that they cannot spell.
+
+    A descriptor that the caller closed would be the next file's, and whatever is printed there by
+    PyTorch would go into a shard: it leads to nowhere instead.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    for number, name in ((1, "stdout"), (2, "stderr")):
         stream: TextIO | None = getattr(sys, name)
-        if stream is None:  # closed by the caller
+        if stream is None:
+            setattr(sys, name, open(number, "w", closefd=False))
             continue
         protected = io.TextIOWrapper(
             io.BufferedWriter(_Pipe(stream.fileno(), "w", closefd=False)),

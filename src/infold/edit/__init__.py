@@ -11,6 +11,6 @@ in memory both stand on it, so they give the same bytes.
 """
 
 from infold.edit.steps import Step
-from infold.edit.tensor import edit_tensor
+from infold.edit.tensor import TensorEdit, edit_tensor, edit_tensors, on_all_cores
 
-__all__ = ["Step", "edit_tensor"]
+__all__ = ["Step", "TensorEdit", "edit_tensor", "edit_tensors", "on_all_cores"]

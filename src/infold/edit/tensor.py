@@ -1,4 +1,4 @@
-"""One edit of one tensor in memory, its blocks spread over threads."""
+"""Edits of tensors in memory, their blocks spread over threads."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from itertools import accumulate, count
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,12 +21,14 @@ from infold.edit.threads import one_torch_thread, take_one_core, usual_threads
 from infold.errors import Refusal
 from infold.formats import format_of
 
-__all__ = ["edit_tensor"]
+__all__ = ["TensorEdit", "edit_tensor", "edit_tensors", "on_all_cores"]
+
+T = TypeVar("T")
 
 _BLOCK = 1 << 20  # elements of a block: larger ones are not faster
 _SMALLEST_BLOCK = 1 << 16
 _GPU_BLOCK = 8 << 20
-_KEPT = 128 << 20  # bytes of a second tensor that are kept for the next edit in place
+_KEPT = 64 << 20  # bytes that are edited at a time, and memory for them that is kept
 
 
 def _on(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:
@@ -54,23 +59,26 @@ class _Crew:
         kept: Workspace = self.own.workspace
         return kept
 
-    def like(self, raw: Tensor) -> Tensor:
-        """Memory for a second `raw`, until the lock is given back."""
-        if raw.device.type != "cpu" or raw.nbytes > _KEPT:
-            return _empty(raw, raw.dtype)
-        if self.second.numel() < raw.nbytes:
-            self.second = torch.empty(raw.nbytes, dtype=torch.uint8)
-        return self.second[: raw.nbytes].view(raw.dtype).view(raw.shape)
+    def borrow(self, sizes: Sequence[int]) -> list[Tensor]:
+        """Bytes of these sizes on the CPU, until the lock is given back or this is called again."""
+        aligned = [-(-size // 64) * 64 for size in sizes]
+        memory = self.second
+        if memory.numel() < sum(aligned):
+            memory = torch.empty(sum(aligned), dtype=torch.uint8)
+            if memory.numel() <= _KEPT:
+                self.second = memory
+        begins = accumulate(aligned, initial=0)
+        return [memory[begin : begin + size] for begin, size in zip(begins, sizes, strict=False)]
 
     def spread(
         self,
-        work: Callable[[Block, Workspace], None],
-        blocks: Iterable[Block],
+        work: Callable[[T, Workspace], object],
+        items: Iterable[T],
         device: torch.device,
         threads: int,
     ) -> None:
-        """Do the work on every block; the first failure stops all, and is raised."""
-        queue, lock, stopped = iter(blocks), threading.Lock(), threading.Event()
+        """Do the work on every item; the first failure stops all, and is raised."""
+        queue, lock, stopped = iter(items), threading.Lock(), threading.Event()
         stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
 
         def loop() -> None:
@@ -80,10 +88,10 @@ class _Crew:
                     workspace = self.workspace(device)
                     while not stopped.is_set():
                         with lock:
-                            block = next(queue, None)
-                        if block is None:
+                            item = next(queue, None)
+                        if item is None:
                             return
-                        work(block, workspace)
+                        work(item, workspace)
             except BaseException:
                 stopped.set()
                 raise
@@ -95,10 +103,6 @@ class _Crew:
         finally:  # also when the user interrupts
             stopped.set()
             wait(futures)
-
-
-def _empty(raw: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty(raw.shape, dtype=dtype, device=raw.device)
 
 
 _crew: _Crew | None = None
@@ -122,6 +126,25 @@ def _forget_crew() -> None:
 os.register_at_fork(after_in_child=_forget_crew)
 
 
+@dataclass(frozen=True)
+class TensorEdit:
+    """What is to be done with one tensor of a model.
+
+    stored: F64, F32, F16 or BF16, on the CPU or a GPU, of any shape; it is seen as the matrix
+    (shape[0], product of the rest), a bias as a column. steps: makes them, in their order, freshly
+    prepared on the device of `stored`; a method that observes is shown the weight here. name: for
+    messages. dtype: of the result, that of `stored` by default.
+    """
+
+    stored: Tensor
+    steps: Callable[[], Sequence[Step]]
+    name: str
+    dtype: torch.dtype | None = None
+
+
+Done = Callable[[list[Tensor]], None]
+
+
 def edit_tensor(
     stored: Tensor,
     steps: Sequence[Step],
@@ -133,34 +156,102 @@ def edit_tensor(
 ) -> Tensor:
     """One tensor of a model after the steps: the bytes that merging its checkpoint would give.
 
-    stored: F64, F32, F16 or BF16, on the CPU or a GPU, of any shape; it is seen as the matrix
-    (shape[0], product of the rest), a bias as a column. steps: in their order, each freshly
-    prepared on the device of `stored`; a method that observes is shown the weight here. name: for
-    messages. out: filled if given, and may be `stored` itself. dtype: of the result, that of
-    `stored` by default; float64 is rounded to it once. threads: at most so many work on a
-    CPU's tensor; by default one for each processor, at most 8. Needs memory for a second tensor.
+    stored, name, dtype: as of a TensorEdit. steps: in their order, each freshly prepared on the
+    device of `stored`. out: filled if given, and may be `stored` itself. threads: at most so many
+    work on a CPU's tensor; by default one for each processor, at most 8. Needs memory for a second
+    tensor.
 
     Returns `out`, or a new contiguous tensor of the shape and device of `stored`. Raises
     Refusal where a value becomes or is NaN or infinite, or for another dtype; then neither `stored`
     nor `out` has changed.
     """
-    dtype = stored.dtype if dtype is None else dtype
-    _target(stored, stored.dtype, name)
-    target = _target(stored, dtype, name)
-    like = (stored.shape, dtype, stored.device)
+    like = (stored.shape, stored.dtype if dtype is None else dtype, stored.device)
     if out is not None and (out.shape, out.dtype, out.device) != like:
         raise ValueError(f"{name}: out must have the shape, dtype and device of the stored tensor")
+    made: list[Tensor] = [] if out is None else [out]
+
+    def done(results: list[Tensor]) -> None:
+        if out is None:
+            made.extend(results)
+        else:
+            out.copy_(results[0])
+
+    edit = TensorEdit(stored, lambda: steps, name, dtype)
+    edit_tensors([([edit], done)], borrowed=out is not None, threads=threads)
+    return made[0]
+
+
+def edit_tensors(
+    groups: Iterable[tuple[Sequence[TensorEdit], Done]],
+    *,
+    borrowed: bool = False,
+    threads: int | None = None,
+) -> None:
+    """Many edits, as `edit_tensor` does one. The steps, too, are prepared on all cores.
+
+    A group is given to its function as a whole, when all of it is computed: a list of new
+    contiguous tensors, in its order. An interruption comes before or after that call. The calls
+    come from other threads, in any order. borrowed: the tensors' memory is used again after it.
+
+    Raises Refusal as edit_tensor does; groups that were handed over before stay so.
+    """
     if threads is not None and threads < 1:
         raise ValueError(f"threads = {threads}: at least 1")
-    crew, count = _the_crew(), threads or usual_threads()
+    crew, cores = _the_crew(), threads or usual_threads()
     with crew.lock, torch.no_grad():
+        for window in _windows(_Group(edits, done) for edits, done in groups):
+            _run(crew, window, borrowed, cores)
+
+
+def on_all_cores(work: Callable[[T], object], items: Sequence[T]) -> None:
+    """Do the work on every item, in threads that have one core each; for CPU tensors.
+
+    PyTorch's own threads are no use for small tensors: they cost more than they bring, and much
+    more than that where others use the processors too.
+    """
+    crew, threads = _the_crew(), min(usual_threads(), len(items))
+    with crew.lock, one_torch_thread():
+        crew.spread(lambda item, _: work(item), items, torch.device("cpu"), threads)
+
+
+class _Task:
+    """One edit that is being done."""
+
+    def __init__(self, edit: TensorEdit) -> None:
+        stored = edit.stored
+        self.dtype = stored.dtype if edit.dtype is None else edit.dtype
+        _target(stored, stored.dtype, edit.name)
+        self.target = _target(stored, self.dtype, edit.name)
+        self.edit = edit
         with torch.inference_mode(False):
-            raw = stored.detach().reshape(matrix(stored.shape))
-            merged = _empty(raw, dtype) if out is None or dtype != raw.dtype else crew.like(raw)
-            if raw.numel():
-                _run(crew, raw, merged, steps, target, count)
-        merged = merged.view(stored.shape)
-        return merged if out is None else out.copy_(merged)
+            self.raw = stored.detach().reshape(matrix(stored.shape))
+        self.merged: Tensor
+        self.steps: Sequence[Step] = ()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (self.raw.shape[0], self.raw.shape[1])
+
+    @property
+    def nbytes(self) -> int:
+        return self.raw.numel() * self.dtype.itemsize
+
+
+@dataclass
+class _Group:
+    """Edits that belong together."""
+
+    edits: Sequence[TensorEdit]
+    done: Done
+    left: int = 0  # blocks
+    tasks: list[_Task] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.tasks = [_Task(edit) for edit in self.edits]
+
+    def hand_over(self) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            self.done([task.merged.view(task.edit.stored.shape) for task in self.tasks])
 
 
 def _target(stored: Tensor, wanted: torch.dtype, name: str) -> Target:
@@ -172,37 +263,96 @@ def _target(stored: Tensor, wanted: torch.dtype, name: str) -> Target:
     return Target(name, dtype, form)
 
 
-def _run(
-    crew: _Crew, raw: Tensor, merged: Tensor, steps: Sequence[Step], target: Target, threads: int
-) -> None:
-    """Fill `merged` from `raw`, both (rows, columns)."""
-    device = raw.device
-    shape = (raw.shape[0], raw.shape[1])
-    limit = min(_BLOCK, max(_SMALLEST_BLOCK, raw.numel() // (4 * threads)))
+def _windows(groups: Iterable[_Group]) -> Iterator[list[_Group]]:
+    """Groups on one device that are edited at the same time."""
+    window: list[_Group] = []
+    size, device = 0, None
+    for group in groups:
+        mine = sum(task.nbytes for task in group.tasks)
+        where = group.tasks[0].raw.device if group.tasks else device
+        if window and (size + mine > _KEPT or where != device):
+            yield window
+            window, size = [], 0
+        window.append(group)
+        size, device = size + mine, where
+    if window:
+        yield window
+
+
+def _run(crew: _Crew, window: list[_Group], borrowed: bool, threads: int) -> None:
+    tasks = [task for group in window for task in group.tasks]
+    if not tasks:
+        return
+    device = tasks[0].raw.device
+    total = sum(task.raw.numel() for task in tasks)
+    limit = min(_BLOCK, max(_SMALLEST_BLOCK, total // (4 * threads)))
     if device.type != "cpu":
         limit, threads = _GPU_BLOCK, 1
-    threads = min(threads, -(-raw.numel() // limit))
+    blocks = [
+        (group, task, block)
+        for group in window
+        for task in group.tasks
+        if task.raw.numel()
+        for block in cut(*task.shape, limit)
+    ]
+    for group, _, _ in blocks:
+        group.left += 1
+    _give_memory(crew, tasks, borrowed)
+    lock = threading.Lock()
 
-    def part(tensor: Tensor, block: Block) -> Tensor:
-        rows = tensor[block.row : block.row + block.rows]
-        return rows[:, block.column : block.column + block.columns]
+    def prepare(task: _Task, workspace: Workspace) -> None:
+        task.steps = task.edit.steps()
 
-    def fill(block: Block, workspace: Workspace) -> None:
-        compute(steps, part(raw, block), part(merged, block), block, target, workspace)
+    def see(item: tuple[_Task, int, Block], workspace: Workspace) -> None:
+        task, number, block = item
+        step, before = list(observers(task.steps))[number]
+        show(step, before, _part(task.raw, block), block, task.target, workspace)
 
+    def fill(item: tuple[_Group, _Task, Block], workspace: Workspace) -> None:
+        group, task, block = item
+        raw, merged = _part(task.raw, block), _part(task.merged, block)
+        compute(task.steps, raw, merged, block, task.target, workspace)
+        with lock:
+            group.left -= 1
+            last = not group.left
+        if last:
+            group.hand_over()
+
+    empty = [group for group in window if not group.left]
     with one_torch_thread():
-        for step, before in observers(steps):
+        crew.spread(prepare, tasks, device, min(threads, len(tasks)))
+        for number in count():
+            seen = [t for t in tasks if t.raw.numel() and len(list(observers(t.steps))) > number]
+            if not seen:
+                break
+            slabs = (
+                (task, number, block)
+                for task in seen
+                for block in _slabs(*task.shape, limit, _observer(task, number).transposed)
+            )
+            crew.spread(see, slabs, device, threads)
+        crew.spread(fill, blocks, device, min(threads, len(blocks)))
+        for group in empty:
+            group.hand_over()
 
-            def see(
-                block: Block,
-                workspace: Workspace,
-                step: Step = step,
-                before: Sequence[Step] = before,
-            ) -> None:
-                show(step, before, part(raw, block), block, target, workspace)
 
-            crew.spread(see, _slabs(*shape, limit, step.transposed), device, threads)
-        crew.spread(fill, cut(*shape, limit), device, threads)
+def _give_memory(crew: _Crew, tasks: list[_Task], borrowed: bool) -> None:
+    with torch.inference_mode(False):
+        if borrowed and tasks[0].raw.device.type == "cpu":
+            for task, memory in zip(tasks, crew.borrow([t.nbytes for t in tasks]), strict=True):
+                task.merged = memory.view(task.dtype).view(task.raw.shape)
+            return
+        for task in tasks:
+            task.merged = torch.empty(task.raw.shape, dtype=task.dtype, device=task.raw.device)
+
+
+def _observer(task: _Task, number: int) -> Step:
+    return list(observers(task.steps))[number][0]
+
+
+def _part(tensor: Tensor, block: Block) -> Tensor:
+    rows = tensor[block.row : block.row + block.rows]
+    return rows[:, block.column : block.column + block.columns]
 
 
 def _slabs(rows: int, columns: int, limit: int, transposed: bool) -> Iterator[Block]:

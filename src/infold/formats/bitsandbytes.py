@@ -83,7 +83,7 @@ def state(stored: Stored) -> dict[str, Any]:
     assert name is not None
     try:
         told = json.loads(bytes(stored.read(name).flatten().tolist()))
-    except (ValueError, RecursionError):
+    except (TypeError, ValueError, RecursionError):
         told = None
     if not isinstance(told, dict):
         raise NoFold("its quant_state is no JSON object")

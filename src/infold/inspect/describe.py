@@ -66,8 +66,11 @@ def _record(folder: Path, receipt: dict[str, Any]) -> dict[str, Any]:
     with open_record(path.parent, path.name) as record:
         blocks = [f for (tensor, _), f in record.frames.items() if tensor < SEEN]
         files = record.manifest.get("files")
-        numbers = [n for label, n in (files or {}).items() if label.startswith("adapter/")]
-        adapters = sum(record.frames[FILE, n].length for n in numbers)
+        if not isinstance(files, dict):
+            raise CorruptFile(f"{record.path}: its manifest is none that infold writes")
+        numbers = [n for label, n in files.items() if label.startswith("adapter/")]
+        inside = [record.frames.get((FILE, n)) for n in numbers if type(n) is int]
+        adapters = sum(frame.length for frame in inside if frame is not None)
         if record.manifest.get("shards") != receipt["shards"]:
             raise CorruptFile(f"{record.path}: belongs to another output, not to that of {RECEIPT}")
         return {

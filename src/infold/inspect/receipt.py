@@ -80,8 +80,11 @@ def _strangers(receipt: dict[str, Any]) -> list[str]:
     found = []
     for number, edit in enumerate(receipt["edits"]):
         source = edit["source"]
-        kinds = ("base", "key", "decoded", "original")
-        whole = any(isinstance(source.get(kind), str) for kind in kinds)
+        whole = any(isinstance(source.get(n), str) for n in ("base", "key", "original", "decoded"))
+        if "decoded" in source or "requantized" in source:
+            told = (source.get("format", ""), source.get("requantized", ""))
+            whole = whole and all(isinstance(text, str) for text in told)
+            whole = whole and isinstance(edit.get("error", 0.0), int | float | None)
         numbers = [op["adapter"] for op in edit["operations"]]
         if "key" in source:
             numbers.append(source.get("adapter"))

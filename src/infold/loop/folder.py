@@ -29,9 +29,10 @@ from typing import Any
 from blake3 import blake3
 
 from infold.checkpoint.files import exists, read_bytes, read_object
+from infold.checkpoint.safetensors import parse_json
 from infold.checkpoint.shards import RECEIPT, open_checkpoint
 from infold.checkpoint.staging import storage_errors
-from infold.errors import Refusal
+from infold.errors import CorruptFile, Refusal
 
 __all__ = ["Iteration", "Journal", "Run", "digests_of_base", "write_json", "write_lines"]
 
@@ -128,7 +129,13 @@ class Journal:
         for line in data.splitlines(keepends=True):
             if not line.endswith(b"\n"):
                 break
-            self.entries.append(json.loads(line))
+            entry = parse_json(line, f"{path}: line {len(self.entries) + 1}")
+            if not isinstance(entry, dict) or not isinstance(entry.get("chunk"), int):
+                raise CorruptFile(
+                    f"{path}: line {len(self.entries) + 1} is none that infold writes; remove the "
+                    "file: its answers are made anew"
+                )
+            self.entries.append(entry)
             whole += len(line)
         if whole < len(data):
             with storage_errors(path):
@@ -136,7 +143,7 @@ class Journal:
 
     def append(self, entry: dict[str, Any]) -> None:
         with storage_errors(self.path), open(self.path, "ab") as file:
-            file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
+            file.write(_line(entry))
             file.flush()
             os.fsync(file.fileno())
         self.entries.append(entry)
@@ -144,11 +151,17 @@ class Journal:
 
 def write_json(path: Path, value: Any) -> None:
     """Write under another name, fsync, rename: the file is there as a whole or not at all."""
-    _write(path, json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n")
+    _write(path, _line(value, indent=1))
 
 
 def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    _write(path, b"".join(json.dumps(r, ensure_ascii=False).encode() + b"\n" for r in rows))
+    _write(path, b"".join(map(_line, rows)))
+
+
+def _line(value: Any, indent: int | None = None) -> bytes:
+    """JSON with a newline. Half of a surrogate pair, which a server may send, stays an escape."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False) + "\n"
+    return text.encode(errors="backslashreplace")
 
 
 def _write(path: Path, data: bytes) -> None:

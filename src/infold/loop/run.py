@@ -31,7 +31,7 @@ from infold.loop.folder import (
 from infold.loop.measure import measured
 from infold.loop.score import score
 from infold.loop.task import Task, check_apart, open_task
-from infold.merge.run import merge_checkpoint, open_plan
+from infold.merge.run import execute, merge_checkpoint, open_plan, prepare
 from infold.tuners.settings import TrainSettings
 from infold.tuners.train import train_adapter
 from infold.version import __version__
@@ -336,7 +336,7 @@ def checkout(run: PathLike, number: int, out: PathLike, *, force: bool = False) 
     """Rebuild the model of an iteration in the new folder `out`, byte-identical to what it was.
 
     Returns {iteration, out, shards: {name: BLAKE3}}. Raises Refusal for an iteration that is not
-    there or a base that changed, ProofFailed where the bytes are others.
+    there or a base that changed, ProofFailed where the bytes are others; then nothing is written.
     """
     folder = Run.open(run)
     base = folder.facts["base"]
@@ -350,14 +350,15 @@ def checkout(run: PathLike, number: int, out: PathLike, *, force: bool = False) 
         raise Refusal(f"{base['path']}: is not the base of {folder.path} any more: it changed")
     adapters = folder.adapters(number)
     names = base["path"], [os.fspath(a) for a in adapters]
-    receipt = merge_checkpoint(open_plan(base["path"], adapters), out, force=force, names=names)
     was = _read(folder.iteration(number), "merge.json")["shards"]
-    wrong = [name for name in {*was, *receipt.shards} if was.get(name) != receipt.shards.get(name)]
-    if wrong:
+    prepared = prepare(open_plan(base["path"], adapters), out, force=force)
+    try:
+        receipt = execute(replace(prepared, expected=was), names=names)
+    except ProofFailed as error:
         raise ProofFailed(
-            f"{receipt.out}: {', '.join(sorted(wrong))}: not the bytes of iteration {number}; an "
-            f"adapter in {folder.path} changed"
-        )
+            f"{error}: they are not the bytes of iteration {number}, so an adapter in "
+            f"{folder.path} changed"
+        ) from None
     return {"iteration": number, "out": receipt.out, "shards": receipt.shards}
 
 

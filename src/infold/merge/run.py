@@ -14,7 +14,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,7 +40,7 @@ from infold.checkpoint.staging import Staging, storage_errors
 from infold.dtypes import TORCH_DTYPES
 from infold.edit.blocks import Block
 from infold.edit.threads import one_torch_thread, usual_threads
-from infold.errors import InfoldError, Refusal, StorageFailure
+from infold.errors import InfoldError, ProofFailed, Refusal, StorageFailure
 from infold.merge.convert import block_elements, encoded_bytes, measured_error
 from infold.merge.losses import loss_of, subnormal_note
 from infold.merge.options import Options
@@ -99,6 +99,7 @@ class Prepared:
     digests: tuple[dict[str, str], ...]  # of the adapters' files: BLAKE3 by name
     undo: bool = False  # whether a record is written
     source: Merged | None = None  # swap: what the base is restored from, block by block
+    expected: Mapping[str, str] | None = None  # BLAKE3 by name, where the shards are known before
 
 
 def prepare(
@@ -168,7 +169,8 @@ def execute(
     """Write the output. `progress` is called with (bytes done, bytes in all); `names` are base and
     adapters as the user gave them, for the receipt.
 
-    Raises Refusal for bad input, StorageFailure for the disk's refusals; then nothing is left.
+    Raises Refusal for bad input, StorageFailure for the disk's refusals, ProofFailed where the
+    shards are not those that were expected; then nothing is left.
     """
     with one_torch_thread():
         return _execute(prepared, sha256, progress, names)
@@ -220,6 +222,9 @@ def _execute(
         )
         if source:
             source.check(streamed)
+        if prepared.expected is not None:
+            made = {name: digests.output for name, digests in streamed.digests.items()}
+            _check_expected(path, prepared.expected, made)
         hashes = _sha256(staging.output, plan) if sha256 else {}
         receipt = make_receipt(prepared, streamed, names, sha256=hashes)
         if recording is not None:
@@ -237,6 +242,14 @@ def _execute(
             check_output(path, plan, True)  # what came meanwhile is not lost either
         staging.publish()
     return receipt
+
+
+def _check_expected(out: Path, expected: Mapping[str, str], made: Mapping[str, str]) -> None:
+    names = sorted({*expected, *made})
+    if wrong := [name for name in names if expected.get(name) != made.get(name)]:
+        raise ProofFailed(
+            f"{out}: {', '.join(wrong)}: not the bytes that were expected; nothing was written"
+        )
 
 
 def make_receipt(

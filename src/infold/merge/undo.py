@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,11 +15,11 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
-from infold.adapters import METHODS, Settings
-from infold.checkpoint.adapter import Adapter, AdapterTensor
+from infold.adapters.exact import LEAF
+from infold.checkpoint.adapter import Adapter
 from infold.checkpoint.inputs import InputFiles
-from infold.checkpoint.record import FILE, SEEN, UNDO, Record, open_record
-from infold.checkpoint.safetensors import DTYPE_BITS, header_of, parse_json
+from infold.checkpoint.record import SEEN, UNDO, Record, open_record
+from infold.checkpoint.safetensors import header_of, parse_json
 from infold.checkpoint.shards import (
     INDEX,
     RECEIPT,
@@ -39,23 +38,13 @@ from infold.edit.steps import Workspace
 from infold.errors import CorruptFile, Refusal
 from infold.formats import floats_of
 from infold.merge.apply import EditRun, Read, Run
+from infold.merge.manifest import ODD, as_told, read_adapter, read_edit
 from infold.merge.recording import block_of, digest_file, undone_by_residual
 from infold.merge.stream import Streamed
 from infold.merge.whole import WholeRun
-from infold.plan.edits import (
-    Amended,
-    BaseTensor,
-    Decoded,
-    Edit,
-    Operation,
-    OutputShard,
-    Plan,
-    Replacement,
-)
+from infold.plan.edits import Amended, BaseTensor, Decoded, Edit, OutputShard, Plan
 
 __all__ = ["Merged", "SwapRun", "UndoRun", "open_merged"]
-
-_ODD = (KeyError, TypeError, ValueError, AttributeError, IndexError)
 
 
 @dataclass(frozen=True)
@@ -247,7 +236,7 @@ def open_merged(folder: Path, record_name: str = UNDO, *, in_place: bool = False
             receipt = read_receipt(folder)
         try:
             merged = _merged(checkpoint, record, receipt)
-        except _ODD as error:
+        except ODD as error:
             raise CorruptFile(
                 f"{record.path}: its manifest is none that this infold writes ({error})"
             ) from None
@@ -289,14 +278,19 @@ def _merged(checkpoint: Checkpoint, record: Record, receipt: Mapping[str, Any]) 
     where = {n: number for number, shard in enumerate(shards) for n in shard.header.tensors}
     base = Checkpoint(checkpoint.path, tuple(shards), index, config, tuple(sides), (), where)
     adapters = tuple(
-        _adapter(record, files[f"adapter/{n}"], entry) for n, entry in enumerate(told["contents"])
+        read_adapter(record, files[f"adapter/{n}"], entry)
+        for n, entry in enumerate(told["contents"])
     )
-    edits = {str(name): _edit(str(name), told["edits"][name]) for name in told["tensors"]}
+    edits = {
+        str(name): read_edit(str(name), told["edits"][name], adapters) for name in told["tensors"]
+    }
     kept = {n.removeprefix("tensor/"): files[n] for n in files if n.startswith("tensor/")}
     lost = [name for name in (*edits, *kept) if name not in where]
     limit = int(told["limit"])
-    if lost or not 0 < limit <= 1 << 26:
+    if lost:
         raise CorruptFile(f"{record.path}: edits tensors that the base does not have: {lost}")
+    if not LEAF <= limit <= 1 << 26 or not isinstance(told["base"]["path"], str):
+        raise ValueError(f"blocks of {limit} elements, base {told['base']['path']!r}")
     return Merged(
         checkpoint, base, record, receipt, adapters, edits, rewritten, copied, limit,
         {s.name: str(told["base"]["shards"][n]) for s, n in zip(shards, names, strict=True)},
@@ -305,43 +299,11 @@ def _merged(checkpoint: Checkpoint, record: Record, receipt: Mapping[str, Any]) 
     )  # fmt: skip
 
 
-def _adapter(record: Record, number: int, entry: Mapping[str, Any]) -> Adapter:
-    """An adapter whose tensors are read from the record's own file."""
-    frame = record.frames[FILE, number]
-    position, tensors = frame.begin, {}
-    for key, dtype, shape in entry["tensors"]:
-        end = position + DTYPE_BITS[dtype] // 8 * math.prod(shape)
-        tensors[str(key)] = AdapterTensor(dtype, tuple(shape), position, end)
-        position = end
-    if position != frame.begin + frame.length:
-        raise CorruptFile(f"{record.path}: an adapter's tensors do not fill their place")
-    return Adapter(record.path, entry["config"], tensors, record.path)
-
-
-def _edit(name: str, entry: Mapping[str, Any]) -> Edit:
-    """The mirror of `dataclasses.asdict`."""
-    source = entry["source"]
-    operations = []
-    for op in entry["operations"]:
-        settings: dict[str, Any] = {
-            field: tuple(value) if isinstance(value, list) else value
-            for field, value in op["settings"].items()
-        }
-        if op["method"] not in METHODS:
-            raise CorruptFile(f"{name}: merged by {op['method']!r}, a method unknown here")
-        operations.append(Operation(**{**op, "settings": Settings(**settings)}))
-    return Edit(
-        name,
-        BaseTensor(source["name"]) if "name" in source else Replacement(**source),
-        entry["dtype"],
-        tuple(entry["shape"]),
-        tuple(operations),
-    )
-
-
 def _check_sides(merged: Merged) -> None:
-    wrong = []
-    for name, digest in merged.record.manifest["side_files"].items():
+    wrong, told = [], merged.record.manifest["side_files"]
+    if not isinstance(told, dict):
+        raise CorruptFile(f"{merged.record.path}: its side_files are none that infold writes")
+    for name, digest in told.items():
         kept = kept_name(merged.path, name)
         if not os.path.lexists(merged.path / kept):
             wrong.append(f"{merged.path / kept}: is missing; the base had this file too")
@@ -361,9 +323,10 @@ class UndoRun:
         self.merged, self.device = merged, device
         self.forward: EditRun | None = None
         self.edit = merged.undo_edit(tensor)
+        self.where = f"{merged.record.path}: {tensor}"
         floats = floats_of(self.edit.dtype, self.edit.shape)
         if floats is None:
-            raise CorruptFile(f"{merged.record.path}: {tensor}: {self.edit.dtype} is never edited")
+            raise CorruptFile(f"{self.where}: {self.edit.dtype} is never edited")
         self.floats, self.shape = floats, (floats.rows, floats.columns)
         self.stored = TORCH_DTYPES[floats.dtype]
         self.changed = 0
@@ -380,7 +343,8 @@ class UndoRun:
 
     def prepare(self, workspace: Workspace, read: Read, limit: int) -> None:
         if self.guesser is not None:
-            self.guesser.prepare(workspace, read, limit)
+            with as_told(self.where):
+                self.guesser.prepare(workspace, read, limit)
 
     def release(self) -> None:
         if self.guesser is not None:
@@ -395,7 +359,6 @@ class UndoRun:
         near: Tensor | None = None,
     ) -> None:
         """`block` is one of the record's, `out` on the CPU."""
-        where = f"{self.merged.record.path}: {self.edit.tensor}"
         with self._lock:
             if self._numbers is None:
                 blocks = enumerate(self._cut())
@@ -404,9 +367,10 @@ class UndoRun:
         kind, payload = self.merged.record.payload(self.number, number)
         if kind != ORIGINAL:
             if self.guesser is None or not self.guesser.has_way_back():
-                raise CorruptFile(f"{where}: a residual, but no method that it belongs to")
-            self.guesser.guess(raw, out, block, workspace)
-        unpack(kind, payload, out, where)
+                raise CorruptFile(f"{self.where}: a residual, but no method that it belongs to")
+            with as_told(self.where):
+                self.guesser.guess(raw, out, block, workspace)
+        unpack(kind, payload, out, self.where)
 
     def _cut(self) -> Iterator[Block]:
         """The blocks of the record."""

@@ -13,6 +13,7 @@ from infold.dtypes import BLOCKS
 from infold.errors import Refusal
 from infold.formats import floats_of
 from infold.formats.values import NoValues
+from infold.patience import patience
 from infold.plan.config import read_config
 from infold.plan.consume import Consumer
 from infold.plan.convert import (
@@ -53,12 +54,13 @@ def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], choice: Choice | N
     """
     if not adapters:
         raise Refusal("no adapter given")
-    if choice is not None:
-        return _converted(base, tuple(adapters), choice)
-    draft, edits, changes = _decide(base, adapters)
-    if draft.reasons:
-        raise Refusal(draft.reasons)
-    return _plan(draft, base, tuple(adapters), Conversion(edits), changes)
+    with patience(", ".join(str(adapter.path) for adapter in adapters)):
+        if choice is not None:
+            return _converted(base, tuple(adapters), choice)
+        draft, edits, changes = _decide(base, adapters)
+        if draft.reasons:
+            raise Refusal(draft.reasons)
+        return _plan(draft, base, tuple(adapters), Conversion(edits), changes)
 
 
 def _decide(

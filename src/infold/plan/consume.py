@@ -18,6 +18,7 @@ from infold.plan.fold import Modules, Unfoldable, fold
 from infold.plan.layouts import HEADS, INPUT_EMBEDDINGS, is_conv1d, leaf
 from infold.plan.match import group_keys
 from infold.plan.output import usual_dtype
+from infold.plan.quantized import words_of
 
 __all__ = ["Consumer"]
 
@@ -228,8 +229,8 @@ class Consumer:
             self.draft.elements.add(stored.name)
             self.refuse(
                 key,
-                f"{stored.name} is quantized ({form.words(stored)}), and {method} changes single "
-                f"elements, which its scales cannot tell{self._ways(stored.name)}",
+                f"{stored.name} is quantized ({words_of(form, stored)}), and {method} changes "
+                f"single elements, which its scales cannot tell{self._ways(stored.name)}",
             )
             return
         if self._twice(stored.name, method, key):

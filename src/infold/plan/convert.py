@@ -20,12 +20,13 @@ from torch import Tensor
 from infold.checkpoint.safetensors import Header, TensorInfo
 from infold.checkpoint.shards import Checkpoint
 from infold.dtypes import BLOCKS
-from infold.formats import Field, Stored, format_of
+from infold.formats import Field, NoFold, Stored, format_of
+from infold.formats.bitsandbytes import unnested
 from infold.formats.values import VALUES, NoValues, Scheme
 from infold.formats.values.ggml import ENCODES
-from infold.plan.edits import BaseTensor, Decoded, Edit, Original, Part, Source
+from infold.plan.edits import Amended, BaseTensor, Decoded, Edit, Original, Part, Source
 from infold.plan.match import Names
-from infold.plan.quantized import StoredModules
+from infold.plan.quantized import StoredModules, words_of
 
 __all__ = [
     "DTYPES",
@@ -120,11 +121,11 @@ def convertible(base: Checkpoint) -> tuple[dict[str, Convertible], dict[str, str
     for stored, form in StoredModules(base, Names(base.where)).all():
         name = getattr(form, "__name__", "").rpartition(".")[2]  # a key of QUANTIZED
         if name not in VALUES:
-            reasons[stored.name] = f"{form.words(stored)} cannot be decoded here"
+            reasons[stored.name] = f"{words_of(form, stored)} cannot be decoded here"
             continue
         try:
             found[stored.name] = Convertible(stored, name, VALUES[name].scheme(stored))
-        except NoValues as error:
+        except (NoValues, NoFold) as error:
             reasons[stored.name] = str(error)
     return found, reasons
 
@@ -255,6 +256,7 @@ def to_quantized(
     """
     weights = {module.weight: module for module in modules.values()}
     result: dict[str, Edit] = {}
+    removed: set[str] = set()
     for name, edit in edits.items():
         module = weights.get(name)
         if module is None:
@@ -271,17 +273,23 @@ def to_quantized(
             raise NoValues(f"{module.stored.name}: {error}") from None
         for part, entry in written.items():
             tensor, scheme = module.tensor(part), module.scheme
+            if entry is None:
+                removed.add(tensor)
+                for name, data in unnested(module.stored).amended.items():
+                    told = module.tensor(name)
+                    result[told] = Edit(told, Amended(told, data), "U8", (len(data),), ())
+                continue
             if entry.dtype in BLOCKS:
                 scheme = replace(scheme, kind=entry.dtype)
             source = Part(part, values, module.form, scheme, tuple(module.parts.items()))
             result[tensor] = Edit(tensor, source, entry.dtype, entry.shape, edit.operations)
-    return Conversion(result)
+    return Conversion(result, frozenset(removed))
 
 
-def _check_blocks(written: Mapping[str, Field]) -> None:
+def _check_blocks(written: Mapping[str, Field | None]) -> None:
     for entry in written.values():
-        elements = BLOCKS.get(entry.dtype, (1, 1))[0]
-        if entry.shape and entry.shape[-1] % elements:
+        elements = BLOCKS.get(entry.dtype, (1, 1))[0] if entry else 1
+        if entry and entry.shape and entry.shape[-1] % elements:
             raise NoValues(f"rows of {entry.shape[-1]} are no whole blocks of {entry.dtype}")
 
 

@@ -66,7 +66,10 @@ def output_shards(
             header = with_types(header, types) if types else header
             result.append(OutputShard(shard.name, header, number, not types))
             continue
-        resized = any(n in edits and edits[n].shape != t.shape for n, t in header.tensors.items())
+        resized = any(
+            n in edits and (edits[n].dtype, edits[n].shape) != (t.dtype, t.shape)
+            for n, t in header.tensors.items()
+        )
         mine = added if number == home else []
         moved = not header.tensors.keys().isdisjoint(removed) or any(
             name in edits and edits[name].dtype != info.dtype
@@ -83,7 +86,7 @@ def output_shards(
                 else:
                     entries.append((name, info.dtype, info.shape))
             entries += [(n, edits[n].dtype, edits[n].shape) for n in mine]
-            if moved:
+            if moved or removed:
                 entries.sort(key=lambda entry: -DTYPE_BITS[entry[1]])
             changed = {k: metadata.get(k, v) for k, v in header.metadata.items()}
             header = build_header(entries, changed)

@@ -31,7 +31,7 @@ from infold.plan.fold import Part, Place, Unfoldable
 from infold.plan.layouts import is_conv1d
 from infold.plan.match import Names
 
-__all__ = ["StoredModules", "quantization_of"]
+__all__ = ["StoredModules", "quantization_of", "words_of"]
 
 _DEPTH = 3  # components of a tensor's name below its module, such as `weight.quant_state.nf4`
 _DTYPES = {
@@ -59,6 +59,14 @@ def quantization_of(base: Checkpoint) -> Mapping[str, Any]:
             if isinstance(told := place.get(name), dict):
                 return told
     return {}
+
+
+def words_of(form: Quantized, stored: Stored) -> str:
+    """The format for a person, also where the module is broken."""
+    try:
+        return form.words(stored)
+    except NoFold:
+        return form.NAME
 
 
 class StoredModules:
@@ -230,7 +238,7 @@ class StoredModules:
                 settings = replace(whole, repeat=scale.repeat, rows=scale.rows or whole.rows)
                 yield Place(tensor, settings, scale.transposed, scales=True, nested=scale.nested)
         except (NoFold, NoValues) as error:
-            raise Unfoldable(f"{module} ({form.words(stored)}): {error}") from None
+            raise Unfoldable(f"{module} ({words_of(form, stored)}): {error}") from None
 
     def activations(self) -> Collection[str]:
         return {

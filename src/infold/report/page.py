@@ -88,8 +88,8 @@ def _checked(records: Records, kind: str, make: Callable[[Mapping[str, Any]], An
 
 
 def _receipt(r: Mapping[str, Any]) -> Rows:
-    rows: Rows = [("base", r["base"]["path"])]
-    rows += [("adapter", f"{a['path']} ({a['method']})") for a in r["adapters"]]
+    rows: Rows = [("base", _place(r["base"]["path"]))]
+    rows += [("adapter", f"{_place(a['path'])} ({a['method']})") for a in r["adapters"]]
     unchanged = [e["unchanged"] for e in r["edits"] if e["unchanged"] is not None]
     survived = f"; {1 - sum(unchanged) / len(unchanged):.1%} of elements moved" if unchanged else ""
     return [
@@ -100,6 +100,11 @@ def _receipt(r: Mapping[str, Any]) -> Rows:
         ("infold", r["infold"]),
         *(("note", note) for note in r["notes"]),
     ]
+
+
+def _place(path: str) -> str:
+    """The last name of a path, which says nothing of the machine; Hub ids as they are."""
+    return path.rstrip("/").rpartition("/")[2] if path.startswith("/") else path
 
 
 def _training(r: Mapping[str, Any]) -> Rows:

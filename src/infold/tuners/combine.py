@@ -353,8 +353,7 @@ def write_combination(plan: Combination, out: PathLike, *, force: bool = False) 
     The new tensors are float32 (float64 where an adapter is), carried ones keep their dtype.
     """
     started = time.perf_counter()
-    path = Path(os.path.abspath(out))
-    _check_output(path, plan, force)
+    path = check_output(plan, out, force)
     tensors = _compute(plan)
     order = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))  # keeps alignment
     entries = [(key, NAMES[tensors[key].dtype], tuple(tensors[key].shape)) for key in order]
@@ -460,8 +459,9 @@ def _generator(seed: int, module: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def _check_output(out: Path, plan: Combination, force: bool) -> None:
-    """The output must be a new name, or with force an old adapter, and not lie in an input."""
+def check_output(plan: Combination, path: PathLike, force: bool) -> Path:
+    """Where the output goes: a new name, or with force an old adapter, and not in an input."""
+    out = Path(os.path.abspath(path))
     real = out.resolve()
     for adapter in plan.adapters:
         other = adapter.path.resolve()
@@ -470,7 +470,7 @@ def _check_output(out: Path, plan: Combination, force: bool) -> None:
                 f"{out}: lies in or around the adapter {adapter.path}; choose another place"
             )
     if not os.path.lexists(out):
-        return
+        return out
     if not force:
         raise Refusal(f"{out}: exists already; choose another name, or replace it with --force")
     if out.is_symlink() or not out.is_dir():
@@ -479,3 +479,4 @@ def _check_output(out: Path, plan: Combination, force: bool) -> None:
         raise Refusal(
             f"{out}: holds no adapter, so --force does not replace it; remove it yourself"
         )
+    return out

@@ -7,8 +7,8 @@ Only its class becomes a subclass, made here, of the class it had (as FSDP2 does
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -20,6 +20,9 @@ from infold.errors import Refusal
 from infold.tuners.quantized import dequantized, is_bitsandbytes
 
 __all__ = ["KINDS", "Adapted", "Adapter", "Rows", "adapt", "kind_of", "plain_class", "restore"]
+
+
+_GATHERED = 4  # rows for each adapter of a batch, up to which a table of all rows is kept
 
 
 class Adapter(nn.Module):
@@ -48,10 +51,13 @@ class Rows:
     """Which adapter each row of the running batch uses; shared by all layers of a model.
 
     names: the adapters in use. index: for each row a place in `names`, or len(names): the base.
+    kept: what layers made of that without gradients, for the rest of this forward or generate: no
+    later one sees it, so it cannot be out of date.
     """
 
     names: tuple[str, ...] = ()
     index: Tensor | None = None
+    kept: dict[Any, Any] = field(default_factory=dict)
 
     def spread(self, count: int, device: torch.device) -> Tensor:
         """The index for `count` rows of activations: beams and tokens repeat a row in place."""
@@ -66,6 +72,24 @@ class Rows:
                 "give one name for each row of the batch"
             )
         return self.index.repeat_interleave(count // len(self.index))
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What one layer does with the rows of a batch.
+
+    inputs, outputs: tables of scales, (names + 1, channels), or of each row's already, (rows,
+    channels); index: the row's place in the first kind. others: row numbers of other adapters.
+    """
+
+    index: Tensor
+    inputs: Tensor | None
+    outputs: Tensor | None
+    others: tuple[tuple[Tensor, Adapter], ...]
+    gathered: bool
+
+    def of_rows(self, table: Tensor) -> Tensor:
+        return table if self.gathered else table[self.index]
 
 
 class Stage:
@@ -160,25 +184,14 @@ class Adapted(nn.Module):
 
     def _mixed(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Each row through its own adapter."""
-        index = self._rows.spread(self.row_count(x), x.device)
-        used = {
-            name: cast(Adapter, self.adapters[name])
-            for name in self._rows.names
-            if name in self.adapters
-        }
-        vectors = {n: a.parts["ia3_l"] for n, a in used.items() if a.method == "ia3"}
-        inputs = {n: v for n, v in vectors.items() if used[n].settings.side == "in"}
-        outputs = {n: v for n, v in vectors.items() if used[n].settings.side == "out"}
+        mix = self._mixture(self.row_count(x), x.device)
         scaled = x
-        if inputs:
-            scaled = (x * self.broadcast_rows(self._table(inputs, "in")[index], x)).to(x.dtype)
+        if mix.inputs is not None:
+            scaled = (x * self.broadcast_rows(mix.of_rows(mix.inputs), x)).to(x.dtype)
         y = self.plain(scaled, *args, **kwargs)
-        if outputs:
-            y = (y * self.broadcast_rows(self._table(outputs, "out")[index], y)).to(y.dtype)
-        for name, adapter in used.items():
-            if name in vectors:
-                continue
-            rows = (index == self._rows.names.index(name)).nonzero().flatten()
+        if mix.outputs is not None:
+            y = (y * self.broadcast_rows(mix.of_rows(mix.outputs), y)).to(y.dtype)
+        for rows, adapter in mix.others:
             part = x[rows]
             known = _Known(self, part, y[rows])
             method = METHODS[adapter.method]
@@ -186,20 +199,40 @@ class Adapted(nn.Module):
             y = y.index_copy(0, rows, own.to(y.dtype))
         return y
 
-    def _table(self, vectors: dict[str, Tensor], side: str) -> Tensor:
+    def _mixture(self, count: int, device: torch.device) -> Mixture:
+        if torch.is_grad_enabled():  # its tables belong to one graph
+            return self._mix(count, device)
+        kept, key = self._rows.kept, (self, count, device)
+        if key not in kept:
+            kept[key] = self._mix(count, device)
+        found: Mixture = kept[key]
+        return found
+
+    def _mix(self, count: int, device: torch.device) -> Mixture:
+        index, names = self._rows.spread(count, device), self._rows.names
+        used = {n: cast(Adapter, self.adapters[n]) for n in names if n in self.adapters}
+        scales: dict[str, dict[str, Tensor]] = {"in": {}, "out": {}}
+        others = []
+        for name, adapter in used.items():
+            if adapter.method == "ia3":
+                scales[adapter.settings.side][name] = adapter.parts["ia3_l"].flatten()
+            else:
+                rows = (index == names.index(name)).nonzero().flatten()
+                others.append((rows, adapter))
+        # tokens come one at a time, and gathering for each takes longer than the multiplication
+        gathered = not torch.is_grad_enabled() and count <= _GATHERED * (len(names) + 1)
+        tables = [
+            None if table is None else table[index] if gathered else table
+            for table in (self._table(scales[side]) for side in ("in", "out"))
+        ]
+        return Mixture(index, tables[0], tables[1], tuple(others), gathered)
+
+    def _table(self, vectors: Mapping[str, Tensor]) -> Tensor | None:
         """A row for each of the batch's adapters, and one of ones for the base: (names + 1, n)."""
-        key = (self._rows.names, *((id(v), v._version) for v in vectors.values()))
-        kept = self.__dict__.get(f"_table_{side}")
-        if kept is not None and kept[0] == key and not torch.is_grad_enabled():
-            return cast(Tensor, kept[1])
-        first = next(iter(vectors.values()))
-        ones = torch.ones_like(first).flatten()
-        table = torch.stack(
-            [*(vectors[n].flatten() if n in vectors else ones for n in self._rows.names), ones]
-        )
-        if not torch.is_grad_enabled():
-            self.__dict__[f"_table_{side}"] = (key, table)
-        return table
+        if not vectors:
+            return None
+        ones = torch.ones_like(next(iter(vectors.values())))
+        return torch.stack([*(vectors.get(name, ones) for name in self._rows.names), ones])
 
     # --- what the kinds differ in; these are of Linear -----------------------------------------
 
@@ -436,7 +469,7 @@ def restore(layer: Adapted) -> nn.Module:
     """The module as it was before `adapt`."""
     plain = plain_class(layer)
     del layer.adapters
-    for name in ("_runs", "_rows", "_table_in", "_table_out"):
+    for name in ("_runs", "_rows"):
         layer.__dict__.pop(name, None)
     layer.__class__ = plain  # type: ignore[assignment]
     return layer

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from infold.adapters import METHODS, Settings
 from infold.adapters.exact import slices_for
 from infold.dtypes import NAMES
-from infold.edit import Step, edit_tensor
+from infold.edit import Step, TensorEdit, edit_tensor, edit_tensors, on_all_cores
 from infold.errors import Refusal
 from infold.tuners.layers import (
     Adapted,
@@ -109,38 +110,95 @@ def merged(
 def _merge(
     model: AdaptedModel, names: tuple[str, ...], keep: bool, dequantize: torch.dtype | None
 ) -> Merged:
-    result, later = Merged(names), []
-    alone = set() if keep else _alone(model)
+    result = Merged(names)
     layers = {
         path: layer
         for path, layer in model._attached.layers.items()
         if any(name in layer.adapters for name in names)
     }
     _check_storage(model, layers, keep, dequantize)
+    dense: list[_Change] = []
     for path, layer in layers.items():
         chosen = [cast(Adapter, layer.adapters[n]) for n in names if n in layer.adapters]
         if isinstance(layer, AdaptedOpaque):
             assert dequantize is not None
             result.dense[path] = _dense(path, layer, chosen, dequantize)
-            continue
-        if not keep and all(
-            id(parameter) in alone and _is_safe(parameter, on)
-            for _, parameter, on in _edited(layer, chosen)
-        ):
-            later.append((path, layer, chosen))
-            continue
-        for name, parameter, on in _edited(layer, chosen):
-            values = edit_tensor(parameter, _steps(layer, name, on), f"{path}.{name}")
-            new = nn.Parameter(values, requires_grad=parameter.requires_grad)
-            result.places.append(_Place(layer, name, parameter, new))
-    for path, layer, chosen in later:  # nothing can be refused from here on
-        for name, parameter, on in _edited(layer, chosen):
-            edit_tensor(parameter, _steps(layer, name, on), f"{path}.{name}", out=parameter.data)
-        layer._runs = tuple(run for run in layer._runs if run not in chosen)
+        else:
+            dense.append(_Change(path, layer, chosen))
+    safe = set() if keep else _safe(model, dense)
+    edit_tensors((c.edits(), partial(c.place, result)) for c in dense if c.path not in safe)
+    # nothing can be refused from here on
+    edit_tensors(
+        ((c.edits(), partial(c.write, names)) for c in dense if c.path in safe), borrowed=True
+    )
+    return result
+
+
+@dataclass(eq=False)
+class _Change:
+    """What a merge does with one layer. Its tensors change together, or not at all."""
+
+    path: str
+    layer: Adapted
+    adapters: list[Adapter]
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter, list[Adapter]]]:
+        """Those that change, each with the adapters that change it."""
+        attention = isinstance(self.layer, AdaptedAttention)
+        name = "in_proj_weight" if attention else "weight"
+        yield name, cast(nn.Parameter, self.layer._parameters[name]), self.adapters
+        bias = self.layer._parameters.get("bias")
+        on_bias = [a for a in self.adapters if _is_on_bias(a)]
+        if bias is not None and on_bias:
+            yield "bias", bias, on_bias
+
+    def edits(self) -> list[TensorEdit]:
+        return [
+            TensorEdit(parameter, partial(self._steps, name, on), f"{self.path}.{name}")
+            for name, parameter, on in self.parameters()
+        ]
+
+    def _steps(self, name: str, adapters: Iterable[Adapter]) -> list[Step]:
+        stored = cast(Tensor, self.layer._parameters[name])
+        if name == "bias":
+            return [_step(a, stored, on_bias=True) for a in adapters]
+        return [_step(a, stored, self.layer.transposed) for a in adapters]
+
+    def place(self, result: Merged, values: list[Tensor]) -> None:
+        """Remember the merged values beside the base's."""
+        for (name, parameter, _), value in zip(self.parameters(), values, strict=True):
+            new = nn.Parameter(value, requires_grad=parameter.requires_grad)
+            result.places.append(_Place(self.layer, name, parameter, new))
+
+    def write(self, names: Iterable[str], values: list[Tensor]) -> None:
+        """Write the merged values into the base's memory; the adapters leave the layer."""
+        for (_, parameter, _), value in zip(self.parameters(), values, strict=True):
+            parameter.data.copy_(value)
+        layer, gone = self.layer, self.adapters
+        layer._runs = tuple(run for run in layer._runs if run not in gone)
         for name in names:
             if name in layer.adapters:
                 del layer.adapters[name]
-    return result
+
+
+def _safe(model: nn.Module, changes: Sequence[_Change]) -> set[str]:
+    """The paths of the layers that can be written to at once: nothing else uses their memory, and
+    no element can leave the range of its dtype."""
+    alone = _alone(model)
+    own = [c for c in changes if all(id(parameter) in alone for _, parameter, _ in c.parameters())]
+    found: set[str] = set()
+
+    def look(change: _Change) -> None:
+        if all(_is_safe(parameter, on) for _, parameter, on in change.parameters()):
+            found.add(change.path)
+
+    on_cpu: dict[bool, list[_Change]] = {True: [], False: []}
+    for change in own:
+        on_cpu[next(change.parameters())[1].device.type == "cpu"].append(change)
+    on_all_cores(look, on_cpu[True])
+    for change in on_cpu[False]:
+        look(change)
+    return found
 
 
 def _alone(model: nn.Module) -> set[int]:
@@ -222,25 +280,6 @@ def _check_storage(
             f"dequantize={dequantize}: the rest of the model is {computes}, and layers of another "
             "dtype could not be called with its activations"
         )
-
-
-def _edited(
-    layer: Adapted, adapters: list[Adapter]
-) -> Iterator[tuple[str, nn.Parameter, list[Adapter]]]:
-    """The parameters of a layer that change, each with the adapters that change it."""
-    name = "in_proj_weight" if isinstance(layer, AdaptedAttention) else "weight"
-    yield name, cast(nn.Parameter, layer._parameters[name]), adapters
-    bias = layer._parameters.get("bias")
-    on_bias = [a for a in adapters if _is_on_bias(a)]
-    if bias is not None and on_bias:
-        yield "bias", bias, on_bias
-
-
-def _steps(layer: Adapted, name: str, adapters: Iterable[Adapter]) -> list[Step]:
-    stored = cast(Tensor, layer._parameters[name])
-    if name == "bias":
-        return [_step(a, stored, on_bias=True) for a in adapters]
-    return [_step(a, stored, layer.transposed) for a in adapters]
 
 
 def _is_on_bias(adapter: Adapter) -> bool:

@@ -168,10 +168,15 @@ def _become(model: nn.Module) -> None:
     if getattr(model, "is_quantized", False):
         # transformers' word for it: its Trainer takes no quantized model without adapters
         model._hf_peft_config_loaded = True  # type: ignore[assignment]
+    if _checkpoints(model):
+        model.enable_input_require_grads()  # type: ignore[operator]
+
+
+def _checkpoints(model: nn.Module) -> bool:
     # the second is what transformers called it until 5.20; asking for it warns
     names = ("is_activation_checkpointing", "is_gradient_checkpointing")
-    if getattr(model, next((n for n in names if hasattr(type(model), n)), names[1]), False):
-        model.enable_input_require_grads()  # type: ignore[operator]
+    name = next((n for n in names if hasattr(type(model), n)), names[1])
+    return bool(getattr(model, name, False))
 
 
 def insert(
@@ -439,6 +444,11 @@ class AdaptedModel(nn.Module):
             raise Refusal("adapter_names inside of disable_adapter()")
         if attached.biases:
             raise Refusal("adapter_names: an adapter that trains biases has them in every row")
+        if self.training and torch.is_grad_enabled() and _checkpoints(self):
+            raise Refusal(
+                "adapter_names: with activation checkpointing, layers run again in the backward "
+                "pass, where nobody knows the rows any more; switch it off"
+            )
         inputs = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim())
         first = next(inputs, None)
         if first is not None and len(first) != len(names):
@@ -446,12 +456,13 @@ class AdaptedModel(nn.Module):
         used = tuple(dict.fromkeys(name for name in names if name != BASE))
         places = {name: number for number, name in enumerate(used)} | {BASE: len(used)}
         rows = attached.rows
-        was = (rows.names, rows.index)
+        was = (rows.names, rows.index, rows.kept)
         rows.names, rows.index = used, torch.tensor([places[name] for name in names])
+        rows.kept = {}
         try:
             yield
         finally:
-            rows.names, rows.index = was
+            rows.names, rows.index, rows.kept = was
 
     # --- merging -----------------------------------------------------------------------------
 

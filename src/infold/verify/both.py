@@ -9,7 +9,7 @@ from pathlib import Path
 
 from infold.errors import Refusal
 from infold.tuners.loading import device_of
-from infold.verify.folder import read_claims
+from infold.verify.folder import claimed_inputs, read_claims
 from infold.verify.outputs import prove_outputs
 from infold.verify.verdict import Offender, Verdict
 from infold.verify.weights import verify_checkpoint
@@ -41,7 +41,7 @@ def verify_with_outputs(
     if base is None:
         claims = read_claims(Path(merged))
         assert claims is not None  # or verify_checkpoint had refused
-        base, adapters = claims.base, claims.adapters
+        base, adapters = claimed_inputs(claims)
     try:
         outputs = prove_outputs(
             base,

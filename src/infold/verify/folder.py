@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from infold.checkpoint.files import safe_child
+from infold.checkpoint.files import already_here, safe_child
 from infold.checkpoint.record import UNDO
 from infold.checkpoint.safetensors import Header, open_regular
 from infold.checkpoint.shards import (
@@ -21,12 +21,12 @@ from infold.checkpoint.shards import (
     read_receipt,
     read_shard_header,
 )
-from infold.errors import CorruptFile, InfoldError
+from infold.errors import CorruptFile, InfoldError, Refusal
 from infold.plan.convert import DTYPES, MODES, TYPES
 from infold.plan.edits import OutputShard, Plan
 from infold.verify.verdict import Offender
 
-__all__ = ["Claims", "compare_header", "extra_files", "read_claims", "side_files"]
+__all__ = ["Claims", "claimed_inputs", "compare_header", "extra_files", "read_claims", "side_files"]
 
 _PIECE = 1 << 20
 
@@ -89,6 +89,21 @@ def read_claims(folder: Path) -> Claims | None:
         conversion,
         None if undo is None else text(undo.get("blake3")),
     )
+
+
+def claimed_inputs(claims: Claims) -> tuple[Path, list[Path]]:
+    """Base and adapters that a receipt names, where they lie. Anyone can write a receipt, so none
+    makes infold ask the Hub. Raises Refusal for what is not here."""
+    places: list[Path] = []
+    gone: list[str] = []
+    for name in (claims.base, *claims.adapters):
+        try:
+            places.append(already_here(name))
+        except Refusal as error:
+            gone += error.reasons
+    if gone:
+        raise Refusal([*gone, "give base and adapters by where they are now, or by their Hub ids"])
+    return places[0], places[1:]
 
 
 def compare_header(

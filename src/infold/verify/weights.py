@@ -33,6 +33,7 @@ from infold.plan.output import placed
 from infold.verify.amended import AmendedCheck
 from infold.verify.folder import (
     Claims,
+    claimed_inputs,
     compare_header,
     extra_files,
     read_claims,
@@ -138,21 +139,12 @@ def _open(
             f"{folder}: was merged in place, so its base is not there any more; restore it with "
             f"`infold undo {folder} --out BASE`, and give base and adapters too"
         )
-    gone = [
-        n for n in (claims.base, *claims.adapters) if os.path.isabs(n) and not os.path.exists(n)
-    ]
-    if gone:
-        raise Refusal(
-            [
-                *(f"{name}: the receipt names it, and it is not there any more" for name in gone),
-                "give base and adapters by where they are now",
-            ]
-        )
-    opened = [open_adapter(name) for name in claims.adapters]
+    base, adapters = claimed_inputs(claims)
+    opened = [open_adapter(name) for name in adapters]
     changed = [o for n, adapter in enumerate(opened) for o in _changed(claims, n, adapter)]
     offenders += changed
     try:
-        return plan_merge(open_checkpoint(claims.base), opened, _choice(claims)), claims
+        return plan_merge(open_checkpoint(base), opened, _choice(claims)), claims
     except Refusal as error:
         told = [f"{o.where}: changed since the merge" for o in changed]
         why = "the receipt's inputs no longer make a merge"

@@ -35,8 +35,9 @@ class Values(Protocol):
     def decode(self, parts: Parts, scheme: Scheme, rows: slice) -> Tensor:
         """The values of some rows, float64 (rows, in), exactly what the format means."""
 
-    def encoded(self, stored: Stored) -> dict[str, Field]:
-        """The parts that `encode` writes. Raises NoValues where plain rounding does not apply."""
+    def encoded(self, stored: Stored) -> dict[str, Field | None]:
+        """The parts that `encode` writes, and with None those that go. Raises NoValues where plain
+        rounding does not apply."""
 
 
 VALUES: Mapping[str, Values] = {

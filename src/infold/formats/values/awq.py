@@ -14,7 +14,16 @@ from torch import Tensor
 
 from infold.formats.stored import Field, Stored
 from infold.formats.values.bits import pack, unpack
-from infold.formats.values.scheme import NoValues, Parts, Scheme, affine, span, stored_scales
+from infold.formats.values.scheme import (
+    FLOATS,
+    NoValues,
+    Parts,
+    Scheme,
+    affine,
+    need,
+    span,
+    stored_scales,
+)
 
 __all__ = ["PARTS", "decode", "encode", "encoded", "scheme"]
 
@@ -45,12 +54,14 @@ def scheme(stored: Stored) -> Scheme:
     plain = stored.dtype("qweight") == "I32" and packed * 8 == scales[1]
     if not plain or any("marlin" in kind or "gemv" in kind for kind in told):
         raise NoValues("only AWQ's gemm order is known here")
-    if stored.config.get("bits", 4) != 4 or inputs % scales[0]:
+    if stored.config.get("bits", 4) != 4 or not scales[0] or inputs % scales[0]:
         raise NoValues("only AWQ of 4 bits in whole groups is known here")
+    need(stored, "qzeros", ("I32",), (scales[0], packed))
+    need(stored, "scales", FLOATS, (scales[0], packed * 8))
     return Scheme((packed * 8, inputs), 4, inputs // scales[0], symmetric=False)
 
 
-def encoded(stored: Stored) -> dict[str, Field]:
+def encoded(stored: Stored) -> dict[str, Field | None]:
     """The tensors that `encode` writes anew."""
     return {part: stored.tensors[part] for part in PARTS}
 

@@ -10,7 +10,7 @@ nested_block blocks, plus nested_offset; in float32, as bitsandbytes computes it
 
 from __future__ import annotations
 
-import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,7 +18,13 @@ from torch import Tensor
 from infold.formats import bitsandbytes
 from infold.formats.stored import Field, NoFold, Stored
 from infold.formats.values import integers
-from infold.formats.values.scheme import NoValues, Parts, Scheme, stored_scales
+from infold.formats.values.scheme import (
+    NoValues,
+    Parts,
+    Scheme,
+    need,
+    stored_scales,
+)
 
 __all__ = ["PARTS", "absmax_of", "decode", "encode", "encoded", "scheme"]
 
@@ -36,6 +42,7 @@ def scheme(stored: Stored) -> Scheme:
     try:
         outputs, inputs = bitsandbytes.shape(stored)
         if stored.dtype("weight") == "I8":
+            need(stored, "SCB", ("F32",), (outputs,), (outputs, 1))
             return Scheme((outputs, inputs))
         told = bitsandbytes.state(stored)
     except NoFold as error:
@@ -46,14 +53,16 @@ def scheme(stored: Stored) -> Scheme:
         raise NoValues("its quant_state tells no blocksize or no type that is known here")
     if stored.shape("weight.quant_map") != (16,) or absmax != (-(-count // block),):
         raise NoValues("its quant_map or absmax does not suit its weight")
-    if math.prod(stored.tensors["weight"].shape) != -(-count // 2):
-        raise NoValues("its codes do not fill its weight")
+    need(stored, "weight", ("U8",), (-(-count // 2), 1), (-(-count // 2),))
+    need(stored, "weight.quant_map", ("F32",), (16,))
     offset, nested = 0.0, 256
     if stored.dtype("weight.absmax") == "U8":
         size, shift = told.get("nested_blocksize"), told.get("nested_offset")
         outer = stored.shape("weight.nested_absmax")
         if type(size) is not int or size < 1 or not isinstance(shift, int | float):
             raise NoValues("its quant_state does not tell how absmax is quantized")
+        need(stored, "weight.nested_absmax", ("F32",), outer or ())
+        need(stored, "weight.nested_quant_map", ("F32",), (256,))
         if outer != (-(-absmax[0] // size),):
             raise NoValues("its nested_absmax does not suit its absmax")
         offset, nested = float(shift), size
@@ -62,16 +71,21 @@ def scheme(stored: Stored) -> Scheme:
     return Scheme((outputs, inputs), 4, block, kind=kind, offset=offset, nested_block=nested)
 
 
-def encoded(stored: Stored) -> dict[str, Field]:
-    """The tensors that `encode` writes anew."""
+def encoded(stored: Stored) -> dict[str, Field | None]:
+    """The tensors that `encode` writes anew. Scales that are quantized themselves become plain: the
+    tensors of their quantization are dropped, and loaders go by which of them are there."""
     if stored.dtype("weight") == "I8":
         return {part: stored.tensors[part] for part in ("weight", "SCB")}
     how = scheme(stored)
-    if stored.dtype("weight.absmax") == "U8":
-        raise NoValues("its scales are quantized themselves (double quantization)")
     if how.shape[1] % how.group:
         raise NoValues(f"its rows of {how.shape[1]} elements share blocks of {how.group}")
-    return {part: stored.tensors[part] for part in ("weight", "weight.absmax")}
+    absmax = stored.tensors["weight.absmax"]
+    nested = ("weight.nested_absmax", "weight.nested_quant_map")
+    return {
+        "weight": stored.tensors["weight"],
+        "weight.absmax": replace(absmax, dtype="F32"),
+        **{part: None for part in nested if part in stored.tensors},
+    }
 
 
 def decode(parts: Parts, scheme: Scheme, rows: slice) -> Tensor:

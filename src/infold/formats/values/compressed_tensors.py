@@ -26,6 +26,7 @@ from infold.formats.values.scheme import (
     Parts,
     Scheme,
     affine,
+    need,
     span,
     spread,
     stored_scales,
@@ -53,6 +54,8 @@ def scheme(stored: Stored) -> Scheme:
     floats = stored.dtype("weight_packed") == "U8" or "weight_global_scale" in stored.tensors
     if scale is None or floats:
         raise NoValues("its 4-bit floats (NVFP4, MXFP4) are not known here")
+    if "weight_packed" in stored.tensors:
+        need(stored, "weight_shape", ("I64", "I32"), (2,))
     count = scale if len(scale) == 2 else (math.prod(scale), 1)
     rows = count[0] == outputs and count[1] > 0 and inputs % count[1] == 0
     if stored.dtype("weight_scale") not in TORCH_DTYPES or not (count == (1, 1) or rows):
@@ -63,14 +66,24 @@ def scheme(stored: Stored) -> Scheme:
         if len(fitting) != 1 or packed[0] != outputs:
             raise NoValues(f"how many bits its codes have is not clear from {list(packed)}")
         bits = fitting[0]
+    if len(scale) > 2 or (count[0] == 1) != (math.prod(scale) == 1):
+        raise NoValues(f"its scales {list(scale)} do not suit its shape {[outputs, inputs]}")
     zero = stored.tensors.get("weight_zero_point")
     if zero is not None and packed is not None and zero.dtype == "I32":
-        if zero.shape != (words(outputs, bits), count[1]):
-            raise NoValues(f"its zero points {list(zero.shape)} do not suit its scales")
+        need(stored, "weight_zero_point", ("I32",), (words(outputs, bits), count[1]))
+    need(
+        stored,
+        "weight_zero_point",
+        ("I32", "I8"),
+        zero.shape if zero else scale,
+        scale,
+        there=False,
+    )
+    need(stored, "weight_g_idx", ("I32", "I64"), (inputs,), there=False)
     return Scheme((outputs, inputs), bits, inputs // count[1], zero is None, kind="int")
 
 
-def encoded(stored: Stored) -> dict[str, Field]:
+def encoded(stored: Stored) -> dict[str, Field | None]:
     """The tensors that `encode` writes anew."""
     if stored.dtype("weight") == "F8_E4M3":
         return fp8.encoded(stored)

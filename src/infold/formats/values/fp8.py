@@ -47,6 +47,8 @@ def scheme(stored: Stored) -> Scheme:
         raise NoValues(f"its weight is {weight.dtype} {list(weight.shape)}, no matrix of F8_E4M3")
     if scale.dtype not in ("F32", "BF16", "F16", "F8_E8M0"):
         raise NoValues(f"its scales are {scale.dtype}")
+    if len(scale.shape) > 2:
+        raise NoValues(f"its scales {list(scale.shape)} are no matrix")
     outputs, inputs = weight.shape
     count = scale.shape if len(scale.shape) == 2 else (math.prod(scale.shape), 1)
     if count == (1, 1):
@@ -73,7 +75,7 @@ def _told_block(config: Mapping[str, Any]) -> tuple[int, int] | None:
     return block[0], block[1]
 
 
-def encoded(stored: Stored) -> dict[str, Field]:
+def encoded(stored: Stored) -> dict[str, Field | None]:
     """The tensors that `encode` writes anew."""
     name = scale_part(stored.tensors)
     if math.prod(stored.tensors[name].shape) == 1 and stored.tensors["weight"].shape[0] > 1:

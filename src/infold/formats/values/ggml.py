@@ -55,7 +55,7 @@ def scheme(stored: Stored) -> Scheme:
     return Scheme((field.shape[0], field.shape[1]), kind=field.dtype)
 
 
-def encoded(stored: Stored) -> dict[str, Field]:
+def encoded(stored: Stored) -> dict[str, Field | None]:
     """The tensor itself, where its type is of ENCODES."""
     field = stored.tensors[""]
     if field.dtype not in ENCODES:

@@ -18,7 +18,16 @@ from infold.errors import Refusal
 from infold.formats import gptq
 from infold.formats.stored import Field, Stored
 from infold.formats.values.bits import pack, unpack, words
-from infold.formats.values.scheme import NoValues, Parts, Scheme, affine, span, stored_scales
+from infold.formats.values.scheme import (
+    FLOATS,
+    NoValues,
+    Parts,
+    Scheme,
+    affine,
+    need,
+    span,
+    stored_scales,
+)
 
 __all__ = ["PARTS", "decode", "encode", "encoded", "scheme"]
 
@@ -36,16 +45,19 @@ def scheme(stored: Stored) -> Scheme:
         )
     bits, (outputs, inputs) = gptq.bits(stored), gptq.shape(stored)
     groups = stored.tensors["scales"].shape[0]
-    packed = stored.tensors["qweight"].shape[0], stored.tensors["qzeros"].shape[1]
-    if bits not in (2, 3, 4, 8) or packed != (words(inputs, bits), words(outputs, bits)):
-        raise NoValues(f"codes of {bits} bits do not fill its words {list(packed)}")
+    if bits not in (2, 3, 4, 8) or not groups:
+        raise NoValues(f"GPTQ of {bits} bits in {groups} groups is not known here")
+    need(stored, "qweight", ("I32",), (words(inputs, bits), outputs))
+    need(stored, "qzeros", ("I32",), (groups, words(outputs, bits)))
+    need(stored, "scales", FLOATS, (groups, outputs))
+    need(stored, "g_idx", ("I32", "I64"), (inputs,), there=False)
     symmetric = stored.config.get("sym") is not False
     plus_one = "gptq_v2" not in told
     group = -(-inputs // max(groups, 1))
     return Scheme((outputs, inputs), bits, group, symmetric, plus_one)
 
 
-def encoded(stored: Stored) -> dict[str, Field]:
+def encoded(stored: Stored) -> dict[str, Field | None]:
     """The tensors that `encode` writes anew."""
     return {part: stored.tensors[part] for part in ("qweight", "qzeros", "scales")}
 

@@ -15,7 +15,13 @@ from torch import Tensor
 
 from infold.formats import hqq
 from infold.formats.stored import Field, NoFold, Stored
-from infold.formats.values.scheme import NoValues, Parts, Scheme
+from infold.formats.values.scheme import (
+    FLOATS,
+    NoValues,
+    Parts,
+    Scheme,
+    need,
+)
 
 __all__ = ["PARTS", "decode", "encoded", "scheme"]
 
@@ -47,6 +53,8 @@ def scheme(stored: Stored) -> Scheme:
     rows, columns = (many, group) if axis else (group, many)
     if packed.shape != (-(-rows // _PER[bits]), columns):
         raise NoValues(f"its codes {list(packed.shape)} do not suit its shape {[outputs, inputs]}")
+    for part in ("scale", "zero"):
+        need(stored, part, FLOATS, (many, 1), (1, many), (many,))
     return Scheme((outputs, inputs), bits, group, False, axis=axis, kind="hqq")
 
 
@@ -54,7 +62,7 @@ def _number(stored: Stored, part: str) -> int:
     return int(stored.read(part).item()) if stored.shape(part) in ((), (1,)) else 0
 
 
-def encoded(stored: Stored) -> dict[str, Field]:
+def encoded(stored: Stored) -> dict[str, Field | None]:
     raise NoValues("HQQ optimizes its zero points, which plain rounding does not")
 
 

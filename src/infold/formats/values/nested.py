@@ -30,5 +30,5 @@ def decode(parts: Parts, scheme: Scheme, rows: slice) -> Tensor:
     return bitsandbytes.absmax_of(parts, scheme, rows).to(torch.float64)[:, None]
 
 
-def encoded(stored: Stored) -> dict[str, Field]:
+def encoded(stored: Stored) -> dict[str, Field | None]:
     raise NoValues("its absmax shall not be quantized again")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,14 +14,17 @@ from infold.dtypes import NAMES
 from infold.errors import Refusal
 from infold.formats.dense import encode as encode_dense
 from infold.formats.dense import round_to_odd
+from infold.formats.stored import Stored
 
 __all__ = [
+    "FLOATS",
     "Matrix",
     "NoValues",
     "Parts",
     "Scheme",
     "affine",
     "e8m0",
+    "need",
     "span",
     "spread",
     "stored_scales",
@@ -71,6 +74,22 @@ class Scheme:
     def align(self) -> int:
         """Rows are encoded in multiples of this: of what shares words, blocks or scales."""
         return math.lcm(32, self.block[0] or 1)
+
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+def need(
+    stored: Stored, part: str, dtypes: Collection[str], *shapes: tuple[int, ...], there: bool = True
+) -> None:
+    """Raises NoValues where a part is not of one of these dtypes and shapes. there: it must be."""
+    field = stored.tensors.get(part)
+    if field is None and not there:
+        return
+    if field is None or field.dtype not in dtypes or field.shape not in shapes:
+        told = "missing" if field is None else f"{field.dtype} {list(field.shape)}"
+        wanted = " or ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
+        raise NoValues(f"its {part} is {told}, not {'/'.join(dtypes)} {wanted}")
 
 
 def affine(codes: Tensor, zero: Tensor | float, scale: Tensor) -> Tensor:

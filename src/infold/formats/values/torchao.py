@@ -16,7 +16,14 @@ from infold.dtypes import TORCH_DTYPES
 from infold.formats import torchao
 from infold.formats.stored import Field, NoFold, Stored
 from infold.formats.values import integers
-from infold.formats.values.scheme import NoValues, Parts, Scheme, to_e4m3
+from infold.formats.values.scheme import (
+    FLOATS,
+    NoValues,
+    Parts,
+    Scheme,
+    need,
+    to_e4m3,
+)
 
 __all__ = ["PARTS", "decode", "encode", "encoded", "scheme"]
 
@@ -45,11 +52,14 @@ def scheme(stored: Stored) -> Scheme:
     whole = count == (1, 1) or (count[0] == outputs and count[1] > 0 and inputs % count[1] == 0)
     if not whole or stored.dtype(_SCALE) not in TORCH_DTYPES:
         raise NoValues(f"its scales {list(scale)} do not suit its shape {[outputs, inputs]}")
+    if len(scale) > 2:
+        raise NoValues(f"its scales {list(scale)} are no matrix")
+    need(stored, _ZERO, (*FLOATS, "I8", "I32", "I64"), scale, there=False)
     kind = "fp8" if codes.dtype == "F8_E4M3" else "int"
     return Scheme((outputs, inputs), group=inputs // count[1], kind=kind)
 
 
-def encoded(stored: Stored) -> dict[str, Field]:
+def encoded(stored: Stored) -> dict[str, Field | None]:
     """The tensors that `encode` writes anew."""
     how = scheme(stored)
     if math.prod(stored.tensors[_SCALE].shape) < how.shape[0]:

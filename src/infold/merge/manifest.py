@@ -1,0 +1,122 @@
+"""The manifest of an undo record, read as if it were hostile: adapters and edits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from infold.adapters import METHODS, Settings
+from infold.checkpoint.adapter import Adapter, AdapterTensor
+from infold.checkpoint.record import FILE, Record
+from infold.checkpoint.safetensors import DTYPE_BITS
+from infold.errors import CorruptFile
+from infold.formats import floats_of
+from infold.plan.edits import BaseTensor, Edit, Operation, Replacement
+
+__all__ = ["ODD", "as_told", "read_adapter", "read_edit"]
+
+# What reading values of other kinds than those expected ends in.
+ODD = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError)
+_COUNTS = ("kernel", "groups", "repeat")  # of Settings, from 1 on
+_NUMBERS = ("out", "rank", "first", "rows")  # from 0 on
+_LISTS = ("tokens", "view", "order")
+_LARGEST = 1 << 48
+
+
+@contextmanager
+def as_told(where: str) -> Iterator[None]:
+    """A block that computes with what a record tells: where that does not fit together, the record
+    is to blame."""
+    try:
+        yield
+    except (*ODD, RuntimeError) as error:
+        if type(error).__name__ == "OutOfMemoryError":  # CUDA's
+            raise
+        raise CorruptFile(
+            f"{where}: the edit that the record tells of does not fit this tensor ({error})"
+        ) from error
+
+
+def read_adapter(record: Record, number: int, entry: Mapping[str, Any]) -> Adapter:
+    """An adapter whose tensors are read from the record's own file."""
+    frame = record.frames[FILE, number]
+    position, tensors = frame.begin, {}
+    for key, dtype, shape in entry["tensors"]:
+        if not _counts(shape, 0):
+            raise ValueError(f"{key} has the shape {shape}")
+        end = position + DTYPE_BITS[dtype] // 8 * math.prod(shape)
+        tensors[str(key)] = AdapterTensor(dtype, tuple(shape), position, end)
+        position = end
+    if position != frame.begin + frame.length:
+        raise CorruptFile(f"{record.path}: an adapter's tensors do not fill their place")
+    if not isinstance(entry["config"], dict):
+        raise ValueError("an adapter's config is no object")
+    return Adapter(record.path, entry["config"], tensors, record.path)
+
+
+def read_edit(name: str, entry: Mapping[str, Any], adapters: Sequence[Adapter]) -> Edit:
+    """The mirror of `dataclasses.asdict`. Raises one of ODD for what no plan makes."""
+    source, dtype, shape = entry["source"], entry["dtype"], entry["shape"]
+    if not isinstance(dtype, str) or not _counts(shape, 0):
+        raise ValueError(f"{name} has the dtype {dtype!r} and the shape {shape!r}")
+    if floats_of(dtype, tuple(shape)) is None:
+        raise ValueError(f"{name}: {dtype} is never edited")
+    operations = tuple(_operation(name, op, adapters) for op in entry["operations"])
+    came: BaseTensor | Replacement
+    if "name" in source:
+        came = BaseTensor(source["name"])
+    else:
+        came = Replacement(**source)
+        _tensor(adapters, came.adapter, came.key)
+    return Edit(name, came, dtype, tuple(shape), operations, bool(entry.get("scales", False)))
+
+
+def _operation(name: str, op: Mapping[str, Any], adapters: Sequence[Adapter]) -> Operation:
+    if op["method"] not in METHODS:
+        raise CorruptFile(f"{name}: merged by {op['method']!r}, a method unknown here")
+    method = METHODS[op["method"]]
+    made = Operation(**{**op, "settings": _settings(op["settings"])})
+    if not all(type(flag) is bool for flag in (made.transposed, made.on_bias, made.moved)):
+        raise ValueError(f"{name}: {op['method']} in no layout")
+    needed = method.ON_BIAS if made.on_bias else method.REQUIRED
+    if not set(needed) <= made.parts.keys() <= set(method.PARTS):
+        raise ValueError(f"{name}: {op['method']} of the parts {list(made.parts)}")
+    for key in made.parts.values():
+        _tensor(adapters, made.adapter, key)
+    return made
+
+
+def _tensor(adapters: Sequence[Adapter], number: Any, key: str) -> None:
+    """Whether an adapter has a tensor."""
+    if type(number) is not int or not 0 <= number < len(adapters):
+        raise ValueError(f"adapter {number!r}, of {len(adapters)}")
+    if key not in adapters[number].tensors:
+        raise ValueError(f"adapter {number} has no tensor {key!r}")
+
+
+def _settings(told: Mapping[str, Any]) -> Settings:
+    fields: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in told.items()
+    }
+    made = Settings(**fields)
+    whole = (
+        _counts([getattr(made, name) for name in _COUNTS], 1)
+        and _counts([getattr(made, name) for name in _NUMBERS], 0)
+        and all(_counts(getattr(made, name), 0) for name in _LISTS)
+        and made.slices in (1, 2)
+        and made.root in (1, 2)
+        and made.side in ("out", "in")
+        and isinstance(made.scaling, int | float)
+        and math.isfinite(made.scaling)
+    )
+    if not whole:
+        raise ValueError(f"settings {dict(told)}")
+    return made
+
+
+def _counts(values: Any, least: int) -> bool:
+    return isinstance(values, list | tuple) and all(
+        type(value) is int and least <= value <= _LARGEST for value in values
+    )

@@ -1,0 +1,97 @@
+"""Undo records whose digests hold and whose manifest is not what a merge wrote."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import handmade
+import infold
+from infold.checkpoint.record import FILE, UNDO, RecordWriter, open_record
+
+Place = tuple[str | int, ...]
+VALUES = (None, -1, 1 << 70, 1.5, "../../x", [], {}, [[-1]], True)
+GONE = object()
+
+
+def places(value: Any, at: Place = ()) -> Iterator[Place]:
+    """Every place of a JSON value, from the outside in."""
+    if isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield (*at, key)
+            yield from places(inner, (*at, key))
+
+
+def changed(manifest: Any, place: Place, value: Any) -> Any:
+    whole = copy.deepcopy(manifest)
+    inner = whole
+    for key in place[:-1]:
+        inner = inner[key]
+    if value is GONE:
+        del inner[place[-1]]
+    else:
+        inner[place[-1]] = value
+    return whole
+
+
+def rewrite(folder: Path, manifest: Any, frames: dict[Any, Any]) -> None:
+    os.unlink(folder / UNDO)
+    writer = RecordWriter(folder / UNDO)
+    for (tensor, number), (kind, payload) in frames.items():
+        if tensor == FILE:
+            writer.append_stream(number, [payload])
+        else:
+            writer.append(tensor, number, kind, payload)
+    writer.finish(manifest)
+    writer.close()
+
+
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Merged by DoRA, with an embedding that was untied: every kind of entry is in the record."""
+    root = tmp_path_factory.mktemp("records")
+    numbers = torch.Generator().manual_seed(4)
+    tensors = {
+        "model.embed_tokens.weight": torch.randn(8, 16, generator=numbers),
+        "model.q_proj.weight": torch.randn(16, 24, generator=numbers).bfloat16(),
+    }
+    base = handmade.base_folder(root / "base", tensors, {"tie_word_embeddings": True})
+    (base / "tokenizer.json").write_text("{}")
+    modules = {"model.q_proj": (16, 24), "lm_head": (8, 16)}
+    adapter = handmade.lora(root / "adapter", modules, use_dora=True)
+    infold.merge(base, adapter, root / "merged", undo=True)
+    return root / "merged"
+
+
+def test_a_forged_manifest_ends_in_words_and_leaves_nothing(merged: Path, tmp_path: Path) -> None:
+    folder, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(merged, folder)
+    with open_record(folder) as record:
+        frames, manifest = {key: record.payload(*key) for key in record.frames}, record.manifest
+    rewrite(folder, manifest, frames)
+    infold.undo(folder, out)  # the forger's tools are right
+    shutil.rmtree(out)
+    escaped, refused = [], 0
+    for number, place in enumerate(places(manifest)):
+        # all values at every place would take long; each place gets some of them
+        for value in (GONE, *VALUES[number % 5 :: 5]):
+            rewrite(folder, changed(manifest, place, value), frames)
+            try:
+                infold.inspect(folder)
+                infold.undo(folder, out, threads=1)
+                shutil.rmtree(out)
+            except infold.InfoldError:
+                refused += 1
+            except Exception as error:
+                escaped.append((place, value, repr(error)))
+            assert sorted(p.name for p in tmp_path.iterdir()) == ["model"], (place, value)
+
+    assert not escaped, escaped[:5]
+    assert refused > 100
