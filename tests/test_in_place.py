@@ -251,6 +251,18 @@ def test_links_and_second_copies_are_refused(tmp_path: Path) -> None:
     refused(base, adapter, "merged already")
 
 
+def test_a_system_without_fdatasync_merges_too(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As macOS."""
+    monkeypatch.delattr(os, "fdatasync")
+    place.lay_out("merge")
+    infold.merge(place.folder, place.first, tmp_path / "out", undo=True)
+    infold.merge(place.folder, place.first, in_place=True)
+    place.check("merge", True)
+    assert place.weights(tmp_path / "out") == place.weights(place.folder)
+
+
 def test_an_overflow_is_refused_before_anything_changes(tmp_path: Path) -> None:
     base = handmade.base_folder(tmp_path / "base", {"q.weight": torch.ones(64, 64).half()})
     adapter = handmade.lora(tmp_path / "adapter", {"q": (64, 64)}, alpha=1e9)

@@ -364,6 +364,29 @@ def test_functions_that_are_not_there_are_told_together() -> None:
 # --- tasks and scores -----------------------------------------------------------------------------
 
 
+def test_a_task_named_like_a_library_is_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`random` is loaded already; a file of the working directory hides no library from us."""
+    for name in ("random", "a_task_of_mine"):
+        (tmp_path / f"{name}.py").write_text(
+            "def problems(split, count, seed):\n    return [split]\n"
+            "def prompt(problem):\n    return problem\n"
+            "def verify(problem, answer):\n    return True\n"
+        )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    names = ("problems", "prompt", "verify")
+    with pytest.raises(Refusal, match=r"random \(.*random\.py\) has no function problems") as told:
+        open_task({name: f"random:{name}" for name in names})
+    assert len(told.value.reasons) == 3 and str(tmp_path) not in str(told.value)
+
+    task = open_task({name: f"a_task_of_mine:{name}" for name in names})
+
+    assert task.problems("collect", 1, 0) == ["collect"]
+    assert sys.path[0] != str(tmp_path) and sys.path[-1] == str(tmp_path)
+
+
 def test_arithmetic_is_right_and_its_splits_never_meet() -> None:
     found = arithmetic.task({})
     held = found.problems("evaluate", 400, 0)

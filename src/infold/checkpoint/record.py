@@ -28,7 +28,7 @@ from blake3 import blake3
 from infold.checkpoint.files import safe_child
 from infold.checkpoint.safetensors import parse_json
 from infold.checkpoint.shards import read_exactly
-from infold.checkpoint.staging import storage_errors, write_fully
+from infold.checkpoint.staging import storage_errors, sync_data, write_fully
 from infold.errors import CorruptFile, StorageFailure
 
 __all__ = ["FILE", "ORIGINAL", "RESIDUAL", "SEEN", "UNDO", "Record", "RecordWriter", "open_record"]
@@ -118,7 +118,7 @@ class RecordWriter:
 
     def sync(self) -> None:
         with storage_errors(self.path):
-            os.fdatasync(self.fd)
+            sync_data(self.fd)
 
     def finish(self, manifest: Mapping[str, Any]) -> None:
         """The manifest and the trailer; then all of it is on the disk."""

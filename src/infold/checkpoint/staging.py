@@ -193,12 +193,12 @@ class Staging:
 
     def _log(self, entry: dict[str, Any]) -> None:
         os.write(self._journal, json.dumps(entry).encode() + b"\n")
-        os.fdatasync(self._journal)
+        sync_data(self._journal)
 
     def record(self, shard: str, fd: int, progress: Progress) -> None:
         """Bring the shard's bytes to the disk, then say so in the journal."""
         with storage_errors(self.output / shard):
-            os.fdatasync(fd)
+            sync_data(fd)
             self._log(
                 {
                     "shard": shard,
@@ -351,6 +351,11 @@ def copy_range(source: int, target: int, source_offset: int, offset: int, count:
             offset + len(piece),
             count - len(piece),
         )
+
+
+def sync_data(fd: int) -> None:
+    """Bring a file's content to the disk. macOS has no fdatasync."""
+    (os.fdatasync if hasattr(os, "fdatasync") else os.fsync)(fd)
 
 
 def sync_folder(path: Path) -> None:

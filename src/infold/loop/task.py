@@ -114,11 +114,21 @@ def _function(name: str) -> Callable[..., Any]:
     module, _, attribute = name.partition(":")
     if not (module and attribute):
         raise Refusal("write module:function")
-    if os.getcwd() not in sys.path:  # as `python -m` does
-        sys.path.insert(0, os.getcwd())
-    found = getattr(importlib.import_module(module), attribute, None)
+    here = os.getcwd()
+    sys.path.insert(0, here)  # as `python -m` does
+    try:
+        loaded = importlib.import_module(module)
+    finally:
+        sys.path.remove(here)
+        if here not in sys.path:  # for what the task imports later; it hides no library from us
+            sys.path.append(here)
+    found = getattr(loaded, attribute, None)
     if not callable(found):
-        raise Refusal(f"{module} has no function {attribute}")
+        origin = getattr(loaded, "__file__", None) or "built into Python"
+        raise Refusal(
+            f"{module} ({origin}) has no function {attribute}; if yours is another file, give it a "
+            "name that no library has"
+        )
     return found  # type: ignore[no-any-return]
 
 

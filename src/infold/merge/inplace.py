@@ -39,7 +39,7 @@ from infold.checkpoint.shards import (
     is_lone,
     open_checkpoint,
 )
-from infold.checkpoint.staging import Progress, storage_errors, sync_folder
+from infold.checkpoint.staging import Progress, storage_errors, sync_data, sync_folder
 from infold.edit.threads import one_torch_thread, usual_threads
 from infold.errors import Refusal
 from infold.merge.apply import Run
@@ -370,7 +370,7 @@ class _Edit:
         line = memoryview(json.dumps(entry).encode() + b"\n")
         while len(line):
             line = line[os.write(self.fd, line) :]
-        os.fdatasync(self.fd)
+        sync_data(self.fd)
 
     def _forget(self, *names: str) -> None:
         """Remove what belongs to the edit alone, the journal last."""

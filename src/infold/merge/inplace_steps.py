@@ -15,7 +15,7 @@ from blake3 import blake3
 
 from infold.checkpoint.files import safe_child
 from infold.checkpoint.inputs import InputFiles
-from infold.checkpoint.staging import storage_errors, write_fully
+from infold.checkpoint.staging import storage_errors, sync_data, write_fully
 from infold.edit.steps import Workspace
 from infold.edit.threads import take_one_core
 from infold.errors import CorruptFile
@@ -151,7 +151,7 @@ class Places:
                     for piece in pieces:
                         if piece.shard == number:
                             write_fully(fd, memoryview(piece.data), piece.offset)
-                    os.fdatasync(fd)
+                    sync_data(fd)
                 finally:
                     os.close(fd)
 
