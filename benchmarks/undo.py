@@ -141,11 +141,13 @@ def time_cases(size: str, rounds: int) -> list[Case]:
         merge = ("infold", "merge", base, name[method], "--out", "out/merged", "--quiet")
         undo = ("infold", "undo", merged, "--out", "out/base", "--quiet")
         swap = ("infold", "swap", merged, name[other], "--out", "out/swapped", "--quiet")
+        again = ("infold", "swap", merged, name[method], "--out", "out/swapped", "--quiet")
         cases += [
             Case(f"merge {method}", merge, (base, name[method]), "", rounds),
             Case(f"merge {method} --undo", (*merge, "--undo"), (base, name[method]), "", rounds),
             Case(f"undo {method}", undo, (merged,), "", rounds),
             Case(f"swap {method} to {other}", swap, (merged, name[other]), "", rounds),
+            Case(f"swap {method} to {method}", again, (merged, name[method]), "", rounds),
         ]
     return cases
 
@@ -181,16 +183,19 @@ def _infold(*words: str | Path) -> str:
 
 def time_table(found: dict[str, Any]) -> str:
     cases = found["cases"]
-    rows = ["| | wall | × cp | × its merge | CPU | memory |", "|---|--:|--:|--:|--:|--:|"]
+    rows = ["| | wall | × cp | × its merge | × the dearer merge | CPU | memory |"]
+    rows.append("|---|--:|--:|--:|--:|--:|--:|")
     copy = cases["cp + fsync"]["wall"]["median"]
     for name, case in cases.items():
         wall = case["wall"]["median"]
-        method = name.split()[-1] if name.startswith("swap") else [*name.split(), ""][1]
-        own = cases.get(f"merge {method}")
-        ratio = f"{wall / own['wall']['median']:.2f}" if own else ""
+        words = name.split()
+        swapped = words[1::2] if words[0] == "swap" else []  # from, to
+        merges = [cases[f"merge {m}"]["wall"]["median"] for m in swapped or words[1:2] if m != "+"]
+        own = f"{wall / merges[-1]:.2f}" if merges else ""
+        dearer = f"{wall / max(merges):.2f}" if swapped else ""
         cpu, memory = case["cpu"]["median"], case["memory"]["median"]
         rows.append(
-            f"| {name} | {wall:.1f} s | {wall / copy:.1f} | {ratio} | {cpu:.1f} s "
+            f"| {name} | {wall:.1f} s | {wall / copy:.1f} | {own} | {dearer} | {cpu:.1f} s "
             f"| {memory / 1e6:.0f} MB |"
         )
     rows.append("")

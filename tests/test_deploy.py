@@ -294,6 +294,7 @@ def wait_for(condition: Any, seconds: float = 30) -> None:
 def test_growth_is_found_and_noise_is_not() -> None:
     flat = [1000 << 20] * 9
     assert growth([1.0] * 9, flat) == []
+    assert growth([0.002] * 3 + [0.02] * 6, flat) == [], "a few ms"
     assert growth([0.5, 1.5, 1.0] * 3, [*flat[:8], flat[0] + (60 << 20)]) == []
     assert "latency grew" in growth([1, 1, 1, 2, 2, 2, 3, 3, 3], flat)[0]
     assert "memory grew" in growth([1.0] * 9, [n << 20 for n in range(1000, 1900, 100)])[0]
@@ -316,7 +317,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.rfile.read(int(self.headers["Content-Length"]))
         text = "red"
         if how == "leak": kept.append(os.urandom(24 << 20))
-        if how == "slow": time.sleep(0.02 * asked)
+        if how == "slow": time.sleep(0.02 * asked**2)
         if how == "other" and asked > 3: text = "blue"
         if how == "hang" and asked > 3: time.sleep(60)
         if how == "die" and asked > 3: print("out of memory"); sys.stdout.flush(); os._exit(5)

@@ -268,11 +268,29 @@ def test_marlin_is_refused_by_name(tmp_path: Path) -> None:
         infold.merge(base.path, make_adapter(tmp_path / "adapter", vectors()), tmp_path / "out")
 
 
-@pytest.mark.parametrize("part", ["q_weight", "trellis", "Qidxs", "weight_blocks"])
-def test_formats_without_row_scales_are_refused_by_name(tmp_path: Path, part: str) -> None:
-    tensors = {f"{LAYER}.{name}.{part}": torch.zeros(8, 8).byte() for name in SIZES}
+@pytest.mark.parametrize(
+    ("parts", "name"),
+    [
+        ("q_weight", "EXL2"),
+        ("trellis", "EXL3"),
+        ("Qidxs", "QuIP#"),
+        ("weight_blocks", "MXFP4"),
+        ("B s workspace", "Marlin"),
+        ("weight_packed scale_packed meta", "Marlin"),
+        ("weight weight_scale weight_scale_2", "NVFP4"),
+        ("weight_packed weight_scale weight_global_scale", "NVFP4"),
+        ("weight_packed weight_scale", "MX scales"),
+    ],
+)
+def test_formats_without_row_scales_are_refused_by_name(
+    tmp_path: Path, parts: str, name: str
+) -> None:
+    tensors = {
+        f"{LAYER}.{module}.{part}": torch.zeros(shape[0], shape[1] // 2).byte()
+        for module, shape in SIZES.items()
+        for part in parts.split()
+    }
     base = handmade.base_folder(tmp_path / "base", tensors)
-    name = {"q_weight": "EXL2", "trellis": "EXL3", "Qidxs": "QuIP#", "weight_blocks": "MXFP4"}[part]
 
     with pytest.raises(infold.Refusal) as caught:
         infold.merge(base, make_adapter(tmp_path / "adapter", vectors()), tmp_path / "out")
@@ -312,6 +330,29 @@ def test_dense_modules_of_a_quantized_base(tmp_path: Path) -> None:
         kept = same(before[f"{LAYER}.mlp.up_proj.bias"], after[f"{LAYER}.mlp.up_proj.bias"])
         assert kept == (name == "mlp.down_proj")
         assert infold.verify(path, adapter, out).ok
+
+
+def test_a_moved_vector_acts_after_a_later_lora(tmp_path: Path) -> None:
+    """It scales what comes out of up_proj, whatever another adapter has made of that."""
+    base = make_base(tmp_path / "base", "ct-int8")
+    name = f"{LAYER}.mlp.up_proj"
+    tensors = load_file(base.path / "model.safetensors")
+    kept = {k: v for k, v in tensors.items() if not k.startswith(name)}
+    kept[f"{name}.weight"] = weight = base.values(base.path, "mlp.up_proj").float()
+    config = json.loads((base.path / "config.json").read_text())
+    folder = handmade.base_folder(tmp_path / "dense", kept, config)
+    ia3 = make_adapter(tmp_path / "ia3", vectors())
+    lora = handmade.lora(tmp_path / "lora", {name: SIZES["mlp.up_proj"]})
+    parts = load_file(lora / "adapter_model.safetensors")
+    a, b = (parts[f"base_model.model.{name}.lora_{part}.weight"].double() for part in "AB")
+
+    infold.merge(folder, [ia3, lora], tmp_path / "out")
+
+    found = load_file(tmp_path / "out/model.safetensors")[f"{name}.weight"].double()
+    factor = vectors()[f"{LAYER}.mlp.down_proj"].double().t()
+    wanted = factor * (weight.double() + 2 * b @ a)
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-9)
+    assert (found - (factor * weight.double() + 2 * b @ a)).abs().max() > 1e-3
 
 
 def test_static_scales_of_activations_are_told(tmp_path: Path) -> None:

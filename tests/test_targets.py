@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import re
 import warnings
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import peft
 import pytest
 import torch
 import transformers
 from peft.utils import constants
+from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, MixtralConfig, PreTrainedConfig
 
 from infold.errors import Refusal
+from infold.tuners import IA3Config, LoraConfig, attach, load
 from infold.tuners.targets import Targets, find_targets
 from tiny_models import VISION_MODELS
 
@@ -378,6 +382,58 @@ def test_mixtral_says_that_experts_are_out_of_reach_and_lora_does_not_care() -> 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         find_targets(model, "lora")
+
+
+def tiny_mixtral() -> Any:
+    return AutoModelForCausalLM.from_config(
+        MixtralConfig(
+            hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, vocab_size=31, num_local_experts=4, pad_token_id=0,
+        )
+    )  # fmt: skip
+
+
+def test_fused_experts_are_never_missed_in_silence() -> None:
+    with pytest.warns(UserWarning, match="all-linear: the experts in model.layers.N.mlp.experts"):
+        adapted = attach(tiny_mixtral(), LoraConfig(target_modules="all-linear"))
+    assert adapted.peft_config["default"].target_modules == ["k_proj", "o_proj", "q_proj", "v_proj"]
+    for names, told in (
+        (["q_proj", "down_proj"], "'down_proj' is a parameter of model.layers.0.mlp.experts"),
+        (["experts.gate_up_proj"], "'experts.gate_up_proj' is a parameter of model.layers.0"),
+        (["experts"], "model.layers.0.mlp.experts is a MixtralExperts, which takes no adapter"),
+        (["q_proj", "w2"], "the name 'w2' means no module of the model"),
+    ):
+        with pytest.raises(Refusal, match=told):
+            attach(tiny_mixtral(), LoraConfig(target_modules=names))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("target_parameters", ["experts.down_proj"]), ("trainable_token_indices", [1, 2])],
+)
+def test_files_for_what_the_tuners_do_not_have_are_refused_by_name(
+    tmp_path: Path, field: str, value: Any
+) -> None:
+    theirs = peft.LoraConfig(target_modules=["q_proj"], r=2, **{field: value})
+    peft.get_peft_model(tiny_mixtral(), theirs).save_pretrained(tmp_path)
+    model = tiny_mixtral()
+
+    with pytest.raises(Refusal, match=rf"{field} = .* is not supported by infold's tuners"):
+        load(model, tmp_path)
+
+    assert type(model).__name__ == "MixtralForCausalLM" and not hasattr(model, "peft_config")
+
+
+def test_experts_that_were_modules_once_have_no_place_now(tmp_path: Path) -> None:
+    """An IA³ adapter that was trained on Mixtral before transformers 5."""
+    adapted = attach(tiny_mixtral(), IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
+    adapted.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    old = "base_model.model.model.layers.0.block_sparse_moe.experts.0.w2.ia3_l"
+    save_file({**load_file(file), old: torch.ones(1, 24)}, file)
+
+    with pytest.raises(Refusal, match=r"has no module .*w2; near it: .*experts"):
+        load(tiny_mixtral(), tmp_path)
 
 
 def test_only_fused_parameters_are_a_refusal_that_says_so() -> None:

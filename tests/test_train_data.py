@@ -7,11 +7,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infold.errors import CorruptFile, Refusal
+from infold.errors import CorruptFile, Refusal, StorageFailure
 from infold.tuners.data import read_data
 from infold.tuners.tokens import IGNORED, Collator, Tokens, class_names, encode, pack
 from training import CHAT, new_tokenizer, write_jsonl
@@ -162,6 +163,29 @@ def test_a_folder_is_read_without_its_held_out_files(tmp_path: Path) -> None:
     data = read_data(tmp_path)
 
     assert [e.values["text"] for e in data.examples] == ["train-00000", "train-00001"]
+
+
+def test_a_data_set_of_the_hub_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the hub's own client, from its cache: no network is needed for what is there already."""
+    place = tmp_path / "datasets--org--films"
+    snapshot = place / "snapshots" / ("0" * 40)
+    (snapshot / "data").mkdir(parents=True)
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text("0" * 40)
+    write_jsonl(snapshot / "data" / "train.jsonl", [{"text": "good", "label": "yes"}])
+    write_jsonl(snapshot / "data" / "test.jsonl", [{"text": "bad", "label": "no"}])
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(tmp_path))
+
+    data = read_data("org/films")
+
+    assert data.name == "org/films" and data.shape == "label"
+    assert [e.values["text"] for e in data.examples] == ["good"]
+    with pytest.raises(StorageFailure, match=r"org/nothing: .* check the name"):
+        read_data("org/nothing")
+    write_jsonl(snapshot / "data" / "train.jsonl", [{"text": 5, "label": "yes"}])
+    with pytest.raises(Refusal, match=r"train\.jsonl.*line 1: field 'text'"):
+        read_data("org/films")
 
 
 def test_no_data_is_refused(tmp_path: Path) -> None:

@@ -364,22 +364,29 @@ def test_an_adapter_that_vanishes_while_the_merge_begins_is_a_storage_failure(
 
 
 @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+@pytest.mark.parametrize("verb", ["merge", "combine", "load"])
 def test_a_pattern_that_would_take_for_ever_is_refused(
-    field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    verb: str, field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every further letter of a module's name doubles what Python's matcher has to do."""
     monkeypatch.setattr(patience, "SECONDS", 0.3)
-    module = "model.layers.0.self_attention_with_a_long_name.q_proj"
+    module = "a_self_attention_with_a_very_long_name"
     base = handmade.base_folder(tmp_path / "base", {f"{module}.weight": torch.ones(8, 8)})
-    adapter = handmade.lora(
-        tmp_path / "adapter", {module: (8, 8)}, **{field: {"([a-z_.0-9]+)+#": 4}}
-    )
+    slow = {field: {"([a-z_.0-9]+)+#": 4}, "target_modules": [module], "bias": "none"}
+    adapter = handmade.lora(tmp_path / "adapter", {module: (8, 8)}, **slow)
+    other = handmade.lora(tmp_path / "other", {module: (8, 8)}, target_modules=[module])
+    model = torch.nn.ModuleDict({module: torch.nn.Linear(8, 8)})
 
     began = time.process_time()
-    with pytest.raises(infold.Refusal, match=r"adapter: takes longer than 0\.3 s"):
-        infold.merge(base, adapter, tmp_path / "out")
+    with pytest.raises(infold.Refusal, match=r"adapter.*: takes longer than 0\.3 s"):
+        if verb == "merge":
+            infold.merge(base, adapter, tmp_path / "out")
+        elif verb == "combine":
+            infold.combine([adapter, other], tmp_path / "out", weights=[1.0, 1.0], kind="cat")
+        else:
+            infold.load(model, adapter)
 
     assert time.process_time() - began < 10
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "other"]
     assert signal.getsignal(signal.SIGVTALRM) == signal.SIG_DFL
     assert signal.getitimer(signal.ITIMER_VIRTUAL)[0] == 0

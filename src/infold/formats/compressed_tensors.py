@@ -32,6 +32,7 @@ def shape(stored: Stored) -> tuple[int, int]:
     weight = stored.shape("weight")
     if weight is not None and len(weight) == 2:
         return weight[0], weight[1]
+    _refuse_marlin(stored)
     packed = stored.shape("weight_packed")
     if packed is None or len(packed) != 2:
         raise NoFold("its weight is no matrix")
@@ -49,8 +50,7 @@ def words(stored: Stored) -> str:
 
 
 def scales(stored: Stored) -> tuple[Scale, ...]:
-    if "scale_packed" in stored.tensors:
-        raise NoFold("its scales lie in the order of Marlin kernels (2:4 sparse)")
+    _refuse_marlin(stored)
     scale, kind, (out, _) = (
         stored.shape("weight_scale"),
         stored.dtype("weight_scale"),
@@ -62,6 +62,11 @@ def scales(stored: Stored) -> tuple[Scale, ...]:
     if kind not in _FLOATS:
         raise NoFold("MX scales are powers of two, so they cannot take a factor")
     return (Scale("weight_scale", rows=check_rows(scale, out)),)
+
+
+def _refuse_marlin(stored: Stored) -> None:
+    if "scale_packed" in stored.tensors:
+        raise NoFold("its scales lie in the order of Marlin kernels (2:4 sparse)")
 
 
 def check_rows(scale: tuple[int, ...], out: int) -> int:

@@ -1,7 +1,8 @@
-"""Formats that are known, and known to have no place for a factor of a row.
+"""Formats that are known by their tensors, and refused by their names.
 
-Their weights are the product of codebooks, lattices or shared exponents, or their row scales are
-quantized together with others; each is recognised to be refused by its name.
+Most have no place for a factor of a row: their weights are made of codebooks or lattices, or of
+groups that share exponents of two or scales of eight bits. EXL3 and AQLM do have a vector by rows;
+nothing here was tried on them.
 """
 
 from __future__ import annotations
@@ -14,25 +15,33 @@ _NAMES = {
     "codes": "AQLM",
     "Qidxs": "QuIP#",
     "indices": "VPTQ",
-    "weight._data": "Quanto",
     "dense_weights": "SpQR",
     "weight_blocks": "MXFP4",
+    "B": "Marlin",
 }
 NAME = "a format without scales by rows"
-CORE: tuple[str, ...] = tuple(_NAMES)
+CORE: tuple[str, ...] = (*_NAMES, "weight")
 
 
 def accepts(stored: Stored) -> bool:
-    return any(part in stored.tensors for part in CORE) and "weight" not in stored.tensors
+    if "weight" in stored.tensors:  # ModelOpt's, two codes a byte
+        return stored.dtype("weight") == "U8" and "weight_scale" in stored.tensors
+    return any(part in stored.tensors for part in _NAMES)
 
 
 def shape(stored: Stored) -> tuple[int, int]:
-    raise NoFold(f"{words(stored)} has no scales by rows that a factor fits into")
+    raise NoFold(_why(stored))
 
 
 def words(stored: Stored) -> str:
+    if "weight" in stored.tensors:
+        return "NVFP4" if "weight_scale_2" in stored.tensors else "MXFP4"
     return next(name for part, name in _NAMES.items() if part in stored.tensors)
 
 
 def scales(stored: Stored) -> tuple[Scale, ...]:
-    raise NoFold(f"{words(stored)} has no scales by rows that a factor fits into")
+    raise NoFold(_why(stored))
+
+
+def _why(stored: Stored) -> str:
+    return f"{words(stored)} is not supported: a factor of a row has no place in it that is known"

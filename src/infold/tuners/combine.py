@@ -25,6 +25,7 @@ from infold.checkpoint.safetensors import build_header
 from infold.checkpoint.staging import Staging, storage_errors, write_fully
 from infold.dtypes import NAMES
 from infold.errors import Refusal
+from infold.patience import patience
 from infold.tuners.combine_config import (
     combined_config,
     config_notes,
@@ -183,7 +184,8 @@ def plan_combination(
         raise Refusal(reasons)
     if kind.endswith("svd") and svd_rank is None:
         options["svd_rank"] = max(largest_rank(a.config) for a in opened)
-    return _Planner(opened, method, kind).plan(weights, options, seed)
+    with patience(", ".join(str(adapter.path) for adapter in opened)):
+        return _Planner(opened, method, kind).plan(weights, options, seed)
 
 
 def _idle(kind: str, density: float | None, majority_sign: str, svd_rank: int | None) -> list[str]:

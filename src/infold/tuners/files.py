@@ -18,6 +18,7 @@ from infold.adapters import METHODS
 from infold.checkpoint.adapter import Adapter as AdapterFile
 from infold.checkpoint.adapter import open_adapter
 from infold.errors import Refusal
+from infold.patience import patience
 from infold.tuners.config import IA3Config, LoraConfig, TunerConfig, read_config
 from infold.tuners.layers import Adapted, AdaptedEmbedding, Adapter, kind_of
 from infold.tuners.select import Selection, matches, modules_of
@@ -137,9 +138,14 @@ def load(
     model: AdaptedModel, path: str | os.PathLike[str], name: str, trainable: bool = False
 ) -> None:
     """Add the adapter of a folder or Hub id. Raises Refusal for any tensor without a place."""
+    file = open_adapter(path)
+    with patience(str(file.path)):
+        _load(model, file, name, trainable)
+
+
+def _load(model: AdaptedModel, file: AdapterFile, name: str, trainable: bool) -> None:
     from infold.tuners.model import insert
 
-    file = open_adapter(path)
     config = read_config(file.config, f"{file.path}/adapter_config.json")
     config = replace(config, inference_mode=not trainable)
     modules = modules_of(model)

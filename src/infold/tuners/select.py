@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -13,7 +14,7 @@ from infold.errors import Refusal
 from infold.tuners.config import IA3Config, LoraConfig, Names, TunerConfig
 from infold.tuners.layers import KINDS, Adapted, AdaptedOpaque, kind_of
 from infold.tuners.quantized import is_readable
-from infold.tuners.targets import find_targets
+from infold.tuners.targets import find_targets, fused_experts
 
 __all__ = ["Selection", "matches", "modules_of", "select"]
 
@@ -117,6 +118,8 @@ def _with_targets(
             and not matches(config.modules_to_save, path)
         ]
         config = replace(config, target_modules=_shortest(paths, modules))
+        if sentence := fused_experts(modules):
+            warnings.warn(f"all-linear: {sentence}", UserWarning, stacklevel=2)
     if isinstance(config, IA3Config) and config.feedforward_modules is None:
         found = find_targets(model, config.METHOD)
         inner = [
@@ -184,12 +187,31 @@ def _unmatched(field: str, names: Names, modules: Iterable[str]) -> list[str]:
     for name in wanted:
         if any(matches(name if isinstance(names, str) else [name], path) for path in paths):
             continue
+        holder = _holder(name, modules)
+        if holder:
+            problems.append(
+                f"{field}: {name!r} is a parameter of {holder}, not a module; experts that are "
+                "fused into one parameter take no adapter here"
+            )
+            continue
         kind = "the pattern" if isinstance(names, str) else "the name"
         leaves = sorted({path.rpartition(".")[2] for path in paths} - {str(n) for n in range(999)})
         near = difflib.get_close_matches(name.rpartition(".")[2], leaves, n=4, cutoff=0.5)
         hint = f"near it: {', '.join(near)}" if near else f"there are: {', '.join(leaves[:20])}"
         problems.append(f"{field}: {kind} {name!r} means no module of the model; {hint}")
     return problems
+
+
+def _holder(name: str, modules: Iterable[str]) -> str | None:
+    """The first module that has a parameter of this name, of three dimensions or more."""
+    if not isinstance(modules, dict):  # only paths
+        return None
+    path: str
+    for path, module in modules.items():
+        for own, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() > 2 and matches([name], f"{path}.{own}"):
+                return path
+    return None
 
 
 def _unfit(model: nn.Module, path: str, module: nn.Module, config: TunerConfig) -> list[str]:

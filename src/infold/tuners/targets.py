@@ -18,7 +18,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -26,7 +26,7 @@ from torch import nn
 
 from infold.errors import Refusal
 
-__all__ = ["Targets", "find_targets"]
+__all__ = ["Targets", "find_targets", "fused_experts"]
 
 # What PEFT's defaults do beyond the structure: an adapter must fit what others trained.
 _QUERY_FOR_KEY = frozenset(  # IA³ on query and value
@@ -416,14 +416,21 @@ def _out_of_reach(
         yield "no key and value projections found; attention gets no adapter"
     if method == "lora" and modules:
         return
-    experts = {path for path, module in tree.modules.items() if _holds_experts(path, module)}
-    if experts:
-        yield (
-            f"the experts in {_places(experts)} are 3-D parameters, not modules; "
-            "their feed-forward networks get no adapter"
-        )
+    if experts := fused_experts(tree.modules):
+        yield experts
     elif not feedforward:
         yield "no feed-forward network found; none gets an adapter"
+
+
+def fused_experts(modules: Mapping[str, nn.Module]) -> str | None:
+    """A sentence about experts that no adapter reaches; None where there are none."""
+    experts = {path for path, module in modules.items() if _holds_experts(path, module)}
+    if not experts:
+        return None
+    return (
+        f"the experts in {_places(experts)} are 3-D parameters, not modules; "
+        "their feed-forward networks get no adapter"
+    )
 
 
 def _holds_experts(path: str, module: nn.Module) -> bool:
