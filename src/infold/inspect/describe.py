@@ -198,7 +198,8 @@ def _checkpoint(base: Checkpoint) -> dict[str, Any]:
     return {
         "kind": "checkpoint",
         "path": str(base.path),
-        "model_type": (base.config or {}).get("model_type"),
+        "model_type": (base.config or {}).get("model_type")
+        or base.shards[0].header.metadata.get("general.architecture"),
         "tensors": len(base.where),
         "parameters": _parameters(base),
         "bytes": base.nbytes,
