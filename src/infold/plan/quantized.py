@@ -97,9 +97,8 @@ class StoredModules:
     def _cores(self) -> list[str]:
         """What weights are called here; nothing but `weight` where nothing is quantized."""
         known = dict.fromkeys(name for form in QUANTIZED.values() for name in form.CORE)
-        return [
-            core for core in known if any(name.endswith(f".{core}") for name in self.base.where)
-        ]
+        leaves = {name.rpartition(".")[2] for name in self.base.where}
+        return [core for core in known if core in leaves]
 
     def find(self, module: str) -> tuple[Stored, Quantized] | None:
         """A quantized module, and its format; None where the base has no such module, or stores its
