@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import infold
 
@@ -67,6 +67,21 @@ def test_json_is_one_object_that_equals_the_receipt(
     assert printed == json.loads((tmp_path / "out" / "infold-receipt.json").read_text())
     assert len(printed["sha256"]["model.safetensors"]) == 64
     assert {edit["operations"][0]["side"] for edit in printed["edits"]} == {"in", "out"}
+
+
+def test_the_receipt_tells_what_share_rounding_left_as_it_was(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Counted anew, from base and output."""
+    receipt = infold.merge(*pair, tmp_path / "out")
+
+    before, after = (load_file(f / "model.safetensors") for f in (pair[0], tmp_path / "out"))
+    shares = {edit["tensor"]: edit["unchanged"] for edit in receipt.edits}
+    assert len(shares) == 3
+    for name, share in shares.items():
+        same = (before[name] == after[name]).double().mean().item()
+        assert share == pytest.approx(same, abs=1e-6)
+    assert max(shares.values()) > 0, "a scale of 1 +- 0.1 moves most elements, and not all"
 
 
 def test_dry_run_writes_nothing(pair: tuple[Path, Path], tmp_path: Path) -> None:

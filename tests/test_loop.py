@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -195,6 +197,30 @@ def test_more_iterations_continue_a_run(base: Path, whole: Path, tmp_path: Path)
 
 
 # --- kills ----------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_in_the_middle_of_a_merge_loses_nothing(
+    base: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    shutil.rmtree(run / "model")
+    for name in ("merge.json", "scores.json", "evaluate.jsonl"):
+        (run / "iterations" / "002" / name).unlink()
+    kept = digests(run / "iterations")
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(infold.StorageFailure, match="no space"):
+        patch.setattr(os, "pwrite", full)
+        infold.Loop(settings(base, run)).run()
+    assert digests(run / "iterations") == kept
+    assert lineage(run)["stopped"] is None, "it is no longer at the end that it came to before"
+    assert not (run / "model").exists() and not (run / ".model.infold").exists()
+    infold.Loop(settings(base, run)).run()
+
+    assert outcome(run) == outcome(whole)
 
 
 def test_a_journal_loses_its_torn_line_and_no_other(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import torch
 
 from infold.checkpoint.files import exists, locate, read_json, read_object
 from infold.checkpoint.shards import RECEIPT
+from infold.checkpoint.staging import storage_errors
 from infold.errors import ProofFailed, Refusal
 from infold.loop.config import LoopConfig, read_config
 from infold.loop.engine import open_engine
@@ -79,6 +80,8 @@ class Loop:
         """
         with self.folder.locked():
             held = self._begin()
+            with storage_errors(self.folder.path):  # where an earlier call came to its end
+                (self.folder.path / "stopped.json").unlink(missing_ok=True)
             while True:
                 done = self.folder.done()
                 if not done:

@@ -29,6 +29,7 @@ from infold.checkpoint.files import read_json, safe_child
 from infold.checkpoint.inputs import InputFiles
 from infold.checkpoint.record import UNDO, RecordWriter
 from infold.checkpoint.shards import (
+    JOURNAL,
     RECEIPT,
     companion,
     is_lone,
@@ -369,6 +370,10 @@ def check_output(out: Path, plan: Plan, force: bool) -> None:
 
 def _check_file(out: Path, force: bool) -> None:
     """An output that exists, and is a single file, must be an old output, and be replaced."""
+    if os.path.lexists(companion(out, JOURNAL)):
+        raise Refusal(
+            f"{out}: was left in the middle of an edit in place; `infold inspect {out}` finishes it"
+        )
     told: Any = None
     with suppress(InfoldError):  # none, or a broken one
         told = read_receipt(out)
