@@ -547,8 +547,8 @@ def test_a_model_that_transformers_quantized_and_loads_again(kind: str, tmp_path
 
 
 @pytest.mark.parametrize("kind", [
-    "gptq", "awq", "ct-pack-asymmetric", "ct-int8", "bnb-int8", "bnb-nf4-nested", "fp8-blocks", "hqq",
-    "torchao-int8",
+    "gptq", "awq", "ct-pack-asymmetric", "ct-int8", "bnb-int8", "bnb-nf4-nested", "fp8-blocks",
+    "hqq", "torchao-int8",
 ])  # fmt: skip
 def test_parts_of_any_shape_end_in_a_reason(kind: str, tmp_path: Path) -> None:
     """Each part in turn gets other shapes and another dtype: a refusal, or a merge of what it means
