@@ -432,8 +432,15 @@ def test_what_an_output_replaces(base: Path, adapter: Path, tmp_path: Path) -> N
 
     with pytest.raises(infold.Refusal, match=r"exists already.* --force"):
         infold.merge(base, other, out)
+    infold.merge(base, adapter, out, force=True, undo=True)
     infold.merge(base, other, out, force=True)
+    assert not (tmp_path / "merged.gguf.infold-undo.bin").exists()
     assert out.read_bytes() != first and infold.verify(out).ok
+    journal = tmp_path / "merged.gguf.infold-undo.journal"
+    journal.write_text("")
+    with pytest.raises(infold.Refusal, match="in the middle of an edit"):
+        infold.merge(base, other, out, force=True)
+    journal.unlink()
     (tmp_path / "merged.gguf.infold-receipt.json").unlink()
     with pytest.raises(infold.Refusal, match="is no output of infold"):
         infold.merge(base, adapter, out, force=True)
