@@ -26,6 +26,11 @@ bench: .venv/dev.done
 	$(BIN)/python benchmarks/loop.py disk
 	$(BIN)/python benchmarks/loop.py speed
 	$(BIN)/python benchmarks/deployment.py
+	$(BIN)/python benchmarks/gguf_files.py run
+	$(BIN)/python benchmarks/gguf_files.py accuracy
+	$(BIN)/python benchmarks/gguf_files.py types
+	$(BIN)/python benchmarks/gguf_files.py errors
+	$(BIN)/python benchmarks/gguf_files.py report
 
 # Runs every cell; NOTEBOOK=--save keeps the outputs
 notebook: .venv/notebook.done

@@ -34,7 +34,7 @@ def main() -> None:
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     began = time.monotonic()
     client = NotebookClient(
-        notebook, timeout=280, resources={"metadata": {"path": str(NOTEBOOK.parent)}},
+        notebook, timeout=900, resources={"metadata": {"path": str(NOTEBOOK.parent)}},
         record_timing=False,
     )  # fmt: skip
     client.execute()

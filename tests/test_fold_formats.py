@@ -526,3 +526,40 @@ def test_two_adapters_on_nested_scales(nested: tuple[Base, Path, Path], tmp_path
     off = (base.values(tmp_path / "both", "mlp.up_proj") - factor.view(-1, 1) * old).abs()
     assert (off <= (factor.view(-1, 1) * old).abs() * 2.0**-24 * (1 + 1e-9)).all()
     assert infold.verify(base.path, [adapter, other], tmp_path / "both").ok
+
+
+@pytest.mark.parametrize(
+    ("kind", "part", "value"),
+    [
+        ("bnb-nf4", "weight.quant_state.bitsandbytes__nf4", torch.tensor(list(b'{"shape": ['))),
+        ("bnb-nf4", "weight.quant_state.bitsandbytes__nf4", torch.tensor([0.5, 1.5])),
+        ("bnb-nf4", "weight.quant_state.bitsandbytes__nf4", torch.zeros(2 << 20).byte()),
+        ("bnb-nf4", "weight.quant_state.bitsandbytes__nf4", torch.zeros(9, dtype=torch.uint64)),
+        ("bnb-nf4", "weight.quant_state.bitsandbytes__nf4", torch.tensor(list(b"[" * 100000))),
+        ("bnb-nf4", "weight.absmax", torch.ones(3)),
+        ("ct-pack", "weight_shape", torch.tensor([64.0, 128.0])),
+        ("ct-pack", "weight_shape", torch.tensor([-64, 1 << 62])),
+        ("ct-pack", "weight_scale", torch.ones(0)),
+        ("gptq", "scales", torch.ones(3, 5).half()),
+        ("hqq", "axis", torch.tensor(float("nan"))),
+        ("hqq", "shape", torch.tensor([0, 0])),
+        ("hqq", "scale", torch.ones(7, 1).half()),
+        ("torchao-tinygemm", "_weight_scale_and_zero", torch.ones(2, 2).bfloat16()),
+    ],
+)
+def test_broken_modules_are_refused(tmp_path: Path, kind: str, part: str, value: Tensor) -> None:
+    """Whatever a file tells of its modules: a reason to refuse, and nothing is written."""
+    base = make_base(tmp_path / "base", kind)
+    tensors = load_file(base.path / "model.safetensors")
+    if value.dtype == torch.int64 and "quant_state" in part:
+        value = value.byte()
+    tensors[f"{LAYER}.self_attn.k_proj.{part}"] = value
+    with safe_open(base.path / "model.safetensors", "pt") as file:
+        metadata = file.metadata()
+    save_file(tensors, base.path / "model.safetensors", metadata)
+
+    with pytest.raises(infold.Refusal):
+        infold.merge(base.path, make_adapter(tmp_path / "adapter", vectors()), tmp_path / "out")
+
+    assert not (tmp_path / "out").exists()
+    infold.inspect(base.path)

@@ -313,6 +313,30 @@ def test_names_are_those_of_the_gguf_package(arch: str) -> None:
         assert theirs.get_name(ours) == name or (name == "output" and arch.startswith("gemma"))
 
 
+@pytest.mark.parametrize(
+    ("name", "doubted"),
+    [
+        ("Tiny-7B-Instruct.Q4_K_M.gguf", False),
+        ("tiny-7b-instruct-ud-iq3_xxs.gguf", False),
+        ("Tiny-7B-Instruct-f16.gguf", False),
+        ("Tiny-7B.Q8_0.gguf", True),
+        ("model.gguf", False),
+    ],
+)
+def test_whose_adapter_it_is(name: str, doubted: bool, tmp_path: Path) -> None:
+    tensors = {"blk.0.attn_v.weight": ggufs.encode(matrix(ROWS), "Q8_0")}
+    file = one_layer(tmp_path, tensors).rename(tmp_path / name)
+    adapter = handmade.ia3(
+        tmp_path / "a",
+        vectors(0, False, model__layers__0__self_attn__v_proj=ROWS),
+        base_model_name_or_path="some/Tiny-7B-Instruct",
+    )
+
+    notes = infold.merge(file, adapter, tmp_path / "m.gguf", dry_run=True)["notes"]
+
+    assert any("is it the same model" in note for note in notes) == doubted
+
+
 def test_an_unknown_architecture_is_refused(tmp_path: Path) -> None:
     tensors = {"blk.0.attn_v.weight": ggufs.encode(matrix(ROWS), "Q8_0")}
     file = one_layer(tmp_path, tensors, "smollm3")
@@ -408,8 +432,15 @@ def test_what_an_output_replaces(base: Path, adapter: Path, tmp_path: Path) -> N
 
     with pytest.raises(infold.Refusal, match=r"exists already.* --force"):
         infold.merge(base, other, out)
+    infold.merge(base, adapter, out, force=True, undo=True)
     infold.merge(base, other, out, force=True)
+    assert not (tmp_path / "merged.gguf.infold-undo.bin").exists()
     assert out.read_bytes() != first and infold.verify(out).ok
+    journal = tmp_path / "merged.gguf.infold-undo.journal"
+    journal.write_text("")
+    with pytest.raises(infold.Refusal, match="in the middle of an edit"):
+        infold.merge(base, other, out, force=True)
+    journal.unlink()
     (tmp_path / "merged.gguf.infold-receipt.json").unlink()
     with pytest.raises(infold.Refusal, match="is no output of infold"):
         infold.merge(base, adapter, out, force=True)

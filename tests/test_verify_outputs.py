@@ -230,6 +230,11 @@ def test_the_command_line_records_and_fails(place: Path, tmp_path: Path) -> None
     assert "FAIL" not in ran.stdout and "continuations equal" in ran.stdout
     record = json.loads((merged / "records" / "outputs.json").read_text())
     assert (record["kind"], record["ok"], len(record["receipt"])) == ("outputs", True, 64)
+    (merged / "records" / "outputs.json").unlink()
+    prompts = place / "prompts.txt"
+    found = infold.verify(base, adapter, merged, outputs=True, prompts=prompts, new_tokens=3)
+    again = json.loads((merged / "records" / "outputs.json").read_text())
+    assert found.ok and {**again, "seconds": 0} == {**record, "seconds": 0}
     assert infold.verify(base, adapter, merged).ok  # the record is no stranger to the proof
 
     spoil_all(base, adapter, tmp_path / "base-again")

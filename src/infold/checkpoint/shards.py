@@ -170,6 +170,8 @@ def open_checkpoint(name: str | os.PathLike[str], *, in_place: bool = False) -> 
     swapped = ""
     if exists(path / "adapter_config.json"):
         swapped = ". It looks like an adapter: the base comes first, then its adapters"
+    if path != Path(name):
+        swapped = ". Of a Hub repository GGUF files are not fetched: download one, give its path"
     raise Refusal(
         f"{path}: no checkpoint: neither {SINGLE} nor {INDEX} nor a GGUF file is there{swapped}"
     )

@@ -268,8 +268,7 @@ class Staging:
             if os.path.lexists(self.out) and not self.force:
                 raise Refusal(f"{self.out}: appeared while the merge ran; it is left as it is")
             if self.lone:
-                os.close(os.open(self.folder / _PUBLISHING, os.O_WRONLY | os.O_CREAT, 0o644))
-                sync_folder(self.folder)
+                self._announce()
                 self._move_files()
             elif not os.path.lexists(self.out):
                 os.rename(self.output, self.out)
@@ -279,8 +278,24 @@ class Staging:
             sync_folder(self.out.parent)
             self.discard()
 
+    def _announce(self) -> None:
+        """Tell the next run what is about to get its name."""
+        fd = os.open(self.folder / _PUBLISHING, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        try:
+            write_fully(fd, memoryview(json.dumps(os.listdir(self.output)).encode()), 0)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        sync_folder(self.folder)
+
     def _move_files(self) -> None:
-        """Give each file of a single-file output its name, the model's own last."""
+        """Give each file of a single-file output its name, the model's own last. What belonged to
+        an old output, and has no successor, goes."""
+        with suppress(ValueError):
+            new = json.loads((self.folder / _PUBLISHING).read_bytes())
+            for name in os.listdir(self.out.parent):
+                if name.startswith(f"{self.out.name}.infold-") and name not in new:
+                    os.unlink(self.out.with_name(name))
         names = sorted(os.listdir(self.output), key=lambda name: (name == self.out.name, name))
         for name in names:
             os.rename(self.output / name, self.out.with_name(name))

@@ -38,7 +38,8 @@ def shape(stored: Stored) -> tuple[int, int]:
         raise NoFold("its weight is no matrix")
     if stored.dtype("weight_packed") == "U8":
         return packed[0], 2 * packed[1]
-    if stored.shape("weight_shape") != (2,):
+    kind = stored.dtype("weight_shape")
+    if stored.shape("weight_shape") != (2,) or kind not in ("I32", "I64"):
         raise NoFold("its weight_shape is missing")
     out, inputs = stored.read("weight_shape").tolist()
     return out, inputs

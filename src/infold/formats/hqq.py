@@ -21,14 +21,14 @@ def accepts(stored: Stored) -> bool:
 
 
 def shape(stored: Stored) -> tuple[int, int]:
-    if stored.shape("shape") != (2,):
+    if stored.shape("shape") != (2,) or stored.dtype("shape") not in ("I32", "I64"):
         raise NoFold("its weight is no matrix")
     out, inputs = (int(n) for n in stored.read("shape"))
     return out, inputs
 
 
 def _number(stored: Stored, part: str) -> int | None:
-    if stored.shape(part) not in ((), (1,)):
+    if stored.shape(part) not in ((), (1,)) or stored.dtype(part) not in ("I32", "I64", "U8"):
         return None
     return int(stored.read(part).item())
 

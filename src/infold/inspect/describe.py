@@ -28,7 +28,7 @@ from infold.inspect.receipt import checked_receipt
 from infold.plan.build import plan_merge
 from infold.plan.config import read_config
 from infold.plan.match import Names, group_keys
-from infold.plan.quantized import StoredModules
+from infold.plan.quantized import StoredModules, words_of
 
 __all__ = ["describe_path"]
 
@@ -178,12 +178,9 @@ def _quantization(base: Checkpoint) -> list[dict[str, Any]]:
         why = None
         try:
             form.scales(stored)
-        except NoFold as error:
+        except (NoFold, CorruptFile) as error:
             why = str(error)
-        try:
-            words = form.words(stored)
-        except NoFold:
-            words = form.NAME
+        words = words_of(form, stored)
         entry = found.setdefault(words, {"format": words, "modules": 0, "no_fold": None})
         entry["modules"] += 1
         entry["no_fold"] = entry["no_fold"] or why
@@ -201,7 +198,8 @@ def _checkpoint(base: Checkpoint) -> dict[str, Any]:
     return {
         "kind": "checkpoint",
         "path": str(base.path),
-        "model_type": (base.config or {}).get("model_type"),
+        "model_type": (base.config or {}).get("model_type")
+        or base.shards[0].header.metadata.get("general.architecture"),
         "tensors": len(base.where),
         "parameters": _parameters(base),
         "bytes": base.nbytes,

@@ -16,7 +16,11 @@ __all__ = ["origin_notes"]
 # Words that a copy's name gains or loses without its being another model.
 _HARMLESS = frozenset(
     "hf safetensors bf16 fp16 fp32 f16 f32 bfloat16 float16 float32 copy local main merged sharded "
-    "snapshot model".split()
+    "snapshot model gguf".split()
+)
+# How a GGUF file's name ends: -Q4_K_M, .UD-IQ3_XXS, -f16-00001-of-00002
+_TYPE = re.compile(
+    r"([-._](ud|i1))?([-._](i?q\d\w*|tq\d_\d|mxfp4|b?f16|f32))?(-\d{5}-of-\d{5})?$", re.IGNORECASE
 )
 _SIZE = re.compile(r"\d+(\.\d+)?[bm]", re.IGNORECASE)  # 7B, 135M: the name of a model
 
@@ -49,7 +53,9 @@ def _names(base: Checkpoint) -> list[str]:
             names.append(place.parent.parent.name.removeprefix("models--").replace("--", "/"))
         else:
             names.append(place.name)
-    if not base.is_folder:
+    if base.is_gguf:  # people call the folder anything, and the file by model and type
+        names.insert(0, _TYPE.sub("", Path(base.shards[0].name).stem))
+    elif not base.is_folder:
         names.append(base.path.stem)
     own = (base.config or {}).get("_name_or_path")
     return [*names, own] if isinstance(own, str) and own else names

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from infold.adapters import Settings
-from infold.checkpoint.shards import Checkpoint, read_exactly
-from infold.errors import StorageFailure
+from infold.checkpoint.inputs import InputFiles
+from infold.checkpoint.shards import Checkpoint
+from infold.checkpoint.stored import ELEMENTS, stored_matrix
+from infold.errors import CorruptFile
 from infold.formats import (
     QUANTIZED,
     Field,
@@ -34,12 +34,8 @@ from infold.plan.match import Names
 __all__ = ["StoredModules", "quantization_of", "words_of"]
 
 _DEPTH = 3  # components of a tensor's name below its module, such as `weight.quant_state.nf4`
-_DTYPES = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16,
-    "I32": torch.int32, "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F32": torch.float32, "F64": torch.float64, "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
+_ALL = slice(None)
+_SMALL = 1 << 20  # bytes of a tensor that a plan reads
 _ACTIVATIONS = (
     "hidden_act", "hidden_activation", "activation_function", "mlp_hidden_act", "dense_act_fn",
     "feed_forward_proj", "activation",
@@ -65,7 +61,7 @@ def words_of(form: Quantized, stored: Stored) -> str:
     """The format for a person, also where the module is broken."""
     try:
         return form.words(stored)
-    except NoFold:
+    except (NoFold, CorruptFile):
         return form.NAME
 
 
@@ -101,9 +97,8 @@ class StoredModules:
     def _cores(self) -> list[str]:
         """What weights are called here; nothing but `weight` where nothing is quantized."""
         known = dict.fromkeys(name for form in QUANTIZED.values() for name in form.CORE)
-        return [
-            core for core in known if any(name.endswith(f".{core}") for name in self.base.where)
-        ]
+        leaves = {name.rpartition(".")[2] for name in self.base.where}
+        return [core for core in known if core in leaves]
 
     def find(self, module: str) -> tuple[Stored, Quantized] | None:
         """A quantized module, and its format; None where the base has no such module, or stores its
@@ -260,20 +255,22 @@ class StoredModules:
 
 
 def read(base: Checkpoint, name: str) -> Tensor:
-    """A whole tensor of a checkpoint, in memory of its own."""
-    info, shard = base.info(name), base.shards[base.where[name]]
-    buffer = bytearray(info.nbytes)
+    """A small tensor of a checkpoint that tells how a module is quantized.
+
+    Raises CorruptFile for one that is large, or of a dtype that tells nothing.
+    """
+    info = base.info(name)
+    path = base.shards[base.where[name]].path
+    if info.dtype not in ELEMENTS or info.nbytes > _SMALL:
+        raise CorruptFile(
+            f"{path}: {name}: {info.nbytes:,} bytes of {info.dtype} cannot tell how a module is "
+            "quantized"
+        )
+    files = InputFiles()
     try:
-        fd = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise StorageFailure(f"{shard.path}: {error.strerror}") from error
-    try:
-        read_exactly(fd, memoryview(buffer), info.begin, shard.path)
+        return stored_matrix(base, files, name)[_ALL, _ALL].view(info.shape)
     finally:
-        os.close(fd)
-    if not buffer:
-        return torch.empty(info.shape, dtype=_DTYPES[info.dtype])
-    return torch.frombuffer(buffer, dtype=_DTYPES[info.dtype]).view(info.shape)
+        files.close()
 
 
 def _nested(stored: Stored) -> Nested:

