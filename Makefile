@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Tests and benchmarks never ask a model hub
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test lint bench notebook clean
+.PHONY: demo test lint bench kills notebook clean
 
 demo: .venv/demo.done
 	$(BIN)/python examples/demo.py
@@ -16,6 +16,10 @@ lint: .venv/dev.done
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# What `make test` takes a sample of
+kills: .venv/dev.done
+	INFOLD_ALL_KILLS=1 $(BIN)/python -m pytest -n auto --timeout 3000 tests/test_in_place.py
 
 bench: .venv/dev.done
 	$(BIN)/python benchmarks/merge.py

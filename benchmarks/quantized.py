@@ -47,7 +47,7 @@ def add(part: str, value: Any) -> None:
     record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
     record[part] = value
     record["machine"] = {
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")},
     }
@@ -351,15 +351,19 @@ def report(record: dict[str, Any]) -> str:
         lines.append(f"| {row['kind']} | {' | '.join(cells)} | {row['changed']:.1%} |")
     lines += [
         "",
-        "On the rows, plain rounding mostly finds the codes of a plainly rounded base again: there "
-        "requantizing is as good as the fold (NF4, FP8, channels), or loses a few times the "
-        "rounding of a scale. It loses more where the quantizer is another one. On the input side "
-        "requantizing is a second quantization, as large as the first, in every format.",
+        "On the rows requantizing is as good as the fold where plain rounding finds the codes of a "
+        "plainly rounded base again: NF4, FP4, FP8, int8 by channel, scales in bfloat16. Elsewhere "
+        "it loses more, most where the base's own quantizer is another one or does not use the "
+        "whole range. On the input side it is a second quantization, about as large as the first, "
+        "in every format. (*hqq* has eight bits here.)",
         "",
         "## SmolLM2-135M through bitsandbytes, on the CPU",
         "",
         "Saved by transformers, folded by `infold merge --undo`, and loaded again. *adapter*: the "
-        "same base with the adapter attached by PEFT.",
+        "same base with the adapter attached by PEFT. The runtime rounds by itself: activations to "
+        "eight bits in int8, and on some processors NF4's scales to bfloat16; so the same pair is "
+        "also compared on weights that are dequantized to float32. Times are those of a busy "
+        "machine, and mostly the import of PyTorch.",
         "",
     ]
     models = record.get("models", [])

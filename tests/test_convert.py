@@ -226,6 +226,8 @@ def test_touched_modules_are_rounded_into_their_format(kind: str, tmp_path: Path
     for name in TOUCHED:
         exact = update(adapter, name, base.values(name))
         found = base.values(name, out)
+        moved = {e.get("update") for e in receipt.edits if f".{name}." in e["tensor"]} - {None}
+        assert moved.pop() == pytest.approx(relative(base.values(name), exact), rel=1e-3)
         told = {e for tensor, e in errors(receipt).items() if tensor.startswith(f"{name}.")}
         assert len(told) == 1
         assert told.pop() == pytest.approx(relative(found, exact), rel=1e-3)
@@ -274,6 +276,35 @@ def test_the_first_gptq_version_and_symmetric_grids(tmp_path: Path) -> None:
 
     zeros = base.parts(out, "mlp.down_proj")["qzeros"]
     assert (zeros == 0x77777777).all(), "8, less one"
+    assert infold.verify(out).ok
+
+
+def test_a_small_update_that_rounding_swallows_is_told(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", KINDS["bnb-nf4"])
+    adapter = low_rank(tmp_path / "lora", alpha=0.01)
+
+    receipt = infold.merge(base.path, adapter, tmp_path / "merged", requantize=True)
+
+    (note,) = [n for n in receipt.notes if "rounding error is larger" in n]
+    assert "in 2 of the weights" in note and "--dequantize keeps it" in note
+
+
+def test_several_adapters_act_in_order_before_one_rounding(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", KINDS["gptq"])
+    first, second = low_rank(tmp_path / "lora"), ia3(
+        tmp_path / "ia3", vectors(), feedforward_modules=["down_proj"]
+    )  # fmt: skip
+    out = tmp_path / "merged"
+
+    infold.merge(base.path, [first, second], out, dequantize=True)
+
+    exact = update(first, "mlp.down_proj", base.values("mlp.down_proj"))
+    assert_rounded(
+        base.parts(out, "mlp.down_proj")["weight"],
+        exact * vectors()[f"{LAYER}.mlp.down_proj"].double(),
+    )
+    key = base.values("self_attn.k_proj") * vectors()[f"{LAYER}.self_attn.k_proj"].double()
+    assert_rounded(base.parts(out, "self_attn.k_proj")["weight"], key)
     assert infold.verify(out).ok
 
 
@@ -515,7 +546,10 @@ def test_a_model_that_transformers_quantized_and_loads_again(kind: str, tmp_path
 # --- hostile files ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", [
+    "gptq", "awq", "ct-pack-asymmetric", "ct-int8", "bnb-int8", "bnb-nf4-nested", "fp8-blocks",
+    "hqq", "torchao-int8",
+])  # fmt: skip
 def test_parts_of_any_shape_end_in_a_reason(kind: str, tmp_path: Path) -> None:
     """Each part in turn gets other shapes and another dtype: a refusal, or a merge of what it means
     then; never an error of another kind."""
@@ -542,3 +576,58 @@ def test_parts_of_any_shape_end_in_a_reason(kind: str, tmp_path: Path) -> None:
                     assert refusal.reasons and all("\n" not in r for r in refusal.reasons)
                 else:
                     assert infold.verify(out).ok, (part, other.shape, other.dtype)
+
+
+@pytest.mark.parametrize("kind", ["fp8-blocks", "ct-pack"])
+def test_a_base_made_by_hand_that_transformers_reads(kind: str, tmp_path: Path) -> None:
+    """What transformers decodes from base and output, with PEFT's LoRA on the one. It decodes
+    compressed-tensors in the dtype of the scales, bfloat16 here, so that comparison is coarser."""
+    import peft
+    import transformers as hf
+
+    torch.manual_seed(0)
+    config = hf.LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=80, tie_word_embeddings=False, pad_token_id=0,
+    )  # fmt: skip
+    base, out = tmp_path / "base", tmp_path / "merged"
+    hf.AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    tensors = load_file(base / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        made = FORMATS[kind](tensors.pop(name).float())
+        place = name.removesuffix("weight")
+        tensors |= {place + part: tensor.contiguous() for part, tensor in made.tensors.items()}
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    told = dict(made.config)
+    if kind == "ct-pack":
+        scheme = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
+        group = {"targets": ["Linear"], "weights": {**scheme, "symmetric": True}}
+        told |= {"config_groups": {"group_0": group}, "ignore": ["lm_head"]}
+        told["quantization_status"] = "compressed"
+    fields = json.loads((base / "config.json").read_text()) | {"quantization_config": told}
+    (base / "config.json").write_text(json.dumps(fields))
+    way = (
+        hf.FineGrainedFP8Config(dequantize=True)
+        if kind == "fp8-blocks"
+        else hf.CompressedTensorsConfig(run_compressed=False)
+    )
+
+    def load(path: Path) -> Any:
+        return hf.AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, quantization_config=way
+        ).eval()
+
+    settings = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(load(base), settings).eval()
+    adapted.save_pretrained(tmp_path / "lora")
+
+    infold.merge(base, tmp_path / "lora", out, dequantize=True, dtype="f32")
+
+    ids = torch.randint(1, 80, (2, 9))
+    with torch.no_grad():
+        found, wanted = load(out)(ids).logits, adapted(ids).logits
+        with adapted.disable_adapter():
+            without = adapted(ids).logits
+    limit = 1e-5 if kind == "fp8-blocks" else 5e-3
+    torch.testing.assert_close(found, wanted, rtol=0, atol=limit)
+    assert (without - wanted).abs().max() > 20 * limit

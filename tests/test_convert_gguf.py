@@ -6,6 +6,7 @@ the update's rows in that order by the converters' formula.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFWriter
 from safetensors.torch import load_file
 
 import infold
+import test_gguf_models as models
 from handmade import ia3, lora
 from infold.checkpoint.gguf import read_gguf_header
 from infold.errors import Refusal
@@ -209,3 +211,53 @@ def test_a_vector_without_a_place_is_promoted(tmp_path: Path) -> None:
     assert relative(values(after, "ffn_down"), exact) < 2.0**-11
     assert relative(values(after, "ffn_up"), values(before, "ffn_up") * up.double()) < 1e-3
     assert infold.verify(tmp_path / "out.gguf").ok
+
+
+# --- transformers reads the file, PEFT attaches the adapter ---------------------------------------
+
+
+@pytest.mark.parametrize(("name", "kind"), [
+    ("llama", "lora"), ("llama", "dora"), ("qwen2", "lora"), ("bloom", "lora"), ("phi3", "lora"),
+])  # fmt: skip
+def test_a_converted_file_is_the_adapted_model(
+    name: str, kind: str, tmp_path: Path, calm: None
+) -> None:
+    import peft
+
+    model = models.MODELS[name]
+    file = models.base_file(tmp_path / "base", model, "Q8_0")
+    config = peft.LoraConfig(
+        r=4, lora_alpha=16, target_modules=list(model.targets), use_dora=kind == "dora",
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
+    adapted = peft.get_peft_model(models.load(file), config).eval()
+    random = torch.Generator().manual_seed(3)
+    for path, parameter in adapted.named_parameters():
+        if "lora_B" in path:
+            parameter.data = torch.randn(parameter.shape, generator=random) / 8
+        elif "magnitude" in path:
+            parameter.data *= 0.5 + torch.rand(parameter.shape, generator=random)
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    expected = models.logits(adapted)
+
+    infold.merge(file, tmp_path / "adapter", tmp_path / "merged.gguf", dequantize=True, dtype="f32")
+
+    found = models.logits(models.load(tmp_path / "merged.gguf"))
+    assert models.close(found, expected)
+    assert not models.close(found, models.logits(models.load(file)))
+    assert infold.verify(tmp_path / "merged.gguf").ok
+
+
+def test_a_promoted_file_is_the_adapted_model(tmp_path: Path, calm: None) -> None:
+    """GPT-2: GELU before c_proj, which becomes F32; the vector of c_attn folds (powers of two)."""
+    gpt2 = replace(
+        models.MODELS["gpt2"], targets=("c_attn", "mlp.c_proj"), feedforward=("mlp.c_proj",)
+    )
+    file = models.base_file(tmp_path / "base", gpt2, "Q8_0")
+    expected = models.logits(models.adapted(file, gpt2, tmp_path / "adapter"))
+
+    infold.merge(file, tmp_path / "adapter", tmp_path / "merged.gguf", promote=True, dtype="f32")
+
+    assert models.close(models.logits(models.load(tmp_path / "merged.gguf")), expected)
+    kinds = {t.name: t.tensor_type.name for t in GGUFReader(tmp_path / "merged.gguf").tensors}
+    assert kinds["blk.1.ffn_down.weight"] == "F32" and kinds["blk.1.attn_qkv.weight"] == "Q8_0"

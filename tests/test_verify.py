@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+import handmade
 import infold
 from infold.adapters import Settings, merge
 from infold.errors import CorruptFile, Refusal
@@ -208,6 +209,39 @@ def test_negative_zeros_without_an_update(bench: Bench) -> None:
         assert verdict.undecided == 0
     save_file({"a.lin.weight": weight.half()}, merged.path / "model.safetensors")
     assert not infold.verify(base, given, merged.path).ok
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dora", [False, True])
+def test_updates_so_small_that_their_bounds_underflow(
+    dtype: torch.dtype, dora: bool, tmp_path: Path
+) -> None:
+    """Only the sign of a zero is left of them, and whether it is there the contract tells."""
+    numbers = torch.Generator().manual_seed(6)
+
+    def tiny(*shape: int, least: int) -> torch.Tensor:
+        powers = torch.randint(least, 0, shape, generator=numbers).double()
+        return torch.randn(*shape, generator=numbers, dtype=torch.float64) * 2.0**powers
+
+    weight = torch.zeros(16, 24)
+    weight[:, ::2] = -0.0
+    weight[:, 5] = 1.0  # DoRA needs a norm
+    base = handmade.base_folder(tmp_path / "base", {"q.weight": weight.to(dtype)})
+    parts = {
+        "q.lora_A.weight": tiny(7, 24, least=-600),
+        "q.lora_B.weight": tiny(16, 7, least=-600),
+    }
+    if dora:
+        parts["q.lora_magnitude_vector"] = torch.rand(16, generator=numbers).double() + 0.5
+    config = {"peft_type": "LORA", "r": 7, "lora_alpha": -3, "use_dora": dora}
+    lora = handmade.adapter_folder(tmp_path / "lora", parts, config)
+    scales = tiny(16, 1, least=-30)
+    ia3 = handmade.ia3(tmp_path / "ia3", {"q": scales})
+    infold.merge(base, [lora, ia3], tmp_path / "out")
+
+    verdict = infold.verify(base, [lora, ia3], tmp_path / "out")
+
+    assert verdict.ok, verdict.offenders
 
 
 def test_biases_halfway_between_two_bfloat16(bench: Bench) -> None:

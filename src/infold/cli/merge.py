@@ -196,7 +196,9 @@ def _conversion_text(receipt: Receipt) -> str:
         text += f"{more} written as {told['dtype']}"
     measured = [e["error"] for e in receipt.edits if e.get("error") is not None]
     if measured:
+        updates = [e["update"] for e in receipt.edits if e.get("update")]
         text += f"; relative error against the exact merge at most {max(measured):.2g}"
+        text += f", the adapters' own updates {min(updates):.2g} and more" if updates else ""
     return text
 
 

@@ -38,6 +38,7 @@ __all__ = [
     "PartSource",
     "converted_runs",
     "encoded_bytes",
+    "lost_updates",
     "measured_error",
     "reads_elsewhere",
     "source_of",
@@ -109,22 +110,29 @@ def parts_of(
 
 
 class _Error:
-    """How far what is written lies from the exact values, relative, in the Frobenius norm."""
+    """How far what is written lies from the exact values, and how far these are from what they were
+    before the adapters; relative to the values, in the Frobenius norm."""
 
     def __init__(self) -> None:
-        self.off = self.norm = 0.0
+        self.off = self.moved = self.norm = 0.0
         self._lock = threading.Lock()
 
-    def add(self, written: Tensor, values: Tensor) -> None:
+    def add(self, written: Tensor, values: Tensor, before: Tensor) -> None:
         off = float((written - values).square_().sum())
+        moved = float((values - before).square_().sum())
         norm = float(values.square().sum())
         with self._lock:
             self.off += off
+            self.moved += moved
             self.norm += norm
 
-    @property
-    def relative(self) -> float:
-        return math.sqrt(self.off / self.norm) if self.norm else 0.0
+    def describe(self) -> dict[str, float]:
+        """As receipts tell it, with four digits."""
+        pair = {"error": self.off, "update": self.moved}
+        return {
+            name: float(f"{math.sqrt(square / self.norm):.4g}") if self.norm else 0.0
+            for name, square in pair.items()
+        }
 
 
 class ConvertedRun(EditRun):
@@ -146,7 +154,7 @@ class ConvertedRun(EditRun):
         values = self.exact(raw, block, workspace)
         rounded = self.target.form.encode(values, self.edit.dtype)
         check_finite(raw, rounded, block, self.target)
-        self.error.add(rounded.to(torch.float64), values)
+        self.error.add(rounded.to(torch.float64), values, raw.to(torch.float64))
         out.copy_(rounded)
         with self._lock:
             self.changed += block.count
@@ -201,7 +209,7 @@ class _Module:
                         f"{self.inner.edit.tensor}: its scales do not fit their dtype, so nothing "
                         "was merged; use --dequantize"
                     )
-                self.error.add(again, values)
+                self.error.add(again, values, raw.cpu().to(torch.float64))
             self.inner.release()
             self.outputs = outputs
 
@@ -274,11 +282,28 @@ def converted_runs(plan: Plan, device: torch.device) -> dict[str, Run]:
     return runs
 
 
-def measured_error(run: Run) -> float | None:
-    """The relative error of what was written, where it was measured."""
-    if isinstance(run, ConvertedRun | PartRun):
-        return float(f"{run.error.relative:.4g}")
-    return None
+def measured_error(run: Run) -> dict[str, float] | None:
+    """The relative error of what was written, and the size of the update, where they are known."""
+    return run.error.describe() if isinstance(run, ConvertedRun | PartRun) else None
+
+
+def lost_updates(runs: Mapping[str, Run]) -> list[str]:
+    """A note on weights whose rounding error is as large as what the adapters changed there."""
+    found: dict[str, float] = {}
+    for run in runs.values():
+        if isinstance(run, PartRun):
+            told = run.error.describe()
+            if told["error"] >= told["update"] > 0:
+                weight = run.module.inner.edit.tensor
+                found[weight] = told["error"] / told["update"]
+    if not found:
+        return []
+    worst = max(found, key=lambda name: found[name])
+    return [
+        f"in {len(found):,} of the weights that were quantized again the rounding error is larger "
+        f"than all that the adapters change there ({worst}: {found[worst]:.1f} times as large), so "
+        "much of their effect is lost; --dequantize keeps it"
+    ]
 
 
 def encoded_bytes(edit: Edit) -> int:

@@ -33,7 +33,8 @@ class Receipt:
     undo: of the undo record, {file, bytes, blake3}; None where there is none.
     conversion: how quantized modules were converted, {mode, dtype, touched, beside, original}:
     modules that an adapter touches, and others that became dense with them; else None. Their edits
-    have an "error": of what was written against the exact values, relative, in the Frobenius norm.
+    have an "error", of what was written against the exact values, and an "update", of these against
+    the values before; both relative to the values, in the Frobenius norm.
     peak_memory: resident, of the whole process. threads, device: what computed.
     """
 

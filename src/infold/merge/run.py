@@ -42,7 +42,7 @@ from infold.dtypes import TORCH_DTYPES
 from infold.edit.blocks import Block
 from infold.edit.threads import one_torch_thread, usual_threads
 from infold.errors import InfoldError, ProofFailed, Refusal, StorageFailure
-from infold.merge.convert import block_elements, encoded_bytes, measured_error
+from infold.merge.convert import block_elements, encoded_bytes, lost_updates, measured_error
 from infold.merge.losses import loss_of, subnormal_note
 from infold.merge.options import Options
 from infold.merge.receipt import Receipt
@@ -286,7 +286,7 @@ def make_receipt(
         bytes=sum(shard.header.file_size for shard in plan.shards),
         edited_bytes=plan.edited_bytes,
         resumed_bytes=streamed.resumed,
-        notes=[*plan.notes, *subnormal_note(streamed.runs)],
+        notes=[*plan.notes, *subnormal_note(streamed.runs), *lost_updates(streamed.runs)],
         conversion=None if plan.conversion is None else dict(plan.conversion),
         seconds=0.0,
         peak_memory=0,
@@ -560,7 +560,8 @@ def _edits(plan: Plan, streamed: Streamed) -> list[dict[str, object]]:
         unchanged = round(1 - run.changed / count, 6) if count and not streamed.resumed else None
         entry = {**describe(edit), "unchanged": unchanged}
         if error is not None:  # nothing of the base's is left to compare with
-            entry |= {"unchanged": None, "error": None if streamed.resumed else error}
+            known = dict.fromkeys(error) if streamed.resumed else error
+            entry |= {"unchanged": None, **known}
         if (loss := loss_of(run)) is not None:
             entry["rounding"] = loss.describe()
         result.append(entry)

@@ -83,12 +83,14 @@ class Values:
             self.error = self.spare.copy_(error)
         else:
             self.error = error.expand_as(self.x).clone()
+        _above_zero(self.error)
 
     def widen_by_product(self, rows: Tensor, columns: Tensor) -> None:
         """error += rows * columns', as an outer product."""
         if self.error is None and self.spare is not None:
             kind = self.spare.dtype
             self.error = torch.mul(rows[:, None].to(kind), columns.to(kind), out=self.spare)
+            _above_zero(self.error)
         else:
             self.widen(rows[:, None] * columns)
 
@@ -104,9 +106,15 @@ class Values:
         inexact = doubt > 0 or not self.exact
         self.x.mul_(factor)
         if self.error is not None:
-            self.error.mul_(factor.abs())
+            _above_zero(self.error.mul_(factor.abs()))
         if inexact:
             self.relative += doubt + STEP
+
+
+def _above_zero(error: Tensor) -> None:
+    """A bound that is too small for its dtype is not zero: zero would mean that x is known, and so
+    the sign of a zero that it is rounded to."""
+    error.clamp_(min=torch.finfo(error.dtype).tiny)
 
 
 class Sums:
@@ -265,7 +273,7 @@ def _power(exponent: Tensor) -> Tensor:
 def _exponent(x: Tensor, dim: int) -> Tensor:
     """The smallest e with |x| < 2^e along `dim`; 0 where all are zero."""
     exponent: Tensor = torch.frexp(x.abs().amax(dim, keepdim=True))[1]
-    return exponent.clamp(min=-900)  # what lies below has no influence on any stored number
+    return exponent.clamp(min=-900)  # what lies below only float64 could store
 
 
 class Factor:
