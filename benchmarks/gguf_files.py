@@ -1,6 +1,8 @@
 """IA³ merged into GGUF files: run by llama.cpp, against requantizing, bytes, time, undo.
 
+    python benchmarks/gguf_files.py times    # seconds, bytes, undo
     python benchmarks/gguf_files.py run      # SmolLM2's own Q4_1 file and the trained IA³ adapter
+    python benchmarks/gguf_files.py decoded  # without the runtime: both in transformers
     python benchmarks/gguf_files.py accuracy # of 1,000 reviews, in llama.cpp and transformers
     python benchmarks/gguf_files.py types    # the same in other types, made by ggml's quantizers
     python benchmarks/gguf_files.py errors   # each type on real weights, against requantizing
@@ -139,12 +141,16 @@ def judged(file: Path, reviews: Sequence[Review], answers: Sequence[int]) -> lis
     return right
 
 
-def infold(*arguments: str | Path) -> float:
-    """Run one command; returns its seconds, with the start of Python and the imports."""
+def infold(*arguments: str | Path) -> tuple[float, float]:
+    """Run one command; returns its seconds and those of processors, with the start of Python."""
     began = time.perf_counter()
     command = [sys.executable, "-m", "infold", *map(str, arguments), "--quiet"]
-    subprocess.run(command, check=True)
-    return time.perf_counter() - began
+    process = subprocess.Popen(command)
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)}: exit code {process.returncode}")
+    return time.perf_counter() - began, used.ru_utime + used.ru_stime
 
 
 def copied(source: Path, target: Path) -> float:
@@ -182,40 +188,60 @@ def same_bytes(one: Path, two: Path) -> tuple[int, int]:
     return int((left != right).sum()), len(left)
 
 
-def run() -> None:
-    from transformers import AutoTokenizer
-
+def times() -> None:
+    """Seconds, bytes, undo."""
     base, found = base_file(), dict[str, Any]()
-    folder = default_cache() / "gguf" / "run"
+    folder = default_cache() / "gguf" / "times"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    merged = folder / "merged.gguf"
-    say("merge, verify, undo")
-    found["seconds"] = {
-        "merge": [infold("merge", base, ADAPTER, "--out", merged, "--force") for _ in range(3)],
-        "verify": [infold("verify", base, ADAPTER, merged) for _ in range(3)],
-        "cp": [copied(base, folder / "copy") for _ in range(3)],
-    }
-    infold("merge", base, ADAPTER, "--out", folder / "undoable.gguf", "--undo")
-    found["seconds"]["undo"] = [
-        infold("undo", folder / "undoable.gguf", "--out", folder / "back.gguf")
-    ]
-    record = folder / "undoable.gguf.infold-undo.bin"
-    found["undo"] = {
-        "bytes": record.stat().st_size,
-        "restored": (folder / "back.gguf").read_bytes() == base.read_bytes(),
-    }
-    receipt = json.loads((folder / "merged.gguf.infold-receipt.json").read_text())
+    merged, undoable, back = (folder / f"{n}.gguf" for n in ("merged", "undoable", "back"))
+    found["merge"] = [infold("merge", base, ADAPTER, "--out", merged, "--force") for _ in range(5)]
+    found["verify"] = [infold("verify", base, ADAPTER, merged) for _ in range(3)]
+    found["cp"] = [copied(base, folder / "copy") for _ in range(5)]
+    found["undoable"] = [infold("merge", base, ADAPTER, "--out", undoable, "--undo")]
+    found["undo"] = [infold("undo", undoable, "--out", back)]
+    receipt = json.loads(merged.with_name("merged.gguf.infold-receipt.json").read_text())
     changed, size = same_bytes(base, merged)
-    found["bytes"] = {"changed": changed, "edited tensors": receipt["edited_bytes"], "all": size}
+    record = undoable.with_name("undoable.gguf.infold-undo.bin").stat().st_size
+    found |= {
+        "inside": receipt["seconds"],
+        "record": record,
+        "restored": back.read_bytes() == base.read_bytes(),
+        "bytes": {"changed": changed, "edited tensors": receipt["edited_bytes"], "all": size},
+    }
+    add("times", found)
+
+
+def some_reviews() -> tuple[list[list[int]], list[Review]]:
+    """Tokens of the first held-out reviews that have POSITIONS together; and all reviews."""
+    from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(make_base(default_cache()))
     _, reviews = load_reviews(tokenizer, REVIEWS)
-    texts, count = [], 0
+    texts: list[list[int]] = []
     for review in reviews:
-        if count < POSITIONS:
+        if sum(map(len, texts)) < POSITIONS:
             texts.append(review.tokens)
-            count += len(review.tokens)
+    return texts, reviews
+
+
+def merged_file() -> Path:
+    merged = default_cache() / "gguf" / "merged.gguf"
+    infold("merge", base_file(), ADAPTER, "--out", merged, "--force")
+    return merged
+
+
+def decoded() -> None:
+    """Both in transformers: what the merged file decodes to, and the adapter unmerged."""
+    texts, _ = some_reviews()
+    models = {"merged": load(merged_file()), "adapter": adapted(base_file())}
+    runs = {name: expected(model, texts) for name, model in models.items()}
+    add("decoded", compare(runs["merged"], runs["adapter"]))
+
+
+def run() -> None:
+    base, merged, found = base_file(), merged_file(), dict[str, Any]()
+    texts, reviews = some_reviews()
     say(f"logits of {len(texts)} reviews")
     runs: dict[str, list[np.ndarray]] = {}
     for name, file in (("llama.cpp base", base), ("llama.cpp merged", merged)):
@@ -244,9 +270,7 @@ def accuracy() -> None:
     """Held-out reviews: is the right answer the likelier of the two?"""
     from transformers import AutoTokenizer
 
-    base, folder = base_file(), default_cache() / "gguf" / "accuracy"
-    merged = folder / "merged.gguf"
-    infold("merge", base, ADAPTER, "--out", merged, "--force")
+    base, merged = base_file(), merged_file()
     tokenizer = AutoTokenizer.from_pretrained(make_base(default_cache()))
     answers = [tokenizer(a)["input_ids"][0] for a in ANSWERS]
     _, reviews = load_reviews(tokenizer, REVIEWS)
@@ -324,7 +348,7 @@ def types() -> None:
         file.parent.mkdir(parents=True)
         requantized(base, dtype, file)
         merged = file.with_name("merged.gguf")
-        seconds = infold("merge", file, ADAPTER, "--out", merged)
+        seconds, _ = infold("merge", file, ADAPTER, "--out", merged)
         infold("verify", file, ADAPTER, merged)
         runs = {}
         for name, one in (("base", file), ("merged", merged)):
@@ -428,8 +452,8 @@ def report() -> None:
         "",
     ]
     parts: dict[str, Callable[[dict[str, Any]], list[str]]] = {
-        "run": _run_lines, "accuracy": _accuracy_lines,
-        "types": _type_lines, "errors": _error_lines,
+        "times": _times_lines, "run": _run_lines, "decoded": _decoded_lines,
+        "accuracy": _accuracy_lines, "types": _type_lines, "errors": _error_lines,
     }  # fmt: skip
     for name, write in parts.items():
         if name in record:
@@ -445,18 +469,34 @@ def _pair(name: str, told: dict[str, float]) -> str:
     )
 
 
-def _run_lines(found: dict[str, Any]) -> list[str]:
-    seconds, size = found["seconds"], found["bytes"]
-    lines = [
+def _times_lines(found: dict[str, Any]) -> list[str]:
+    size = found["bytes"]
+    walls, used = zip(*found["merge"], strict=True)
+    return [
         "## SmolLM2-135M-Instruct, its own Q4_1 file, and `examples/adapters/ia3-reviews`", "",
-        f"Merged in {median(seconds['merge']):.1f} s, with the start of Python and the imports "
-        f"(three runs: {', '.join(f'{s:.1f}' for s in seconds['merge'])}); a copy of the file "
-        f"with fsync takes {median(seconds['cp']):.2f} s. Proven in "
-        f"{median(seconds['verify']):.1f} s. "
-        f"Of {size['all']:,} bytes {size['changed']:,} are other ones, in tensors of "
-        f"{size['edited tensors']:,}. The undo record has {found['undo']['bytes']:,} bytes, of "
-        f"which {ADAPTER_BYTES:,} are the adapter; the base comes back "
-        + ("bit for bit." if found["undo"]["restored"] else "WRONG."), "",
+        f"`infold merge`: {median(walls):.1f} s with the start of Python and the imports, of which "
+        f"{found['inside']:.1f} s from the first byte written; {median(used):.1f} s of processors "
+        f"(medians of {len(walls)}). A copy of the file with fsync takes "
+        f"{median(found['cp']):.2f} s. `infold verify`: "
+        f"{median(wall for wall, _ in found['verify']):.1f} s. Of {size['all']:,} bytes "
+        f"{size['changed']:,} are other ones, in tensors of {size['edited tensors']:,}. The undo "
+        f"record has {found['record']:,} bytes, of which {ADAPTER_BYTES:,} are the adapter; "
+        f"`infold undo` takes {found['undo'][0][0]:.1f} s, and the base comes back "
+        + ("bit for bit." if found["restored"] else "WRONG."),
+    ]  # fmt: skip
+
+
+def _decoded_lines(found: dict[str, Any]) -> list[str]:
+    return [
+        "Both in transformers, so without the runtime's rounding of activations: what the merged "
+        f"file decodes to, against the adapter unmerged: the same best token at "
+        f"{found['agreement']:.4f} of {found['positions']:,} positions, rms difference of logits "
+        f"{found['rms']:.4f}.",
+    ]
+
+
+def _run_lines(found: dict[str, Any]) -> list[str]:
+    lines = [
         "Logits at every position of the first held-out reviews. llama.cpp rounds activations to "
         "eight bits, so it differs from transformers without any adapter too; that is the control. "
         f"Their standard deviation is {found['logits']['standard deviation']:.1f}.", "",
@@ -525,7 +565,8 @@ def _error_lines(found: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parts = {"run": run, "accuracy": accuracy, "types": types, "errors": errors, "report": report}
+    parts = {"times": times, "run": run, "decoded": decoded, "accuracy": accuracy}
+    parts |= {"types": types, "errors": errors, "report": report}
     parser.add_argument("part", choices=parts)
     torch.set_num_threads(os.cpu_count() or 1)
     parts[parser.parse_args().part]()
