@@ -668,7 +668,7 @@ def test_rounding_against_rational_arithmetic(dtype: str) -> None:
     line = LINES[dtype]
     generator = torch.Generator().manual_seed(0)
     scale = torch.randint(line.lowest - 30, line.lowest + 25, (400,), generator=generator)
-    scale = scale.clamp(min=-1000)
+    scale = scale.clamp(min=-1000, max=5 if dtype == "F8_E4M3" else None)
     values = torch.randn(400, generator=generator, dtype=torch.float64) * 2.0 ** scale.double()
     kept = torch.randn(400, generator=generator).to(line.dtype).double()
     halves = kept * (1 + 2.0**-line.precision)  # of powers of two exactly in the middle

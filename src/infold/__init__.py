@@ -94,7 +94,7 @@ def merge(
     max_memory: int | str = ..., device: str = ..., threads: int | None = ..., dry_run:
     Literal[False] = ..., force: bool = ..., sha256: bool = ..., undo: bool = ..., in_place:
     bool = ..., promote: bool = ..., dequantize: bool = ..., requantize: bool = ..., dtype: str
-    = ..., base_16bit: PathLike | None = ..., progress: Progress | None = ...,
+    = ..., base_16bit: PathLike | None = ..., lossy: bool = ..., progress: Progress | None = ...,
 ) -> Receipt: ...
 @overload
 def merge(
@@ -102,7 +102,7 @@ def merge(
     max_memory: int | str = ..., device: str = ..., threads: int | None = ..., dry_run:
     Literal[True], force: bool = ..., sha256: bool = ..., undo: bool = ..., in_place: bool =
     ..., promote: bool = ..., dequantize: bool = ..., requantize: bool = ..., dtype: str = ...,
-    base_16bit: PathLike | None = ..., progress: Progress | None = ...,
+    base_16bit: PathLike | None = ..., lossy: bool = ..., progress: Progress | None = ...,
 ) -> dict[str, Any]: ...
 # fmt: on
 def merge(
@@ -123,6 +123,7 @@ def merge(
     requantize: bool = False,
     dtype: str = "auto",
     base_16bit: PathLike | None = None,
+    lossy: bool = False,
     progress: Progress | None = None,
 ) -> Receipt | dict[str, Any]:
     """Merge adapters, in the order given and with one rounding at the end, into a new checkpoint.
@@ -137,7 +138,8 @@ def merge(
     promote, dequantize, requantize: what to do with quantized weights that an adapter does not fold
     into: write those of IA³ vectors, or all that an adapter touches, as "bf16", "f16" or "f32"
     (dtype; "auto": as the config tells), or round them into their own format again. base_16bit: the
-    unquantized checkpoint that their values are taken from (docs/quantized.md).
+    unquantized checkpoint that their values are taken from. lossy: round scales of four bits
+    (NVFP4), and measure the error (docs/quantized.md).
     progress: called with (bytes done, bytes in all), from several threads.
     Raises Refusal for bad input: its `reasons` list all offenders, and nothing is left behind.
     Raises CorruptFile, a Refusal, for files that break their format's rules, and StorageFailure
@@ -148,7 +150,7 @@ def merge(
 
     given = _listed(adapters)
     _one_place(out, in_place)
-    convert = Options(promote, dequantize, requantize, dtype, base_16bit)
+    convert = Options(promote, dequantize, requantize, dtype, base_16bit, lossy)
     if in_place:
         if sha256:
             raise Refusal("--sha256 does not go with --in-place")
@@ -157,7 +159,7 @@ def merge(
 
         return merge_in_place(
             base, given, max_memory=max_memory, device=device, threads=threads, dry_run=dry_run,
-            progress=progress, told=_log,
+            lossy=lossy, progress=progress, told=_log,
         )  # fmt: skip
     _settle(base, refuse=True)
     plan = open_plan(base, given, convert)
@@ -215,6 +217,7 @@ def swap(
     threads: int | None = None,
     force: bool = False,
     in_place: bool = False,
+    lossy: bool = False,
     progress: Progress | None = None,
 ) -> Receipt:
     """Undo a merged folder and merge other adapters, in one pass and without the base.
@@ -228,15 +231,16 @@ def swap(
         from infold.merge.inplace import swap_in_place
 
         return swap_in_place(
-            merged, given, max_memory=max_memory, device=device, threads=threads,
+            merged, given, max_memory=max_memory, device=device, threads=threads, lossy=lossy,
             progress=progress, told=_log,
         )  # fmt: skip
     from infold.merge.restore import open_swap, swap_checkpoint
 
     _settle(merged)
     prepared = open_swap(
-        merged, given, out or "", max_memory=max_memory, device=device, threads=threads, force=force
-    )
+        merged, given, out or "", max_memory=max_memory, device=device, threads=threads,
+        force=force, lossy=lossy,
+    )  # fmt: skip
     names = [os.fspath(adapter) for adapter in given]
     return swap_checkpoint(prepared, progress=progress, names=names)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["BLOCKS", "NAMES", "TORCH_DTYPES"]
+__all__ = ["BLOCKS", "NAMES", "SCALE_DTYPES", "TORCH_DTYPES"]
 
 TORCH_DTYPES = {
     "F64": torch.float64,
@@ -13,6 +13,8 @@ TORCH_DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+# What scales can be stored as: no weight and no adapter is edited in the last one.
+SCALE_DTYPES = {**TORCH_DTYPES, "F8_E4M3": torch.float8_e4m3fn}
 NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 # Elements and bytes of a block. A row of a tensor consists of whole blocks.

@@ -74,6 +74,10 @@ def merge(
             show_default=False,
         ),
     ] = None,
+    lossy: Annotated[
+        bool,
+        typer.Option("--lossy", help="Round scales of four bits (NVFP4), and tell the error."),
+    ] = False,
     max_memory: Annotated[
         str,
         typer.Option(
@@ -112,14 +116,14 @@ def merge(
     if in_place:
         if force or sha256:
             raise Refusal("--force and --sha256 go with --out, not with --in-place")
-        Options(promote, dequantize, requantize, dtype, base_16bit).check_in_place()
-        _in_place(base, adapters, max_memory, device, threads, dry_run, as_json, say)
+        Options(promote, dequantize, requantize, dtype, base_16bit, lossy).check_in_place()
+        _in_place(base, adapters, max_memory, device, threads, dry_run, lossy, as_json, say)
         return
     with lasting_imports():
         from infold.merge.run import execute, open_plan, prepare
 
     settle_first(base, refuse=True)
-    convert = Options(promote, dequantize, requantize, dtype, base_16bit)
+    convert = Options(promote, dequantize, requantize, dtype, base_16bit, lossy)
     plan = open_plan(base, adapters, convert)
     prepared = prepare(
         plan, place, max_memory=max_memory, device=device, threads=threads, force=force, undo=undo
@@ -148,6 +152,7 @@ def _in_place(
     device: str,
     threads: int | None,
     dry_run: bool,
+    lossy: bool,
     as_json: bool,
     say: bool,
 ) -> None:
@@ -157,7 +162,8 @@ def _in_place(
     with byte_progress("merging", not say) as progress:
         done = merge_in_place(
             base, adapters, max_memory=max_memory, device=device, threads=threads,
-            dry_run=dry_run, progress=progress, told=lambda s: complain(f"{base}: {s}"),
+            dry_run=dry_run, lossy=lossy, progress=progress,
+            told=lambda s: complain(f"{base}: {s}"),
         )  # fmt: skip
     if isinstance(done, dict):
         if as_json:

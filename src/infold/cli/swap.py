@@ -30,6 +30,10 @@ def swap(
     in_place: Annotated[
         bool, typer.Option("--in-place", help="Edit MERGED itself instead.")
     ] = False,
+    lossy: Annotated[
+        bool,
+        typer.Option("--lossy", help="Round scales of four bits (NVFP4), and tell the error."),
+    ] = False,
     max_memory: Annotated[
         str,
         typer.Option(
@@ -66,13 +70,14 @@ def swap(
         settle_first(merged)
         prepared = open_swap(
             merged, adapters, place, max_memory=max_memory, device=device, threads=threads,
-            force=force,
+            force=force, lossy=lossy,
         )  # fmt: skip
     with byte_progress("swapping", not say) as progress:
         if in_place:
             receipt = swap_in_place(
                 merged, adapters, max_memory=max_memory, device=device, threads=threads,
-                progress=progress, told=lambda settled: complain(f"{merged}: {settled}"),
+                lossy=lossy, progress=progress,
+                told=lambda settled: complain(f"{merged}: {settled}"),
             )  # fmt: skip
         else:
             receipt = swap_checkpoint(prepared, progress=progress, names=adapters)

@@ -37,7 +37,7 @@ __all__ = [
 
 RESIDUAL, ORIGINAL = 1, 2  # kinds of a packed block
 _LEVEL = 1  # Zstandard's; higher ones gain nothing here
-_INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _HIGH, _LOW = 0xAA, 0x55  # the bits of each code in a byte of four
 _local = threading.local()
 

@@ -3,7 +3,8 @@
 float16 has full precision from 6.1e-5 on only. Scales are often smaller: those of six-bit blocks
 are subnormal as a rule. There the step is 6e-8 whatever the value, so that a product keeps fewer
 bits, or falls to zero and takes a whole block of weights with it. So they are counted, and the
-error of a tensor's scales is measured; beyond `MOST` it is refused.
+error of a tensor's scales is measured; beyond `MOST` it is refused. The E4M3 scales of NVFP4 have
+four bits at best: there the error is what the user has agreed to, and is always told.
 """
 
 from __future__ import annotations
@@ -20,12 +21,15 @@ from infold.edit.steps import Step, Target, Workspace, exact
 
 __all__ = ["MOST", "Loss", "measure", "measures"]
 
-MOST = 2.0**-5  # relative error of a tensor's scales; four bits lose about 0.08 to begin with
-_NORMAL = {"F16": 2.0**-14}  # the least normal number
+# Relative error of a tensor's scales. Four bits of weights lose about 0.08 to begin with. A normal
+# E4M3 is rounded by 2^-4 at most, so that more comes from scales below.
+MOST = {"F16": 2.0**-5, "F8_E4M3": 2.0**-4}
+_NORMAL = {"F16": 2.0**-14, "F8_E4M3": 2.0**-6}  # the least normal number
 
 
 def measures(dtype: str) -> bool:
-    """Whether scales of this dtype can lie below its normal range."""
+    """Whether the rounding of scales of this dtype is measured: they can lie below its normal
+    range."""
     return dtype in _NORMAL
 
 

@@ -34,6 +34,7 @@ __all__ = [
 
 TILE = 192 << 10  # elements; smaller ones cost more in calls than they gain in the cache
 TILE_COLUMNS = 1536
+_LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +190,7 @@ def exact(
 
 def check_finite(raw: Tensor, out: Tensor, block: Block, target: Target) -> None:
     """Refuse where a value of `out` is not finite. `raw`: what it was made of."""
-    if not math.isfinite(out.sum().item()):  # inf and NaN survive a sum; see below
+    if not math.isfinite(_summed(out)):  # inf and NaN survive a sum; see below
         _refuse_non_finite(raw, out, block, target)
 
 
@@ -225,8 +226,17 @@ def guess(
 
 
 def _all_finite(near: Tensor) -> None:
-    if not math.isfinite(near.sum().item()):
-        near.copy_(torch.where(near.isfinite(), near, 0))  # NaN has many bit patterns
+    if not math.isfinite(_summed(near)):
+        near.copy_(torch.where(_wide(near).isfinite(), _wide(near), 0))  # NaN has many bit patterns
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Elements of one byte as float32, since PyTorch computes nothing on them."""
+    return x.float() if x.element_size() == 1 else x
+
+
+def _summed(x: Tensor) -> float:
+    return _wide(x).sum().item()
 
 
 def _store(x: Tensor, out: Tensor, target: Target, workspace: Workspace) -> None:
@@ -249,6 +259,8 @@ def _store_nearly(x: Tensor, out: Tensor, workspace: Workspace) -> None:
         staged = workspace.stage(out.shape, torch.float32)
         staged.copy_(x)
         x = staged
+    elif out.element_size() == 1:
+        x.clamp_(-_LARGEST, _LARGEST)  # beyond, it depends on PyTorch's version
     out.copy_(x)
 
 
@@ -269,7 +281,7 @@ def _values(
 
 
 def _refuse_non_finite(raw: Tensor, out: Tensor, block: Block, target: Target) -> None:
-    bad = ~torch.isfinite(out)
+    bad = ~torch.isfinite(_wide(out))
     if not bad.any():
         return  # only the sum overflowed
     row, column = bad.nonzero()[0].tolist()
@@ -280,6 +292,7 @@ def _refuse_non_finite(raw: Tensor, out: Tensor, block: Block, target: Target) -
         else f"the merged value does not fit {target.dtype}"
     )
     where = f"{target.name}[{block.row + row}, {block.column + column}]"
-    raise Refusal(
-        f"{where}: {why}, so nothing was merged; check the adapter's scale, or use a base in F32"
-    )
+    way = "use a base in F32"
+    if out.element_size() == 1:  # quantizers give the largest block of a weight the largest scale
+        way = "merge into the unquantized model: the largest blocks have no room above them"
+    raise Refusal(f"{where}: {why}, so nothing was merged; check the adapter's scale, or {way}")

@@ -1,6 +1,7 @@
 """STORAGE OF ONE WEIGHT: stored parts <-> values. One file a format, one line here.
 
-Two tables. `FORMATS` store floats one by one: a tensor is a weight. `QUANTIZED` store the weight of
+Three tables. `FORMATS` store floats one by one: a tensor is a weight. `SCALES` do so too, but only
+for scales of a weight. `QUANTIZED` store the weight of
 a module as codes and scales in several tensors, whose float scales are dense tensors again. ggml's
 types, with scales and codes in one tensor, are a table of their own (`gguf.PACKINGS`); `floats_of`
 shows the floats of any tensor as a matrix.
@@ -18,10 +19,12 @@ from infold.formats import (
     bitsandbytes,
     compressed_tensors,
     dense,
+    e4m3,
     eetq,
     fp8,
     gptq,
     hqq,
+    nvfp4,
     torchao,
     unscalable,
 )
@@ -32,6 +35,7 @@ from infold.formats.stored import Field, NoFold, Scale, Stored, Unnested
 __all__ = [
     "FORMATS",
     "QUANTIZED",
+    "SCALES",
     "Field",
     "Floats",
     "Format",
@@ -104,10 +108,12 @@ class Quantized(Protocol):
 
 
 FORMATS: dict[str, Format] = {"dense": dense}
+SCALES: dict[str, Format] = {"e4m3": e4m3}
 QUANTIZED: dict[str, Quantized] = {
     "gptq": gptq,
     "awq": awq,
     "bitsandbytes": bitsandbytes,
+    "nvfp4": nvfp4,
     "compressed_tensors": compressed_tensors,
     "fp8": fp8,
     "eetq": eetq,
@@ -117,9 +123,10 @@ QUANTIZED: dict[str, Quantized] = {
 }
 
 
-def format_of(dtype: str) -> Format | None:
-    """The format that stores `dtype`, or None."""
-    return next((form for form in FORMATS.values() if form.accepts(dtype)), None)
+def format_of(dtype: str, scales: bool = False) -> Format | None:
+    """The format that stores `dtype`, or None. scales: of scales, which can be of fewer bits."""
+    known = {**FORMATS, **SCALES} if scales else FORMATS
+    return next((form for form in known.values() if form.accepts(dtype)), None)
 
 
 def quantized_of(stored: Stored) -> Quantized | None:

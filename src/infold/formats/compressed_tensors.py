@@ -4,9 +4,10 @@ pack-quantized    weight_packed I32 [out, in * bits / 32], weight_shape I64 [2],
                   weight_scale [out, in / group] or [out, 1], weight_zero_point I32, packed
 int-quantized     weight I8 [out, in], weight_scale [out, 1], [out, in / group] or [1]
 float-quantized   weight F8_E4M3 [out, in], weight_scale [out, 1], [1] or one for each 128 x 128
-nvfp4, mxfp4      weight_packed U8 [out, in / 2], weight_scale of eight bits [out, in / 16 or 32]
+mxfp4             weight_packed U8 [out, in / 2], weight_scale U8 [out, in / 32]
 
-W[o, i] = weight_scale[o, g] * (code[o, i] - zero[o, g]), the zero being a code.
+W[o, i] = weight_scale[o, g] * (code[o, i] - zero[o, g]), the zero being a code. NVFP4 is a format
+of its own: `nvfp4.py`.
 """
 
 from __future__ import annotations
@@ -58,8 +59,6 @@ def scales(stored: Stored) -> tuple[Scale, ...]:
         shape(stored),
     )
     assert scale is not None
-    if "weight_global_scale" in stored.tensors:
-        raise NoFold("NVFP4 scales have three bits of mantissa, so scaling them is no exact fold")
     if kind not in _FLOATS:
         raise NoFold("MX scales are powers of two, so they cannot take a factor")
     return (Scale("weight_scale", rows=check_rows(scale, out)),)

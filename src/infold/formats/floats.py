@@ -6,8 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from infold.dtypes import TORCH_DTYPES
-from infold.formats import dense
+from infold.dtypes import SCALE_DTYPES
 from infold.formats.gguf import PACKINGS, Packing
 
 __all__ = ["Floats", "floats_of"]
@@ -39,9 +38,9 @@ class Floats:
 
 def floats_of(dtype: str, shape: Sequence[int]) -> Floats | None:
     """The floats of a tensor of such a dtype and shape; None where no format knows them."""
-    if dense.accepts(dtype):
+    if dtype in SCALE_DTYPES:
         rows, columns = (shape[0], math.prod(shape[1:])) if shape else (1, 1)
-        return Floats(rows, columns, dtype, TORCH_DTYPES[dtype].itemsize, 1, None)
+        return Floats(rows, columns, dtype, SCALE_DTYPES[dtype].itemsize, 1, None)
     packing = PACKINGS.get(dtype)
     if packing is None or not shape:
         return None

@@ -57,7 +57,8 @@ class Scale:
     part: its name below the module. transposed: its matrix (first dimension, all others) holds the
     rows as columns. repeat: consecutive rows of it that belong to one row of the module. rows: how
     many rows of the module it has room for, if more than the module has (padding). nested: it is
-    quantized itself, and becomes plain floats; see `Unnested`.
+    quantized itself, and becomes plain floats; see `Unnested`. lossy: it has so few bits, and no
+    sign, that it is only multiplied where the user agrees.
     """
 
     part: str
@@ -65,6 +66,7 @@ class Scale:
     repeat: int = 1
     rows: int = 0
     nested: bool = False
+    lossy: bool = False
 
 
 @dataclass(frozen=True)

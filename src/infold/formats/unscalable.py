@@ -35,7 +35,7 @@ def shape(stored: Stored) -> tuple[int, int]:
 
 def words(stored: Stored) -> str:
     if "weight" in stored.tensors:
-        return "NVFP4" if "weight_scale_2" in stored.tensors else "MXFP4"
+        return "MXFP4"
     return next(name for part, name in _NAMES.items() if part in stored.tensors)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from infold.adapters import METHODS
 from infold.adapters.exact import LEAF
 from infold.checkpoint.adapter import Adapter
-from infold.dtypes import TORCH_DTYPES
+from infold.dtypes import SCALE_DTYPES
 from infold.edit.blocks import Block, cut
 from infold.edit.scales import Loss, measure, measures
 from infold.edit.steps import (
@@ -96,11 +96,11 @@ class EditRun:
         self.forward: EditRun | None = self
         floats = floats_of(edit.dtype, edit.shape)
         assert floats is not None  # the plan refuses what no format stores
-        form = format_of(floats.dtype)
+        form = format_of(floats.dtype, edit.scales)
         assert form is not None
         self.floats, self.shape = floats, (floats.rows, floats.columns)
         self.target = Target(edit.tensor, floats.dtype, form)
-        self.stored = TORCH_DTYPES[floats.dtype]
+        self.stored = SCALE_DTYPES[floats.dtype]
         self.changed = 0
         scales = edit.scales or floats.packing is not None
         # what rounding cost, where that is measured

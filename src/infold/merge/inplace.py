@@ -107,6 +107,7 @@ def merge_in_place(
     device: str = "cpu",
     threads: int | None = None,
     dry_run: bool = False,
+    lossy: bool = False,
     progress: Advance | None = None,
     told: Callable[[Settled], None] | None = None,
 ) -> Receipt | dict[str, Any]:
@@ -122,7 +123,7 @@ def merge_in_place(
         if files == [digest_adapter(adapter) for adapter in opened]:
             return Receipt(**settled.result)
     checkpoint = open_checkpoint(folder)
-    plan = plan_merge(checkpoint, opened)
+    plan = plan_merge(checkpoint, opened, lossy=lossy)
     _refuse([*_merged_already(checkpoint), *_obstacles(checkpoint, plan)])
     prepared = _prepare(plan, folder, max_memory, device, threads, None)
     if dry_run:
@@ -139,6 +140,7 @@ def swap_in_place(
     max_memory: int | str = DEFAULT_MEMORY,
     device: str = "cpu",
     threads: int | None = None,
+    lossy: bool = False,
     progress: Advance | None = None,
     told: Callable[[Settled], None] | None = None,
 ) -> Receipt:
@@ -155,7 +157,7 @@ def swap_in_place(
     source = open_merged(folder)
     with source.record:
         source.check_swap()
-        plan = plan_merge(source.base, opened)
+        plan = plan_merge(source.base, opened, lossy=lossy)
         over = source.swap_plan(plan)
         _refuse([*_obstacles(source.checkpoint, over), *_removed(source)])
         prepared = _prepare(plan, folder, max_memory, device, threads, source)

@@ -21,6 +21,7 @@ class Options:
     requantize: bool = False
     dtype: str = "auto"
     base_16bit: str | os.PathLike[str] | None = None
+    lossy: bool = False  # whether scales of four bits may be rounded
 
     def check_in_place(self) -> None:
         """Refuse what changes the layout of the files, which an edit in place cannot."""

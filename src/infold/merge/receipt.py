@@ -23,8 +23,9 @@ class Receipt:
     side_files: all other files of the output but the receipt.
     edits: one for each edited tensor: {tensor, dtype, shape, source, operations, unchanged}.
     unchanged is the share of elements that rounding left as they were; None after a resumed run.
-    Where float16 scales of quantized weights were edited there is also rounding: {scales,
-    subnormal, zero, error}, of which so many are below the normal range, so many fell to zero.
+    Where float16 or E4M3 scales of quantized weights were edited there is also rounding: {scales,
+    subnormal, zero, error}, of which so many are below the normal range, so many fell to zero;
+    error is relative, in the Frobenius norm of these scales.
     Of ggml's types, which hold their scales themselves, `unchanged` is the share of the scales.
     tensors: of the output. bytes: of its shards. edited_bytes: of its edited tensors.
     resumed_bytes: left by an interrupted run, checked and kept.

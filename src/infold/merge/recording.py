@@ -16,7 +16,7 @@ from infold.checkpoint.inputs import InputFiles
 from infold.checkpoint.record import SEEN, RecordWriter
 from infold.checkpoint.shards import Checkpoint
 from infold.checkpoint.staging import storage_errors
-from infold.dtypes import TORCH_DTYPES
+from infold.dtypes import SCALE_DTYPES
 from infold.edit.blocks import Block, cut
 from infold.edit.residual import content, pack_original, pack_residual
 from infold.edit.steps import Workspace
@@ -39,7 +39,7 @@ def block_of(checkpoint: Checkpoint, files: InputFiles, name: str, block: Block)
     """The floats of a block of a tensor, in memory of their own."""
     info = checkpoint.info(name)
     floats = _floats(checkpoint, name)
-    dtype = TORCH_DTYPES[floats.dtype]
+    dtype = SCALE_DTYPES[floats.dtype]
     data = bytearray(block.count * floats.width)
     if not data:
         return torch.empty(block.rows, block.columns, dtype=dtype)

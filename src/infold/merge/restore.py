@@ -153,12 +153,14 @@ def open_swap(
     device: str = "cpu",
     threads: int | None = None,
     force: bool = False,
+    lossy: bool = False,
 ) -> Prepared:
     """Check all that a swap needs. Writes nothing. The caller closes `source.record`."""
     merged = open_merged(Path(folder))
     try:
         merged.check_swap()
-        plan = plan_merge(merged.base, [open_adapter(adapter) for adapter in adapters])
+        opened = [open_adapter(adapter) for adapter in adapters]
+        plan = plan_merge(merged.base, opened, lossy=lossy)
         return prepare(
             plan, out, max_memory=max_memory, device=device, threads=threads, force=force,
             undo=True, source=merged,

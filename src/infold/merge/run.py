@@ -43,7 +43,7 @@ from infold.edit.blocks import Block
 from infold.edit.threads import one_torch_thread, usual_threads
 from infold.errors import InfoldError, ProofFailed, Refusal, StorageFailure
 from infold.merge.convert import block_elements, encoded_bytes, lost_updates, measured_error
-from infold.merge.losses import loss_of, subnormal_note
+from infold.merge.losses import loss_of, rounding_notes
 from infold.merge.options import Options
 from infold.merge.receipt import Receipt
 from infold.merge.recording import Recording, block_of
@@ -83,8 +83,8 @@ PathLike = str | os.PathLike[str]
 
 def open_plan(base: PathLike, adapters: Sequence[PathLike], convert: Options | None = None) -> Plan:
     """Open base and adapters, and decide every edit. convert: what to do where nothing folds."""
-    choice = None if convert is None else convert.choice()
-    return plan_merge(open_checkpoint(base), [open_adapter(a) for a in adapters], choice)
+    choice, lossy = (None, False) if convert is None else (convert.choice(), convert.lossy)
+    return plan_merge(open_checkpoint(base), [open_adapter(a) for a in adapters], choice, lossy)
 
 
 @dataclass(frozen=True)
@@ -286,7 +286,7 @@ def make_receipt(
         bytes=sum(shard.header.file_size for shard in plan.shards),
         edited_bytes=plan.edited_bytes,
         resumed_bytes=streamed.resumed,
-        notes=[*plan.notes, *subnormal_note(streamed.runs), *lost_updates(streamed.runs)],
+        notes=[*plan.notes, *rounding_notes(streamed.runs), *lost_updates(streamed.runs)],
         conversion=None if plan.conversion is None else dict(plan.conversion),
         seconds=0.0,
         peak_memory=0,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from infold.checkpoint.direct import ALIGN
 from infold.checkpoint.inputs import InputFiles
-from infold.dtypes import TORCH_DTYPES
+from infold.dtypes import SCALE_DTYPES
 from infold.edit.blocks import Block
 from infold.formats import Floats, floats_of
 from infold.merge.apply import Run
@@ -65,7 +65,7 @@ class Source:
     def read(self, block: Block, buffers: Buffers) -> Tensor:
         """The floats of a block, (rows, columns); its bytes are in the worker's `in` buffer."""
         floats = self.floats
-        dtype = TORCH_DTYPES[floats.dtype]
+        dtype = SCALE_DTYPES[floats.dtype]
         if not self.reads:
             return torch.empty(0, dtype=dtype)
         if self.loaded is not None:
@@ -80,7 +80,7 @@ class Source:
 
     def room(self, floats: Floats, block: Block, written: memoryview) -> Tensor:
         """The floats of the block to come, (rows, columns), of which `written` has the bytes."""
-        dtype = TORCH_DTYPES[floats.dtype]
+        dtype = SCALE_DTYPES[floats.dtype]
         if floats.packing is not None:
             return torch.empty(block.rows, block.columns, dtype=dtype)
         out = torch.frombuffer(written, dtype=dtype, count=block.count)

@@ -31,7 +31,7 @@ from infold.checkpoint.shards import (
     open_checkpoint,
     read_receipt,
 )
-from infold.dtypes import TORCH_DTYPES
+from infold.dtypes import SCALE_DTYPES
 from infold.edit.blocks import Block, cut
 from infold.edit.residual import ORIGINAL, unpack
 from infold.edit.steps import Workspace
@@ -328,7 +328,7 @@ class UndoRun:
         if floats is None:
             raise CorruptFile(f"{self.where}: {self.edit.dtype} is never edited")
         self.floats, self.shape = floats, (floats.rows, floats.columns)
-        self.stored = TORCH_DTYPES[floats.dtype]
+        self.stored = SCALE_DTYPES[floats.dtype]
         self.changed = 0
         done = merged.edits[tensor]
         now = merged.checkpoint

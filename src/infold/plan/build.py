@@ -11,7 +11,7 @@ from infold.checkpoint.adapter import Adapter
 from infold.checkpoint.shards import INDEX, Checkpoint
 from infold.dtypes import BLOCKS
 from infold.errors import Refusal
-from infold.formats import floats_of
+from infold.formats import floats_of, format_of
 from infold.formats.values import NoValues
 from infold.patience import patience
 from infold.plan.config import read_config
@@ -45,19 +45,25 @@ from infold.plan.unconverted import unconverted_changes
 __all__ = ["plan_merge"]
 
 
-def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], choice: Choice | None = None) -> Plan:
+def plan_merge(
+    base: Checkpoint,
+    adapters: Sequence[Adapter],
+    choice: Choice | None = None,
+    lossy: bool = False,
+) -> Plan:
     """Decide every edit. Reads no tensor data, but for the parts of a tied pair's two ends, and
     the small tensors that tell how a module is quantized.
 
-    choice: what is to happen to quantized modules into which an adapter does not fold.
+    choice: what is to happen to quantized modules into which an adapter does not fold. lossy:
+    whether scales of four bits may be multiplied.
     Raises Refusal, listing all offenders, when anything of an adapter would be lost or guessed.
     """
     if not adapters:
         raise Refusal("no adapter given")
     with patience(", ".join(str(adapter.path) for adapter in adapters)):
         if choice is not None:
-            return _converted(base, tuple(adapters), choice)
-        draft, edits, changes = _decide(base, adapters)
+            return _converted(base, tuple(adapters), choice, lossy)
+        draft, edits, changes = _decide(base, adapters, lossy)
         if draft.reasons:
             raise Refusal(draft.reasons)
         return _plan(draft, base, tuple(adapters), Conversion(edits), changes)
@@ -66,12 +72,13 @@ def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], choice: Choice | N
 def _decide(
     base: Checkpoint,
     adapters: Sequence[Adapter],
+    lossy: bool,
     seen: Checkpoint | None = None,
     unknown: Mapping[str, str] = MappingProxyType({}),
     ways: str = WAYS,
 ) -> tuple[Draft, dict[str, Edit], dict[str, object]]:
     """(draft, edits, changes of config.json). `seen`: the base as a view, see plan/convert.py."""
-    draft = Draft(seen or base, tied_pair(base, adapters))
+    draft = Draft(seen or base, tied_pair(base, adapters), lossy)
     draft.unknown, draft.ways = unknown, ways
     for number, adapter in enumerate(adapters):
         _add(draft, number, adapter)
@@ -92,7 +99,9 @@ def _need_config(draft: Draft, base: Checkpoint, changes: Mapping[str, object]) 
         )
 
 
-def _converted(base: Checkpoint, adapters: tuple[Adapter, ...], choice: Choice) -> Plan:
+def _converted(
+    base: Checkpoint, adapters: tuple[Adapter, ...], choice: Choice, lossy: bool
+) -> Plan:
     """The plan where some quantized modules become dense or are quantized again."""
     modules, unknown = convertible(base)
     if not modules and not unknown:
@@ -106,7 +115,7 @@ def _converted(base: Checkpoint, adapters: tuple[Adapter, ...], choice: Choice) 
     chosen: Collection[str] = () if choice.mode == "promote" else modules
     while True:
         seen = view(base, [modules[name] for name in modules if name in chosen], dtype)
-        draft, edits, changes = _decide(base, adapters, seen, unknown, "")
+        draft, edits, changes = _decide(base, adapters, lossy, seen, unknown, "")
         stuck = [name for name in modules if name in draft.stuck and name not in chosen]
         if choice.mode != "promote" or not stuck:
             break
@@ -208,7 +217,8 @@ def _edits(draft: Draft) -> dict[str, Edit]:
     for tensor, state in draft.states.items():
         if state.source == BaseTensor(tensor) and not state.operations:
             continue
-        if floats_of(state.dtype, state.shape) is None:
+        floats = floats_of(state.dtype, state.shape)
+        if floats is None or format_of(floats.dtype, state.scales) is None:
             draft.reasons.append(
                 f"{tensor}: stored as {state.dtype}; merging into such weights is not supported yet"
             )

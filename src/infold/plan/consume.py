@@ -267,6 +267,12 @@ class Consumer:
             why = self.draft.unknown.get(name)
             self.refuse(key, f"{error}; and {why}" if why else str(error))
             return False
+        if any(place.lossy for place in places):
+            if below := int((self.adapter.read(key) < 0).sum()):
+                self.draft.stuck.add(name)
+                told = f"{below} elements are negative" if below > 1 else "one element is negative"
+                self.refuse(key, f"{told}, and kernels read the scales of {name} without a sign")
+                return False
         for place in places:
             if place.nested:
                 self.draft.unnest(place.tensor)

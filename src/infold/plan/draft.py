@@ -27,10 +27,10 @@ class State:
 class Draft:
     """Collects the states of all touched tensors, and the reasons to refuse."""
 
-    def __init__(self, base: Checkpoint, pair: tuple[str, str] | None) -> None:
+    def __init__(self, base: Checkpoint, pair: tuple[str, str] | None, lossy: bool = False) -> None:
         self.base = base
         self.names = Names(base.where)
-        self.modules = StoredModules(base, self.names)
+        self.modules = StoredModules(base, self.names, lossy)
         self.states: dict[str, State] = {}
         self.reasons: list[str] = []
         self.stuck: set[str] = set()  # quantized modules with a vector that has no place in scales

@@ -53,7 +53,7 @@ class Place:
     settings: side "out" and the row map from the vector to the stored rows. transposed: those rows
     are the columns of the tensor's matrix. on_bias: for messages and receipts; a bias is scaled as
     any tensor is. scales: its floats are scales of a quantized weight. nested: they are quantized
-    themselves now.
+    themselves now. lossy: they have four bits, and no sign.
     """
 
     tensor: str
@@ -62,6 +62,7 @@ class Place:
     on_bias: bool = False
     scales: bool = False
     nested: bool = False
+    lossy: bool = False
 
 
 class Modules(Protocol):

@@ -43,6 +43,10 @@ _ACTIVATIONS = (
 _LIMITS = ("swiglu_limit", "clip_qkv", "clip_kqv", "activation_limit")
 # Scales of activations that were measured without the adapter.
 _MEASURED = ("input_scale", "output_scale", "input_global_scale", "k_scale", "v_scale")
+_FEW_BITS = (
+    "its scales have four bits, so that multiplying them rounds each by up to 6 %; --lossy does it "
+    "and tells the error, or merge into the unquantized model"
+)
 _CACHE = ("k_scale", "v_scale", "attn.k_scale", "attn.v_scale")
 
 
@@ -66,10 +70,13 @@ def words_of(form: Quantized, stored: Stored) -> str:
 
 
 class StoredModules:
-    """`plan/fold.Modules` of a checkpoint. Modules go by their paths in memory."""
+    """`plan/fold.Modules` of a checkpoint. Modules go by their paths in memory.
 
-    def __init__(self, base: Checkpoint, names: Names) -> None:
-        self.base, self.names = base, names
+    lossy: whether scales of four bits may be multiplied, which rounds them.
+    """
+
+    def __init__(self, base: Checkpoint, names: Names, lossy: bool = False) -> None:
+        self.base, self.names, self.lossy = base, names, lossy
         self.config = quantization_of(base)
         self._found: dict[str, tuple[Stored, Quantized] | None] = {}
         self.nested: dict[str, Nested] = {}  # by the tensor of such scales, once they are places
@@ -228,10 +235,15 @@ class StoredModules:
                 tensor = f"{stored.name}.{scale.part}"
                 if scale.nested:
                     self.nested[tensor] = _nested(stored)
-                elif format_of(dtype := stored.tensors[scale.part].dtype) is None:
+                elif scale.lossy and not self.lossy:
+                    raise NoFold(_FEW_BITS)
+                elif format_of(dtype := stored.tensors[scale.part].dtype, scale.lossy) is None:
                     raise NoFold(f"its scales are {dtype}")
                 settings = replace(whole, repeat=scale.repeat, rows=scale.rows or whole.rows)
-                yield Place(tensor, settings, scale.transposed, scales=True, nested=scale.nested)
+                yield Place(
+                    tensor, settings, scale.transposed, scales=True, nested=scale.nested,
+                    lossy=scale.lossy,
+                )  # fmt: skip
         except (NoFold, NoValues) as error:
             raise Unfoldable(f"{module} ({words_of(form, stored)}): {error}") from None
 

@@ -57,7 +57,7 @@ NOISE = 16
 ROUNDING = 2
 
 
-_PRECISION = {"F64": 53, "F32": 24, "F16": 11, "BF16": 8}  # bits of a significand
+_PRECISION = {"F64": 53, "F32": 24, "F16": 11, "BF16": 8, "F8_E4M3": 4}  # bits of a significand
 
 
 def prove_outputs(

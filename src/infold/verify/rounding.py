@@ -1,11 +1,13 @@
 """float64 -> a stored dtype, from the bits: round to nearest, ties to even. Stated anew for verify.
 
 Rounded and stored elements are compared as places on the dtype's number line, int64: the finite
-numbers in ascending order, -0 at -1 and +0 at 0, so neighbours differ by one.
+numbers in ascending order, -0 at -1 and +0 at 0, so neighbours differ by one. E4M3 has no infinity:
+its NaN takes that place.
 """
 
 from __future__ import annotations
 
+import math
 import struct
 from dataclasses import dataclass
 
@@ -15,7 +17,7 @@ from torch import Tensor
 __all__ = ["LINES", "Line"]
 
 _SIGN = torch.iinfo(torch.int64).min
-_INTEGERS = {16: torch.int16, 32: torch.int32, 64: torch.int64}
+_INTEGERS = {8: torch.int8, 16: torch.int16, 32: torch.int32, 64: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,11 @@ class Line:
     @property
     def infinity(self) -> int:
         """The place of +inf; finite numbers lie below."""
+        return self._exponent | ((1 << (self.precision - 1)) - 1 if self.width == 8 else 0)
+
+    @property
+    def _exponent(self) -> int:
+        """The bits of the exponent."""
         return ((1 << (self.width - self.precision)) - 1) << (self.precision - 1)
 
     def stored(self, elements: Tensor) -> Tensor:
@@ -73,7 +80,11 @@ class Line:
     def number(self, place: int) -> float:
         """The number at a place, for messages."""
         magnitude = place if place >= 0 else -1 - place
-        if self.width == 16:
+        if self.width == 8:
+            exponent, mantissa = magnitude >> 3, magnitude & 7
+            value = math.ldexp(mantissa + (8 if exponent else 0), max(exponent, 1) - 10)
+            value = math.nan if magnitude == self.infinity else value
+        elif self.width == 16:
             kind = "e" if self.dtype == torch.float16 else "f"
             bits = magnitude if kind == "e" else magnitude << 16
             value = struct.unpack(f"<{kind}", bits.to_bytes(2 if kind == "e" else 4, "little"))[0]
@@ -92,7 +103,7 @@ class Line:
         bits = elements.view(self.integer)
         torch.bitwise_and(bits, (1 << (self.width - 1)) - 1, out=scratch)
         scratch.sub_(1).clamp_(min=0)  # a power of two steps down into the finer binade
-        scratch.bitwise_and_(self.infinity)
+        scratch.bitwise_and_(self._exponent)
         out.copy_(scratch.view(self.dtype))
 
 
@@ -101,6 +112,7 @@ def _ordered(magnitude: Tensor, negative: Tensor) -> Tensor:
 
 
 LINES = {
+    "F8_E4M3": Line(torch.float8_e4m3fn, 8, 4, -6),
     "BF16": Line(torch.bfloat16, 16, 8, -126),
     "F16": Line(torch.float16, 16, 11, -14),
     "F32": Line(torch.float32, 32, 24, -126),

@@ -25,7 +25,7 @@ from infold.checkpoint.inputs import InputFiles
 from infold.checkpoint.safetensors import TensorInfo
 from infold.checkpoint.shards import Checkpoint
 from infold.checkpoint.stored import stored_matrix
-from infold.dtypes import TORCH_DTYPES
+from infold.dtypes import SCALE_DTYPES
 from infold.plan.edits import BaseTensor, Decoded, Edit, Operation, Original, Replacement
 from infold.verify.blocks import Blocks, blocks_of
 from infold.verify.reference import STEP, LowRank, Reference, Sums, Values, reference_of
@@ -136,8 +136,8 @@ def _equal(one: memoryview, two: memoryview) -> bool:
 
 
 def _show(element: bytes, dtype: str) -> str:
-    if dtype in TORCH_DTYPES and len(element) == TORCH_DTYPES[dtype].itemsize:
-        return repr(torch.frombuffer(bytearray(element), dtype=TORCH_DTYPES[dtype]).item())
+    if dtype in SCALE_DTYPES and len(element) == SCALE_DTYPES[dtype].itemsize:
+        return repr(torch.frombuffer(bytearray(element), dtype=SCALE_DTYPES[dtype]).item())
     return f"0x{element[::-1].hex()}"
 
 
@@ -183,14 +183,14 @@ class EditCheck:
                 whence = original
             info = whence.info(edit.source.name)
             self.path, self.begin = whence.shards[whence.where[info.name]].path, info.begin
-            self.kind = TORCH_DTYPES[info.dtype if blocks is None else self.dtype]
+            self.kind = SCALE_DTYPES[info.dtype if blocks is None else self.dtype]
             self.in_place = edit.source == BaseTensor(edit.tensor)
         else:
             assert isinstance(edit.source, Replacement)
             adapter = adapters[edit.source.adapter]
             part = adapter.tensors[edit.source.key]
             self.path, self.begin = adapter.weights, part.begin
-            self.kind = TORCH_DTYPES[part.dtype]
+            self.kind = SCALE_DTYPES[part.dtype]
             if part.end == part.begin:  # from a pickle, which is in memory already
                 self.loaded = adapter.read(edit.source.key).view(self.rows, -1)
         self._references: list[Reference] | None = None

@@ -126,7 +126,7 @@ def _open(
             offenders.append(Offender("receipt", companion(folder, RECEIPT).name, str(error)))
         choice = None if claims is None else _choice(claims)
         opened = [open_adapter(a) for a in adapters]
-        return plan_merge(open_checkpoint(base), opened, choice), claims
+        return plan_merge(open_checkpoint(base), opened, choice, lossy=True), claims
     if adapters:
         raise Refusal("adapters without a base; give both, or only the merged folder")
     claims = read_claims(folder)
@@ -144,7 +144,7 @@ def _open(
     changed = [o for n, adapter in enumerate(opened) for o in _changed(claims, n, adapter)]
     offenders += changed
     try:
-        return plan_merge(open_checkpoint(base), opened, _choice(claims)), claims
+        return plan_merge(open_checkpoint(base), opened, _choice(claims), lossy=True), claims
     except Refusal as error:
         told = [f"{o.where}: changed since the merge" for o in changed]
         why = "the receipt's inputs no longer make a merge"
