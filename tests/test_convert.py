@@ -19,7 +19,9 @@ from torch import Tensor
 
 import infold
 from handmade import RECEIPT, digests, ia3, lora
+from infold.checkpoint.shards import open_checkpoint
 from infold.errors import Refusal
+from infold.plan.unconverted import with_unconverted
 from quantized_bases import KINDS, REFUSED, Module, bitsandbytes
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the packages that write the bases
@@ -306,6 +308,36 @@ def test_several_adapters_act_in_order_before_one_rounding(tmp_path: Path) -> No
     key = base.values("self_attn.k_proj") * vectors()[f"{LAYER}.self_attn.k_proj"].double()
     assert_rounded(base.parts(out, "self_attn.k_proj")["weight"], key)
     assert infold.verify(out).ok
+
+
+@pytest.mark.parametrize("mode", ["dequantize", "requantize"])
+def test_an_interrupted_merge_ends_with_the_same_bytes(
+    mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The journal is kept after every tensor or so; a stop in between, then the same command."""
+    from infold.merge import stream
+
+    monkeypatch.setattr(stream, "KEEP_EVERY", 1 << 10)
+    base = make_base(tmp_path / "base", KINDS["ct-pack-asymmetric"])
+    adapter = low_rank(tmp_path / "lora")
+    infold.merge(base.path, adapter, tmp_path / "whole", **{mode: True})
+    wanted = digests(tmp_path / "whole")
+
+    for share in (0.3, 0.6, 0.9):
+
+        def stop(done: int, total: int, share: float = share) -> None:
+            if done > share * total:
+                raise KeyboardInterrupt
+
+        out = tmp_path / f"out-{share}"
+        with pytest.raises(KeyboardInterrupt):
+            infold.merge(base.path, adapter, out, threads=1, progress=stop, **{mode: True})
+        assert not out.exists() and (tmp_path / f".{out.name}.infold").exists()
+        receipt = infold.merge(base.path, adapter, out, threads=1, **{mode: True})
+        assert digests(out) == wanted
+        assert infold.verify(out).ok
+        if mode == "requantize" and share == 0.9:
+            assert receipt.resumed_bytes > 0
 
 
 # --- promote ------------------------------------------------------------------------------------
@@ -631,3 +663,29 @@ def test_a_base_made_by_hand_that_transformers_reads(kind: str, tmp_path: Path) 
     limit = 1e-5 if kind == "fp8-blocks" else 5e-3
     torch.testing.assert_close(found, wanted, rtol=0, atol=limit)
     assert (without - wanted).abs().max() > 20 * limit
+
+
+# --- what config.json tells loaders -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("config", "expected"), [
+    ({"quant_method": "gptq"}, {"dynamic": {
+        r"-:^a\.q_proj$": {}, r"-:^a\.qkv_proj$": {}, r"-:^b\.w$": {}
+    }}),
+    ({"quant_method": "awq"}, {"modules_to_not_convert": ["a.q_proj", "a.qkv_proj", "b.w"]}),
+    ({"quant_method": "bitsandbytes"}, {"llm_int8_skip_modules": ["lm_head", "a.q_proj", "b.w"]}),
+    ({"quant_method": "bitsandbytes", "llm_int8_skip_modules": ["c"]},
+     {"llm_int8_skip_modules": ["c", "a.q_proj", "b.w"]}),
+    ({"quant_method": "fp8", "ignored_layers": ["c"]},
+     {"modules_to_not_convert": ["lm_head", "a.q_proj", "b.w"],
+      "ignored_layers": ["c", "a.q_proj", "b.w"]}),
+    ({"quant_method": "compressed-tensors", "ignore": ["c"]}, {"ignore": ["c", "a.q_proj", "b.w"]}),
+    ({"quant_method": "auto-round"}, {"extra_config": {"a.q_proj": {"bits": 16},
+                                                       "b.w": {"bits": 16}}}),
+])  # fmt: skip
+def test_unconverted_modules_by_method(
+    config: dict[str, Any], expected: dict[str, Any], tmp_path: Path
+) -> None:
+    base = open_checkpoint(original(tmp_path / "base"))
+
+    assert with_unconverted(config, ["a.q_proj", "b.w"], base) == {**config, **expected}
