@@ -62,6 +62,7 @@ def add(part: str, value: Any) -> None:
     """Put one part into the record, which keeps the others."""
     record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
     record[part] = value
+    record.setdefault("load", {})[part] = round(os.getloadavg()[1], 1)
     packages = ("torch", "transformers", "peft", "gguf", "xllamacpp")
     record["machine"] = {
         "system": platform.platform(),
@@ -447,10 +448,13 @@ def report() -> None:
     record = json.loads(RECORD.read_text())
     lines = ["# IA³ merged into GGUF files", ""]
     machine = ", ".join(f"{k} {v}" for k, v in record["machine"].items())
+    lines += [f"Made by `benchmarks/gguf_files.py`, whose parts are its commands. {machine}.", ""]
+    load = ", ".join(f"{part} {load}" for part, load in record["load"].items())
     lines += [
-        f"Made by `python benchmarks/gguf_files.py run`, `types` and `errors`. {machine}.",
-        "",
-    ]
+        f"Load when each part ended: {load}. Above the number of processors seconds and tokens a "
+        "second tell little, seconds of processors and ratios by turns more; logits, bytes and "
+        "errors do not depend on it.", "",
+    ]  # fmt: skip
     parts: dict[str, Callable[[dict[str, Any]], list[str]]] = {
         "times": _times_lines, "run": _run_lines, "decoded": _decoded_lines,
         "accuracy": _accuracy_lines, "types": _type_lines, "errors": _error_lines,
