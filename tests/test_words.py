@@ -17,6 +17,7 @@ import torch
 
 import handmade
 import infold
+from infold.cli.edits import edits_text
 
 INFOLD = str(Path(sys.executable).with_name("infold"))
 LAYERS = 12
@@ -550,3 +551,15 @@ def test_a_quantized_copy_is_not_another_model(name: str, folder: Path, tmp_path
     )
 
     assert ran.returncode == 0 and "is it the same model" not in ran.stdout
+
+
+def test_edits_of_a_gguf_file_read_as_words() -> None:
+    """The row order of the file is told; the shapes that say how it is made are the receipt's."""
+    operation = {"method": "ia3", "adapter": 0, "module": "k", "side": "out"}
+    row_map = {"view": [3, 2, 32], "order": [0, 2, 1], "repeat": 18}
+    edit = {"tensor": "blk.0.attn_k.weight", "dtype": "Q4_1", "shape": [192, 576]}
+    edit |= {"source": {"base": "blk.0.attn_k.weight"}, "operations": [operation | row_map]}
+
+    told = edits_text([edit], ["ia3-reviews"])
+
+    assert "ia3 (out, rows in the file's order)" in told and "repeat" not in told
