@@ -464,7 +464,7 @@ def test_an_original_of_another_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("options", "why"), [
-    ({}, "--dequantize writes such weights in 16 bits, --requantize"),
+    ({}, "--dequantize writes such weights unquantized, --requantize"),
     ({"dequantize": True, "requantize": True}, "--dequantize and --requantize exclude each other"),
     ({"dequantize": True, "dtype": "int4"}, "--dtype int4: auto, bf16, f16, f32, q4_0"),
     ({"dtype": "f16"}, "--dtype goes with"),

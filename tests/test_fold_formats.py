@@ -446,6 +446,7 @@ def test_inspect_tells_the_formats(tmp_path: Path) -> None:
     ]
     told = CliRunner().invoke(app, ["inspect", str(base.path)]).output
     assert "GPTQ, 4 bits, groups of 32: 4 modules; IA³ folds" in told
+    assert "elements, as they are packed, in" in told and "parameters" not in told
     assert "FP8, a scale for each block: 1 module; no place for IA³: one scale" in told
 
 

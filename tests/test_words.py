@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import torch
 
 import handmade
 import infold
+from infold.cli.edits import edits_text
 
 INFOLD = str(Path(sys.executable).with_name("infold"))
 LAYERS = 12
@@ -108,7 +110,8 @@ def test_a_wrong_base_is_summed_up_and_json_lists_all(
 
     assert ran.returncode == as_json.returncode == 2 and ran.stdout == ""
     assert lines[0].endswith(f"none of its {2 * LAYERS} modules is in {other}")
-    assert len(lines) == 12 and "and 15 more; --json" in lines[10]
+    alike = [line for line in lines if line.endswith(f"(and {LAYERS - 1} more like this)")]
+    assert len(alike) == 2 and all("model.layers.0." in line for line in alike)
     assert lines[-1] == "infold: nothing was written"
     assert told["error"] == "Refusal"
     for module in LINEARS:
@@ -508,3 +511,55 @@ def test_empty_paths_are_told(inputs: tuple[Path, Path], tmp_path: Path) -> None
         ran = run(*words, *more, cwd=tmp_path)
         assert ran.returncode == 2 and "an empty path was given" in ran.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_reasons_that_are_not_alike_stay_lines_and_the_rest_is_counted(tmp_path: Path) -> None:
+    modules = {f"model.layers.0.part{chr(97 + n)}": (8, 8) for n in range(14)}
+    base = handmade.base_folder(tmp_path / "base", {"h.0.attn.weight": torch.zeros(4, 4)})
+    handmade.lora(tmp_path / "adapter", modules, target_modules=["parta"])
+    ran = run("merge", base, tmp_path / "adapter", "--out", tmp_path / "out")
+
+    assert "more like this" not in ran.stderr and "more; --json lists all of them" in ran.stderr
+    assert len(ran.stderr.splitlines()) == 12
+
+
+def test_a_proof_with_another_adapter_says_so_and_cuts_the_list(
+    folder: Path, tmp_path: Path
+) -> None:
+    handmade.lora(tmp_path / "other", LINEARS, target_modules=["q_proj", "k_proj"], seed=9)
+    ran = run("verify", folder / "Tiny-1B", tmp_path / "other", folder / "merged")
+    right = run("verify", folder / "Tiny-1B", folder / "adapter", folder / "merged")
+    told = json.loads(
+        run("verify", folder / "Tiny-1B", tmp_path / "other", folder / "merged", "--json").stdout
+    )
+
+    assert ran.returncode == 1 and right.returncode == 0
+    assert f"its receipt names other adapters: {folder / 'adapter'}" in ran.stderr
+    assert f"and {len(told['offenders']) - 20} more; --json" in ran.stderr
+    assert len(told["offenders"]) == 2 * LAYERS
+
+
+@pytest.mark.parametrize("name", ["Tiny-1B-nf4", "tiny-1b-GPTQ-Int4", "Tiny-1B-bnb-4bit"])
+def test_a_quantized_copy_is_not_another_model(name: str, folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "Tiny-1B", tmp_path / name)
+    shutil.copytree(folder / "adapter", tmp_path / "adapter")
+    config = tmp_path / "adapter" / "adapter_config.json"
+    fields = json.loads(config.read_text())
+    config.write_text(json.dumps({**fields, "base_model_name_or_path": "someone/Tiny-1B"}))
+    ran = run(
+        "merge", tmp_path / name, tmp_path / "adapter", "--out", tmp_path / "out", "--dry-run"
+    )
+
+    assert ran.returncode == 0 and "is it the same model" not in ran.stdout
+
+
+def test_edits_of_a_gguf_file_read_as_words() -> None:
+    """The row order of the file is told; the shapes that say how it is made are the receipt's."""
+    operation = {"method": "ia3", "adapter": 0, "module": "k", "side": "out"}
+    row_map = {"view": [3, 2, 32], "order": [0, 2, 1], "repeat": 18}
+    edit = {"tensor": "blk.0.attn_k.weight", "dtype": "Q4_1", "shape": [192, 576]}
+    edit |= {"source": {"base": "blk.0.attn_k.weight"}, "operations": [operation | row_map]}
+
+    told = edits_text([edit], ["ia3-reviews"])
+
+    assert "ia3 (out, rows in the file's order)" in told and "repeat" not in told

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from infold.cli.output import complain, entry, table
+from infold.cli.output import complain, entry, plural, table
 from infold.cli.progress import step_progress
 from infold.cli.startup import lasting_imports
 from infold.sizes import bytes_text
@@ -39,7 +39,9 @@ def bench(
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
-    """Measure what a merge buys: base, adapter mode (infold's and PEFT's) and merged model.
+    """Measure what a merge buys.
+
+    Base, adapter mode (infold's and PEFT's) and merged model run side by side.
 
     Load time, memory, prefill, first token, decoding and adapter swap, in turns, with intervals.
     """
@@ -92,9 +94,9 @@ def _show(record: dict[str, Any]) -> None:
     told = f"median over rounds of the ratio to the base, order statistics, {least:.0%}"
     told += ", where no other share is told"
     print(entry("interval", told, 10))
-    where = f"{record['device']}, {record['processor']}, {record['threads']} threads"
+    where = f"{record['device']}, {record['processor']}, {plural('thread', record['threads'])}"
     print(entry("machine", f"{where}, {record['dtype']}", 10))
-    count = f"{record['rounds']} rounds in each of {record['starts']} starts"
+    count = f"{plural('round', record['rounds'])} in each of {plural('start', record['starts'])}"
     print(entry("measured", f"{count}, after one to warm up, in {record['seconds']:.0f} s", 10))
     for note in record["notes"]:
         print(entry("note", note, 10))

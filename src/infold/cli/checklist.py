@@ -22,7 +22,9 @@ def checklist(
         bool, typer.Option("--json", help="Print one JSON object instead of text.")
     ] = False,
 ) -> None:
-    """Check every box from the trained adapter to delivery: PASS, FAIL or NOT DONE, and why.
+    """Check every box up to delivery.
+
+    From the trained adapter on: PASS, FAIL or NOT DONE, and why.
 
     The merge is verified anew; the rest is read from the records of other verbs.
     """

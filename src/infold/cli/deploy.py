@@ -46,7 +46,9 @@ def deploy(
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
-    """Write what a server needs beside a merged model, or with --smoke try a real server on it.
+    """Write what a server needs, or try one.
+
+    A bundle beside the merged model; with --smoke a real server is started, asked and stopped.
 
     The bundle: deployment_config.json with measured figures, a model card, serving recipes.
     """

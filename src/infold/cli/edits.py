@@ -12,6 +12,7 @@ __all__ = ["edits_text"]
 
 PREFIX = "base_model.model."  # PEFT's, of every key in an adapter file
 _COMMON = ("method", "adapter", "module", "moved")  # the rest is what the method tells of itself
+_STORED = ("view", "order", "repeat")  # how the vector comes to lie along the stored scales
 
 
 def edits_text(edits: Sequence[dict[str, Any]], adapters: Sequence[str]) -> str:
@@ -61,8 +62,10 @@ def _steps(edit: dict[str, Any], adapters: Sequence[str]) -> str:
         detail = ", ".join(
             f"{name} {value:g}" if isinstance(value, int | float) else str(value)
             for name, value in operation.items()
-            if name not in _COMMON
+            if name not in _COMMON and name not in _STORED
         )
+        if "order" in operation:
+            detail += ", rows in the file's order" if detail else "rows in the file's order"
         whose = f" of {_name(adapters[operation['adapter']])}" if len(adapters) > 1 else ""
         steps.append(operation["method"] + (f" ({detail})" if detail else "") + whose)
     return ", ".join(steps)

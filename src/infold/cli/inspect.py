@@ -90,7 +90,9 @@ def _checkpoint(found: dict[str, Any]) -> None:
     print(entry("checkpoint", found["path"], 12))
     if found["model_type"]:
         print(entry("model type", str(found["model_type"]), 12))
-    count = f"{found['parameters']:,} parameters in {plural('tensor', found['tensors'])}"
+    # several codes lie in one element of a tensor, and scales are no parameters
+    what = "elements, as they are packed," if found["quantization"] else "parameters"
+    count = f"{found['parameters']:,} {what} in {plural('tensor', found['tensors'])}"
     shards = plural("shard", len(found["shards"]))
     print(entry("size", f"{count}, {bytes_text(found['bytes'])} in {shards}", 12))
     print("dtypes")

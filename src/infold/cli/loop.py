@@ -46,7 +46,9 @@ def loop(
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
-    """Collect, train, merge, evaluate, and again: learn from the answers that a verifier accepts.
+    """Collect, train, merge, evaluate, and again.
+
+    The model learns from those of its answers that a verifier accepts.
 
     The same command continues a run that was interrupted.
     """

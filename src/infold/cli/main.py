@@ -124,7 +124,19 @@ def _together(reasons: Sequence[str]) -> list[str]:
         keys = [key for _, _, key in group]
         more = f" and {len(keys) - 1:,} more" if len(keys) > 1 else ""
         lines += [f"{place}: {keys[0]}{more}: {why}"] if place else [why] * len(keys)
-    return lines
+    return _alike(lines)
+
+
+def _alike(lines: Sequence[str]) -> list[str]:
+    """Lines that differ by the numbers in names alone (layers, experts): the first tells how many
+    are like it."""
+    groups: dict[str, list[str]] = {}
+    for line in lines:
+        groups.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "#", line), []).append(line)
+    return [
+        g[0] + (f" (and {len(g) - 1:,} more like this)" if len(g) > 1 else "")
+        for g in groups.values()
+    ]
 
 
 _VERBS = (

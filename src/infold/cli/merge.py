@@ -50,12 +50,13 @@ def merge(
     promote: Annotated[
         bool,
         typer.Option(
-            "--promote", help="Quantized weights with no place for an IA³ vector: write in 16 bits."
+            "--promote",
+            help="Quantized weights with no place for an IA³ vector: write unquantized.",
         ),
     ] = False,
     dequantize: Annotated[
         bool,
-        typer.Option("--dequantize", help="Quantized weights that change: write in 16 bits."),
+        typer.Option("--dequantize", help="Quantized weights that change: write unquantized."),
     ] = False,
     requantize: Annotated[
         bool,
@@ -239,7 +240,8 @@ def done_text(receipt: Receipt, out: str, told: Sequence[str] = ()) -> str:
         size = receipt.undo["bytes"]
         share = size / max(1, receipt.edited_bytes)
         told = (
-            f"{bytes_text(size)}, {share:.1%} of the edited bytes: `infold undo` restores the base"
+            f"{bytes_text(size)}, {share:.1%} of the edited bytes, with a copy of the adapters: "
+            "`infold undo` restores the base"
         )
         lines.append(entry("record", told))
     return "\n".join([*lines, entry("output", out)])

@@ -32,7 +32,9 @@ def methods(
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
 ) -> None:
-    """Which adapter methods end in one weight: merged by infold, by PEFT, or not, and why.
+    """Tell which adapter methods merge.
+
+    Which end in one weight: merged by infold, by PEFT, or not, and why.
 
     Asks infold's tables, and tries every type that the installed PEFT registers.
     """

@@ -21,7 +21,10 @@ def report(
         list[str] | None, typer.Option("--record", help="A JSON record from elsewhere; repeatable.")
     ] = None,
 ) -> None:
-    """One self-contained page of what was merged, how it was measured and what was checked."""
+    """Make one page of it all.
+
+    Self-contained: what was merged, how it was measured and what was checked.
+    """
     from infold.inspect.update import describe_update
     from infold.report.write import write_report
 

@@ -18,6 +18,8 @@ from infold.errors import ProofFailed, Refusal
 if TYPE_CHECKING:
     from infold.verify.verdict import Outputs, Verdict
 
+_SHOWN = 20  # offenders as lines; --json has all
+
 
 def verify(
     paths: Annotated[
@@ -61,7 +63,7 @@ def verify(
     if len(paths) == 2:
         raise Refusal(_lacking(*paths))
     with lasting_imports():
-        from infold.verify.weights import verify_checkpoint
+        from infold.verify.weights import other_adapters, verify_checkpoint
 
     if not outputs and (prompts or text or new_tokens != 32 or device != "cpu"):
         raise Refusal("--prompts, --text, --new-tokens and --device belong to --outputs")
@@ -91,8 +93,13 @@ def verify(
             _show(verdict.outputs)
     if not verdict.ok:
         if not as_json:
-            for offender in verdict.offenders:
+            for offender in verdict.offenders[:_SHOWN]:
                 complain(f"{offender.where}: {offender.what}: {offender.detail}")
+            if len(verdict.offenders) > _SHOWN:
+                rest = len(verdict.offenders) - _SHOWN
+                complain(f"and {rest:,} more; --json lists all of them")
+            if others := other_adapters(paths[-1], paths[1:-1]):
+                complain(f"{paths[-1]}: its receipt names other adapters: {', '.join(others)}")
         failed = [plural("offender", len(verdict.offenders))] if verdict.offenders else []
         if verdict.outputs is not None and not verdict.outputs.ok:
             failed.append("the outputs differ")

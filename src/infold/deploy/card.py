@@ -92,8 +92,10 @@ def _figures(found: Mapping[str, Any]) -> str:
         ("resident memory", bytes_text(found["resident_bytes"])),
     ]
     table = "\n".join(f"| {name} | {text} |" for name, text in rows)
+    many = "" if found["threads"] == 1 else "s"
     return (
-        f"On {found['device']}, {found['threads']} threads, {found['dtype']}, plain transformers; "
+        f"On {found['device']}, {found['threads']} thread{many}, {found['dtype']}, plain "
+        "transformers; "
         f"medians of {found['rounds']} rounds, in brackets the least and the most.\n\n"
         f"|  |  |\n|---|---|\n{table}"
     )

@@ -212,7 +212,7 @@ class Loop:
         }
         write_json(it / "collect.json", counts)
         told = f"{counts['accepted']:,} of {counts['answers']:,} answers accepted"
-        say(_line(it, "collect", f"{told}, {counts['rows']:,} rows to learn", counts))
+        say(_line(it, "collect", f"{told}, {counts['rows']:,} to learn", counts))
         return counts
 
     def _answer(
@@ -287,7 +287,7 @@ class Loop:
             else:
                 shards = self._write_weights(it.number)
         write_json(it / "merge.json", {"shards": shards} | timing)
-        say(_line(it, "merge", f"base + {it.number} adapters, one rounding", timing))
+        say(_line(it, "merge", f"base + adapters 1 to {it.number}, one rounding", timing))
 
     def _evaluate(self, it: Iteration, held: Sequence[Any], say: Say) -> None:
         _, right, timing = self._answer(it, "evaluate.jsonl", it.number, held, 0, self.config.seed)

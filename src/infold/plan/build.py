@@ -167,7 +167,7 @@ def _add(draft: Draft, number: int, adapter: Adapter) -> None:
     draft.notes += [f"not used: {key}, which holds untrained values" for key in keys.unused]
     kind = GgufConsumer if draft.base.is_gguf else Consumer
     consumer = kind(draft, number, adapter, config)
-    before = len(draft.reasons)
+    before, elements = len(draft.reasons), len(draft.elements)
     for parameter, key in keys.plain.items():
         consumer.replacement(parameter, key, keys.copies.get(parameter))
     # where a tied head has an update of its own, PEFT adds it to the trained tokens
@@ -189,7 +189,8 @@ def _add(draft: Draft, number: int, adapter: Adapter) -> None:
                 if count > 1
                 else f"{adapter.path}: its only module is not in {draft.base.path}"
             )
-        if trained_on := config.fields.get("base_model_name_or_path"):
+        trained_on = config.fields.get("base_model_name_or_path")
+        if trained_on and len(draft.reasons) - before > len(draft.elements) - elements:
             summary.append(f"{adapter.path}: was trained on {trained_on!r}: is this that base?")
         draft.reasons[before:before] = summary
 

@@ -47,8 +47,8 @@ __all__ = [
 DTYPES = {"bf16": "BF16", "f16": "F16", "f32": "F32"}
 TYPES = {kind.lower(): kind for kind in ENCODES}  # of GGUF, that --requantize can write
 WAYS = (
-    "; --dequantize writes such weights in 16 bits, --requantize rounds them into their own format "
-    "again"
+    "; --dequantize writes such weights unquantized, --requantize rounds them into their own "
+    "format again"
 )
 MODES = ("promote", "dequantize", "requantize")
 

@@ -16,7 +16,8 @@ __all__ = ["origin_notes"]
 # Words that a copy's name gains or loses without its being another model.
 _HARMLESS = frozenset(
     "hf safetensors bf16 fp16 fp32 f16 f32 bfloat16 float16 float32 copy local main merged sharded "
-    "snapshot model gguf".split()
+    "snapshot model gguf quantized bnb nf4 fp4 fp8 int8 int4 4bit 8bit gptq awq hqq eetq w4a16 "
+    "w8a16 w8a8".split()
 )
 # How a GGUF file's name ends: -Q4_K_M, .UD-IQ3_XXS, -f16-00001-of-00002
 _TYPE = re.compile(

@@ -45,7 +45,7 @@ from infold.verify.reread import Check, Found, digest_of, reread
 from infold.verify.tensors import BaseCheck, EditCheck
 from infold.verify.verdict import Offender, Verdict
 
-__all__ = ["verify_checkpoint"]
+__all__ = ["other_adapters", "verify_checkpoint"]
 
 PathLike = str | os.PathLike[str]
 
@@ -185,6 +185,24 @@ def _changed(claims: Claims, number: int, adapter: Adapter) -> list[Offender]:
     found = {name: digest_of(adapter.path / name) for name in names}
     told = f"adapter {adapter.path}"
     return _compare_digests("adapter changed", claims.adapter_files[number], found, told)
+
+
+def other_adapters(merged: PathLike, adapters: Sequence[PathLike]) -> list[str]:
+    """The adapters that the receipt of `merged` names, where these are not their files.
+
+    For messages: a receipt that cannot be read names none.
+    """
+    try:
+        claims = read_claims(Path(os.path.abspath(merged)))
+        opened = [open_adapter(adapter) for adapter in adapters]
+        if claims is None or not opened:
+            return []
+        same = len(opened) == len(claims.adapters) and not any(
+            _changed(claims, number, adapter) for number, adapter in enumerate(opened)
+        )
+        return [] if same else list(claims.adapters)
+    except (InfoldError, OSError):
+        return []
 
 
 def _record(folder: Path) -> dict[str, str]:
