@@ -217,7 +217,7 @@ def test_what_cannot_be_run_is_refused(place: Path, tmp_path: Path) -> None:
 
 
 def without_figures(record: Any) -> Any:
-    """Figures differ a little between processes: those of another number of threads add otherwise."""
+    """Figures differ a little between processes: with other threads sums are added otherwise."""
     if isinstance(record, dict):
         return {name: without_figures(value) for name, value in record.items()}
     if isinstance(record, list):
