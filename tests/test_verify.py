@@ -531,8 +531,8 @@ def test_an_adapter_tensor_that_no_edit_uses(made: Scene, monkeypatch: pytest.Mo
     """What would be if the plan forgot an edit: merge and proof share the plan."""
     real = weights.plan_merge
 
-    def forgetful(base: Any, adapters: Any, choice: Any = None) -> Any:
-        plan = real(base, adapters, choice)
+    def forgetful(*given: Any, **named: Any) -> Any:
+        plan = real(*given, **named)
         plan.edits.pop(f"{V_BIAS.removesuffix('bias')}weight")
         return plan
 
