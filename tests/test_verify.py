@@ -541,9 +541,11 @@ def test_an_adapter_tensor_that_no_edit_uses(made: Scene, monkeypatch: pytest.Mo
     verdict = made.verify()
 
     assert [o.where for o in verdict.offenders] == [f"{V_BIAS.removesuffix('bias')}weight"]
-    monkeypatch.setattr(
-        weights, "plan_merge", lambda *given: _without(real(*given), "up_proj.weight")
-    )
+
+    def without(*given: Any, **named: Any) -> Any:
+        return _without(real(*given, **named), "up_proj.weight")
+
+    monkeypatch.setattr(weights, "plan_merge", without)
     unused = [o.where for o in made.verify().offenders if o.what == "unused adapter tensor"]
     assert len(unused) == 4
     assert all("up_proj.lora_" in key for key in unused)
