@@ -134,10 +134,11 @@ class _Run:
                 self.facts = self.facts or facts
                 self._keep(name, loaded)
             for number in range(self.rounds + 1):  # the first warms up
-                # the order turns, so that none always follows the same neighbour
+                # the order turns, there and back, so that none always follows the same neighbour
                 names = list(workers)
                 turn = (number + start) % len(names)
-                for name in names[turn:] + names[:turn]:
+                names = names[turn:] + names[:turn]
+                for name in reversed(names) if number % 2 else names:
                     self._round(name, workers[name], kept=number > 0)
 
     def _round(self, name: str, worker: _Worker, kept: bool) -> None:
