@@ -362,7 +362,10 @@ def test_a_server_that_misbehaves_is_found_out(
 
 
 @pytest.mark.skipif(bool(SERVING), reason=f"the extra serve is missing: {SERVING}")
-def test_a_real_server_answers_as_the_model_does(made: Any, merged: Path) -> None:
+def test_a_real_server_answers_as_the_model_does(
+    made: Any, merged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(smoke, "_HASTE", 60.0)  # other tests take the cores meanwhile
     before = {p.pid for p in psutil.Process().children(recursive=True)}
 
     found = smoke_test(merged, requests=6, seconds=1, timeout=240)
