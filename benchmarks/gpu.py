@@ -186,7 +186,7 @@ def bench(size: str, device: str, rounds: int) -> dict[str, Any]:
 
     found = {}
     for method in ("lora", "ia3"):
-        base, adapter, merged = (folder(size, w) for w in ("base", method, "base"))
+        base, adapter = folder(size, "base"), folder(size, method)
         merged = inputs.cache() / "out-bench"
         shutil.rmtree(merged, ignore_errors=True)
         infold.merge(base, adapter, merged, device=device)
@@ -205,6 +205,8 @@ def bench(size: str, device: str, rounds: int) -> dict[str, Any]:
 def machine(device: str) -> dict[str, str]:
     import torch
 
+    import infold
+
     name = torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
@@ -213,24 +215,9 @@ def machine(device: str) -> dict[str, str]:
         "memory": f"{memory / 1e9:.0f} GB",
         "python": platform.python_version(),
         **{p: version(p) for p in ("torch", "transformers", "peft")},
-        "infold": version("infold") if _installed("infold") else _own_version(),
+        "infold": infold.__version__,
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
-
-
-def _installed(package: str) -> bool:
-    from importlib.metadata import PackageNotFoundError
-
-    try:
-        return bool(version(package))
-    except PackageNotFoundError:
-        return False
-
-
-def _own_version() -> str:
-    import infold
-
-    return str(infold.__version__)
 
 
 def page(parts: Mapping[str, Any]) -> str:
