@@ -7,9 +7,11 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from peft import PeftModel
@@ -359,13 +361,50 @@ def test_a_loss_that_is_no_number_stops_the_training(
 # --- the command line, and several processes ------------------------------------------------------
 
 
-def run(*words: str | Path, launch: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", *launch, "infold", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment())
+def run(
+    *words: str | Path, launch: tuple[str, ...] = ("infold",)
+) -> subprocess.CompletedProcess[str]:
+    return ended(sys.executable, "-m", *launch, *map(str, words))
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+def ended(*command: str, patience: float = 120) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end. If it hangs, its processes say where, and the test fails.
+
+    Where none of them has come to infold, the launcher hangs, and gets a second try.
+    """
+    for attempt in (1, 2):
+        code, out, err = _tried(command, patience)
+        if code is not None:
+            return subprocess.CompletedProcess(command, code, out, err)
+        if attempt == 2 or "infold/tuners" in err:
+            pytest.fail(f"{' '.join(command)}: no end after {patience} s\n{out}\n{err}")
+    raise AssertionError("unreachable")
+
+
+def _tried(command: tuple[str, ...], patience: float) -> tuple[int | None, str, str]:
+    """Exit status (None: it hung, and was aborted), stdout, stderr."""
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "ACCELERATE_USE_CPU": "1",
+            "PYTHONFAULTHANDLER": "1",  # a process that is aborted prints its stacks
+        },
+    )
+    try:
+        out, err = process.communicate(timeout=patience)
+    except subprocess.TimeoutExpired:
+        top = psutil.Process(process.pid)
+        for one in (*top.children(recursive=True), top):  # the workers first: they know more
+            with suppress(psutil.NoSuchProcess):
+                one.send_signal(signal.SIGABRT)
+        out, err = process.communicate()
+        return None, out, err
+    return process.returncode, out, err
 
 
 def test_the_command_line_trains(base: Path, data: Path, tmp_path: Path) -> None:
@@ -407,7 +446,7 @@ def parallel(kind: str) -> tuple[str, ...]:
         "ddp": "--multi_gpu",
         "fsdp": "--use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP",
     }
-    words = f"accelerate.commands.launch {shared} --main_process_port 0 {kinds[kind]} -m"
+    words = f"accelerate.commands.launch {shared} --main_process_port 0 {kinds[kind]}"
     return tuple(words.split())
 
 
@@ -416,8 +455,10 @@ def test_two_processes_train_what_one_does(kind: str, base: Path, tmp_path: Path
     data = write_jsonl(tmp_path / "d.jsonl", sums(24))  # three steps of 8 rows an epoch
     words = ("train", base, data, "--lr", "1e-3", "--epochs", "1", "--batch-size", "4", "--json")
 
-    ran = run(*words, "--out", tmp_path / "two", launch=parallel(kind))
+    script = {"ddp": ("-m", "infold"), "fsdp": (str(HERE / "fsdp_on_cpu.py"),)}[kind]
+    ran = run(*words, "--out", tmp_path / "two", launch=(*parallel(kind), *script))
     assert ran.returncode == 0, ran.stderr[-3000:]
+    assert ("sharded by FSDP2, but for []" in ran.stderr) == (kind == "fsdp")
     one = infold.train(base, data, tmp_path / "one", lr=1e-3, epochs=1, batch_size=8)
 
     record = json.loads(ran.stdout.splitlines()[-1])
@@ -435,12 +476,12 @@ def test_a_sharded_training_that_was_killed_continues_to_the_same_bytes(
 ) -> None:
     options = {"steps": 6, "batch_size": 2, "save_every": 2, "dropout": 0.2}
     child = (str(HERE / "train_child.py"), str(base), str(data))
-    launch = parallel("fsdp")[:-1]  # a script, not a module
 
     def train(out: str, killed: int, **more: Any) -> int:
         words = (*child, str(tmp_path / out), json.dumps(options | more), str(killed))
-        command = [sys.executable, "-m", *launch, *words]
-        return subprocess.run(command, capture_output=True, env=environment()).returncode
+        ran = ended(sys.executable, "-m", *parallel("fsdp"), *words)
+        assert "sharded by FSDP2, but for []" in ran.stderr, ran.stderr[-3000:]
+        return ran.returncode
 
     assert train("out", 5) != 0 and not (tmp_path / "out").exists()
     assert train("out", 0, resume=True) == 0

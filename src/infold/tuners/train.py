@@ -244,11 +244,12 @@ def _train(
         from infold.tuners.trainer import AdapterTrainer, Journal, entries, last_checkpoint
 
     checkpoints = run / "checkpoints"
-    checkpoint = last_checkpoint(checkpoints)
     with calm():
-        args = _arguments(settings, ready, checkpoints, fresh=checkpoint is None)
-        with args.main_process_first():  # an interrupted training was checked by then
-            pass
+        args = _arguments(settings, ready, checkpoints)
+        with args.main_process_first():  # by then it has checked an interrupted training, or
+            pass  # cleared it away: earlier, the processes could read different checkpoints
+        checkpoint = last_checkpoint(checkpoints)
+        args.eval_on_start = bool(ready.eval_rows) and checkpoint is None  # the base's loss
         set_seed(settings.seed)
         model = _model(base, ready, settings, checkpoint)
         trainable, total = model.get_nb_trainable_parameters()
@@ -290,7 +291,7 @@ def _train(
     return record
 
 
-def _arguments(settings: TrainSettings, ready: Prepared, folder: Path, *, fresh: bool) -> Any:
+def _arguments(settings: TrainSettings, ready: Prepared, folder: Path) -> Any:
     from transformers import TrainingArguments
 
     every = settings.eval_every
@@ -323,7 +324,6 @@ def _arguments(settings: TrainSettings, ready: Prepared, folder: Path, *, fresh:
         save_steps=settings.save_every or 500,
         eval_strategy="no" if not ready.eval_rows else "steps" if every else "epoch",
         eval_steps=every,
-        eval_on_start=bool(ready.eval_rows) and fresh,  # the base's loss
         prediction_loss_only=ready.task != "SEQ_CLS",
         label_names=["labels"],
         remove_unused_columns=False,
