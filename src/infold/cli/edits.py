@@ -68,6 +68,8 @@ def _steps(edit: dict[str, Any], adapters: Sequence[str]) -> str:
             detail += ", rows in the file's order" if detail else "rows in the file's order"
         whose = f" of {_name(adapters[operation['adapter']])}" if len(adapters) > 1 else ""
         steps.append(operation["method"] + (f" ({detail})" if detail else "") + whose)
+    if "exponent" in edit:
+        steps.append(f"times 2^{edit['exponent']}")
     return ", ".join(steps)
 
 

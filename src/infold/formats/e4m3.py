@@ -13,10 +13,22 @@ from torch import Tensor
 from infold.dtypes import SCALE_DTYPES
 from infold.formats.dense import round_to_odd
 
-__all__ = ["DTYPE", "accepts", "decode", "encode", "finish", "narrow", "staging", "torch_dtype"]
+__all__ = [
+    "DTYPE",
+    "LARGEST",
+    "MIDDLE",
+    "accepts",
+    "decode",
+    "encode",
+    "finish",
+    "narrow",
+    "staging",
+    "torch_dtype",
+]
 
 DTYPE = "F8_E4M3"
-_MIDDLE = 464.0  # between 448 and the next number, if there were one; a tie goes to the even 448
+LARGEST = 448.0
+MIDDLE = 464.0  # between 448 and the next number, if there were one; a tie goes to the even 448
 
 
 def accepts(dtype: str) -> bool:
@@ -35,7 +47,7 @@ def decode(stored: Tensor, out: Tensor) -> None:
 def encode(values: Tensor, dtype: str) -> Tensor:
     """float64 values, rounded once, ties to even. NaN where they are beyond 448."""
     odd = round_to_odd(values)  # its second rounding is then no rounding of a rounded value
-    return odd.masked_fill_(odd.abs() > _MIDDLE, torch.nan).to(SCALE_DTYPES[dtype])
+    return odd.masked_fill_(odd.abs() > MIDDLE, torch.nan).to(SCALE_DTYPES[dtype])
 
 
 def staging(dtype: str) -> torch.dtype:

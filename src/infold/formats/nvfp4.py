@@ -7,10 +7,13 @@ ModelOpt              weight U8 [out, in / 2], weight_scale F8_E4M3 [out, in / 1
 
 W[o, i] = weight_scale[o, i / 16] * code[o, i], times or over the whole weight's. A row has scales
 of its own, but of four bits: multiplying them rounds each by up to 6 %, 2.6 % in the mean square.
-Kernels take them for numbers without a sign.
+Kernels take them for numbers without a sign. Quantizers give the largest block of a weight the
+largest scale, 448, so a power of two must go to the scale of the whole before it can grow.
 """
 
 from __future__ import annotations
+
+import math
 
 from infold.formats.e4m3 import DTYPE
 from infold.formats.stored import NoFold, Scale, Stored
@@ -18,6 +21,7 @@ from infold.formats.stored import NoFold, Scale, Stored
 NAME = "NVFP4"
 CORE: tuple[str, ...] = ("weight_packed", "weight")
 _WHOLE = {"weight_packed": "weight_global_scale", "weight": "weight_scale_2"}
+_DIVIDES = "weight_global_scale"
 _BLOCK = 16  # elements of a block
 
 
@@ -44,4 +48,7 @@ def scales(stored: Stored) -> tuple[Scale, ...]:
     if kind != DTYPE or found != (rows, -(-inputs // _BLOCK)):
         told = None if found is None else list(found)
         raise NoFold(f"its scales are {kind} {told}, not E4M3 for blocks of {_BLOCK} in each row")
-    return (Scale("weight_scale", lossy=True),)
+    over = next(over for codes, over in _WHOLE.items() if {codes, over} <= stored.tensors.keys())
+    if (whole := stored.tensors[over]).dtype != "F32" or math.prod(whole.shape) != 1:
+        raise NoFold(f"its {over} is {whole.dtype} {list(whole.shape)}, not one F32")
+    return (Scale("weight_scale", lossy=True, over=over, below=over == _DIVIDES),)

@@ -58,7 +58,8 @@ class Scale:
     rows as columns. repeat: consecutive rows of it that belong to one row of the module. rows: how
     many rows of the module it has room for, if more than the module has (padding). nested: it is
     quantized itself, and becomes plain floats; see `Unnested`. lossy: it has so few bits, and no
-    sign, that it is only multiplied where the user agrees.
+    sign, that it is only multiplied where the user agrees. over: the scale above it, a float for
+    the whole weight, which can take a power of two from it; below: that one divides.
     """
 
     part: str
@@ -67,6 +68,8 @@ class Scale:
     rows: int = 0
     nested: bool = False
     lossy: bool = False
+    over: str = ""
+    below: bool = False
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from infold.adapters import METHODS
+from infold.adapters import METHODS, Settings, ia3
 from infold.adapters.exact import LEAF
 from infold.checkpoint.adapter import Adapter
 from infold.dtypes import SCALE_DTYPES
@@ -68,12 +68,16 @@ class Run(Protocol):
 
 
 def steps_of(edit: Edit, adapters: Sequence[Adapter], device: torch.device) -> list[Step]:
-    """The operations of an edit with their parts loaded."""
+    """What an edit does, with the parts of its operations loaded."""
     steps = []
     for op in edit.operations:
         parts = {part: adapters[op.adapter].read(key).to(device) for part, key in op.parts.items()}
         prepared = METHODS[op.method].prepare(parts, op.settings)
         steps.append(Step(prepared, op.transposed, op.on_bias))
+    if edit.exponent:
+        rows = edit.shape[0] if edit.shape else 1
+        powers = torch.full((rows,), 2.0**edit.exponent, dtype=torch.float64, device=device)
+        steps.append(Step(ia3.prepare({"ia3_l": powers}, Settings(side="out", out=rows))))
     return steps
 
 

@@ -23,6 +23,7 @@ _COUNTS = ("kernel", "groups", "repeat")  # of Settings, from 1 on
 _NUMBERS = ("out", "rank", "first", "rows")  # from 0 on
 _LISTS = ("tokens", "view", "order")
 _LARGEST = 1 << 48
+_POWERS = 1000  # of two, in float64
 
 
 @contextmanager
@@ -70,7 +71,11 @@ def read_edit(name: str, entry: Mapping[str, Any], adapters: Sequence[Adapter]) 
     else:
         came = Replacement(**source)
         _tensor(adapters, came.adapter, came.key)
-    return Edit(name, came, dtype, tuple(shape), operations, bool(entry.get("scales", False)))
+    exponent = entry.get("exponent", 0)
+    if type(exponent) is not int or abs(exponent) > _POWERS:
+        raise ValueError(f"{name}: the exponent {exponent!r}")
+    scales = bool(entry.get("scales", False))
+    return Edit(name, came, dtype, tuple(shape), operations, scales, exponent)
 
 
 def _operation(name: str, op: Mapping[str, Any], adapters: Sequence[Adapter]) -> Operation:

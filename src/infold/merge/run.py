@@ -542,7 +542,7 @@ def _identity(prepared: Prepared) -> str:
     for files in adapters:
         hasher.update(repr(sorted(files.items())).encode())
     hasher.update(repr([describe(edit) for edit in plan.edits.values()]).encode())
-    hasher.update(repr([edit.operations for edit in plan.edits.values()]).encode())
+    hasher.update(repr([(edit.operations, edit.exponent) for edit in plan.edits.values()]).encode())
     hasher.update(repr([edit.source for edit in plan.edits.values()]).encode())
     hasher.update(repr(plan.conversion).encode())
     if prepared.undo:  # a record has blocks of one size

@@ -39,6 +39,7 @@ from infold.plan.output import (
     uneven_vocabulary,
     with_changes,
 )
+from infold.plan.room import make_room
 from infold.plan.tied import same_ends, tied_pair, unsupported_tie
 from infold.plan.unconverted import unconverted_changes
 
@@ -83,6 +84,8 @@ def _decide(
     for number, adapter in enumerate(adapters):
         _add(draft, number, adapter)
     untied = False if draft.reasons else _settle_ties(draft, tuple(adapters))
+    if not draft.reasons:
+        make_room(draft, adapters)
     edits = _edits(draft)
     draft.reasons += uneven_vocabulary(draft.base, edits)
     changes = config_changes(draft.base, edits, untied, draft.labels)
@@ -216,7 +219,7 @@ def _edits(draft: Draft) -> dict[str, Edit]:
     """The states that change something, as edits by tensor of the output."""
     edits = {}
     for tensor, state in draft.states.items():
-        if state.source == BaseTensor(tensor) and not state.operations:
+        if state.source == BaseTensor(tensor) and not state.operations and not state.exponent:
             continue
         floats = floats_of(state.dtype, state.shape)
         if floats is None or format_of(floats.dtype, state.scales) is None:
@@ -226,8 +229,9 @@ def _edits(draft: Draft) -> dict[str, Edit]:
         # what moved here from a later module acts after all that changes this one
         operations = tuple(sorted(state.operations, key=lambda op: op.moved))
         edits[tensor] = Edit(
-            tensor, state.source, state.dtype, state.shape, operations, state.scales
-        )
+            tensor, state.source, state.dtype, state.shape, operations, state.scales,
+            state.exponent,
+        )  # fmt: skip
     for tensor, data in draft.amended.items():
         edits[tensor] = Edit(tensor, Amended(tensor, data), "U8", (len(data),), ())
     return edits

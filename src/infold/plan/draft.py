@@ -22,6 +22,7 @@ class State:
     shape: tuple[int, ...]
     operations: list[Operation] = field(default_factory=list)
     scales: bool = False  # see Edit
+    exponent: int = 0  # see Edit
 
 
 class Draft:

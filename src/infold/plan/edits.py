@@ -109,7 +109,10 @@ class Operation:
 
 @dataclass(frozen=True)
 class Edit:
-    """What happens to one tensor of the output. No operation: its source is only copied or cast."""
+    """What happens to one tensor of the output. No operation: its source is only copied or cast.
+
+    exponent: of a power of two that multiplies it after the operations; see plan/room.py.
+    """
 
     tensor: str
     source: Source
@@ -117,6 +120,7 @@ class Edit:
     shape: tuple[int, ...]
     operations: tuple[Operation, ...]
     scales: bool = False  # the tensor's floats are scales of a quantized weight
+    exponent: int = 0
 
 
 @dataclass(frozen=True)
@@ -178,13 +182,14 @@ def describe(edit: Edit) -> dict[str, Any]:
         if op.moved:
             entry["moved"] = True
         operations.append(entry | METHODS[op.method].describe(op.settings))
-    return {
+    told = {
         "tensor": edit.tensor,
         "dtype": edit.dtype,
         "shape": list(edit.shape),
         "source": _told(edit.source),
         "operations": operations,
     }
+    return told | {"exponent": edit.exponent} if edit.exponent else told
 
 
 def _told(source: Source) -> dict[str, Any]:

@@ -229,6 +229,21 @@ class _InputScale:
         return self.vector[i // max(self.outputs, 1) * self.channels + j // self.kernel]
 
 
+class PowerOfTwo:
+    """2^exponent for all of a tensor."""
+
+    def __init__(self, exponent: int) -> None:
+        self.factor = torch.tensor(2.0, dtype=torch.float64) ** exponent
+
+    def estimate(self, values: Values, rows: slice, columns: slice) -> None:
+        values.multiply(self.factor)
+
+    contract = estimate
+
+    def settle(self, values: Values, i: Tensor, j: Tensor) -> None:
+        values.multiply(self.factor)
+
+
 # --- trainable tokens ----------------------------------------------------------------------------
 
 

@@ -28,7 +28,15 @@ from infold.checkpoint.stored import stored_matrix
 from infold.dtypes import SCALE_DTYPES
 from infold.plan.edits import BaseTensor, Decoded, Edit, Operation, Original, Replacement
 from infold.verify.blocks import Blocks, blocks_of
-from infold.verify.reference import STEP, LowRank, Reference, Sums, Values, reference_of
+from infold.verify.reference import (
+    STEP,
+    LowRank,
+    PowerOfTwo,
+    Reference,
+    Sums,
+    Values,
+    reference_of,
+)
 from infold.verify.rounding import LINES
 from infold.verify.stored import decode
 
@@ -300,6 +308,8 @@ class EditCheck:
                     if isinstance(reference, LowRank) and reference.magnitude is not None:
                         self._norms(number, [*found, reference], workspace)
                     found.append(reference)
+                if self.edit.exponent:
+                    found.append(PowerOfTwo(self.edit.exponent))
                 self._references = found
             return self._references
 
@@ -338,6 +348,8 @@ class EditCheck:
 
     def _swaps(self, number: int) -> bool:
         """Whether stored rows are inputs. A bias has one column, however its weight is stored."""
+        if number == len(self.edit.operations):
+            return False
         operation = self.edit.operations[number]
         return operation.transposed and not operation.on_bias
 
