@@ -346,6 +346,7 @@ def test_an_unknown_architecture_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(infold.Refusal, match=r"'smollm3'; infold does not know .* llama, qwen2"):
         infold.merge(file, adapter, tmp_path / "m.gguf")
+    assert "'smollm3'" in infold.inspect(file)["quantization"][0]["no_fold"]
 
 
 def test_what_does_not_fit_is_all_listed(tmp_path: Path) -> None:
@@ -422,7 +423,10 @@ def test_a_file_and_what_belongs_to_it(base: Path, adapter: Path, tmp_path: Path
     assert (tmp_path / "folder" / "model.gguf").read_bytes() == out.read_bytes()
     assert infold.verify(tmp_path / "folder").ok
     assert infold.inspect(out)["kind"] == "merged"
-    assert infold.inspect(base)["dtypes"]["Q4_K"]["tensors"] == 8
+    found = infold.inspect(base)
+    assert found["dtypes"]["Q4_K"]["tensors"] == 8
+    told = {form["format"]: (form["modules"], form["no_fold"]) for form in found["quantization"]}
+    assert told["GGUF Q4_K"] == (8, None)
 
 
 def test_what_an_output_replaces(base: Path, adapter: Path, tmp_path: Path) -> None:

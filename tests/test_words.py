@@ -89,6 +89,21 @@ def test_a_dry_run_refuses_a_broken_adapter_too(inputs: tuple[Path, Path], tmp_p
     ran = run("merge", inputs[0], broken, "--out", tmp_path / "out", "--dry-run")
 
     assert (ran.returncode, ran.stdout) == (2, "") and "NaN" in ran.stderr
+    without = run("merge", inputs[0], broken, "--dry-run")
+    assert (without.returncode, without.stdout, without.stderr) == (2, "", ran.stderr)
+
+
+def test_a_dry_run_needs_no_place(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    with_place = run("merge", *inputs, "--out", tmp_path / "out", "--dry-run", "--json")
+    without = run("merge", *inputs, "--dry-run", "--json")
+
+    assert without.returncode == 0 and without.stdout == with_place.stdout
+    assert "the output would take" in run("merge", *inputs, "--dry-run").stdout
+    assert infold.merge(*inputs, dry_run=True) == json.loads(without.stdout)
+    assert list(tmp_path.iterdir()) == []
+    assert run("merge", *inputs).returncode == 2
+    with pytest.raises(TypeError, match="either out or in_place"):
+        infold.merge(*inputs)
 
 
 def test_a_quiet_dry_run_prints_nothing(inputs: tuple[Path, Path], tmp_path: Path) -> None:

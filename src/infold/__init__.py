@@ -131,7 +131,8 @@ def merge(
     base: a folder, a .safetensors file or a Hub id. adapters: PEFT folders or Hub ids.
     max_memory: for buffers and factors, on top of what Python and PyTorch take: bytes, or a text
     such as "512MiB". device: "cpu", "cuda" or "cuda:N". threads: by default the processors, at
-    most 8. dry_run: check everything, write nothing, and return the plan as JSON-ready values.
+    most 8. dry_run: check everything, write nothing, and return the plan as JSON-ready values;
+    without `out`, all but the place.
     force: replace an output of an earlier merge. sha256: add these digests to the receipt.
     undo: also write what `infold.undo` needs. in_place: edit the base's folder itself, instead of
     `out`; always with an undo record (docs/undo.md).
@@ -146,10 +147,10 @@ def merge(
     where the system or the Hub says no.
     """
     from infold.merge.options import Options
-    from infold.merge.run import execute, open_plan, prepare
+    from infold.merge.run import check, execute, open_plan, prepare
 
     given = _listed(adapters)
-    _one_place(out, in_place)
+    _one_place(out, in_place or (dry_run and out is None))
     convert = Options(promote, dequantize, requantize, dtype, base_16bit, lossy)
     if in_place:
         if sha256:
@@ -163,10 +164,12 @@ def merge(
         )  # fmt: skip
     _settle(base, refuse=True)
     plan = open_plan(base, given, convert)
+    if out is None:  # a dry run without a place
+        check(plan, max_memory, device, threads, undo)
+        return plan.summary()
     prepared = prepare(
-        plan, out or "", max_memory=max_memory, device=device, threads=threads, force=force,
-        undo=undo,
-    )  # fmt: skip
+        plan, out, max_memory=max_memory, device=device, threads=threads, force=force, undo=undo
+    )
     if dry_run:
         return plan.summary()
     names = os.fspath(base), [os.fspath(a) for a in given]

@@ -110,7 +110,7 @@ def merge(
     was when the same command is given again. Every tensor of every adapter is used, or nothing is
     written and all that does not fit is listed.
     """
-    place = one_place(out, in_place)
+    place = one_place(out, in_place, dry_run)
     say = not (quiet or as_json)
     with lasting_imports():
         from infold.merge.options import Options
@@ -121,14 +121,18 @@ def merge(
         _in_place(base, adapters, max_memory, device, threads, dry_run, lossy, as_json, say)
         return
     with lasting_imports():
-        from infold.merge.run import execute, open_plan, prepare
+        from infold.merge.run import check, execute, open_plan, prepare
 
     settle_first(base, refuse=True)
     convert = Options(promote, dequantize, requantize, dtype, base_16bit, lossy)
     plan = open_plan(base, adapters, convert)
-    prepared = prepare(
-        plan, place, max_memory=max_memory, device=device, threads=threads, force=force, undo=undo
-    )
+    if out is None:  # a dry run
+        check(plan, max_memory, device, threads, undo)
+        place = "the output"
+    else:
+        prepared = prepare(
+            plan, out, max_memory=max_memory, device=device, threads=threads, force=force, undo=undo
+        )
     if say:
         print(_summary(plan))
     if dry_run:

@@ -11,9 +11,10 @@ from infold.errors import Refusal
 __all__ = ["one_place", "settle_first"]
 
 
-def one_place(out: str | None, in_place: bool) -> str:
-    """The place of --out; empty with --in-place. Raises Refusal for both, and for none."""
-    if in_place == (out is not None):
+def one_place(out: str | None, in_place: bool, dry_run: bool = False) -> str:
+    """The place of --out; empty with --in-place, and where a dry run has none. Raises Refusal for
+    both, and for none."""
+    if in_place == (out is not None) and not (dry_run and out is None):
         raise Refusal("give either --out DIR or --in-place")
     return out or ""
 

@@ -22,11 +22,13 @@ from infold.checkpoint.shards import (
     is_lone,
     open_checkpoint,
 )
+from infold.dtypes import BLOCKS
 from infold.errors import CorruptFile, Refusal
-from infold.formats import NoFold
+from infold.formats import NoFold, floats_of
 from infold.inspect.receipt import checked_receipt
 from infold.plan.build import plan_merge
 from infold.plan.config import read_config
+from infold.plan.gguf import GgufModules
 from infold.plan.match import Names, group_keys
 from infold.plan.quantized import StoredModules, words_of
 
@@ -174,6 +176,8 @@ def _quantization(base: Checkpoint) -> list[dict[str, Any]]:
     """The formats of quantized modules in words, with the number of modules; and whether IA³
     vectors fold into the scales of all of them: if not, why, of the first that has none."""
     found: dict[str, dict[str, Any]] = {}
+    if base.is_gguf:
+        return _blocks(base)
     for stored, form in StoredModules(base, Names(base.where)).all():
         why = None
         try:
@@ -184,6 +188,26 @@ def _quantization(base: Checkpoint) -> list[dict[str, Any]]:
         entry = found.setdefault(words, {"format": words, "modules": 0, "no_fold": None})
         entry["modules"] += 1
         entry["no_fold"] = entry["no_fold"] or why
+    return list(found.values())
+
+
+def _blocks(base: Checkpoint) -> list[dict[str, Any]]:
+    """As `_quantization`, of the tensors of a GGUF file by their types."""
+    why = None
+    try:
+        GgufModules(base)
+    except Refusal:
+        kind = base.shards[0].header.metadata.get("general.architecture")
+        why = f"infold does not know the names and orders of llama.cpp's {kind!r}"
+    found: dict[str, dict[str, Any]] = {}
+    for info in (info for shard in base.shards for info in shard.header.tensors.values()):
+        if info.dtype in BLOCKS:
+            no_fold = why
+            if floats_of(info.dtype, info.shape) is None:
+                no_fold = "the scales of this type are no floats"
+            words = f"GGUF {info.dtype}"
+            entry = found.setdefault(words, {"format": words, "modules": 0, "no_fold": no_fold})
+            entry["modules"] += 1
     return list(found.values())
 
 

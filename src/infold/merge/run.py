@@ -59,6 +59,7 @@ __all__ = [
     "DEFAULT_MEMORY",
     "Prepared",
     "block_size",
+    "check",
     "check_output",
     "check_space",
     "digest_adapter",
@@ -118,15 +119,30 @@ def prepare(
 
     Raises Refusal or StorageFailure, as the merge would.
     """
-    where = open_device(device)
-    workers = threads if threads is not None else usual_threads()
-    if workers < 1:
-        raise Refusal(f"--threads {workers}: at least 1")
     if not os.fspath(out):
         raise Refusal("--out is empty; is a variable of the command empty?")
     path = Path(os.path.abspath(out))
     plan = placed(plan, path)
     check_output(path, plan, force)
+    where, workers, limit, digests = check(plan, max_memory, device, threads, undo, source)
+    check_space(path, plan)
+    return Prepared(plan, path, force, where, workers, limit, digests, undo, source)
+
+
+def check(
+    plan: Plan,
+    max_memory: int | str = DEFAULT_MEMORY,
+    device: str = "cpu",
+    threads: int | None = None,
+    undo: bool = False,
+    source: Merged | None = None,
+) -> tuple[torch.device, int, int, tuple[dict[str, str], ...]]:
+    """All of `prepare` that asks for no place: (device, workers, elements of a block, digests of
+    the adapters)."""
+    where = open_device(device)
+    workers = threads if threads is not None else usual_threads()
+    if workers < 1:
+        raise Refusal(f"--threads {workers}: at least 1")
     budget = parse_bytes(max_memory)
     if undo and plan.conversion is not None:
         raise Refusal(
@@ -135,9 +151,7 @@ def prepare(
         )
     fixed = source.limit if source else None
     workers, limit = block_size(plan, budget, workers, where, threads is None, undo, fixed)
-    digests = tuple(digest_adapter(adapter) for adapter in plan.adapters)
-    check_space(path, plan)
-    return Prepared(plan, path, force, where, workers, limit, digests, undo, source)
+    return where, workers, limit, tuple(digest_adapter(adapter) for adapter in plan.adapters)
 
 
 def merge_checkpoint(
