@@ -25,7 +25,7 @@ from infold.sizes import bytes_text
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "examples"))
 
-from smollm2 import default_cache  # noqa: E402
+from smollm2 import default_cache, make_base  # noqa: E402
 
 ADAPTERS = HERE.parent / "examples" / "adapters"
 DTYPES = ("bfloat16", "float32")
@@ -36,7 +36,7 @@ NOISE = (0.98, 1.02)
 def main() -> None:
     """Measure and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--base", type=Path, default=default_cache() / "SmolLM2-135M-Instruct")
+    parser.add_argument("--base", type=Path, help="default: SmolLM2-135M-Instruct, which is made")
     parser.add_argument("--only", choices=("lora", "ia3"))
     parser.add_argument("--dtype", choices=DTYPES)
     parser.add_argument("--device", default="cpu")
@@ -48,15 +48,16 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=16)
     parser.add_argument("--results", type=Path, default=HERE / "results")
     given = parser.parse_args()
+    base = given.base or make_base(default_cache())
     records: dict[str, dict[str, Any]] = {}
     for method in [given.only] if given.only else ["lora", "ia3"]:
         adapter = ADAPTERS / f"{method}-reviews"
         with tempfile.TemporaryDirectory() as made:
-            infold.merge(given.base, adapter, Path(made) / "merged")
+            infold.merge(base, adapter, Path(made) / "merged")
             for dtype in [given.dtype] if given.dtype else DTYPES:
                 with step_progress(f"{method} {dtype}", False) as progress:
                     record = measure_models(
-                        given.base, adapter, Path(made) / "merged", rounds=given.rounds,
+                        base, adapter, Path(made) / "merged", rounds=given.rounds,
                         starts=given.starts, dtype=dtype, device=given.device,
                         batches=given.batch or [1], prompt_tokens=given.prompt_tokens,
                         new_tokens=given.new_tokens, progress=progress,
