@@ -21,7 +21,8 @@ from typing import Any
 
 import infold
 from infold.checkpoint import direct, staging
-from infold.merge import inplace, run, stream
+from infold.merge import inplace, stream
+from infold.merge import prepare as preparing
 
 PRIMITIVES = (
     "copy_file_range", "fdatasync", "fsync", "ftruncate", "mkdir", "open", "pwrite", "rename",
@@ -93,8 +94,8 @@ def _place(name: str, given: Any) -> str:
 
 def prepare(request: dict[str, Any], put: Callable[[Any, str, Any], None] = setattr) -> None:
     """Small blocks, so that a small base has many; and what else the request asks for."""
-    put(run, "_BLOCK", request.get("block", 4096))
-    put(run, "_SMALLEST_BLOCK", request.get("block", 4096))
+    put(preparing, "_BLOCK", request.get("block", 4096))
+    put(preparing, "_SMALLEST_BLOCK", request.get("block", 4096))
     put(stream, "KEEP_EVERY", request.get("keep", 32 << 10))
     put(inplace, "STEP_BYTES", request.get("step", 16 << 10))
     put(stream, "COPY_PIECE", request.get("copy", 16 << 10))

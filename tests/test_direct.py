@@ -23,7 +23,7 @@ import infold
 from infold.checkpoint import direct
 from infold.checkpoint.direct import ALIGN, OutputFile, Pace
 from infold.errors import StorageFailure
-from infold.merge import run
+from infold.merge import prepare
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="O_DIRECT and FICLONERANGE")
 
@@ -193,8 +193,8 @@ def test_a_merge_gives_the_same_bytes(
     assert not past_the_cache
 
     monkeypatch.setattr(direct, "LEAST", ALIGN)
-    monkeypatch.setattr(run, "_BLOCK", 8192)
-    monkeypatch.setattr(run, "_SMALLEST_BLOCK", 8192)
+    monkeypatch.setattr(prepare, "_BLOCK", 8192)
+    monkeypatch.setattr(prepare, "_SMALLEST_BLOCK", 8192)
     direct_one = infold.merge(base, adapter, tmp_path / "direct", undo=True, threads=3)
 
     assert direct_one.shards == usual.shards

@@ -22,7 +22,7 @@ from infold import adapters
 from infold.adapters import Settings
 from infold.adapters.exact import LEAF, Factors, bits, root, slices_for, squares
 from infold.formats import dense
-from infold.merge import run
+from infold.merge import prepare
 
 # dtype: (bits of significand, smallest normal exponent, largest exponent)
 FORMATS = {"F32": (24, -126, 127), "F16": (11, -14, 15), "BF16": (8, -126, 127)}
@@ -247,8 +247,8 @@ def test_a_merge_rounds_a_few_hidden_midpoints_rightly(
         return real(staged)
 
     monkeypatch.setattr(dense, "midpoints", noted)
-    monkeypatch.setattr(run, "_BLOCK", 16_384)
-    monkeypatch.setattr(run, "_SMALLEST_BLOCK", 16_384)
+    monkeypatch.setattr(prepare, "_BLOCK", 16_384)
+    monkeypatch.setattr(prepare, "_SMALLEST_BLOCK", 16_384)
 
     merged = merged_values(tmp_path, plain, dtype).double()
 

@@ -27,7 +27,7 @@ from infold.adapters import METHODS
 from infold.edit import Step, edit_tensor, steps
 from infold.edit import tensor as in_memory
 from infold.edit.blocks import Block
-from infold.merge import apply, run, stream
+from infold.merge import apply, prepare, stream
 
 MIB = 1 << 20
 LINEAR = {"layers.0.q_proj": (700, 1300), "layers.0.v_proj": (513, 771), "layers.1.q_proj": (64, 9)}
@@ -202,8 +202,8 @@ def watched(monkeypatch: pytest.MonkeyPatch, together: bool = False) -> Iterator
 
 
 def blocks_of(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    monkeypatch.setattr(run, "_BLOCK", count)
-    monkeypatch.setattr(run, "_SMALLEST_BLOCK", min(count, 1 << 16))
+    monkeypatch.setattr(prepare, "_BLOCK", count)
+    monkeypatch.setattr(prepare, "_SMALLEST_BLOCK", min(count, 1 << 16))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -466,7 +466,7 @@ def test_cuda_gives_the_same_bytes_as_the_cpu(
 
 def edited(case: Case, device: str = "cpu", threads: int | None = None) -> dict[str, torch.Tensor]:
     """The tensors that a merge edits, edited in memory."""
-    plan = run.open_plan(case.base, case.adapters)
+    plan = prepare.open_plan(case.base, case.adapters)
     base = load_file(case.base / "model.safetensors")
     result = {}
     for name, edit in plan.edits.items():

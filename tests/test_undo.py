@@ -210,10 +210,10 @@ def test_a_swap_is_a_merge_of_the_base(case: str, before: str, tmp_path: Path) -
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from infold.merge import run, stream
+    from infold.merge import prepare, stream
 
-    monkeypatch.setattr(run, "_BLOCK", 512)
-    monkeypatch.setattr(run, "_SMALLEST_BLOCK", 512)
+    monkeypatch.setattr(prepare, "_BLOCK", 512)
+    monkeypatch.setattr(prepare, "_SMALLEST_BLOCK", 512)
     monkeypatch.setattr(stream, "KEEP_EVERY", 2 << 10)
 
 
@@ -252,10 +252,10 @@ def test_a_transposed_dora_is_swapped_into(tmp_path: Path) -> None:
         )  # fmt: skip
         get_peft_model(new_model("gpt2"), config).save_pretrained(tmp_path / name)
     with pytest.MonkeyPatch.context() as patch:
-        from infold.merge import run
+        from infold.merge import prepare
 
-        patch.setattr(run, "_BLOCK", 256)
-        patch.setattr(run, "_SMALLEST_BLOCK", 256)
+        patch.setattr(prepare, "_BLOCK", 256)
+        patch.setattr(prepare, "_SMALLEST_BLOCK", 256)
         infold.merge(tmp_path / "base", tmp_path / "one", tmp_path / "merged", undo=True)
         swapped = infold.swap(tmp_path / "merged", tmp_path / "two", tmp_path / "swapped")
     plain = infold.merge(tmp_path / "base", tmp_path / "two", tmp_path / "plain")

@@ -147,7 +147,8 @@ def merge(
     where the system or the Hub says no.
     """
     from infold.merge.options import Options
-    from infold.merge.run import check, execute, open_plan, prepare
+    from infold.merge.prepare import check, open_plan, prepare
+    from infold.merge.run import execute
 
     given = _listed(adapters)
     _one_place(out, in_place or (dry_run and out is None))

@@ -353,7 +353,8 @@ def test_a_config_of_the_base_that_makes_no_sense_does_no_harm(
 def test_an_adapter_that_vanishes_while_the_merge_begins_is_a_storage_failure(
     base: Path, adapter: Path, tmp_path: Path
 ) -> None:
-    from infold.merge.run import merge_checkpoint, open_plan
+    from infold.merge.prepare import open_plan
+    from infold.merge.run import merge_checkpoint
 
     plan = open_plan(base, [adapter])
     (adapter / WEIGHTS).unlink()

@@ -71,7 +71,8 @@ def test_a_base_that_shrinks_while_it_is_read_ends_in_one_clear_error(
 def test_a_side_file_that_vanishes_is_a_storage_failure(
     large: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    from infold.merge.run import merge_checkpoint, open_plan
+    from infold.merge.prepare import open_plan
+    from infold.merge.run import merge_checkpoint
 
     base, adapter = large
     (base / "tokenizer.json").write_text("{}")
@@ -86,7 +87,8 @@ def test_a_side_file_that_vanishes_is_a_storage_failure(
 def test_a_shard_that_vanishes_is_a_storage_failure(
     large: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    from infold.merge.run import merge_checkpoint, open_plan
+    from infold.merge.prepare import open_plan
+    from infold.merge.run import merge_checkpoint
 
     base, adapter = large
     plan = open_plan(base, [adapter])

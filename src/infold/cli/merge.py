@@ -121,7 +121,8 @@ def merge(
         _in_place(base, adapters, max_memory, device, threads, dry_run, lossy, as_json, say)
         return
     with lasting_imports():
-        from infold.merge.run import check, execute, open_plan, prepare
+        from infold.merge.prepare import check, open_plan, prepare
+        from infold.merge.run import execute
 
     settle_first(base, refuse=True)
     convert = Options(promote, dequantize, requantize, dtype, base_16bit, lossy)

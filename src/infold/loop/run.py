@@ -32,7 +32,8 @@ from infold.loop.folder import (
 from infold.loop.measure import measured
 from infold.loop.score import score
 from infold.loop.task import Task, check_apart, open_task
-from infold.merge.run import execute, merge_checkpoint, open_plan, prepare
+from infold.merge.prepare import open_plan, prepare
+from infold.merge.run import execute, merge_checkpoint
 from infold.tuners.settings import TrainSettings
 from infold.tuners.train import train_adapter
 from infold.version import __version__

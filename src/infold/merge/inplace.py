@@ -54,19 +54,17 @@ from infold.merge.inplace_steps import (
     read_step,
     write_file,
 )
-from infold.merge.receipt import Receipt
-from infold.merge.recording import Recording
-from infold.merge.restore import Undone, check_restored, undone
-from infold.merge.run import (
+from infold.merge.prepare import (
     DEFAULT_MEMORY,
     Prepared,
     block_size,
     digest_adapter,
-    finish_record,
-    make_receipt,
     open_device,
-    peak_memory,
 )
+from infold.merge.receipt import Receipt
+from infold.merge.recording import Recording
+from infold.merge.restore import Undone, check_restored, undone
+from infold.merge.run import finish_record, make_receipt, peak_memory
 from infold.merge.stream import Streamed, stream
 from infold.merge.undo import Merged, open_merged
 from infold.plan.build import plan_merge

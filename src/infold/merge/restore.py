@@ -15,17 +15,17 @@ from infold.checkpoint.shards import is_lone, kept_name
 from infold.checkpoint.staging import Staging
 from infold.edit.threads import one_torch_thread, usual_threads
 from infold.errors import Refusal
-from infold.merge.receipt import Receipt
-from infold.merge.run import (
+from infold.merge.prepare import (
     DEFAULT_MEMORY,
     Prepared,
     block_size,
     check_output,
     check_space,
-    execute,
     open_device,
     prepare,
 )
+from infold.merge.receipt import Receipt
+from infold.merge.run import execute
 from infold.merge.stream import Streamed, stream
 from infold.merge.undo import Merged, open_merged
 from infold.plan.build import plan_merge
