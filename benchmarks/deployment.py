@@ -2,10 +2,12 @@
 
     python benchmarks/deployment.py                    # the base and adapters of `make demo`
     python benchmarks/deployment.py --only ia3 --dtype float32        # one part of four, again
+    python benchmarks/deployment.py --pairs            # base and merged alone, in many more rounds
     python benchmarks/deployment.py --rounds 1 --starts 1 --results /tmp   # a try
 
-Writes deployment.md, and deployment.json with medians and intervals, after each part: those of an
-interrupted run on the same machine, with the same versions and settings, are kept.
+Writes deployment.md (deployment-pairs.md), and the same as JSON with medians and intervals, after
+each part: those of an interrupted run on the same machine, with the same versions and settings, are
+kept.
 """
 
 from __future__ import annotations
@@ -41,13 +43,17 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES)
     parser.add_argument("--device", default="cpu")
     # 27 pairs, in processes that were launched three times: about two minutes a part, on two cores
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int)
     parser.add_argument("--starts", type=int, default=3)
     parser.add_argument("--batch", type=int, action="append", help="default: 1")
     parser.add_argument("--prompt-tokens", type=int, default=64)
-    parser.add_argument("--new-tokens", type=int, default=16)
+    parser.add_argument("--new-tokens", type=int)
     parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--pairs", action="store_true", help="base and merged alone, 240 rounds")
     given = parser.parse_args()
+    rounds, new_tokens = (80, 8) if given.pairs else (9, 16)
+    rounds = rounds if given.rounds is None else given.rounds
+    new_tokens = new_tokens if given.new_tokens is None else given.new_tokens
     base = given.base or make_base(default_cache())
     records: dict[str, dict[str, Any]] = {}
     for method in [given.only] if given.only else ["lora", "ia3"]:
@@ -57,23 +63,24 @@ def main() -> None:
             for dtype in [given.dtype] if given.dtype else DTYPES:
                 with step_progress(f"{method} {dtype}", False) as progress:
                     record = measure_models(
-                        base, adapter, Path(made) / "merged", rounds=given.rounds,
+                        base, adapter, Path(made) / "merged", rounds=rounds,
                         starts=given.starts, dtype=dtype, device=given.device,
                         batches=given.batch or [1], prompt_tokens=given.prompt_tokens,
-                        new_tokens=given.new_tokens, progress=progress,
+                        new_tokens=new_tokens, modes=not given.pairs, progress=progress,
                     )  # fmt: skip
-                records = _save(given.results, f"{method}, {dtype}", record)
+                name = "deployment-pairs" if given.pairs else "deployment"
+                records = _save(given.results / name, f"{method}, {dtype}", record)
     print(page(records))
 
 
-def _save(folder: Path, part: str, record: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _save(path: Path, part: str, record: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Put a part among those that were measured in the same way; return all of them."""
-    folder.mkdir(exist_ok=True)
-    file = folder / "deployment.json"
+    path.parent.mkdir(exist_ok=True)
+    file = path.with_suffix(".json")
     before = json.loads(file.read_text()) if file.exists() else {}
     records = {name: r for name, r in before.items() if _way(r) == _way(record)} | {part: record}
     file.write_text(json.dumps(records, indent=1) + "\n")
-    (folder / "deployment.md").write_text(page(records))
+    path.with_suffix(".md").write_text(page(records))
     return records
 
 
@@ -89,7 +96,7 @@ def page(records: dict[str, dict[str, Any]]) -> str:
     lines = [
         "# Base, adapter mode, merged",
         "",
-        "    python benchmarks/deployment.py",
+        "    python benchmarks/deployment.py" + ("" if "infold" in one["models"] else " --pairs"),
         "",
         f"SmolLM2-135M-Instruct and the adapters of `examples/`. {one['processor']}, "
         f"{one['threads']} threads, {one['device']}; "

@@ -48,13 +48,15 @@ def measure_models(
     starts: int = 3,
     device: str = "cpu",
     dtype: str = "auto",
+    modes: bool = True,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Load time, memory, prefill, first token, decoding and adapter swap, as a bench record.
 
     Models: the base, the base with the adapter by infold, the same by PEFT where it is installed,
     and the merged folder where one is given. Times in seconds, sizes in bytes. dtype: what all of
-    them are loaded as; "auto": as stored. progress: (steps done, steps in all, None).
+    them are loaded as; "auto": as stored. Without `modes`, base and merged alone.
+    progress: (steps done, steps in all, None).
     All models are in memory at a time where they fit, else one: then a start is not in turns.
     Raises Refusal for what cannot be run, with all reasons where they can be told beforehand.
     """
@@ -62,12 +64,18 @@ def measure_models(
     device_of(device)
     folder = model_folder(base)
     adapted = str(open_adapter(adapter).path)
-    models = {"base": ("plain", folder), "infold": ("infold", folder)}
-    if find_spec("peft") is not None:
+    models = {"base": ("plain", folder)}
+    if modes:
+        models["infold"] = ("infold", folder)
+    if modes and find_spec("peft") is not None:
         models["PEFT"] = ("peft", folder)
     if merged is not None:
         models["merged"] = ("plain", model_folder(merged))
-    notes = [] if "PEFT" in models else ["PEFT is not installed, so its adapter mode is not here"]
+    notes = (
+        []
+        if "PEFT" in models or not modes
+        else ["PEFT is not installed, so its adapter mode is not here"]
+    )
     top = _vocabulary(folder)
     given = [
         {"kind": kind, "folder": str(path), "adapter": adapted}
