@@ -26,7 +26,7 @@ import handmade
 import infold
 from crash_child import PRIMITIVES, prepare
 from handmade import RECEIPT, digests
-from infold.merge import stream
+from infold.merge import chain
 from infold.merge.receipt import Receipt
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -240,7 +240,7 @@ def test_a_resume_that_fails_leaves_no_descriptor_open(
     def fails(*_: object) -> None:
         raise infold.CorruptFile("it went away")
 
-    monkeypatch.setattr(stream, "_hash_file", fails)
+    monkeypatch.setattr(chain, "_hash_file", fails)
     before = os.listdir("/proc/self/fd")
     with pytest.raises(infold.CorruptFile, match="it went away"):
         infold.merge(place.base, place.adapter, place.out)

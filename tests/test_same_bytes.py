@@ -27,7 +27,7 @@ from infold.adapters import METHODS
 from infold.edit import Step, edit_tensor, steps
 from infold.edit import tensor as in_memory
 from infold.edit.blocks import Block
-from infold.merge import apply, prepare, stream
+from infold.merge import apply, chain, prepare, stream
 
 MIB = 1 << 20
 LINEAR = {"layers.0.q_proj": (700, 1300), "layers.0.v_proj": (513, 771), "layers.1.q_proj": (64, 9)}
@@ -278,6 +278,7 @@ def test_the_smallest_blocks_and_tiles_give_the_same_bytes(
     monkeypatch.setattr(steps, "TILE", 499)
     monkeypatch.setattr(stream, "COPY_PIECE", 1_001)
     monkeypatch.setattr(stream, "HASH_PIECE", 997)
+    monkeypatch.setattr(chain, "HASH_PIECE", 997)
     with watched(monkeypatch) as seen:
         infold.merge(cases[name].base, cases[name].adapters, tmp_path / "out", threads=3)
 

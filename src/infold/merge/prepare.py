@@ -55,7 +55,7 @@ __all__ = [
 DEFAULT_MEMORY = 1 << 30
 _BLOCK = 1 << 20  # elements of a block: larger ones are not faster
 _SMALLEST_BLOCK = 1 << 16
-_CONVERTED = 96  # bytes of an element while codes are made of values and checked
+_CONVERTED = 104  # bytes of an element while codes are made of values and checked
 _PER_WORKER = 6 << 20  # bytes of tiles and flags
 
 PathLike = str | os.PathLike[str]
@@ -244,7 +244,8 @@ def block_size(
     record is written or read; `fixed`: its blocks have this size.
     """
     sizes = sorted(_held_bytes(plan), reverse=True)
-    widest = 40 if undo else 12  # bytes an element takes at most: stored, computed, staged
+    # bytes an element takes at most: stored and computed, twice, and staged
+    widest = 48 if undo else 20
     if plan.conversion is not None:
         widest = _CONVERTED
     needed = 0

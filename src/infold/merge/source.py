@@ -7,6 +7,7 @@ block: they are taken out to be computed on, and put back into a copy of the byt
 from __future__ import annotations
 
 import mmap
+from concurrent.futures import Future
 
 import torch
 from torch import Tensor
@@ -25,10 +26,20 @@ _LEAST = 1 << 20  # bytes of a buffer
 
 
 class Buffers:
-    """Page-aligned buffers of one worker, kept from chunk to chunk."""
+    """Page-aligned buffers of one worker, kept from chunk to chunk.
+
+    waits: the last chunk in them is still to be hashed. writing: the last write from them.
+    """
 
     def __init__(self) -> None:
         self._maps: dict[str, mmap.mmap] = {}
+        self.waits = False
+        self.writing: Future[None] | None = None
+
+    def written(self) -> None:
+        """Wait for the write. Raises what it has raised."""
+        if self.writing is not None:
+            self.writing.result()
 
     def view(self, name: str, count: int, place: int = 0) -> memoryview:
         """`place`: where in a file the bytes belong, so that they can go there directly."""

@@ -1,38 +1,33 @@
 """Shard by shard, block by block, from the base to the staged output.
 
-The output is cut into chunks in file order. Workers take the next chunk, read, compute and write
-it with buffers of their own, then wait for their turn to hash it: digests need the bytes in order,
-nothing else does. Since chunks are taken in order, the worker whose turn it is never waits, so
-memory is bounded by the number of workers alone, and reading, computing, hashing and writing
-overlap. A keeper thread brings finished stretches to the disk and into the journal meanwhile.
+The output is cut into chunks in file order. Workers take the next chunk, read and compute it with
+buffers of their own, begin to write it, and leave it to be hashed: digests need the bytes in order,
+nothing else does, so whoever has the next chunk hashes it, and those that wait behind it. Each
+worker has two sets of buffers, one of which may wait and be written, so memory is bounded by the
+number of workers alone, and reading, computing, hashing and writing overlap. A keeper thread brings
+finished stretches to the disk and into the journal meanwhile.
 """
 
 from __future__ import annotations
 
-import os
-import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Protocol
 
 import torch
-from blake3 import blake3
 
-from infold.checkpoint.direct import OutputFile, Pace
+from infold.checkpoint.direct import Pace
 from infold.checkpoint.inputs import InputFiles
-from infold.checkpoint.shards import read_exactly
-from infold.checkpoint.staging import Progress, copy_range, storage_errors
+from infold.checkpoint.staging import copy_range, storage_errors
 from infold.edit.blocks import Block, cut
 from infold.edit.steps import Workspace
 from infold.edit.threads import take_one_core
 from infold.errors import Refusal
 from infold.merge.apply import Run
-from infold.merge.convert import converted_runs, reads_elsewhere, source_of
+from infold.merge.chain import HASH_PIECE, Chain, Keeper, Target
+from infold.merge.convert import converted_runs, source_of
 from infold.merge.losses import lossy
 from infold.merge.recording import Recording
 from infold.merge.source import Buffers, Source
@@ -41,9 +36,7 @@ from infold.workers import Worker, run_all
 
 __all__ = ["Compute", "ShardDigests", "Streamed", "chunks_of", "stream"]
 
-HASH_PIECE = 1 << 20  # bytes that are read and hashed while they are in the cache
 COPY_PIECE = 2 << 20  # bytes of a chunk without an edit
-_WAITING = 32  # finished stretches that the disk has not got yet
 KEEP_EVERY = 256 << 20  # bytes of a shard after which it is brought to the disk
 
 
@@ -57,20 +50,6 @@ class ShardDigests:
 
 
 _NOTHING = torch.empty(0)
-
-
-class Target(Protocol):
-    """Where shards go: what `Staging` offers to the stream."""
-
-    output: Path
-    resumed: dict[str, Progress]
-    writes: bool  # False: all is computed and hashed, and goes nowhere
-
-    def open_file(self, name: str, size: int) -> int:
-        """A descriptor of a file that will have `size` bytes."""
-
-    def record(self, shard: str, fd: int, progress: Progress) -> None:
-        """So much of a shard is written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,147 +85,14 @@ class Compute:
 class _Task:
     """A chunk with its place in the queue of its shard."""
 
-    chain: _Chain
+    chain: Chain
     number: int
     work: _Copy | _Pad | Compute
     end: int  # offset in the output where the chunk ends
 
 
-class _Chain:
-    """One shard of the output: its files, its digests, and whose turn it is to hash.
-
-    In the same layout the base's bytes pass by in order too, and are hashed on the way. Up to the
-    first edit one digest serves for both.
-    """
-
-    def __init__(
-        self, plan: Plan, shard: OutputShard, staging: Target, files: InputFiles, pace: Pace
-    ) -> None:
-        self.shard, self.files = shard, files
-        self.path = staging.output / shard.name
-        self.source_path = plan.base.shards[shard.source].path
-        fd = staging.open_file(shard.name, shard.header.file_size)
-        self.target = OutputFile(fd, self.path, pace)
-        self.in_step = shard.same_layout
-        self._forget()
-        self.turn = 0
-        self.ready = threading.Condition()
-        self.kept = 0  # bytes that the journal tells or will tell
-        foreign = any(
-            reads_elsewhere(plan, edit.source, shard.source)
-            for name in shard.header.tensors
-            if (edit := plan.edits.get(name))
-        )  # the digests of this shard do not tell whether that other one is still the same
-        try:
-            self.start = self._resume(None if foreign else staging.resumed.get(shard.name))
-        except BaseException:
-            self.close()
-            raise
-
-    def _forget(self) -> None:
-        """Begin the digests anew. No `output_hash`: all bytes so far are the base's."""
-        self.base_hash = blake3()
-        self.output_hash = None if self.in_step else blake3()
-
-    def _resume(self, done: Progress | None) -> int:
-        """Bytes of the output that an earlier run left and that were checked again; at least the
-        header, which is written here where nothing was left."""
-        raw, size = self.shard.header.raw, self.shard.header.file_size
-        if done is not None and len(raw) <= done.position <= size:
-            whole = done.position == size
-            base, output = blake3(), blake3()
-            if self.in_step:
-                self._hash_source(base, done.position)
-            elif whole:
-                self._hash_source(base)
-            _hash_file(self.target.fd, self.path, output, done.position)
-            checked = base.hexdigest() == done.base and output.hexdigest() == done.output
-            if checked and (self.in_step or whole):
-                self.base_hash = base
-                self.output_hash = None if self.in_step and done.base == done.output else output
-                self.kept = done.position
-                return done.position
-        header = memoryview(raw)
-        self.target.write(header, 0)
-        self.hash(header, header)
-        return len(raw)
-
-    def _hash_source(self, hasher: blake3, count: int | None = None) -> None:
-        """The first bytes of the base's shard, or all of it."""
-        with self.files.use(self.source_path) as fd:
-            size = os.fstat(fd).st_size if count is None else count
-            _hash_file(fd, self.source_path, hasher, size)
-
-    def hash(self, base: memoryview, output: memoryview) -> None:
-        """The next bytes of both sides; `base` only counts where both are in step."""
-        if self.in_step:
-            if self.output_hash is None and output is not base:
-                self.output_hash = self.base_hash.copy()
-            self.base_hash.update(base)
-        if self.output_hash is not None:
-            self.output_hash.update(output)
-
-    def progress(self, position: int) -> Progress:
-        size = self.shard.header.file_size
-        if not self.in_step and position == size:
-            self.base_hash = blake3()
-            self._hash_source(self.base_hash)
-        base = self.base_hash.hexdigest()
-        output = base if self.output_hash is None else self.output_hash.hexdigest()
-        return Progress(position, base, output)
-
-    def close(self) -> None:
-        self.target.close()
-
-
-def _hash_file(fd: int, path: Path, hasher: blake3, count: int) -> None:
-    buffer = memoryview(bytearray(HASH_PIECE))
-    for offset in range(0, count, HASH_PIECE):
-        piece = buffer[: min(HASH_PIECE, count - offset)]
-        read_exactly(fd, piece, offset, path)
-        hasher.update(piece)
-
-
 class _Stopped(Exception):
     """Another worker failed or the user interrupted."""
-
-
-class _Keeper:
-    """Brings finished stretches to the disk, so that little is left to wait for at the end."""
-
-    def __init__(self, staging: Target, recording: Recording | None) -> None:
-        self.staging, self.recording = staging, recording
-        self.thread = Worker(self._work, "infold-keeper")
-        self.queue: queue.SimpleQueue[tuple[_Chain, Progress] | None] = queue.SimpleQueue()
-        self.room = threading.Semaphore(_WAITING)  # each shard in the queue is open
-        self.error: BaseException | None = None
-
-    def _work(self) -> None:
-        while (item := self.queue.get()) is not None:
-            chain, progress = item
-            try:
-                if self.error is None:
-                    if self.recording is not None:
-                        self.recording.writer.sync()  # before the journal tells of these blocks
-                    self.staging.record(chain.shard.name, chain.target.fd, progress)
-            except BaseException as error:
-                self.error = error
-            if progress.position == chain.shard.header.file_size:
-                chain.close()
-            self.room.release()
-
-    def give(self, chain: _Chain, progress: Progress) -> None:
-        """Waits where too much is waiting already."""
-        self.room.acquire()
-        self.queue.put((chain, progress))
-
-    def finish(self) -> None:
-        self.queue.put(None)
-        try:
-            self.thread.wait()
-        except BaseException:  # an interrupt: still, its descriptors are closed after its last use
-            self.thread.wait()
-            raise
 
 
 @dataclass(frozen=True)
@@ -274,7 +120,7 @@ def stream(
     `recording` gets what it takes to undo them.
     """
     files = InputFiles()
-    keeper = _Keeper(staging, recording)
+    keeper = Keeper(staging, recording)
     if runs is None:
         runs = converted_runs(plan, device)
     pool = _Pool(plan, staging, files, keeper, limit, device, advance, runs, recording, threads)
@@ -357,7 +203,7 @@ class _Pool:
         plan: Plan,
         staging: Target,
         files: InputFiles,
-        keeper: _Keeper,
+        keeper: Keeper,
         limit: int,
         device: torch.device,
         advance: Callable[[int], None],
@@ -370,19 +216,20 @@ class _Pool:
         self.runs, self.recording = runs, recording
         self.threads, self.pace = threads, Pace()
         self.writers = ThreadPoolExecutor(threads, "infold-writer")
-        self.chains: list[_Chain] = []
+        self.chains: list[Chain] = []
         self.digests: dict[str, ShardDigests] = {}
         self.resumed = 0
         self.left: list[Compute] = []  # blocks of scales that an earlier run has written
         self.tasks = self._tasks()
         self.lock = threading.Lock()
+        self.hashed = threading.Condition()  # a chunk more
         self.stopped = threading.Event()
         self.error: BaseException | None = None
 
     def _tasks(self) -> Iterator[_Task]:
         """All chunks in file order. A shard is opened when its first chunk is asked for."""
         for shard in self.plan.shards:
-            chain = _Chain(self.plan, shard, self.staging, self.files, self.pace)
+            chain = Chain(self.plan, shard, self.staging, self.files, self.pace)
             self.chains.append(chain)
             if chain.kept:
                 self.resumed += chain.kept
@@ -393,11 +240,11 @@ class _Pool:
             cut_elsewhere = todo and not self._starts_at(todo[0], chain.start)
             if cut_elsewhere or not self._recorded(done):
                 # other blocks than now, or some without their way back: begin this shard anew
-                chain._forget()
+                chain.forget()
                 chain.kept = 0
                 self.resumed -= chain.start
                 self.advance(-chain.start)
-                chain.start = chain._resume(None)
+                chain.start = chain.resume(None)
                 self.advance(chain.start)
                 todo, done = chunks, []
             self.left += [
@@ -423,8 +270,9 @@ class _Pool:
         blocks = [(w.run, w.number) for w in done if isinstance(w, Compute)]
         return all(self.recording.has(run, number) for run, number in blocks)
 
-    def _finish(self, chain: _Chain) -> None:
-        """All of a shard is written and hashed."""
+    def _finish(self, chain: Chain) -> None:
+        """All of a shard is hashed, and will be written now."""
+        chain.written()
         size = chain.shard.header.file_size
         progress = chain.progress(size)
         self.digests[chain.shard.name] = ShardDigests(
@@ -454,33 +302,42 @@ class _Pool:
 
     def _work(self) -> None:
         take_one_core()
-        workspace, buffers = Workspace(self.device, self.limit), Buffers()
+        workspace, buffers, others = Workspace(self.device, self.limit), Buffers(), Buffers()
         try:
             while not self.stopped.is_set() and self.keeper.error is None:
                 with self.lock:
                     task = next(self.tasks, None)
                 if task is None:
                     return
+                buffers, others = others, buffers
+                self._free(buffers)
                 if isinstance(task.work, _Copy):
                     self._copy(task, task.work, buffers)
                 elif isinstance(task.work, _Pad):
-                    self._pad(task, task.work)
+                    self._pad(task, task.work, buffers)
                 else:
                     self._compute(task, task.work, workspace, buffers)
         except _Stopped:
             pass
         except BaseException as error:
-            with self.lock:
-                self.error = self.error or error
-            self.stopped.set()
+            self._fail(error)
+        finally:
+            for one in (buffers, others):
+                try:
+                    one.written()
+                except BaseException as error:
+                    self._fail(error)
 
-    def _pad(self, task: _Task, work: _Pad) -> None:
+    def _fail(self, error: BaseException) -> None:
+        with self.lock:
+            self.error = self.error or error
+        self.stopped.set()
+
+    def _pad(self, task: _Task, work: _Pad, buffers: Buffers) -> None:
         zeros = memoryview(bytes(work.count))
         if self.staging.writes:
             task.chain.target.write(zeros, work.target)
-        with self._turn(task):
-            task.chain.hash(zeros, zeros)
-        self.advance(work.count)
+        self._leave(task, buffers, lambda: task.chain.hash(zeros, zeros))
 
     def _copy(self, task: _Task, work: _Copy, buffers: Buffers) -> None:
         chain, count = task.chain, work.count
@@ -488,20 +345,23 @@ class _Pool:
             data = buffers.view("in", count, work.target)
             shared = self._share(chain, work)
             self.files.read(chain.source_path, data, work.source)
-            with self._turn(task, None if shared else data, work.target):
-                chain.hash(data, data)
-        else:
-            if not self._share(chain, work):
-                with self.files.use(chain.source_path) as source, storage_errors(chain.path):
-                    copy_range(source, chain.target.fd, work.source, work.target, count)
-            with self._turn(task):
-                for offset in range(0, count, HASH_PIECE):
-                    piece = buffers.view("in", min(HASH_PIECE, count - offset))
-                    self.files.read(chain.source_path, piece, work.source + offset)
-                    chain.hash(piece, piece)
-        self.advance(count)
+            if not shared:
+                self._write(chain, data, work.target, buffers)
+            self._leave(task, buffers, lambda: chain.hash(data, data))
+            return
+        if not self._share(chain, work):
+            with self.files.use(chain.source_path) as source, storage_errors(chain.path):
+                copy_range(source, chain.target.fd, work.source, work.target, count)
 
-    def _share(self, chain: _Chain, work: _Copy) -> bool:
+        def hash_pieces() -> None:
+            for offset in range(0, count, HASH_PIECE):
+                piece = buffers.view("in", min(HASH_PIECE, count - offset))
+                self.files.read(chain.source_path, piece, work.source + offset)
+                chain.hash(piece, piece)
+
+        self._leave(task, buffers, hash_pieces)
+
+    def _share(self, chain: Chain, work: _Copy) -> bool:
         """Whether the output has the range now without a copy."""
         if not self.staging.writes:
             return False
@@ -524,46 +384,59 @@ class _Pool:
         if chain.in_step and run.edit.source != BaseTensor(run.edit.tensor):
             # the values came from elsewhere, but the base's own bytes belong to its digest
             self.files.read(chain.source_path, base, work.target)
-        with self._turn(task, written, work.target):
-            chain.hash(base, written)
-        if work.last:
-            run.release()
-        self.advance(len(written))
+        self._write(chain, written, work.target, buffers)
 
-    @contextmanager
-    def _turn(self, task: _Task, data: memoryview | None = None, place: int = 0) -> Iterator[None]:
-        """Write `data`, wait until all chunks before this one are hashed, and afterwards, when all
-        is written, let the next one go."""
+        def hash_block() -> None:
+            chain.hash(base, written)
+            if work.last:  # all others of the edit are hashed
+                run.release()
+
+        self._leave(task, buffers, hash_block)
+
+    def _free(self, buffers: Buffers) -> None:
+        """Wait until what lies in a worker's buffers is hashed and written."""
+        while buffers.waits:
+            if self.stopped.is_set() or self.keeper.error is not None:
+                raise _Stopped
+            with self.hashed:
+                self.hashed.wait_for(lambda: not buffers.waits, 0.2)
+        buffers.written()
+        buffers.writing = None
+
+    def _leave(self, task: _Task, buffers: Buffers, hash_it: Callable[[], None]) -> None:
+        """Leave a chunk to be hashed when all before it are. The buffers are free afterwards."""
+
+        def work() -> None:
+            hash_it()
+            self._hashed(task, buffers)
+            with self.hashed:
+                buffers.waits = False
+                self.hashed.notify_all()
+
+        buffers.waits = True
+        task.chain.leave(task.number, work)
+
+    def _hashed(self, task: _Task, buffers: Buffers) -> None:
+        """A chunk is hashed, in its turn."""
         chain = task.chain
-        writing = None if data is None else self._write(chain, data, place)
-        try:
-            with chain.ready:
-                while chain.turn != task.number:
-                    if self.stopped.is_set() or self.keeper.error is not None:
-                        raise _Stopped
-                    chain.ready.wait(0.2)
-            yield
-        finally:
-            if writing is not None:
-                writing.result()
-        size = chain.shard.header.file_size
-        if task.end == size:
+        if buffers.writing is not None:
+            chain.writes.append(buffers.writing)
+        if task.end == chain.shard.header.file_size:
             self._finish(chain)
         elif chain.in_step and task.end - chain.kept >= KEEP_EVERY:
+            chain.written()
             chain.kept = task.end
             self.keeper.give(chain, chain.progress(task.end))
-        with chain.ready:
-            chain.turn += 1
-            chain.ready.notify_all()
+        self.advance(task.end - task.work.target)
 
-    def _write(self, chain: _Chain, data: memoryview, place: int) -> Future[None] | None:
-        """Begin to write `data`, which lies aligned in its buffer; None: it is written already.
+    def _write(self, chain: Chain, data: memoryview, place: int, buffers: Buffers) -> None:
+        """Write `data`, which lies aligned in one of the buffers; they know until when.
 
-        Past the page cache the disk does the work, and this thread can hash meanwhile.
+        Past the page cache the disk does the work, and this thread can go on meanwhile.
         """
         if not self.staging.writes:
-            return None
+            return
         if chain.target.goes_direct(len(data)):
-            return self.writers.submit(chain.target.write, data, place, True)
-        chain.target.write(data, place)
-        return None
+            buffers.writing = self.writers.submit(chain.target.write, data, place, True)
+        else:
+            chain.target.write(data, place)
