@@ -101,7 +101,29 @@ def test_verify_runs_without_merge_being_loaded() -> None:
     assert loaded.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize(("room", "registry"), [("adapters", "METHODS"), ("formats", "FORMATS")])
+def test_running_models_loads_no_merge() -> None:
+    """Its controls are merged by the tuners, so `edit` is there; and the rooms stand empty."""
+    code = (
+        "import sys, infold.verify.outputs, infold.verify.both;"
+        "print([m for m in sys.modules if m.startswith('infold.merge.')])"
+    )
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+
+    assert loaded.stdout.strip().splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    ("room", "registry"),
+    [
+        ("adapters", "METHODS"),
+        ("formats", "FORMATS"),
+        ("formats", "SCALES"),
+        ("formats", "QUANTIZED"),
+        ("formats.values", "VALUES"),
+    ],
+)
 def test_registry_keys_are_file_names(room: str, registry: str) -> None:
     table = getattr(importlib.import_module(f"infold.{room}"), registry)
 

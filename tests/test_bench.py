@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -197,6 +198,25 @@ def test_all_that_is_wrong_is_told_at_once(made: tuple[Path, Path, Path]) -> Non
     text = "\n".join(told.value.reasons)
     for part in ("0 rounds", "-1 starts", "a batch of 0", "given twice", "dtype fp8"):
         assert part in text
+
+
+def test_a_folder_that_was_changed_is_not_measured(
+    made: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    """Its record would tell of other weights than the receipt."""
+    base, adapter, merged = made
+    folder = tmp_path / "merged"
+    shutil.copytree(merged, folder)
+    shutil.rmtree(folder / "records", ignore_errors=True)
+    (shard,) = folder.glob("*.safetensors")
+    raw = bytearray(shard.read_bytes())
+    raw[-1] ^= 1
+    shard.write_bytes(raw)
+
+    with pytest.raises(Refusal, match="was changed after it was merged"):
+        infold.bench(base, adapter, folder, **QUICK)
+    done = CliRunner().invoke(app, ["bench", str(base), str(adapter), str(folder)])
+    assert done.exit_code == 2 and not (folder / "records").exists()
 
 
 def test_what_cannot_be_run_is_refused(made: tuple[Path, Path, Path], tmp_path: Path) -> None:

@@ -213,6 +213,27 @@ def test_what_would_overflow_goes_one_level_up(tmp_path: Path, most: float, halv
     assert handmade.digests(tmp_path / "back") == handmade.digests(base)
 
 
+def test_what_is_not_finite_is_refused_in_no_time(tmp_path: Path) -> None:
+    base = base_folder(tmp_path / "base")
+    for number, most in enumerate((torch.inf, torch.nan)):
+        adapter, _ = adapter_folder(tmp_path / f"{number}", first=most)
+        with pytest.raises(infold.Refusal, match="1 elements are NaN or inf"):
+            infold.merge(base, adapter, tmp_path / "out", lossy=True)
+
+
+def test_a_broken_weight_that_servers_load_with_it_is_a_reason(tmp_path: Path) -> None:
+    base = base_folder(tmp_path / "base")
+    path = base / "model.safetensors"
+    tensors = load_file(path)
+    key = f"{LAYER}.{BESIDE}.weight_global_scale"
+    tensors[key] = tensors[key].repeat(2)
+    save_file(tensors, path, {"format": "pt"})
+    adapter, _ = adapter_folder(tmp_path / "adapter")
+
+    with pytest.raises(infold.Refusal, match=r"gate_proj: its weight_global_scale is F32 \[2\]"):
+        infold.merge(base, adapter, tmp_path / "out", lossy=True)
+
+
 def test_verify_sees_a_scale_of_the_whole_that_was_forgotten(tmp_path: Path) -> None:
     base = base_folder(tmp_path / "base")
     adapter, _ = adapter_folder(tmp_path / "adapter")

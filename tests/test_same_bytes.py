@@ -239,7 +239,7 @@ def test_any_memory_budget_gives_the_same_bytes(
 
         assert digests(out) == case.expected
         sizes.add(max(block.count for block in seen.blocks))
-    assert least <= 96
+    assert least <= 64
     if name != "lora Conv2d":  # which is one block
         assert len(sizes) > 1, "the budgets made a difference to the blocks"
 

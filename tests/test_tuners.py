@@ -7,6 +7,7 @@ import io
 import pickle
 import signal
 import threading
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from infold.tuners import IA3Config, LoraConfig, attach, load
 from infold.tuners.layers import Adapted
 from peft_oracle import Bench, assert_close, assert_differs, read_tensors, shuffle
 from tiny_models import model_inputs, new_model
-from tuner_cases import IA3, LORA, MODELS, Mlp
+from tuner_cases import IA3, LORA, MODELS, Conv, Mlp
 
 BOTH = [("ia3", IA3Config), ("lora", LoraConfig)]
 
@@ -586,6 +587,69 @@ def test_names_match_whole_components(calm: None) -> None:
 
     assert model.v.adapters["default"].ia3_l.shape == (1, 4)
     assert model.kv.adapters["default"].ia3_l.shape == (4, 1)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize(
+    "config",
+    [
+        IA3Config(target_modules=["conv0", "conv1"], feedforward_modules=["conv1"]),
+        LoraConfig(r=3, target_modules=["conv0", "conv1"]),
+    ],
+)
+def test_a_dilated_convolution_is_what_its_merged_weight_is(
+    calm: None, config: Any, dims: int
+) -> None:
+    """PEFT's LoRA fails on them, and its IA³ knows no Conv1d."""
+    x = torch.randn(4, 4, *(9,) * dims, generator=torch.Generator().manual_seed(1))
+    model = randomized(attach(Conv(dims, dilation=2), copy.deepcopy(config)), 2)
+    wanted = model(x)
+
+    with model.disable_adapter():
+        assert not torch.allclose(model(x), wanted, atol=1e-3)
+    assert_close(model.merge_and_unload()(x), wanted, 1e-5)
+
+
+def test_targets_that_were_found_are_told(
+    calm: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attach(new_model("llama"), IA3Config())
+    assert capsys.readouterr() == ("", "infold: ia3 on k_proj, v_proj, down_proj (its inputs)\n")
+
+    attach(new_model("llama"), LoraConfig(target_modules=["k_proj"]))
+    monkeypatch.setenv("RANK", "1")
+    attach(new_model("llama"), LoraConfig())
+    assert capsys.readouterr() == ("", "")
+
+
+def test_fan_in_fan_out_is_what_the_layers_say() -> None:
+    """PEFT, too, would correct it, and warn, whenever it loads the adapter."""
+    for kind, wrong in (("gpt2", False), ("llama", True)):
+        model = new_model(kind)
+        config = LoraConfig(r=2, fan_in_fan_out=wrong)
+        with pytest.warns(UserWarning, match=f"fan_in_fan_out is set to {not wrong}"):
+            attach(model, config)
+        assert model.peft_config["default"].fan_in_fan_out is not wrong
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            attach(new_model(kind), LoraConfig(r=2, fan_in_fan_out=not wrong))
+
+
+def test_an_adapter_that_began_in_another_way_is_loaded_but_none_begins_so(bench: Bench) -> None:
+    from peft import LoraConfig as PeftConfig
+    from peft import PeftModel, get_peft_model
+
+    base = new_model("llama")
+    made = get_peft_model(copy.deepcopy(base), PeftConfig(r=4, init_lora_weights="orthogonal"))
+    randomized(made, 5).save_pretrained(bench.folder / "a")
+    theirs = PeftModel.from_pretrained(copy.deepcopy(base), bench.folder / "a").eval()
+
+    ours = load(copy.deepcopy(base), bench.folder / "a").eval()
+
+    inputs = model_inputs("llama")
+    assert_close(ours(**inputs).logits, theirs(**inputs).logits, 1e-6)
+    with pytest.raises(Refusal, match="'orthogonal' is not known here; adapters that began so"):
+        attach(base, LoraConfig(init_lora_weights="orthogonal"))
 
 
 def test_what_peft_would_read_otherwise_is_saved_as_a_pattern(bench: Bench) -> None:

@@ -1,7 +1,8 @@
 """The kinds of models and configs on which infold's tuners are held against PEFT's.
 
 The rows follow PEFT's own table of custom models (its 22 IA³ and 46 LoRA cases): the same kinds of
-layers, sizes that are small but never square, and every option that changes the result.
+layers, sizes that are small but never square, and every option that changes the result. LoRA on
+convolutions of several groups is refused here; PEFT trains what no weight can hold.
 """
 
 from __future__ import annotations
@@ -110,6 +111,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "conv2d": (lambda: Conv(2), _floats(4, 4, 7, 7)),
     "conv2d-groups": (lambda: Conv(2, groups=2), _floats(4, 4, 7, 7)),
     "conv2d-depthwise": (lambda: Conv(2, groups=2, bias=False), _floats(4, 4, 7, 7)),
+    "conv2d-dilated": (lambda: Conv(2, dilation=2), _floats(4, 4, 9, 9)),
     "conv2d-reflect": (lambda: Conv(2, padding_mode="reflect"), _floats(4, 4, 9, 9)),
     "conv3d": (lambda: Conv(3), _floats(4, 4, 5, 5, 5)),
     "conv3d-groups": (lambda: Conv(3, groups=2), _floats(4, 4, 5, 5, 5)),
@@ -141,7 +143,14 @@ IA3: dict[str, tuple[str, dict[str, Any]]] = {
             ["conv0", "conv1"],
             {"out": [], "in": ["conv0", "conv1"], "mixed": ["conv1"]}[side],
         )
-        for model in ("conv2d", "conv2d-groups", "conv2d-reflect", "conv3d", "conv3d-groups")
+        for model in (
+            "conv2d",
+            "conv2d-groups",
+            "conv2d-dilated",
+            "conv2d-reflect",
+            "conv3d",
+            "conv3d-groups",
+        )
         for side in ("out", "in", "mixed")
     },
     "conv2d-and-linear": _ia3("conv2d", ["conv0", "lin0"], ["lin0"]),

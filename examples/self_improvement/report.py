@@ -34,6 +34,23 @@ def scores(runs: dict[int, tuple[dict, dict]]) -> list[str]:
     return lines
 
 
+def gains(runs: dict[int, tuple[dict, dict]]) -> list[str]:
+    """In words what was gained: whether the intervals of base and last iteration meet."""
+    lines = []
+    for seed, arms in runs.items():
+        told = []
+        for name, run in zip(("accepted answers learnt", "all learnt"), arms, strict=True):
+            first, last = (run["iterations"][n]["score"] for n in (0, -1))
+            way = "no change is shown: the intervals meet"
+            if last["low"] > first["high"]:
+                way = "a gain"
+            elif last["high"] < first["low"]:
+                way = "a loss"
+            told.append(f"{name}, {first['share']:.1%} to {last['share']:.1%}, {way}")
+        lines.append(f"- Seed {seed}: {'; '.join(told)}.")
+    return lines
+
+
 def levels(runs: dict[int, tuple[dict, dict]]) -> list[str]:
     known = sorted(next(iter(runs.values()))[0]["iterations"][0]["score"]["levels"])
     lines = ["| seed | iteration | " + " | ".join(f"level {name}" for name in known) + " |",
@@ -86,7 +103,13 @@ def main() -> None:
         f"    python examples/self_improvement/report.py --seeds {args.seeds}",
         "",
         f"{platform.machine()}, {os.cpu_count()} cores, no GPU. [config.toml](config.toml) has the "
-        "settings. Both arms take the same problems, answers and training steps.",
+        "settings. Both arms begin with the same model, problems and answers, and take as many "
+        "training steps; later each asks the model that it has become.",
+        "",
+        *gains(runs),
+        "",
+        "Merges add no drift from one iteration to the next, since each is the base with all "
+        "adapters in one rounding: [measured over 20](../../benchmarks/results/loop-drift.md).",
         "",
         "## Held-out problems that are right, with 95 % intervals (Wilson)",
         "",
@@ -98,8 +121,8 @@ def main() -> None:
         "",
         "## Time and memory (before / most / after), accepted answers learnt",
         "",
-        "The last evaluation has one set of weights on the disk, and the process holds what it "
-        "trained with: the merge itself adds next to nothing.",
+        "Before the merge the process still holds what it trained with; the merge itself adds next "
+        "to nothing to it.",
         "",
         *times(runs),
         "",

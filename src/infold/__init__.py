@@ -433,8 +433,11 @@ def bench(
     a model's process dies.
     """
     from infold.bench.run import measure_models
+    from infold.deploy.facts import check_as_merged
     from infold.deploy.records import keep_record
 
+    if merged is not None:
+        check_as_merged(merged)
     record = measure_models(
         base, adapter, merged, prompt_tokens=prompt_tokens, new_tokens=new_tokens, batches=batches,
         rounds=rounds, starts=starts, device=device, dtype=dtype, progress=progress,

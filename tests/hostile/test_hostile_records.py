@@ -70,6 +70,22 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "merged"
 
 
+@pytest.mark.parametrize("change", [{"shape": [1 << 40, 24]}, {"dtype": "F32"}])
+def test_an_edit_of_another_tensor_than_the_base_s_is_refused(
+    merged: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(merged, folder)
+    with open_record(folder) as record:
+        frames, manifest = {key: record.payload(*key) for key in record.frames}, record.manifest
+    forged = copy.deepcopy(manifest)
+    forged["edits"]["model.q_proj.weight"] |= change | {"exponent": 1}
+    rewrite(folder, forged, frames)
+
+    with pytest.raises(infold.CorruptFile, match="other dtypes or shapes"):
+        infold.undo(folder, tmp_path / "out", threads=1)
+
+
 def test_a_forged_manifest_ends_in_words_and_leaves_nothing(merged: Path, tmp_path: Path) -> None:
     folder, out = tmp_path / "model", tmp_path / "out"
     shutil.copytree(merged, folder)

@@ -125,7 +125,8 @@ def _by_rows(scale: Tensor, settings: Settings) -> Tensor:
 
 
 def bound(peak: float, parts: Mapping[str, Tensor], settings: Settings) -> float:
-    return peak * max(1.0, parts["ia3_l"].detach().abs().max().item())
+    most = float(parts["ia3_l"].detach().abs().max())
+    return float(peak * max(1.0, most ** (1 / settings.root)))
 
 
 def init(geometry: Geometry, settings: Settings, base: Base) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import mmap
 import os
 import struct
 import sys
@@ -23,7 +24,9 @@ from infold.checkpoint.staging import copy_range, storage_errors, write_fully
 
 __all__ = ["ALIGN", "OutputFile", "Pace"]
 
-ALIGN = 4096  # bytes; the largest unit of common disks and file systems
+# Bytes: the largest unit of common disks and file systems, and whole pages, since one that is
+# written past the cache must not be in it for its neighbour's sake.
+ALIGN = max(4096, mmap.PAGESIZE)
 LEAST = 256 << 10  # bytes of a piece that are worth it
 _TRIAL = 64 << 20  # bytes after which the pace is judged
 _SLOW = 200e6  # bytes a second of one writer, waiting included

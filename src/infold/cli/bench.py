@@ -47,12 +47,15 @@ def bench(
     """
     with lasting_imports():
         from infold.bench.run import measure_models
+        from infold.deploy.facts import check_as_merged
         from infold.deploy.records import keep_record
 
     if picture is not None:
         from infold.report.bars import check_picture
 
         check_picture(picture)
+    if merged is not None:
+        check_as_merged(merged)
     with step_progress("measuring", quiet or as_json) as progress:
         record = measure_models(
             base, adapter, merged, batches=batch or (1, 4), prompt_tokens=prompt_tokens,

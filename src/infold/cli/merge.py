@@ -38,7 +38,10 @@ def merge(
         ),
     ],
     out: Annotated[
-        str | None, typer.Option("--out", "-o", help="The folder to create.", show_default=False)
+        str | None,
+        typer.Option(
+            "--out", "-o", help="The folder to create, or a .gguf file.", show_default=False
+        ),
     ] = None,
     in_place: Annotated[
         bool,
@@ -65,7 +68,11 @@ def merge(
         ),
     ] = False,
     dtype: Annotated[
-        str, typer.Option(help="What the first two write: auto (as the config), bf16, f16 or f32.")
+        str,
+        typer.Option(
+            help="What the first two write: auto (as the config), bf16, f16 or f32. Of a GGUF "
+            "file, what the third writes: q8_0, q5_1, q5_0, q4_1 or q4_0."
+        ),
     ] = "auto",
     base_16bit: Annotated[
         str | None,

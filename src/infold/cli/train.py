@@ -216,10 +216,11 @@ def _result(record: Training) -> str:
     losses = record.losses
     share = record.parameters / max(record.all_parameters, 1)
     lines = [
+        f"adapter  {record.settings['method']} on {', '.join(record.targets)}",
         f"trained  {record.parameters:,} parameters ({share:.3%}) in "
         f"{plural('step', record.steps)}, {record.seconds:.1f} s, {record.device}"
         + (f" x {record.processes}" if record.processes > 1 else "")
-        + (f", continued from step {record.resumed_step}" if record.resumed_step else "")
+        + (f", continued from step {record.resumed_step}" if record.resumed_step else ""),
     ]
     if losses["first"] is not None:
         lines.append(f"loss     {losses['first']:.4f} -> {losses['last']:.4f}")

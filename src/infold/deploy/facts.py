@@ -32,6 +32,7 @@ __all__ = [
     "UNDO",
     "Facts",
     "KVCache",
+    "check_as_merged",
     "check_deployable",
     "read_facts",
     "receipt_digest",
@@ -150,8 +151,24 @@ def check_deployable(facts: Facts) -> None:
             f"{folder}: has no tokenizer, so no server answers; copy the tokenizer files of its "
             "model into the base, and merge again"
         )
-    told = facts.receipt["shards"]
-    for shard in facts.checkpoint.shards:
+    wrong += _changed(folder, facts.checkpoint, facts.receipt)
+    if wrong:
+        raise Refusal(wrong)
+
+
+def check_as_merged(merged: str | os.PathLike[str]) -> None:
+    """Read all shards of a merged folder, and refuse what is no longer what was merged. A folder
+    without a receipt tells of nothing."""
+    folder = locate(merged)
+    if exists(folder / RECEIPT):
+        if wrong := _changed(folder, open_checkpoint(folder), checked_receipt(folder)):
+            raise Refusal(wrong)
+
+
+def _changed(folder: Path, checkpoint: Checkpoint, receipt: Mapping[str, Any]) -> list[str]:
+    """The shards that are not those of the receipt."""
+    wrong, told = [], receipt["shards"]
+    for shard in checkpoint.shards:
         path = safe_child(folder, shard.name)
         with storage_errors(path):
             found = blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest()
@@ -160,10 +177,8 @@ def check_deployable(facts: Facts) -> None:
                 f"{path}: was changed after it was merged: its BLAKE3 is not the receipt's; merge "
                 "again (`infold verify` tells which tensors differ)"
             )
-    gone = told.keys() - {shard.name for shard in facts.checkpoint.shards}
-    wrong += [f"{folder / name}: is gone; merge again" for name in sorted(gone)]
-    if wrong:
-        raise Refusal(wrong)
+    gone = told.keys() - {shard.name for shard in checkpoint.shards}
+    return wrong + [f"{folder / name}: is gone; merge again" for name in sorted(gone)]
 
 
 def receipt_digest(folder: Path) -> str:

@@ -40,7 +40,8 @@ def describe_update(merged: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         base = open_checkpoint(receipt["base"]["path"])
         now = open_checkpoint(folder)
-        names = [edit["tensor"] for edit in receipt["edits"]]
+        # what only moves a power of two between two scales changes no weight
+        names = [edit["tensor"] for edit in receipt["edits"] if "exponent" not in edit]
         found["tensors"] = [row for n in names if (row := _moved(base, now, n)) is not None]
     except InfoldError as error:
         found["notes"].append(f"no norms of updates: {error}")

@@ -249,14 +249,14 @@ def block_size(
     if plan.conversion is not None:
         widest = _CONVERTED
     needed = 0
-    least = max(block_elements(plan), min(_BLOCK, fixed) if fixed else _SMALLEST_BLOCK)
+    least = max(block_elements(plan), fixed or _SMALLEST_BLOCK)
     for count in range(workers, 0, -1) if fewer else (workers,):
-        parts = sum(sizes[: count + 1])  # each worker can be at an edit of its own
+        parts = sum(sizes[: 2 * count])  # each worker at an edit, one of its own not hashed yet
         room = ((budget - parts) // count - _PER_WORKER) // widest
         if room >= least:
             limit = max(least, min(_BLOCK, room)) if fixed is None else fixed
             if fixed is None and device.type != "cpu":
-                limit = min(8 * limit, 8 * _BLOCK // count)
+                limit = min(8 * limit, 8 * _BLOCK // count, max(least, room))
             return count, limit
         needed = parts + count * (_PER_WORKER + least * widest)
     raise Refusal(

@@ -286,7 +286,9 @@ class _Pool:
         self.writers.shutdown(wait=False)  # each worker has waited for its own
         if self.error is not None:
             raise self.error
-        self._count_again()
+        if self.keeper.error is None:
+            assert len(self.digests) == len(self.plan.shards)
+            self._count_again()
 
     def _count_again(self) -> None:
         """Blocks that an earlier run has written: nothing more is known of how they came out."""
@@ -302,8 +304,9 @@ class _Pool:
 
     def _work(self) -> None:
         take_one_core()
-        workspace, buffers, others = Workspace(self.device, self.limit), Buffers(), Buffers()
+        buffers, others = Buffers(), Buffers()
         try:
+            workspace = Workspace(self.device, self.limit)
             while not self.stopped.is_set() and self.keeper.error is None:
                 with self.lock:
                     task = next(self.tasks, None)
@@ -420,6 +423,7 @@ class _Pool:
         """A chunk is hashed, in its turn."""
         chain = task.chain
         if buffers.writing is not None:
+            chain.writes = [w for w in chain.writes if not w.done() or w.exception()]
             chain.writes.append(buffers.writing)
         if task.end == chain.shard.header.file_size:
             self._finish(chain)

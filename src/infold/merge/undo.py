@@ -287,6 +287,15 @@ def _merged(checkpoint: Checkpoint, record: Record, receipt: Mapping[str, Any]) 
     kept = {n.removeprefix("tensor/"): files[n] for n in files if n.startswith("tensor/")}
     lost = [name for name in (*edits, *kept) if name not in where]
     limit = int(told["limit"])
+    odd = [
+        name
+        for name, edit in edits.items()
+        if name in where
+        and undone_by_residual(edit)
+        and (base.info(name).dtype, base.info(name).shape) != (edit.dtype, edit.shape)
+    ]
+    if odd:
+        raise CorruptFile(f"{record.path}: tells other dtypes or shapes than the base's of: {odd}")
     if lost:
         raise CorruptFile(f"{record.path}: edits tensors that the base does not have: {lost}")
     if not LEAF <= limit <= 1 << 26 or not isinstance(told["base"]["path"], str):

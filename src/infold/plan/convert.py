@@ -175,14 +175,12 @@ _FUSED = (
 _EXPERTS = re.compile(r"(.*\.experts)\.\d+\.")
 
 
-def siblings(module: str, modules: Collection[str]) -> set[str]:
-    """The quantized modules that are loaded as one with this one."""
+def loaded_as(module: str) -> tuple[str, ...]:
+    """What servers load this module as: the same for all modules that are loaded as one."""
     if expert := _EXPERTS.match(module):
-        return {other for other in modules if other.startswith(f"{expert[1]}.")}
+        return (expert[1],)
     above, _, name = module.rpartition(".")
-    group = next((names for names in _FUSED if name in names), ())
-    found = {f"{above}.{other}" if above else other for other in group}
-    return found.intersection(modules) - {module}
+    return (above, *next((names for names in _FUSED if name in names), (name,)))
 
 
 def of_one_kind(module: str, modules: Collection[str]) -> set[str]:
@@ -196,6 +194,9 @@ def of_one_kind(module: str, modules: Collection[str]) -> set[str]:
 
 def with_siblings(touched: Collection[str], modules: Mapping[str, Convertible]) -> list[str]:
     """All modules that become dense where these do, in the order of the files."""
+    together: dict[tuple[str, ...], list[str]] = {}
+    for name in modules:
+        together.setdefault(loaded_as(name), []).append(name)
     found: set[str] = set()
     todo = list(touched)
     while todo:
@@ -203,7 +204,7 @@ def with_siblings(touched: Collection[str], modules: Mapping[str, Convertible]) 
         if module in found:
             continue
         found.add(module)
-        todo += siblings(module, modules)
+        todo += together[loaded_as(module)]
         if modules[module].form == "hqq":
             todo += of_one_kind(module, modules)
     return [name for name in modules if name in found]

@@ -11,12 +11,13 @@ all, so those beside it give the same.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from infold.adapters import METHODS
 from infold.checkpoint.adapter import Adapter
-from infold.formats import NoFold, Scale, e4m3
-from infold.plan.convert import siblings
+from infold.formats import NoFold, Scale, e4m3, nvfp4
+from infold.plan.convert import loaded_as
 from infold.plan.draft import Draft
 
 __all__ = ["make_room"]
@@ -24,54 +25,50 @@ __all__ = ["make_room"]
 
 def make_room(draft: Draft, adapters: Sequence[Adapter]) -> None:
     """Set the exponents of all block scales that could overflow, and of what makes up for them."""
-    scales = _two_levels(draft)
-    exponents: dict[str, int] = {}
+    if not any(state.scales and state.dtype == e4m3.DTYPE for state in draft.states.values()):
+        return
+    scales: dict[str, Scale] = {}
+    broken: dict[str, str] = {}
+    for stored, form in draft.modules.all():
+        if form is nvfp4:
+            try:
+                (scales[stored.name],) = nvfp4.scales(stored)
+            except NoFold as error:
+                broken[stored.name] = str(error)
+    needed: dict[tuple[str, ...], int] = {}  # by what is loaded as one
     for name, scale in scales.items():
-        needed = _needed(draft, f"{name}.{scale.part}", adapters)
-        if needed:
-            for module in {name, *siblings(name, scales)}:
-                exponents[module] = max(needed, exponents.get(module, 0))
-    for module, exponent in exponents.items():
-        scale = scales[module]
-        for part, power in (
-            (scale.part, -exponent),
-            (scale.over, -exponent if scale.below else exponent),
-        ):
-            state = draft.state(f"{module}.{part}")
-            state.scales, state.exponent = True, power
-    if exponents:
-        beside = sum(not draft.states[f"{m}.{scales[m].part}"].operations for m in exponents)
+        least = _needed(draft, f"{name}.{scale.part}", adapters)
+        key = loaded_as(name)
+        if least > needed.get(key, 0):
+            needed[key] = least
+    beside = count = 0
+    for name, scale in scales.items():
+        if exponent := needed.get(loaded_as(name), 0):
+            blocks, whole = (draft.state(f"{name}.{part}") for part in (scale.part, scale.over))
+            blocks.scales = whole.scales = True
+            blocks.exponent = -exponent
+            whole.exponent = -exponent if scale.below else exponent
+            count, beside = count + 1, beside + (not blocks.operations)
+    draft.reasons += [
+        f"{name}: {why}, but servers load it as one with weights whose scales have to change"
+        for name, why in broken.items()
+        if loaded_as(name) in needed
+    ]
+    if count:
         told = f", {beside} of them since servers load their weights as one with others"
         draft.notes.append(
-            f"{len(exponents)} weights (NVFP4) moved a power of two from the scales of their "
-            "blocks, which may have no room to grow, to their scale of the whole"
-            + (told if beside else "")
+            f"{count} weights (NVFP4) moved a power of two from the scales of their blocks, which "
+            "may have no room to grow, to their scale of the whole" + (told if beside else "")
         )
 
 
-def _two_levels(draft: Draft) -> dict[str, Scale]:
-    """Modules whose scales have a scale above them; none where no such scale is edited."""
-    if not any(state.scales and state.dtype == e4m3.DTYPE for state in draft.states.values()):
-        return {}
-    found: dict[str, Scale] = {}
-    for stored, form in draft.modules.all():
-        try:
-            for scale in form.scales(stored):
-                if scale.over:
-                    found[stored.name] = scale
-        except NoFold:  # whatever is wrong with it: it is not edited
-            continue
-    return found
-
-
 def _needed(draft: Draft, tensor: str, adapters: Sequence[Adapter]) -> int:
-    """The least k >= 0 with which no scale can overflow, whatever it is now."""
+    """A k >= 0 with which no scale can overflow, whatever it is now."""
     state = draft.states.get(tensor)
     peak = e4m3.LARGEST
     for op in state.operations if state else ():
         parts = {part: adapters[op.adapter].read(key) for part, key in op.parts.items()}
         peak = METHODS[op.method].bound(peak, parts, op.settings)
-    exponent = 0
-    while peak > e4m3.MIDDLE:
-        peak, exponent = peak / 2, exponent + 1
-    return exponent
+    if not e4m3.MIDDLE < peak < math.inf:  # what is not finite is refused later
+        return 0
+    return math.ceil(math.log2(peak / e4m3.MIDDLE))

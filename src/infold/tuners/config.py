@@ -30,6 +30,9 @@ _TASKS = (
     "QUESTION_ANS",
     "FEATURE_EXTRACTION",
 )
+# PEFT's initialisations that leave the base as it was: what they gave is in an adapter's file, so
+# such adapters are loaded; new ones begin in another way.
+READ_INITS = ("eva", "orthogonal", "mica")
 Names = list[str] | str | None
 C = TypeVar("C", bound="TunerConfig")
 
@@ -195,7 +198,7 @@ class LoraConfig(TunerConfig):
             problems.append(f"lora_dropout = {self.lora_dropout!r} must be in [0, 1)")
         if self.bias not in ("none", "all", "lora_only"):
             problems.append(f"bias = {self.bias!r} must be none, all or lora_only")
-        if self.init_lora_weights not in (True, False, "gaussian"):
+        if self.init_lora_weights not in (True, False, "gaussian", *READ_INITS):
             problems.append(
                 f"init_lora_weights = {self.init_lora_weights!r} must be True, False or 'gaussian'"
             )

@@ -33,6 +33,7 @@ class Training:
     losses: dict[str, float | None]  # first, last, eval_first, eval_last, eval_accuracy
     versions: dict[str, str]
     device: str
+    targets: list[str]  # the names, or endings of paths, of the modules with an adapter
     processes: int
     resumed_step: int | None
     seconds: float  # of this run, loading included

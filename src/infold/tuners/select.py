@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
+import sys
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -11,7 +13,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from infold.errors import Refusal
-from infold.tuners.config import IA3Config, LoraConfig, Names, TunerConfig
+from infold.tuners.config import READ_INITS, IA3Config, LoraConfig, Names, TunerConfig
 from infold.tuners.layers import KINDS, Adapted, AdaptedOpaque, kind_of
 from infold.tuners.quantized import is_readable
 from infold.tuners.targets import find_targets, fused_experts
@@ -59,6 +61,11 @@ def select(model: nn.Module, config: TunerConfig) -> Selection:
     modules = modules_of(model)
     config = _with_targets(model, modules, config)
     problems: list[str] = []
+    if isinstance(config, LoraConfig) and config.init_lora_weights in READ_INITS:
+        problems.append(
+            f"init_lora_weights = {config.init_lora_weights!r} is not known here; adapters that "
+            "began so can be loaded"
+        )
     problems += _unmatched("target_modules", config.target_modules, modules)
     problems += _unmatched("exclude_modules", config.exclude_modules, modules)
     layers = {
@@ -89,7 +96,7 @@ def select(model: nn.Module, config: TunerConfig) -> Selection:
             ]
     if problems:
         raise Refusal(f"{type(config).__name__}: {problem}" for problem in problems)
-    return Selection(config, layers, feedforward, whole)
+    return Selection(_by_layout(config, layers), layers, feedforward, whole)
 
 
 def _with_targets(
@@ -105,6 +112,9 @@ def _with_targets(
         config = replace(config, target_modules=list(found.modules))
         if isinstance(config, IA3Config):
             config = replace(config, feedforward_modules=list(found.feedforward))
+        told = ", ".join(n + " (its inputs)" * (n in found.feedforward) for n in found.modules)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"infold: {config.METHOD} on {told}", file=sys.stderr)
         return config
     if config.target_modules == "all-linear":
         output = _output_heads(model, modules)
@@ -129,6 +139,21 @@ def _with_targets(
         ]
         config = replace(config, feedforward_modules=_shortest(inner, modules))
     return config
+
+
+def _by_layout(config: TunerConfig, layers: dict[str, nn.Module]) -> TunerConfig:
+    """fan_in_fan_out as the layers store their weights; here nothing depends on it, but in PEFT."""
+    kinds = {type(module).__name__ == "Conv1D" for module in layers.values()}
+    stored = kinds == {True}
+    if len(kinds) > 1 or config.fan_in_fan_out == stored:
+        return config
+    what = "Conv1D" if stored else "no Conv1D"
+    warnings.warn(
+        f"fan_in_fan_out is set to {stored}, since the targets are {what}",
+        UserWarning,
+        stacklevel=3,
+    )
+    return replace(config, fan_in_fan_out=stored)
 
 
 def _is_conv(module: nn.Module) -> bool:

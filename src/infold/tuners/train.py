@@ -131,6 +131,7 @@ def _draft(base: PathLike, path: Path, ready: Prepared, settings: TrainSettings)
         losses={},
         versions=_versions(),
         device="",
+        targets=[],
         processes=int(os.environ.get("WORLD_SIZE", "1")),
         resumed_step=None,
         seconds=0.0,
@@ -273,6 +274,7 @@ def _train(
             history = entries(trainer.state.log_history)
         trainer.save_model(str(run / "adapter"))
         trainer.accelerator.wait_for_everyone()
+    names = model.peft_config["default"].target_modules
     record = replace(
         draft,
         parameters=trainable,
@@ -281,6 +283,7 @@ def _train(
         epochs=round(float(trainer.state.epoch or 0), 4),
         losses=_losses(history),
         device=args.device.type,
+        targets=sorted([names] if isinstance(names, str) else names),
         resumed_step=int(checkpoint.name.rpartition("-")[2]) if checkpoint else None,
         seconds=round(time.monotonic() - started, 3),
     )
@@ -356,6 +359,7 @@ def _model(
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     from infold.tuners import IA3Config, LoraConfig, attach, load
+    from infold.tuners.targets import find_targets
 
     folder = locate(base, (*SMALL, "*.safetensors", "*.bin"))
     new: list[str] = []
@@ -378,13 +382,17 @@ def _model(
     model.config.use_cache = False  # a cache would also hide the borders of packed examples
     if checkpoint is not None:
         return load(model, checkpoint, trainable=True)
+    targets = list(settings.targets) if settings.targets else None
+    inner = list(settings.feedforward) if settings.feedforward else None
+    if targets is None and inner is None:
+        found = find_targets(model, "ia3" if settings.method == "ia3" else "lora")
+        targets, inner = list(found.modules), list(found.feedforward)
     common: dict[str, Any] = {
         "task_type": ready.task,
-        "target_modules": list(settings.targets) if settings.targets else None,
+        "target_modules": targets,
         "modules_to_save": new or None,
     }
     if settings.method == "ia3":
-        inner = list(settings.feedforward) if settings.feedforward else None
         return attach(model, IA3Config(feedforward_modules=inner, **common))
     config = LoraConfig(
         r=settings.rank,

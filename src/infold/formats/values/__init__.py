@@ -11,12 +11,12 @@ from infold.formats.stored import Field, Stored
 from infold.formats.values import (
     awq,
     bitsandbytes,
+    bitsandbytes_absmax,
     compressed_tensors,
     fp8,
     ggml,
     gptq,
     hqq,
-    nested,
     torchao,
 )
 from infold.formats.values.scheme import Matrix, NoValues, Parts, Scheme
@@ -44,7 +44,7 @@ VALUES: Mapping[str, Values] = {
     "gptq": gptq,
     "awq": awq,
     "bitsandbytes": bitsandbytes,
-    "bitsandbytes_absmax": nested,
+    "bitsandbytes_absmax": bitsandbytes_absmax,
     "compressed_tensors": compressed_tensors,
     "fp8": fp8,
     "hqq": hqq,
