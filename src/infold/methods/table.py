@@ -21,6 +21,7 @@ __all__ = ["MethodRow", "attach_peft", "method_rows", "peft_types"]
 # What the merged weight is, for a weight W and an input side at the right. Types that are not here
 # are shown without.
 _MERGED = {
+    "BEFT": "the biases, moved",
     "IA3": "diag(l) W; W diag(l) in the feed-forward",
     "LORA": "W + s B A; DoRA: its rows scaled to the norm m",
     "ADALORA": "W + s B diag(e) A",
@@ -68,6 +69,7 @@ _SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "TRAINABLE_TOKENS": {"token_indices": [1, 2, 3]},
     "C3A": {"block_size": 16},
 }
+_INPUTS: dict[str, dict[str, Any]] = {"POLY": {"task_ids": [0, 0]}}  # as lists
 _HIDDEN = 64
 Progress = Callable[[int, int, float | None], None]
 
@@ -157,7 +159,8 @@ def _tried(name: str) -> tuple[str, bool]:
                     parameter.add_(0.05 * torch.randn(parameter.shape))
             try:
                 plain = _small()(ids).logits
-                wanted = model(ids).logits
+                more = {k: torch.tensor(v) for k, v in _INPUTS.get(name, {}).items()}
+                wanted = model(ids, **more).logits
                 got = model.merge_and_unload()(ids).logits
             except Exception as error:
                 return f"no: {_line(error)}", False
@@ -175,6 +178,7 @@ def _small() -> Any:
     config = LlamaConfig(
         vocab_size=64, hidden_size=_HIDDEN, intermediate_size=2 * _HIDDEN, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=4, bos_token_id=0, eos_token_id=1,
+        attention_bias=True,  # BEFT adapts nothing else
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
@@ -185,4 +189,6 @@ def _small() -> Any:
 def _line(error: Exception) -> str:
     told = (str(error).strip().splitlines() or [""])[0]
     told = told if len(told) <= 90 else told[:87] + "..."
+    if not told and isinstance(error, NotImplementedError):
+        return "not implemented"
     return told or type(error).__name__
