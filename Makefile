@@ -30,7 +30,10 @@ bench: .venv/dev.done
 	$(BIN)/python benchmarks/loop.py disk
 	$(BIN)/python benchmarks/loop.py speed
 	$(BIN)/python benchmarks/deployment.py
+	$(BIN)/python benchmarks/deployment.py --pairs
+	$(BIN)/python benchmarks/gguf_files.py times
 	$(BIN)/python benchmarks/gguf_files.py run
+	$(BIN)/python benchmarks/gguf_files.py decoded
 	$(BIN)/python benchmarks/gguf_files.py accuracy
 	$(BIN)/python benchmarks/gguf_files.py types
 	$(BIN)/python benchmarks/gguf_files.py errors
