@@ -49,9 +49,9 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--new-tokens", type=int)
     parser.add_argument("--results", type=Path, default=HERE / "results")
-    parser.add_argument("--pairs", action="store_true", help="base and merged alone, 240 rounds")
+    parser.add_argument("--pairs", action="store_true", help="base and merged alone, 90 rounds")
     given = parser.parse_args()
-    rounds, new_tokens = (80, 8) if given.pairs else (9, 16)
+    rounds, new_tokens = (30, 8) if given.pairs else (9, 16)
     rounds = rounds if given.rounds is None else given.rounds
     new_tokens = new_tokens if given.new_tokens is None else given.new_tokens
     base = given.base or make_base(default_cache())

@@ -614,7 +614,7 @@ def test_targets_that_were_found_are_told(
     calm: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     attach(new_model("llama"), IA3Config())
-    assert capsys.readouterr() == ("", "infold: ia3 on k_proj, v_proj, down_proj (its inputs)\n")
+    assert capsys.readouterr() == ("", "infold: ia3 on down_proj (its inputs), k_proj, v_proj\n")
 
     attach(new_model("llama"), LoraConfig(target_modules=["k_proj"]))
     monkeypatch.setenv("RANK", "1")

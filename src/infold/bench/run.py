@@ -91,6 +91,8 @@ def measure_models(
     ]
     run = _Run(shapes, rounds, len(models) * starts * (rounds + 1), progress)
     began = time.perf_counter()
+    for place in dict.fromkeys(path for _, path in models.values()):
+        _read_anew(place)
     for start in range(starts):
         if together:
             run.generation(loads, start)
@@ -281,6 +283,21 @@ def _vocabulary(folder: Path) -> int:
         return int(config.get_text_config().vocab_size)
     except (ValueError, OSError, KeyError, ImportError, TypeError, AttributeError) as error:
         raise Refusal(f"{folder}: transformers cannot read the config: {error}") from None
+
+
+def _read_anew(folder: Path) -> None:
+    """Bring the weights into the page cache as any other reading does.
+
+    Where they lie there as they were written, in small pages, or not at all, loading takes longer,
+    and a model that is mapped from there computes some per cent slower.
+    """
+    for path in folder.glob("*.safetensors"):
+        with open(path, "rb", buffering=0) as file:
+            if hasattr(os, "posix_fadvise"):
+                os.fsync(file.fileno())  # what is not written yet cannot be forgotten
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            while file.read(8 << 20):
+                pass
 
 
 def _fits(folder: Path, count: int, device: str, dtype: str) -> bool:
