@@ -36,7 +36,9 @@ class Worker(threading.Thread):
     def wait(self) -> None:
         """Until its work is over; at once where it was never started."""
         if self.ident is not None:
-            self._over.wait()
+            # in pieces: an interrupt that comes just before a wait does not end it
+            while not self._over.wait(0.2):
+                pass
             self.join()
 
 

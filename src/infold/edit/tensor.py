@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import accumulate, count
@@ -79,9 +80,15 @@ class _Crew:
     ) -> None:
         """Do the work on every item; the first failure stops all, and is raised."""
         queue, lock, stopped = iter(items), threading.Lock(), threading.Event()
+        idle, busy = threading.Condition(), 0
         stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
 
         def loop() -> None:
+            nonlocal busy
+            with idle:
+                if stopped.is_set():
+                    return
+                busy += 1
             try:
                 # here tensors of inference mode may be changed too, such as the steps' sums
                 with torch.inference_mode(), _on(stream):
@@ -95,14 +102,26 @@ class _Crew:
             except BaseException:
                 stopped.set()
                 raise
+            finally:
+                with idle:
+                    busy -= 1
+                    idle.notify_all()
 
-        futures = [self.pool.submit(loop) for _ in range(threads)]
+        futures: list[Future[None]] = []
         try:
-            for future in futures:
-                future.result()
-        finally:  # also when the user interrupts
-            stopped.set()
+            for _ in range(threads):
+                futures.append(self.pool.submit(loop))
+            left = set(futures)
+            while left:  # in pieces: an interrupt that comes just before a wait does not end it
+                done, left = concurrent.futures.wait(left, 0.2)
+                for future in done:
+                    future.result()
+        finally:  # also when the user interrupts, which can happen inside of `submit`, too
+            with idle:
+                stopped.set()
             wait(futures)
+            with idle:
+                idle.wait_for(lambda: not busy)
 
 
 _crew: _Crew | None = None
