@@ -89,24 +89,16 @@ def test_every_room_has_its_arrows() -> None:
     assert found == set(MAY_IMPORT)
 
 
-def test_verify_runs_without_merge_being_loaded() -> None:
-    code = (
-        "import sys, infold.verify.weights;"
-        "print([m for m in sys.modules if m.startswith(('infold.merge.', 'infold.edit'))])"
-    )
-    loaded = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-
-    assert loaded.stdout.strip() == "[]"
-
-
-def test_running_models_loads_no_merge() -> None:
-    """Its controls are merged by the tuners, so `edit` is there; and the rooms stand empty."""
-    code = (
-        "import sys, infold.verify.outputs, infold.verify.both;"
-        "print([m for m in sys.modules if m.startswith('infold.merge.')])"
-    )
+@pytest.mark.parametrize(
+    ("modules", "absent"),
+    [
+        ("infold.verify.weights", ("infold.merge.", "infold.edit")),
+        # the controls of `outputs` are merged by the tuners, so by `edit`
+        ("infold.verify.outputs, infold.verify.both", ("infold.merge.",)),
+    ],
+)
+def test_verify_runs_without_merge_being_loaded(modules: str, absent: tuple[str, ...]) -> None:
+    code = f"import sys, {modules}; print([m for m in sys.modules if m.startswith({absent})])"
     loaded = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )

@@ -71,11 +71,9 @@ def measure_models(
         models["PEFT"] = ("peft", folder)
     if merged is not None:
         models["merged"] = ("plain", model_folder(merged))
-    notes = (
-        []
-        if "PEFT" in models or not modes
-        else ["PEFT is not installed, so its adapter mode is not here"]
-    )
+    notes = []
+    if modes and "PEFT" not in models:
+        notes.append("PEFT is not installed, so its adapter mode is not here")
     top = _vocabulary(folder)
     given = [
         {"kind": kind, "folder": str(path), "adapter": adapted}
