@@ -10,6 +10,7 @@ import os
 import random
 import struct
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,7 +24,7 @@ import infold
 from infold.checkpoint import direct
 from infold.checkpoint.direct import ALIGN, OutputFile, Pace
 from infold.errors import StorageFailure
-from infold.merge import prepare
+from infold.merge import chain, prepare, stream
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="O_DIRECT and FICLONERANGE")
 
@@ -205,3 +206,34 @@ def test_a_merge_gives_the_same_bytes(
     if not past_the_cache:
         pytest.skip("this file system has no O_DIRECT")
     assert sum(past_the_cache) > 100_000
+
+
+def test_nothing_is_told_to_the_journal_before_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: None
+) -> None:
+    """Hashing does not wait for the disk; the keeper must."""
+    tensors = {f"{n}.weight": torch.ones(256, 64).bfloat16() for n in ("b.q_proj", "c.k_proj")}
+    base = handmade.base_folder(tmp_path / "base", tensors, shards=1)
+    adapter = handmade.lora(tmp_path / "adapter", {n: (256, 64) for n in ("b.q_proj", "c.k_proj")})
+    monkeypatch.setattr(prepare, "_BLOCK", 8192)
+    monkeypatch.setattr(prepare, "_SMALLEST_BLOCK", 8192)
+    monkeypatch.setattr(stream, "KEEP_EVERY", 1)
+    done: list[int] = []
+    ends: list[tuple[int, list[int]]] = []
+    write, give = OutputFile.write, chain.Keeper.give
+
+    def slow(self: OutputFile, view: memoryview, offset: int, aligned: bool = False) -> None:
+        time.sleep(0.05)
+        write(self, view, offset, aligned)
+        done.append(offset + len(view))
+
+    def noted(self: Any, shard: Any, progress: Any) -> None:
+        ends.append((progress.position, list(done)))
+        give(self, shard, progress)
+
+    monkeypatch.setattr(OutputFile, "write", slow)
+    monkeypatch.setattr(chain.Keeper, "give", noted)
+    infold.merge(base, adapter, tmp_path / "out", threads=2)
+
+    assert len(ends) > 3
+    assert [end for end, written in ends if end not in written] == []
