@@ -98,13 +98,31 @@ def test_noise_that_both_share_does_not_hide_a_difference() -> None:
         paired_ratio([1.0], base)
 
 
-def test_it_measures_every_model_and_the_record_is_read(made: tuple[Path, Path, Path]) -> None:
-    base, adapter, merged = made
+@pytest.fixture(scope="module")
+def measured(
+    made: tuple[Path, Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any], list[tuple[int, int]]]:
+    """What the verb measured of a folder of its own: that folder, what it told, and its steps."""
+    folder = tmp_path_factory.mktemp("measured")
+    shutil.copytree(made[2], folder / "merged")
+    arguments = ["bench", *map(str, (*made[:2], folder / "merged")), "--batch", "1", "--batch", "2"]
+    arguments += ["--rounds", "2", "--starts", "2", "--prompt-tokens", "8", "--new-tokens", "4"]
     steps: list[tuple[int, int]] = []
 
-    record = measure_models(
-        base, adapter, merged, **QUICK, progress=lambda done, of, _: steps.append((done, of))
-    )
+    def counted(*inputs: Any, **given: Any) -> dict[str, Any]:
+        given["progress"] = lambda done, of, _: steps.append((done, of))
+        return measure_models(*inputs, **given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules[measure_models.__module__], "measure_models", counted)
+        picture = ["--picture", str(folder / "p.svg")]
+        done = CliRunner().invoke(app, [*arguments, "--json", *picture])
+    assert done.exit_code == 0, done.output
+    return folder, json.loads(done.stdout), steps
+
+
+def test_it_measures_every_model(measured: Any) -> None:
+    _, record, steps = measured
 
     assert list(record["models"]) == ["base", "infold", "PEFT", "merged"]
     assert steps[-1] == (24, 24) and [done for done, _ in steps] == list(range(1, 25))
@@ -141,7 +159,7 @@ def test_memory_is_what_the_weights_take(tmp_path: Path) -> None:
     found = [
         measure_models(
             tmp_path / "base", tmp_path / "adapter", batches=(1,), prompt_tokens=4, new_tokens=1,
-            rounds=1, starts=1, dtype=dtype,
+            rounds=1, starts=1, dtype=dtype, modes=False,
         )["models"]["base"]["resident_bytes"]["median"]
         for dtype in ("bfloat16", "float32")
     ]  # fmt: skip
@@ -150,21 +168,15 @@ def test_memory_is_what_the_weights_take(tmp_path: Path) -> None:
 
 
 def test_the_verb_saves_what_checklist_and_report_read(
-    made: tuple[Path, Path, Path], tmp_path: Path
+    made: tuple[Path, Path, Path], measured: Any
 ) -> None:
-    base, adapter, first = made
-    merged = tmp_path / "merged"
-    subprocess.run(["cp", "-r", first, merged], check=True)
-    arguments = ["bench", *map(str, (base, adapter, merged)), "--batch", "1", "--rounds", "2"]
-    arguments += ["--starts", "1", "--prompt-tokens", "8", "--new-tokens", "4"]
+    base, adapter, _ = made
+    folder, told, _ = measured
+    merged = folder / "merged"
 
-    done = CliRunner().invoke(app, [*arguments, "--json", "--picture", str(tmp_path / "p.svg")])
-
-    assert done.exit_code == 0, done.output
-    told = json.loads(done.stdout)
     saved = json.loads((merged / "records" / "bench.json").read_text())
     assert told["comparisons"] == saved["comparisons"]
-    assert (tmp_path / "p.svg").read_text().rstrip().endswith("</svg>")
+    assert (folder / "p.svg").read_text().rstrip().endswith("</svg>")
     assert infold.verify(merged).ok
     boxes = {box.title: box for box in check_boxes(base, adapter, merged)}
     assert boxes["baseline recorded"].status == "PASS"
@@ -236,7 +248,7 @@ def test_what_cannot_be_run_is_refused(made: tuple[Path, Path, Path], tmp_path: 
     (tmp_path / "weightless").mkdir()
     (tmp_path / "weightless" / "config.json").write_bytes((merged / "config.json").read_bytes())
     with pytest.raises(Refusal, match="merged: "):
-        measure_models(base, adapter, tmp_path / "weightless", **QUICK)
+        measure_models(base, adapter, tmp_path / "weightless", **QUICK, modes=False)
     if not torch.cuda.is_available():
         with pytest.raises(Refusal, match="no CUDA devices"):
             measure_models(base, adapter, **{**QUICK, "device": "cuda"})
@@ -254,25 +266,26 @@ def test_a_model_whose_process_dies_ends_the_run_and_leaves_none(
         workers()[0].send_signal(signal.SIGKILL)
 
     with pytest.raises(StorageFailure, match="was killed"):
-        measure_models(base, adapter, merged, **QUICK, progress=kill)
+        measure_models(base, adapter, merged, **QUICK, modes=False, progress=kill)
     assert not workers()
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_a_killed_bench_leaves_no_process(made: tuple[Path, Path, Path]) -> None:
-    """The workers' standard input closes with their parent, and they end."""
-    base, adapter, merged = map(str, made)
+    """The workers' standard input closes with their parent, and they end: the first waits to be
+    asked, the second loads its model."""
+    base, adapter, _ = map(str, made)
     parent = subprocess.Popen(
-        [sys.executable, "-m", "infold", "bench", base, adapter, merged, "--rounds", "500"],
+        [sys.executable, "-m", "infold", "bench", base, adapter, "--rounds", "500"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
     begun = psutil.Process(parent.pid)
     until = time.monotonic() + 120
-    while len(found := begun.children(recursive=True)) < 4 and time.monotonic() < until:
+    while len(found := begun.children(recursive=True)) < 2 and time.monotonic() < until:
         time.sleep(0.1)
     parent.kill()
     parent.wait()
-    assert len(found) >= 4
+    assert len(found) >= 2
     _, left = psutil.wait_procs(found, timeout=60)
     assert not left
