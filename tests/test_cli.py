@@ -15,12 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import infold
-
-INFOLD = str(Path(sys.executable).with_name("infold"))
-
-
-def run(*words: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([INFOLD, *map(str, words)], cwd=cwd, capture_output=True, text=True)
+from forked import infold_command as run
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import infold
+from forked import infold_command as run
 from handmade import adapter_folder, base_folder, ia3, lora
 from infold.errors import Refusal
 from infold.tuners.combine import plan_combination
@@ -22,7 +21,6 @@ from peft_oracle import read_tensors
 from test_combine_math import WEIGHTS, Layers, attach
 from tiny_models import new_model, token_ids
 
-INFOLD = str(Path(sys.executable).with_name("infold"))
 Q, K, DOWN = "model.layers.0.q_proj", "model.layers.0.k_proj", "model.layers.1.down_proj"
 
 
@@ -607,10 +605,6 @@ def test_what_differs_is_told(tmp_path: Path) -> None:
 
     assert any("org/base, org/chat; the result has org/base" in note for note in notes)
     assert any("not copied" in note and "tokenizer.json" in note for note in notes)
-
-
-def run(*words: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([INFOLD, *map(str, words)], capture_output=True, text=True)
 
 
 def test_the_command_line(tmp_path: Path) -> None:

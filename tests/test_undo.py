@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from torch import Tensor
 
 import handmade
 import infold
+from forked import infold_command as ran
 from handmade import digests
 from infold.checkpoint.record import UNDO, open_record
 from infold.edit.residual import RESIDUAL, pack_original, pack_residual, unpack
@@ -462,11 +461,6 @@ def test_the_record_is_small(name: str, dtype: str, most: float, tmp_path: Path)
 
 
 def test_the_verbs_on_the_command_line(merged: Path, tmp_path: Path) -> None:
-    def ran(*words: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "infold", *map(str, words)], capture_output=True, text=True
-        )
-
     swapped = ran("swap", merged, tmp_path / "adapter-lora-0", "--out", tmp_path / "again")
     assert swapped.returncode == 0 and "infold undo" in swapped.stdout, swapped
     undone = ran("undo", merged, "--in-place", "--json")

@@ -6,7 +6,6 @@ import json
 import math
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import infold
+from forked import infold_command
 from infold.errors import Refusal
 from infold.verify.logits import Distance
 from infold.verify.outputs import prove_outputs
@@ -230,8 +230,7 @@ def test_the_command_line_records_and_fails(place: Path, tmp_path: Path) -> None
     infold.merge(base, adapter, merged)
 
     def run(*words: object) -> subprocess.CompletedProcess[str]:
-        line = [sys.executable, "-m", "infold", "verify", *map(str, words)]
-        return subprocess.run(line, capture_output=True, text=True)
+        return infold_command("verify", *words, kind="training")
 
     options = ("--outputs", "--prompts", place / "prompts.txt", "--new-tokens", 3)
     ran = run(base, adapter, merged, *options)

@@ -17,9 +17,9 @@ import torch
 
 import handmade
 import infold
+from forked import INFOLD, infold_command
 from infold.cli.edits import edits_text
 
-INFOLD = str(Path(sys.executable).with_name("infold"))
 LAYERS = 12
 LINEARS = {f"model.layers.{n}.{m}": (8, 8) for n in range(LAYERS) for m in ("q_proj", "k_proj")}
 
@@ -30,9 +30,7 @@ def run(
     environment = {k: v for k, v in os.environ.items() if k != "COLUMNS"}
     if columns:
         environment["COLUMNS"] = str(columns)
-    return subprocess.run(
-        [INFOLD, *map(str, words)], cwd=cwd, env=environment, capture_output=True, text=True
-    )
+    return infold_command(*words, cwd=cwd, env=environment)
 
 
 @pytest.fixture(scope="module")
