@@ -22,6 +22,7 @@ from transformers import LlamaForCausalLM
 
 import infold
 import loop_tasks
+from forked import infold_command, trained
 from handmade import digests
 from infold.errors import Refusal
 from infold.loop import arithmetic
@@ -243,19 +244,15 @@ def test_half_of_a_surrogate_pair_in_an_answer_is_kept(tmp_path: Path) -> None:
         assert json.loads((tmp_path / name).read_text()) == {"text": "\ud800 é"}
 
 
-def run_child(
-    config: Path, point: str, log: Path, tmp_path: Path
-) -> subprocess.CompletedProcess[str]:
-    child = [sys.executable, str(HERE / "loop_child.py"), str(config), point, str(log)]
-    return subprocess.run(child, capture_output=True, text=True, cwd=HERE)
-
-
 def test_killed_in_every_phase_it_ends_with_the_same_bytes(
     base: Path, whole: Path, tmp_path: Path
 ) -> None:
     """One run, killed again and again at a later point: in each phase, and between them."""
     config, log, run = tmp_path / "config.json", tmp_path / "log", tmp_path / "run"
     config.write_text(json.dumps(settings(base, run)))
+
+    def run_child(point: str) -> subprocess.CompletedProcess[str]:
+        return trained(HERE / "loop_child.py", config, point, log, cwd=HERE)
 
     for point in (
         "journal:1",  # the base's first held-out answers are there, and not judged
@@ -267,11 +264,11 @@ def test_killed_in_every_phase_it_ends_with_the_same_bytes(
         "journal:2",  # in the evaluation
         "before:scores.json:1",
     ):
-        ran = run_child(config, point, log, tmp_path)
+        ran = run_child(point)
         assert ran.returncode == -signal.SIGKILL, (point, ran.stderr)
-    full = run_child(config, "full:1", log, tmp_path)
+    full = run_child("full:1")
     assert full.returncode == 1 and "StorageFailure" in full.stderr, full.stderr
-    assert run_child(config, "none", log, tmp_path).returncode == 0
+    assert run_child("none").returncode == 0
 
     assert outcome(run) == outcome(whole)
     chunks = log.read_text().splitlines()
@@ -490,8 +487,7 @@ def test_the_command_line_runs_shows_and_checks_out(
     base: Path, whole: Path, tmp_path: Path
 ) -> None:
     def run(*words: object) -> subprocess.CompletedProcess[str]:
-        line = [sys.executable, "-m", "infold", "loop", *map(str, words)]
-        return subprocess.run(line, capture_output=True, text=True, cwd=HERE)
+        return infold_command("loop", *words, cwd=HERE, kind="training")
 
     config = tmp_path / "loop.toml"
     config.write_text(
