@@ -1,17 +1,31 @@
-"""Makes accelerate shard on the CPU too: there it falls back to DDP, and says nothing.
+"""Trainings one after another under accelerate launch, which shards on the CPU too.
 
-Imported by a training's process, or run in the place of `-m infold`. What was sharded is told on
-stderr, so that a test can ask for it.
+    accelerate launch ... fsdp_on_cpu.py PORT infold train ... , PORT train_child.py ... , ...
+
+There accelerate falls back to DDP, and says nothing; here it does not. What was sharded is told on
+stderr, so that a test can ask for it. Each training runs in a fork, so that it may be killed, and
+its processes meet at a port of their own; the libraries are loaded once. At the end each process
+prints the exit codes.
 """
 
 from __future__ import annotations
 
+import gc
+import json
+import os
 import sys
+from itertools import groupby
 from typing import Any
 
 import accelerate.accelerator
+import matplotlib.figure  # noqa: F401  (loaded once: what a training needs)
+import peft  # noqa: F401
+import transformers.models.llama.modeling_llama
+import transformers.trainer  # noqa: F401
 from accelerate.state import AcceleratorState, DistributedType
 from torch.distributed.tensor import DTensor
+
+from forked import ended, run_main
 
 _init = AcceleratorState.__init__
 _prepare = accelerate.accelerator.fsdp2_prepare_model
@@ -34,7 +48,17 @@ def prepare(accelerator: Any, model: Any) -> Any:
 AcceleratorState.__init__ = init  # type: ignore[method-assign]
 accelerate.accelerator.fsdp2_prepare_model = prepare
 
-if __name__ == "__main__":
-    from infold.cli.main import run
 
-    run()
+def train(port: str, what: str, *words: str) -> int:
+    """Run it in a fork. Returns the exit code."""
+    if (pid := os.fork()) == 0:
+        os.environ.update(MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE="False")
+        run_main(what, list(words))
+        sys.exit()
+    return ended(pid)
+
+
+if __name__ == "__main__":
+    gc.freeze()
+    trainings = [list(group) for end, group in groupby(sys.argv[1:], ",".__eq__) if not end]
+    print(f"exit codes {json.dumps([train(*words) for words in trainings])}", flush=True)

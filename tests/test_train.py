@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,6 +26,8 @@ from transformers import (
 )
 
 import infold
+from forked import infold_command, trained
+from infold.deploy.server import free_port
 from infold.errors import Refusal
 from infold.tuners import IA3Config, LoraConfig, attach, load
 from infold.tuners.data import read_data
@@ -77,12 +80,15 @@ def test_a_seed_gives_the_same_bytes_again(
     ],
 )
 def test_a_killed_training_continues_to_the_same_bytes(
-    killed: int, options: dict[str, Any], base: Path, data: Path, tmp_path: Path
+    killed: int,
+    options: dict[str, Any],
+    base: Path,
+    data: Path,
+    tmp_path: Path,
 ) -> None:
     options = options | {"batch_size": 4, "lr": 1e-2}
     out = tmp_path / "out"
-    child = [sys.executable, str(HERE / "train_child.py"), str(base), str(data), str(out)]
-    ran = subprocess.run([*child, json.dumps(options), str(killed)], capture_output=True, text=True)
+    ran = trained(HERE / "train_child.py", base, data, out, json.dumps(options), killed)
 
     assert ran.returncode == -signal.SIGKILL, ran.stderr
     assert not out.exists() and (tmp_path / ".out.training").exists()
@@ -362,9 +368,9 @@ def test_a_loss_that_is_no_number_stops_the_training(
 
 
 def run(
-    *words: str | Path, launch: tuple[str, ...] = ("infold",)
+    *words: str | Path, launch: tuple[str, ...] = ("infold",), patience: float = 120
 ) -> subprocess.CompletedProcess[str]:
-    return ended(sys.executable, "-m", *launch, *map(str, words))
+    return ended(sys.executable, "-m", *launch, *map(str, words), patience=patience)
 
 
 def ended(*command: str, patience: float = 120) -> subprocess.CompletedProcess[str]:
@@ -432,7 +438,7 @@ def test_the_curve_is_drawn(base: Path, data: Path, tmp_path: Path) -> None:
 def test_bad_data_ends_with_2_and_one_message(base: Path, tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "d.jsonl", [{"prompt": "a", "completion": 1}])
 
-    ran = run("train", base, data, "--out", tmp_path / "out")
+    ran = infold_command("train", base, data, "--out", tmp_path / "out", kind="training")
 
     assert ran.returncode == 2 and ran.stdout == ""
     assert "line 1: field 'completion' must be text, not a whole number" in ran.stderr
@@ -450,43 +456,84 @@ def parallel(kind: str) -> tuple[str, ...]:
     return tuple(words.split())
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_two_processes_train_what_one_does(kind: str, base: Path, tmp_path: Path) -> None:
-    data = write_jsonl(tmp_path / "d.jsonl", sums(24))  # three steps of 8 rows an epoch
-    words = ("train", base, data, "--lr", "1e-3", "--epochs", "1", "--batch-size", "4", "--json")
+ROWS = sums(24)  # three steps of 8 an epoch
+COMMON: dict[str, Any] = {"lr": 1e-3, "epochs": 1}
 
-    script = {"ddp": ("-m", "infold"), "fsdp": (str(HERE / "fsdp_on_cpu.py"),)}[kind]
-    ran = run(*words, "--out", tmp_path / "two", launch=(*parallel(kind), *script))
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    assert ("sharded by FSDP2, but for []" in ran.stderr) == (kind == "fsdp")
-    one = infold.train(base, data, tmp_path / "one", lr=1e-3, epochs=1, batch_size=8)
 
-    record = json.loads(ran.stdout.splitlines()[-1])
+def two_processes(base: Path, folder: Path) -> list[str | Path]:
+    """Their command line: each takes half of the rows of a step."""
+    data = write_jsonl(folder / "d.jsonl", ROWS)
+    options = ("--lr", "1e-3", "--epochs", "1", "--batch-size", "4", "--json")
+    return ["train", base, data, *options, "--out", folder / "two"]
+
+
+def check_against_one_process(stdout: str, base: Path, folder: Path) -> None:
+    one = infold.train(base, folder / "d.jsonl", folder / "one", **COMMON, batch_size=8)
+
+    (record,) = (json.loads(line) for line in stdout.splitlines() if line.startswith("{"))
     assert (record["processes"], record["steps"]) == (2, one.steps) and one.processes == 1
     for when in ("first", "last"):
         assert record["losses"][when] == pytest.approx(one.losses[when], rel=1e-5)
-    mine, theirs = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("one", "two"))
+    mine, theirs = (load_file(folder / n / "adapter_model.safetensors") for n in ("one", "two"))
     assert mine.keys() == theirs.keys()
     for key, value in mine.items():
         assert torch.allclose(value, theirs[key], atol=1e-5), key
 
 
-def test_a_sharded_training_that_was_killed_continues_to_the_same_bytes(
-    base: Path, data: Path, tmp_path: Path
-) -> None:
+def test_two_processes_train_what_one_does(base: Path, tmp_path: Path) -> None:
+    ran = run(*two_processes(base, tmp_path), launch=(*parallel("ddp"), "-m", "infold"))
+
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert "sharded by FSDP2" not in ran.stderr
+    check_against_one_process(ran.stdout, base, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def sharded(
+    base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, str, list[list[int]]]:
+    """Four trainings in two processes under one launch: a folder with what they made, what they
+    printed, and the exit codes of each process. The second training was killed, and the third
+    continued it."""
+    folder = tmp_path_factory.mktemp("sharded")
     options = {"steps": 6, "batch_size": 2, "save_every": 2, "dropout": 0.2}
-    child = (str(HERE / "train_child.py"), str(base), str(data))
 
-    def train(out: str, killed: int, **more: Any) -> int:
-        words = (*child, str(tmp_path / out), json.dumps(options | more), str(killed))
-        ran = ended(sys.executable, "-m", *parallel("fsdp"), *words)
-        assert "sharded by FSDP2, but for []" in ran.stderr, ran.stderr[-3000:]
-        return ran.returncode
+    def child(out: str, killed: int, **more: Any) -> list[str | Path]:
+        words = [base, data, folder / out, json.dumps(options | more), str(killed)]
+        return [HERE / "train_child.py", *words]
 
-    assert train("out", 5) != 0 and not (tmp_path / "out").exists()
-    assert train("out", 0, resume=True) == 0
-    assert train("whole", 0) == 0
+    trainings: list[list[str | Path]] = [
+        ["infold", *two_processes(base, folder)],
+        child("out", killed=5),
+        child("out", killed=0, resume=True),
+        child("whole", killed=0),
+    ]
+    words: list[str | Path] = []
+    for training in trainings:
+        words += [str(free_port(0)), *training, ","]
+    ran = run(HERE / "fsdp_on_cpu.py", *words, launch=parallel("fsdp"), patience=240)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    told = ran.stderr.count("sharded by FSDP2, but for []")
+    assert told == 2 * len(trainings), ran.stderr[-3000:]
+    codes = [json.loads(found) for found in re.findall("exit codes (.*)", ran.stdout)]
+    return folder, ran.stdout, codes
 
-    record = json.loads((tmp_path / "out" / "infold-training.json").read_text())
+
+@pytest.mark.timeout(600)
+def test_two_processes_with_a_sharded_model_train_what_one_does(sharded: Any, base: Path) -> None:
+    folder, stdout, codes = sharded
+
+    assert [process[0] for process in codes] == [0, 0]
+    check_against_one_process(stdout, base, folder)
+
+
+@pytest.mark.timeout(600)
+def test_a_sharded_training_that_was_killed_continues_to_the_same_bytes(sharded: Any) -> None:
+    folder, _, codes = sharded
+
+    killed, continued, whole = zip(*(process[1:] for process in codes), strict=True)
+    assert -signal.SIGKILL in killed and 0 not in killed, "the other notices, and ends too"
+    assert continued == whole == (0, 0)
+    record = json.loads((folder / "out" / "infold-training.json").read_text())
     assert record["resumed_step"] == 4
-    assert adapter_bytes(tmp_path / "out") == adapter_bytes(tmp_path / "whole")
+    assert adapter_bytes(folder / "out") == adapter_bytes(folder / "whole")

@@ -9,7 +9,6 @@ import sys
 
 import torch
 
-import fsdp_on_cpu  # noqa: F401  (shards where accelerate launch says so)
 import infold
 
 torch.set_num_threads(1)
