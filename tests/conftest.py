@@ -1,14 +1,19 @@
-"""Fixtures for all tests, and the warnings of PEFT that belong to its cases."""
+"""Fixtures for all tests, and the warnings of PEFT that belong to its cases.
+
+PyTorch and PEFT are imported by who needs them: the process that only hands out tests does not.
+"""
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
 
-from peft_oracle import Bench
+if TYPE_CHECKING:
+    from peft_oracle import Bench
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -33,9 +38,16 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", f"ignore:{message}:{category}")
 
 
+def pytest_collection_finish() -> None:
+    """What is loaded now stays. Each training looks for garbage, and needs not look there."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def calm() -> None:
     """One thread for each worker; no progress bars and reports of transformers."""
+    import torch
     from transformers.utils import logging
 
     torch.set_num_threads(1)
@@ -45,4 +57,6 @@ def calm() -> None:
 
 @pytest.fixture
 def bench(tmp_path: Path, calm: None) -> Bench:
+    from peft_oracle import Bench
+
     return Bench(tmp_path)
