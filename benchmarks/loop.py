@@ -19,13 +19,13 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import infold
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "examples"))
+sys.path[:0] = [str(HERE.parent / "examples" / name) for name in ("", "self_improvement")]
+from drift import distance, tensors, updates  # noqa: E402
 from reviews import load_reviews  # noqa: E402
 from smollm2 import NAME, default_cache, make_base  # noqa: E402
 
@@ -65,23 +65,11 @@ def write_adapters(base: Path, folder: Path, count: int, size: float) -> list[Pa
     return made
 
 
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {k: v for f in sorted(folder.glob("*.safetensors")) for k, v in load_file(f).items()}
-
-
-def add(truth: dict[str, torch.Tensor], adapter: Path) -> None:
-    saved = load_file(adapter / "adapter_model.safetensors")
-    for key, a in saved.items():
-        if ".lora_A." in key:
-            b = saved[key.replace("lora_A", "lora_B")]
-            name = key.removeprefix("base_model.model.").replace(".lora_A", "")
-            truth[name] += b.double() @ a.double()
-
-
-def distance(found: dict[str, torch.Tensor], truth: dict[str, torch.Tensor], names) -> float:
+def relative(found: dict[str, torch.Tensor], truth: dict[str, torch.Tensor], names) -> float:
     """Of all updated matrices: norm of the error over the norm of the weights."""
-    error = sum((found[n].double() - truth[n]).square().sum().item() for n in names)
-    return math.sqrt(error / sum(truth[n].square().sum().item() for n in names))
+    return distance(found, truth, names) / math.sqrt(
+        sum(truth[name].square().sum().item() for name in names)
+    )
 
 
 @torch.inference_mode()
@@ -121,7 +109,8 @@ def drift(base: Path, work: Path) -> list[str]:
         truth = {name: value.double() for name, value in start.items()}
         model = load(base, torch.bfloat16)
         for number, adapter in enumerate(adapters, 1):
-            add(truth, adapter)
+            for name, update in updates(adapter).items():
+                truth[name] += update
             model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
             if number not in (1, 2, 5, 10, 20):
                 continue
@@ -129,7 +118,7 @@ def drift(base: Path, work: Path) -> list[str]:
             out = folder / "merged"
             infold.merge(base, adapters[:number], out, force=True)
             ours = tensors(out)
-            one, two = distance(stacked, truth, names), distance(ours, truth, names)
+            one, two = relative(stacked, truth, names), relative(ours, truth, names)
             told = [
                 perplexity({k: w[k] for k in names}, base, rows) for w in (truth, stacked, ours)
             ]
