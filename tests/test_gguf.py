@@ -269,32 +269,6 @@ def test_heads_that_do_not_fit_are_refused(told: int, tmp_path: Path) -> None:
         infold.merge(file, adapter, tmp_path / "m.gguf")
 
 
-def test_experts(tmp_path: Path) -> None:
-    """w2 of one expert scales the rows of w3 of that one, in the tensor of all of them."""
-    count, inner = 3, 64
-    stacked = {n: np.stack([matrix(*s, seed=e) for e in range(count)]) for n, s in (
-        ("gate", (inner, WIDE)), ("up", (inner, WIDE)), ("down", (WIDE, inner)))}  # fmt: skip
-    tensors = {f"blk.0.ffn_{n}_exps.weight": ggufs.encode(v, "Q8_0") for n, v in stacked.items()}
-    file = one_layer(tmp_path, tensors, expert_count=count)
-    path = "model.layers.0.block_sparse_moe.experts"
-    scale = {e: vectors(e, True, v=inner)["v"] for e in (0, 2)}
-    adapter = handmade.ia3(
-        tmp_path / "a", {f"{path}.{e}.w2": v.t() for e, v in scale.items()},
-        feedforward_modules=["w2"],
-    )  # fmt: skip
-
-    infold.merge(file, adapter, tmp_path / "m.gguf")
-
-    was, now = ggufs.read(file), ggufs.read(tmp_path / "m.gguf")
-    up = "blk.0.ffn_up_exps.weight"
-    exact = ggufs.decode(was[up]).copy()
-    for expert, vector in scale.items():
-        exact[expert] *= vector.numpy()
-    assert np.array_equal(ggufs.decode(now[up]), exact)
-    assert all(np.array_equal(was[n][1], now[n][1]) for n in tensors if n != up)
-    assert infold.verify(tmp_path / "m.gguf").ok
-
-
 # --- names ---------------------------------------------------------------------------------------
 
 
