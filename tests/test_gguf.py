@@ -178,6 +178,27 @@ def test_scales_that_lose_bits_are_counted(tmp_path: Path) -> None:
     assert f"{told['subnormal']} of {ROWS} edited float16 scales are below" in receipt.notes[-1]
 
 
+def test_scales_that_fall_to_zero_are_counted(tmp_path: Path) -> None:
+    """Two rows become too small for float16, one is meant to vanish: the rest of the tensor is as
+    good as ever, so it is told and not refused."""
+    was = ggufs.encode(matrix(ROWS, size=1.0), "Q8_0")
+    file = one_layer(tmp_path, {"blk.0.attn_v.weight": was})
+    scale = vectors(0, False, v=ROWS)["v"]
+    scale[3], scale[4], scale[5] = 1e-7, -1e-7, 0.0
+    adapter = handmade.ia3(tmp_path / "a", {"model.layers.0.self_attn.v_proj": scale})
+
+    receipt = infold.merge(file, adapter, tmp_path / "m.gguf")
+
+    blocks = WIDE // 32
+    told = receipt.edits[0]["rounding"]
+    assert (told["scales"], told["subnormal"], told["zero"]) == (
+        blocks * ROWS, 2 * blocks, 2 * blocks,
+    )  # fmt: skip
+    assert told["error"] < 1e-3
+    assert f"and {2 * blocks} fell to zero" in receipt.notes[-1]
+    assert not ggufs.decode(ggufs.read(tmp_path / "m.gguf")["blk.0.attn_v.weight"])[3:6].any()
+
+
 def test_scales_that_are_lost_are_refused(tmp_path: Path) -> None:
     tiny = ggufs.encode(matrix(ROWS, size=5e-4), "Q6_K")
     file = one_layer(tmp_path, {"blk.0.attn_v.weight": tiny, "blk.0.attn_q.weight": tiny})
