@@ -117,8 +117,11 @@ def test_types_without_floats_are_refused(dtype: str, tmp_path: Path) -> None:
         tmp_path / "a", vectors(0, False, model__layers__0__self_attn__v_proj=ROWS)
     )
 
-    with pytest.raises(infold.Refusal, match=rf"{dtype}\): the scales .* --promote"):
+    with pytest.raises(infold.Refusal, match=rf"{dtype}\): the scales .* safetensors") as caught:
         infold.merge(file, adapter, tmp_path / "m.gguf")
+    assert "--promote" not in str(caught.value)  # which is refused, too: nobody knows the values
+    with pytest.raises(infold.Refusal, match=rf"{dtype} are not known here; merge into"):
+        infold.merge(file, adapter, tmp_path / "m.gguf", promote=True)
 
 
 def test_low_rank_updates_of_quantized_tensors_are_refused(tmp_path: Path) -> None:
@@ -127,6 +130,12 @@ def test_low_rank_updates_of_quantized_tensors_are_refused(tmp_path: Path) -> No
 
     with pytest.raises(infold.Refusal, match=r"quantized \(Q4_K\).* --dequantize .* --requantize"):
         infold.merge(file, adapter, tmp_path / "m.gguf")
+    searched = one_layer(
+        tmp_path / "iq", {"blk.0.attn_v.weight": ggufs.encode(matrix(ROWS), "IQ3_S")}
+    )
+    with pytest.raises(infold.Refusal, match=r"IQ3_S are not known here; merge into") as caught:
+        infold.merge(searched, adapter, tmp_path / "m.gguf")
+    assert "--dequantize" not in str(caught.value)
 
 
 def test_several_vectors_on_one_row_are_rounded_once(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from infold.adapters import Settings
 from infold.checkpoint.shards import Checkpoint
 from infold.errors import Refusal
 from infold.formats import floats_of
-from infold.plan.fold import Part, Place, Unfoldable
+from infold.plan.fold import INSTEAD, Part, Place, Unfoldable
 from infold.plan.match import Names
 
 __all__ = ["ARCHITECTURES", "GgufModules", "Home"]
@@ -202,7 +202,7 @@ class GgufModules:
         if floats is None:
             raise Unfoldable(
                 f"{module} ({home.weight}, {info.dtype}): the scales of this type are no floats "
-                "that a factor could go into; --promote writes this weight unquantized instead"
+                f"that a factor could go into{INSTEAD}"
             )
         settings = self.order(module)
         if part is not None and settings.order:
