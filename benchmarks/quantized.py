@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import platform
 import shutil
 import subprocess
 import sys
@@ -34,6 +33,7 @@ ROOT = HERE.parent
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "tests"), str(HERE)]
 
 import smollm2  # noqa: E402
+from parts import add_part, told_of, told_of_older  # noqa: E402
 
 RECORD = HERE / "results" / "quantized.json"
 ADAPTER = ROOT / "examples" / "adapters" / "ia3-reviews"
@@ -42,22 +42,9 @@ POSITIONS = 2000
 REVIEWS = 1000
 
 
-def add(part: str, value: Any) -> None:
+def add(part: str, value: Any, of: str = "") -> None:
     """Put one part into the record, which keeps the others."""
-    record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
-    record[part] = value
-    record["machine"] = {
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")},
-    }
-    RECORD.write_text(json.dumps(record, indent=1) + "\n")
-
-
-def version(package: str) -> str:
-    from importlib.metadata import version as installed
-
-    return installed(package)
+    add_part(RECORD, part, value, ("torch", "transformers", "peft", "bitsandbytes"), of)
 
 
 # --- each format, on real weights ----------------------------------------------------------------
@@ -320,16 +307,13 @@ def size(folder: Path) -> int:
 
 def report(record: dict[str, Any]) -> str:
     """The record as Markdown."""
-    machine = record["machine"]
     lines = [
         "# IA³ folded into quantized checkpoints",
         "",
         "    python benchmarks/quantized.py errors",
         "    python benchmarks/quantized.py models",
         "",
-        f"On {machine['system']}: Python {machine['python']}, torch {machine['torch']}, "
-        f"transformers {machine['transformers']}, bitsandbytes {machine['bitsandbytes']}.",
-        "",
+        *told_of_older(record, ["errors", "models"]),
         "## Each format, on real weights",
         "",
         f"k_proj, up_proj and down_proj of layers {', '.join(map(str, LAYERS))} of SmolLM2-135M "
@@ -357,6 +341,7 @@ def report(record: dict[str, Any]) -> str:
         "whole range. On the input side it is a second quantization, about as large as the first, "
         "in every format. (*hqq* has eight bits here.)",
         "",
+        *told_of(record, "errors"),
         "## SmolLM2-135M through bitsandbytes, on the CPU",
         "",
         "Saved by transformers, folded by `infold merge --undo`, and loaded again. *adapter*: the "
@@ -399,6 +384,8 @@ def report(record: dict[str, Any]) -> str:
         pair("runtime against dequantized"),
     )
     line("standard deviation of a logit", [f"{row['std']:.2f}" for row in models])
+    if where := told_of(record, "models"):
+        lines += ["", *where[:-1]]
     return "\n".join(lines) + "\n"
 
 
@@ -422,7 +409,7 @@ def main() -> None:
         rows = {row["kind"]: row for row in known}
         for kind in kinds:
             rows[kind] = model_case(smollm2.make_base(cache), cache, work, kind)
-            add("models", list(rows.values()))
+            add("models", list(rows.values()), kind)
     shutil.rmtree(work, ignore_errors=True)
     (HERE / "results" / "quantized.md").write_text(report(json.loads(RECORD.read_text())))
 

@@ -559,8 +559,11 @@ def test_broken_modules_are_refused(tmp_path: Path, kind: str, part: str, value:
         metadata = file.metadata()
     save_file(tensors, base.path / "model.safetensors", metadata)
 
-    with pytest.raises(infold.Refusal):
-        infold.merge(base.path, make_adapter(tmp_path / "adapter", vectors()), tmp_path / "out")
+    adapter = make_adapter(tmp_path / "adapter", vectors())
+
+    for mode in ({}, {"promote": True}, {"dequantize": True}):
+        with pytest.raises(infold.Refusal):
+            infold.merge(base.path, adapter, tmp_path / "out", **mode)
 
     assert not (tmp_path / "out").exists()
     infold.inspect(base.path)

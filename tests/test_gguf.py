@@ -117,8 +117,11 @@ def test_types_without_floats_are_refused(dtype: str, tmp_path: Path) -> None:
         tmp_path / "a", vectors(0, False, model__layers__0__self_attn__v_proj=ROWS)
     )
 
-    with pytest.raises(infold.Refusal, match=rf"{dtype}\): the scales .* --promote"):
+    with pytest.raises(infold.Refusal, match=rf"{dtype}\): the scales .* safetensors") as caught:
         infold.merge(file, adapter, tmp_path / "m.gguf")
+    assert "--promote" not in str(caught.value)  # which is refused, too: nobody knows the values
+    with pytest.raises(infold.Refusal, match=rf"{dtype} are not known here; merge into"):
+        infold.merge(file, adapter, tmp_path / "m.gguf", promote=True)
 
 
 def test_low_rank_updates_of_quantized_tensors_are_refused(tmp_path: Path) -> None:
@@ -127,6 +130,12 @@ def test_low_rank_updates_of_quantized_tensors_are_refused(tmp_path: Path) -> No
 
     with pytest.raises(infold.Refusal, match=r"quantized \(Q4_K\).* --dequantize .* --requantize"):
         infold.merge(file, adapter, tmp_path / "m.gguf")
+    searched = one_layer(
+        tmp_path / "iq", {"blk.0.attn_v.weight": ggufs.encode(matrix(ROWS), "IQ3_S")}
+    )
+    with pytest.raises(infold.Refusal, match=r"IQ3_S are not known here; merge into") as caught:
+        infold.merge(searched, adapter, tmp_path / "m.gguf")
+    assert "--dequantize" not in str(caught.value)
 
 
 def test_several_vectors_on_one_row_are_rounded_once(tmp_path: Path) -> None:
@@ -176,6 +185,27 @@ def test_scales_that_lose_bits_are_counted(tmp_path: Path) -> None:
     assert told["scales"] == ROWS and told["subnormal"] > ROWS // 2 and not told["zero"]
     assert 5e-4 < told["error"] < MOST["F16"]
     assert f"{told['subnormal']} of {ROWS} edited float16 scales are below" in receipt.notes[-1]
+
+
+def test_scales_that_fall_to_zero_are_counted(tmp_path: Path) -> None:
+    """Two rows become too small for float16, one is meant to vanish: the rest of the tensor is as
+    good as ever, so it is told and not refused."""
+    was = ggufs.encode(matrix(ROWS, size=1.0), "Q8_0")
+    file = one_layer(tmp_path, {"blk.0.attn_v.weight": was})
+    scale = vectors(0, False, v=ROWS)["v"]
+    scale[3], scale[4], scale[5] = 1e-7, -1e-7, 0.0
+    adapter = handmade.ia3(tmp_path / "a", {"model.layers.0.self_attn.v_proj": scale})
+
+    receipt = infold.merge(file, adapter, tmp_path / "m.gguf")
+
+    blocks = WIDE // 32
+    told = receipt.edits[0]["rounding"]
+    assert (told["scales"], told["subnormal"], told["zero"]) == (
+        blocks * ROWS, 2 * blocks, 2 * blocks,
+    )  # fmt: skip
+    assert told["error"] < 1e-3
+    assert f"and {2 * blocks} fell to zero" in receipt.notes[-1]
+    assert not ggufs.decode(ggufs.read(tmp_path / "m.gguf")["blk.0.attn_v.weight"])[3:6].any()
 
 
 def test_scales_that_are_lost_are_refused(tmp_path: Path) -> None:
@@ -267,32 +297,6 @@ def test_heads_that_do_not_fit_are_refused(told: int, tmp_path: Path) -> None:
 
     with pytest.raises(infold.Refusal, match=f"32 rows are not {told} heads"):
         infold.merge(file, adapter, tmp_path / "m.gguf")
-
-
-def test_experts(tmp_path: Path) -> None:
-    """w2 of one expert scales the rows of w3 of that one, in the tensor of all of them."""
-    count, inner = 3, 64
-    stacked = {n: np.stack([matrix(*s, seed=e) for e in range(count)]) for n, s in (
-        ("gate", (inner, WIDE)), ("up", (inner, WIDE)), ("down", (WIDE, inner)))}  # fmt: skip
-    tensors = {f"blk.0.ffn_{n}_exps.weight": ggufs.encode(v, "Q8_0") for n, v in stacked.items()}
-    file = one_layer(tmp_path, tensors, expert_count=count)
-    path = "model.layers.0.block_sparse_moe.experts"
-    scale = {e: vectors(e, True, v=inner)["v"] for e in (0, 2)}
-    adapter = handmade.ia3(
-        tmp_path / "a", {f"{path}.{e}.w2": v.t() for e, v in scale.items()},
-        feedforward_modules=["w2"],
-    )  # fmt: skip
-
-    infold.merge(file, adapter, tmp_path / "m.gguf")
-
-    was, now = ggufs.read(file), ggufs.read(tmp_path / "m.gguf")
-    up = "blk.0.ffn_up_exps.weight"
-    exact = ggufs.decode(was[up]).copy()
-    for expert, vector in scale.items():
-        exact[expert] *= vector.numpy()
-    assert np.array_equal(ggufs.decode(now[up]), exact)
-    assert all(np.array_equal(was[n][1], now[n][1]) for n in tensors if n != up)
-    assert infold.verify(tmp_path / "m.gguf").ok
 
 
 # --- names ---------------------------------------------------------------------------------------

@@ -107,6 +107,38 @@ def test_a_fold_passes_and_one_without_an_edit_fails(place: Path, tmp_path: Path
     assert not prove(base, place / "ia3", merged).ok
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_weights_that_became_dense(place: Path, tmp_path: Path) -> None:
+    """LoRA into int8: as BF16 its rounding is expected; quantized again, or from other weights, no
+    bound tells it from a wrong merge."""
+    base = tmp_path / "base"
+    AutoModelForCausalLM.from_pretrained(
+        place / "base-float32",
+        quantization_config=BitsAndBytesConfig(load_in_8bit=True),
+        dtype=torch.float32,
+    ).save_pretrained(base)
+    AutoTokenizer.from_pretrained(place / "base-float32").save_pretrained(base)
+    shutil.copy(place / "prompts.txt", tmp_path)
+    dense, again, other = tmp_path / "dense", tmp_path / "again", tmp_path / "other"
+    infold.merge(base, place / "lora", dense, dequantize=True, dtype="bf16")
+    infold.merge(base, place / "lora", again, requantize=True)
+    infold.merge(base, place / "lora", other, dequantize=True, base_16bit=place / "base-bfloat16")
+
+    found = prove(base, place / "lora", dense)
+
+    assert found.ok, [check for check in found.checks if not check.ok]
+    with pytest.raises(Refusal, match=r"quantized again.* without --outputs"):
+        prove(base, place / "lora", again)
+    with pytest.raises(Refusal, match=r"come from .*base-bfloat16.* without --outputs"):
+        prove(base, place / "lora", other)
+
+    name = "model.layers.1.self_attn.v_proj.weight"
+    tensors = load_file(dense / "model.safetensors")
+    tensors[name] *= 1.05
+    save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
+    assert not prove(base, place / "lora", dense).ok
+
+
 def spoil_scale(base: Path, adapter: Path, out: Path) -> None:
     """alpha instead of alpha / r."""
     wrong = out.with_name("wrong")

@@ -8,7 +8,8 @@ repeats over the kernel; with groups, each group of outputs sees its own part of
 
 On the output side a *row map* (the fields of `Settings` from `view` to `repeat`) tells which stored
 row gets which element: rows in another order, a part of a fused tensor, or the float scales of a
-quantized weight, several for each of its rows. What is multiplied is then the stored row.
+quantized weight, several for each of its rows. What is multiplied is then the stored row; or a part
+of it, where one dense tensor (experts, out, in) is a matrix with a row for each expert.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ ON_BIAS: tuple[str, ...] = PARTS
 KEYS: Mapping[str, str] = {".ia3_l": "ia3_l"}
 PEFT_TYPES: Mapping[str, frozenset[str]] = {"IA3": frozenset(("feedforward_modules",))}
 REFUSED: Mapping[str, str] = {}
-_ROW_MAP = ("view", "order", "root", "first", "rows", "repeat")
+_ROW_MAP = ("view", "order", "root", "first", "rows", "repeat", "width")
 
 
 def owns(parts: Collection[str], fields: Mapping[str, Any]) -> bool:
@@ -86,6 +87,35 @@ class _Output(_Scale):
         return self.scale[rows // self.repeat]
 
 
+class _Stacked(_Scale):
+    """The outputs of one expert, which lie one after the other in a stored row."""
+
+    def __init__(self, scale: Tensor, row: int, begin: int, width: int) -> None:
+        self.scale, self.row = scale, row
+        self.begin, self.width = begin, width  # the first output in the row; elements of each
+
+    def inverse(self) -> _Stacked:
+        return _Stacked(_inverted(self.scale), self.row, self.begin, self.width)
+
+    def weight(self, x: Tensor, rows: Index, cols: Index) -> None:
+        mine = (self._numbers(rows, x.shape[0]) == self.row).nonzero().flatten().tolist()
+        if not mine:
+            return
+        place = self._numbers(cols, x.shape[1]) // self.width - self.begin
+        inside = (place >= 0) & (place < len(self.scale))
+        factors = torch.where(inside, self.scale[place.clamp(0, len(self.scale) - 1)], 1.0)
+        for row in mine:
+            x[row].mul_(factors)
+
+    def bias(self, x: Tensor, rows: Index) -> None:
+        raise AssertionError("a bias has a row for each output")
+
+    def _numbers(self, index: Index, count: int) -> Tensor:
+        if isinstance(index, slice):
+            return torch.arange(count, device=self.scale.device) + (index.start or 0)
+        return index
+
+
 class _Input(_Scale):
     def __init__(self, scale: Tensor, per_group: int) -> None:
         self.scale = scale  # (groups, in * kernel)
@@ -104,8 +134,11 @@ class _Input(_Scale):
     def bias(self, x: Tensor, rows: Index) -> None: ...
 
 
-def prepare(parts: Mapping[str, Tensor], settings: Settings) -> _Output | _Input:
+def prepare(parts: Mapping[str, Tensor], settings: Settings) -> _Output | _Stacked | _Input:
     scale = parts["ia3_l"].double().flatten()
+    if settings.width:
+        row, begin = divmod(settings.first, settings.out)
+        return _Stacked(_rooted(scale, settings), row, begin, settings.width)
     if settings.side == "out":
         return _Output(_by_rows(scale, settings), settings.repeat)
     rows = scale.view(settings.groups, -1).repeat_interleave(settings.kernel, 1)
@@ -114,14 +147,16 @@ def prepare(parts: Mapping[str, Tensor], settings: Settings) -> _Output | _Input
 
 def _by_rows(scale: Tensor, settings: Settings) -> Tensor:
     """The factors of the rows, before each stands for `repeat` of them."""
-    scale = settings.arranged(scale)
-    if settings.root == 2:
-        scale = root(scale)
+    scale = _rooted(settings.arranged(scale), settings)
     if not settings.rows:
         return scale
     whole = scale.new_ones(settings.rows)
     whole[settings.first : settings.first + len(scale)] = scale
     return whole
+
+
+def _rooted(scale: Tensor, settings: Settings) -> Tensor:
+    return root(scale) if settings.root == 2 else scale
 
 
 def bound(peak: float, parts: Mapping[str, Tensor], settings: Settings) -> float:

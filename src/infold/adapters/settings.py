@@ -18,7 +18,7 @@ class Settings:
     side: str = "out"  # IA³: "out" scales the outputs, "in" the inputs (feed-forward)
     kernel: int = 1  # convolutions: elements of the kernel
     groups: int = 1  # convolutions
-    out: int = 0  # output channels, where groups > 1 need it
+    out: int = 0  # output channels, where groups > 1 or `width` need it
     tokens: tuple[int, ...] = ()  # trainable tokens: the rows that are replaced
     rank: int = 0  # LoRA, DoRA: for `init` alone, as are the two below
     start: bool | str = True  # how `init` fills the parts: True is the method's own way
@@ -32,6 +32,7 @@ class Settings:
     first: int = 0  # where the vector begins in a fused tensor of `rows` rows; 1 elsewhere
     rows: int = 0  # 0: as many as the vector has elements
     repeat: int = 1  # consecutive stored rows that share one of these elements
+    width: int = 0  # elements of an output, where a stored row holds `out` of them: one expert's
 
     def arranged(self, x: Tensor) -> Tensor:
         """Outputs (out, ...) in the order of the stored rows, by `view` and `order`."""

@@ -20,7 +20,7 @@ __all__ = ["ODD", "as_told", "read_adapter", "read_edit"]
 # What reading values of other kinds than those expected ends in.
 ODD = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError)
 _COUNTS = ("kernel", "groups", "repeat")  # of Settings, from 1 on
-_NUMBERS = ("out", "rank", "first", "rows")  # from 0 on
+_NUMBERS = ("out", "rank", "first", "rows", "width")  # from 0 on
 _LISTS = ("tokens", "view", "order")
 _LARGEST = 1 << 48
 _POWERS = 1000  # of two, in float64
@@ -113,6 +113,7 @@ def _settings(told: Mapping[str, Any]) -> Settings:
         and made.slices in (1, 2)
         and made.root in (1, 2)
         and made.side in ("out", "in")
+        and (not made.width or made.out > 0)
         and isinstance(made.scaling, int | float)
         and math.isfinite(made.scaling)
     )

@@ -65,6 +65,10 @@ def plan_merge(
         if choice is not None:
             return _converted(base, tuple(adapters), choice, lossy)
         draft, edits, changes = _decide(base, adapters, lossy)
+        if draft.reasons and (draft.stuck or draft.elements):
+            # what a refusal offers instead must not be refused as well
+            if unknown := convertible(base)[1]:
+                draft, edits, changes = _decide(base, adapters, lossy, None, unknown)
         if draft.reasons:
             raise Refusal(draft.reasons)
         return _plan(draft, base, tuple(adapters), Conversion(edits), changes)

@@ -14,7 +14,7 @@ from infold.formats import Quantized, Stored
 from infold.plan.config import AdapterConfig
 from infold.plan.draft import Draft, State
 from infold.plan.edits import Operation, Replacement
-from infold.plan.fold import Modules, Unfoldable, fold
+from infold.plan.fold import INSTEAD, Modules, Unfoldable, fold
 from infold.plan.layouts import HEADS, INPUT_EMBEDDINGS, is_conv1d, leaf
 from infold.plan.match import group_keys
 from infold.plan.output import usual_dtype
@@ -25,6 +25,8 @@ __all__ = ["Consumer"]
 
 class Consumer:
     """Turns every tensor of one adapter into an edit of the draft, or into a reason to refuse."""
+
+    instead = ""  # how a message goes on, where no option helps
 
     def __init__(self, draft: Draft, number: int, adapter: Adapter, config: AdapterConfig) -> None:
         self.draft, self.number, self.adapter, self.config = draft, number, adapter, config
@@ -265,7 +267,8 @@ class Consumer:
         except (Unfoldable, LookupError) as error:
             self.draft.stuck.add(name)
             why = self.draft.unknown.get(name)
-            self.refuse(key, f"{error}; and {why}" if why else str(error))
+            told = f"{str(error).removesuffix(INSTEAD)}; and {why}{self.instead}"
+            self.refuse(key, told if why else str(error))
             return False
         if any(place.lossy for place in places):
             if below := int((self.adapter.read(key) < 0).sum()):
@@ -289,7 +292,7 @@ class Consumer:
     def _ways(self, module: str) -> str:
         """How a message goes on that tells of a quantized module: what else can be done."""
         told = self.draft.unknown.get(module)
-        return f"; and {told}" if told else self.draft.ways
+        return f"; and {told}{self.instead}" if told else self.draft.ways
 
     def _ties(self, method: str, name: str) -> bool:
         """Whether PEFT makes the same update at both ends of a tied pair."""

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from infold.adapters import Settings
 
-__all__ = ["KNOWN_NAMES", "Modules", "Part", "Place", "Unfoldable", "fold"]
+__all__ = ["INSTEAD", "KNOWN_NAMES", "Modules", "Part", "Place", "Unfoldable", "fold"]
 
 
 class Unfoldable(ValueError):
@@ -121,7 +121,7 @@ _APART = frozenset(
     "q_proj k_proj q_norm k_norm q k relative_attention_bias".split()
 )
 _POWERS = {"relu": 1, "relu2": 2, "relu_squared": 2, "squared_relu": 2}  # relu(a x) = a^p relu(x)
-_INSTEAD = "; --promote writes this weight unquantized instead"
+INSTEAD = "; --promote writes this weight unquantized instead"
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def fold(base: Modules, module: str, side: str, vector: Callable[[], Tensor]) ->
     if maker.power and bool((vector() < 0).any()):
         raise Unfoldable(
             f"the vector has negative elements, and ReLU stands between {maker.module} and this "
-            f"module{_INSTEAD}"
+            f"module{INSTEAD}"
         )
     try:
         places = base.places(maker.module, maker.part)
@@ -191,7 +191,7 @@ def _maker(base: Modules, module: str, count: int) -> _Maker:
             _check_size(base, up, count)
             return _Maker(up, power=_power(base, up))
     raise Unfoldable(
-        f"which module makes its inputs is not known, so its vector cannot be moved there{_INSTEAD}"
+        f"which module makes its inputs is not known, so its vector cannot be moved there{INSTEAD}"
     )
 
 
@@ -200,12 +200,12 @@ def _refuse_between(base: Modules, strangers: set[str]) -> None:
     if limits := sorted(base.limits()):
         raise Unfoldable(
             f"the config's {', '.join(limits)} clamps values, maybe those between this "
-            f"module and the maker of its inputs{_INSTEAD}"
+            f"module and the maker of its inputs{INSTEAD}"
         )
     if strangers := strangers - _APART:
         raise Unfoldable(
             f"{', '.join(sorted(strangers))} beside it may change its inputs, so its "
-            f"vector cannot be moved before that{_INSTEAD}"
+            f"vector cannot be moved before that{INSTEAD}"
         )
 
 
@@ -214,7 +214,7 @@ def _check_size(base: Modules, maker: str, outputs: int) -> None:
     if size is None or size[0] != outputs:
         found = "no matrix" if size is None else f"{size[0]} outputs"
         raise Unfoldable(
-            f"its inputs should come from {maker}, which has {found}, not {outputs}{_INSTEAD}"
+            f"its inputs should come from {maker}, which has {found}, not {outputs}{INSTEAD}"
         )
 
 
@@ -226,18 +226,18 @@ def _power(base: Modules, maker: str) -> int:
     told = " or ".join(sorted(kinds)) or "an activation that the config does not tell"
     raise Unfoldable(
         f"{told} stands between {maker} and this module without a gate, so its vector has no place "
-        f"in scales{_INSTEAD}"
+        f"in scales{INSTEAD}"
     )
 
 
 def _values(base: Modules, value: str, count: int) -> _Maker:
     """The values of an attention, where each head has its own."""
     if limits := sorted(base.limits()):
-        raise Unfoldable(f"the config's {', '.join(limits)} clamps values{_INSTEAD}")
+        raise Unfoldable(f"the config's {', '.join(limits)} clamps values{INSTEAD}")
     size = base.size(value)
     if size is None or size[0] != count:
         raise Unfoldable(
             f"several of its inputs share a row of {value} (grouped heads), so its "
-            f"vector cannot be moved there{_INSTEAD}"
+            f"vector cannot be moved there{INSTEAD}"
         )
     return _Maker(value)

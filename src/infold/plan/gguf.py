@@ -17,14 +17,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from infold.adapters import Settings
 from infold.checkpoint.shards import Checkpoint
 from infold.errors import Refusal
 from infold.formats import floats_of
-from infold.plan.fold import Part, Place, Unfoldable
+from infold.plan.fold import INSTEAD, Part, Place, Unfoldable
 from infold.plan.match import Names
 
 __all__ = ["ARCHITECTURES", "GgufModules", "Home"]
@@ -202,12 +202,7 @@ class GgufModules:
         if floats is None:
             raise Unfoldable(
                 f"{module} ({home.weight}, {info.dtype}): the scales of this type are no floats "
-                "that a factor could go into; --promote writes this weight unquantized instead"
-            )
-        if home.expert is not None and floats.packing is None:
-            raise Unfoldable(
-                f"{module} ({home.weight}, {info.dtype}): all experts are one dense tensor here, "
-                "which is not supported; merge into the safetensors checkpoint, and convert that"
+                f"that a factor could go into{INSTEAD}"
             )
         settings = self.order(module)
         if part is not None and settings.order:
@@ -218,12 +213,14 @@ class GgufModules:
         settings = Settings(
             view=settings.view, order=settings.order, first=first, rows=rows, repeat=floats.per_row
         )
+        own = Settings(view=settings.view, order=settings.order, first=first, rows=rows)
+        if home.expert is not None and floats.packing is None:  # an expert is a row of its matrix
+            settings = replace(settings, out=size[0], width=size[1])
         places = [Place(home.weight, settings)]
         if home.bias in self.base.where:
             if self.base.info(home.bias).shape != ((rows or size[0]),):
                 shape = list(self.base.info(home.bias).shape)
                 raise Unfoldable(f"{module}, whose bias {home.bias} has the shape {shape}")
-            own = Settings(view=settings.view, order=settings.order, first=first, rows=rows)
             places.append(Place(home.bias, own, on_bias=True))
         return places
 

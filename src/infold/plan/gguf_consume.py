@@ -26,6 +26,8 @@ class GgufConsumer(Consumer):
     Raises Refusal for a file of an unknown architecture.
     """
 
+    instead = _INSTEAD
+
     def __init__(self, draft: Draft, number: int, adapter: Adapter, config: AdapterConfig) -> None:
         super().__init__(draft, number, adapter, config)
         self.gguf = GgufModules(draft.base)

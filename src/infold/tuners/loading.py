@@ -1,4 +1,5 @@
-"""Causal language models and tokenizers as plain transformers loads them."""
+"""Causal language models and tokenizers as plain transformers loads them: from a folder, or from a
+GGUF file, whose weights it decodes."""
 
 from __future__ import annotations
 
@@ -7,22 +8,35 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from infold.checkpoint.files import exists, locate, read_object
-from infold.checkpoint.shards import TOKENIZERS
+from infold.checkpoint.shards import GGUF, TOKENIZERS, is_lone, open_checkpoint
 from infold.errors import Refusal
 from infold.tuners.model import load as load_adapter
 
-__all__ = ["attach_all", "calm", "device_of", "load_model", "model_folder", "tokenizer_of"]
+__all__ = [
+    "attach_all",
+    "calm",
+    "config_of",
+    "device_of",
+    "gguf_file",
+    "load_model",
+    "model_folder",
+    "tokenizer_of",
+]
 
 PathLike = str | os.PathLike[str]
 
 # They tell of kernels that are not there, when they are imported, or at each call of a layer.
 _TALKATIVE = ("bitsandbytes", "torchao", "torch.utils._pytree")
+# What transformers raises for models that it cannot read.
+_UNREADABLE = (ValueError, OSError, KeyError, ImportError, TypeError)
 
 
 def device_of(name: str) -> torch.device:
@@ -57,21 +71,46 @@ def model_folder(name: PathLike, *, quantized: bool = False) -> Path:
     return folder
 
 
+def gguf_file(name: PathLike) -> Path | None:
+    """The file of a GGUF model, given by itself or by its folder; None for another model.
+
+    Raises Refusal for one in several parts, which transformers does not read, and as
+    `open_checkpoint` does.
+    """
+    path = Path(name)
+    if path.is_dir():
+        if any(path.glob("*.safetensors")) or not any(path.glob("*" + GGUF)):
+            return None
+    elif not (is_lone(path) and exists(path)):
+        return None
+    shards = open_checkpoint(path).shards
+    if len(shards) > 1:
+        raise Refusal(
+            f"{path}: a GGUF model in {len(shards)} parts, and transformers reads only whole ones; "
+            "join its parts (llama-gguf-split --merge) to run it here"
+        )
+    return shards[0].path
+
+
 def load_model(folder: Path, device: torch.device, dtype: torch.dtype | str = "auto") -> Any:
-    """The model of a folder, in evaluation mode. dtype "auto": as it is stored.
+    """The model of a folder or of a GGUF file, in evaluation mode. dtype "auto": as it is stored.
+    What a GGUF file holds is decoded to float32.
 
     Raises Refusal where transformers cannot load it, or where tensors are missing, left over or
     of another shape: transformers would go on with random values.
     """
     from transformers import AutoModelForCausalLM
 
+    place, options = _place(folder)
+    if options:
+        dtype, options = torch.float32, options | _decoding(folder)
     try:
-        with calm():
+        with calm(), _no_bar_of_gguf():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, output_loading_info=True, local_files_only=True
+                place, dtype=dtype, output_loading_info=True, local_files_only=True, **options
             )
         model, told = loaded
-    except (ValueError, OSError, KeyError, ImportError, TypeError, RuntimeError) as error:
+    except (*_UNREADABLE, RuntimeError) as error:
         raise Refusal(f"{folder}: transformers cannot load it: {_first_line(error)}") from None
     except Exception as error:  # safetensors raises a class of its own for broken files
         if type(error).__name__ != "SafetensorError":
@@ -98,16 +137,74 @@ def attach_all(model: Any, adapters: Sequence[PathLike]) -> Any:
 
 
 def tokenizer_of(folder: Path) -> Any:
-    """The tokenizer of a folder. Raises Refusal where there is none."""
+    """The tokenizer of a folder or in a GGUF file. Raises Refusal where there is none."""
     from transformers import AutoTokenizer
 
-    if not any(exists(folder / name) for name in TOKENIZERS):
+    place, options = _place(folder)
+    beside = any(exists(place / name) for name in TOKENIZERS)
+    if not (options or beside):
         raise Refusal(f"{folder}: has no tokenizer; copy the tokenizer files of its model into it")
+    ways: list[dict[str, Any]] = [options] if options else []
+    if beside:  # what somebody put beside a GGUF file is meant for it
+        ways.insert(0, {})
+    problem = ""
+    for way in ways:
+        try:
+            with calm():
+                return AutoTokenizer.from_pretrained(place, local_files_only=True, **way)
+        except _UNREADABLE as error:
+            problem = problem or _first_line(error)
+        except Exception as error:  # of the tokenizers package, which has no class of its own
+            if type(error) is not Exception:
+                raise
+            problem = problem or _first_line(error)
+    hint = f"; copy the tokenizer files of its model into {place}" if options else ""
+    raise Refusal(f"{folder}: the tokenizer cannot be read: {problem}{hint}")
+
+
+def config_of(folder: Path) -> Any:
+    """The config of a folder, or what a GGUF file tells of it. Raises Refusal where transformers
+    cannot read it."""
+    from transformers import AutoConfig
+
+    place, options = _place(folder)
     try:
         with calm():
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (ValueError, OSError, KeyError, ImportError, TypeError) as error:
-        raise Refusal(f"{folder}: the tokenizer cannot be read: {_first_line(error)}") from None
+            return AutoConfig.from_pretrained(place, local_files_only=True, **options)
+    except _UNREADABLE as error:
+        told = _first_line(error)
+        raise Refusal(f"{folder}: transformers cannot read the config: {told}") from None
+
+
+def _place(model: Path) -> tuple[Path, dict[str, Any]]:
+    """What transformers wants to be told of a model: a folder, and the name of a GGUF file."""
+    if not is_lone(model):
+        return model, {}
+    return model.parent, {"gguf_file": model.name}
+
+
+def _decoding(file: Path) -> dict[str, Any]:
+    """Settings that make transformers decode a GGUF file, which versions before 5.21 always do."""
+    import transformers
+
+    kind: Any = getattr(transformers, "GgufConfig", None)
+    return {} if kind is None else {"quantization_config": kind(file.name, dequantize=True)}
+
+
+@contextmanager
+def _no_bar_of_gguf() -> Iterator[None]:
+    """The reader of GGUF files draws a bar that no setting of transformers hides."""
+    try:
+        reader: Any = import_module("transformers.modeling_gguf_pytorch_utils")
+        bar = reader.tqdm
+    except (ImportError, AttributeError):  # of another version
+        yield
+        return
+    reader.tqdm = partial(bar, disable=True)
+    try:
+        yield
+    finally:
+        reader.tqdm = bar
 
 
 @contextmanager

@@ -9,7 +9,9 @@ finds its layers by the tree of modules, the folder's by the names of tensors.
 
 A quantized model is run on the float32 values of its codes and scales. A merge in memory does not
 fold into scales, so there is no control: what rounding the scales may do is measured by moving
-every weight of these layers by the largest rounding error of a scale.
+every weight of these layers by the largest rounding error of a scale. So too a GGUF file; there the
+floats move that the merge rounds, in a copy of the file, since a scale can have fewer bits than its
+dtype and an element can be a difference.
 
 One model is in memory at a time; logits wait on the disk.
 """
@@ -28,21 +30,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infold.checkpoint.shards import open_checkpoint
-from infold.errors import Refusal
+from infold.checkpoint.adapter import open_adapter
+from infold.checkpoint.shards import is_lone, open_checkpoint
+from infold.errors import CorruptFile, Refusal
 from infold.formats import NoFold
+from infold.plan.build import plan_merge
+from infold.plan.convert import Choice
 from infold.plan.match import Names
 from infold.plan.quantized import StoredModules
 from infold.tuners.loading import (
     attach_all,
     calm,
+    config_of,
     device_of,
+    gguf_file,
     load_model,
     model_folder,
     tokenizer_of,
 )
 from infold.tuners.quantized import widen
+from infold.verify.folder import read_claims
 from infold.verify.logits import Distance, cross_entropy, margin
+from infold.verify.moved import PRECISION, write_moved
 from infold.verify.prompts import Questions, read_questions
 from infold.verify.verdict import Check, Continuation, Difference, Outputs
 
@@ -55,9 +64,6 @@ PathLike = str | os.PathLike[str]
 NOISE = 16
 # The largest of a few thousand draws varies; the control is the same rounding, so twice is ample.
 ROUNDING = 2
-
-
-_PRECISION = {"F64": 53, "F32": 24, "F16": 11, "BF16": 8, "F8_E4M3": 4}  # bits of a significand
 
 
 def prove_outputs(
@@ -75,7 +81,9 @@ def prove_outputs(
 
     prompts: a file, one prompt a line. text: a file, whose perplexity is measured. Both have
     defaults. progress: called with (passes done, passes in all, None).
-    Needs memory for one model in float32, and disk for three times the logits.
+    Models are folders, or GGUF files (or folders of one), which transformers decodes.
+    Needs memory for one model in float32, and disk for three times the logits, and for a copy of a
+    GGUF file.
     Raises Refusal before a model is loaded for what cannot be run, and where transformers cannot
     load a model or the adapters do not fit; StorageFailure as `merge` does.
     """
@@ -83,15 +91,21 @@ def prove_outputs(
     where = device_of(device)
     if new_tokens < 1:
         raise Refusal(f"{new_tokens} new tokens: at least 1 is needed to compare continuations")
-    base_folder = model_folder(base, quantized=True)
-    merged_folder = model_folder(merged, quantized=True)
+    base_folder = gguf_file(base) or model_folder(base, quantized=True)
+    merged_folder = gguf_file(merged) or model_folder(merged, quantized=True)
+    if is_lone(base_folder) != is_lone(merged_folder):
+        raise Refusal(
+            f"{os.fspath(merged)}: base and merged must both be GGUF files, or both be folders"
+        )
+    choice = _conversion(merged)
     tokenizer = tokenizer_of(base_folder)
-    limit = _positions(base_folder)
+    told = getattr(config_of(base_folder).get_text_config(), "max_position_embeddings", None)
+    limit = told if isinstance(told, int) and told > 0 else 1 << 20
     questions = read_questions(prompts, text, tokenizer, limit, new_tokens)
     with tempfile.TemporaryDirectory(prefix="infold-outputs-") as folder, calm():
         run = _Run(Path(folder), where, questions, new_tokens, progress)
         run.adapter_mode(base_folder, adapters)
-        run.control(base_folder, adapters)
+        run.control(base_folder, adapters, choice)
         run.merged(merged_folder)
     checks = _checks(run)
     notes = _notes(run, all(check.ok for check in checks))
@@ -148,21 +162,37 @@ class _Run:
         self._pass(model, "moved", against={"unit": "float32"})
         self._drop("float32")
 
-    def control(self, base: Path, adapters: Sequence[PathLike]) -> None:
+    def control(self, base: Path, adapters: Sequence[PathLike], choice: Choice | None) -> None:
         """Merged in memory at the stored dtype, run in float32; of a quantized model, moved."""
-        self.step = _rounding_of_scales(base)
-        if self.step is None:
+        self.step = None if is_lone(base) else _rounding_of_scales(base)
+        if is_lone(base):
+            model = attach_all(self._moved(base, adapters, choice), adapters).merge_and_unload()
+        elif self.step is None:
             model = attach_all(load_model(base, self.device), adapters).merge_and_unload().float()
         else:
+            if choice is not None and choice.dtype:  # of weights that became dense
+                self.step = max(self.step, 2.0 ** -PRECISION[choice.dtype])
             model, layers = self._float(base)
             model = attach_all(model, adapters).merge_and_unload()
             _move((model.get_submodule(path).weight for path in layers), self.step)
         self._pass(model, "predicted", against={"predicted": "adapter"}, keep=True)
 
+    def _moved(self, base: Path, adapters: Sequence[PathLike], choice: Choice | None) -> Any:
+        """The model of a GGUF file, the floats moved that the merge rounds."""
+        checkpoint = open_checkpoint(base)
+        plan = plan_merge(checkpoint, [open_adapter(path) for path in adapters], choice)
+        written = {name: edit.dtype for name, edit in plan.edits.items()}
+        file = self.folder / base.name
+        write_moved(base, checkpoint.shards[0].header.tensors, written, file)
+        model = load_model(file, self.device)
+        file.unlink()
+        return model
+
     def merged(self, folder: Path) -> None:
         model, _ = self._float(folder)
         self.greedy["merged"] = self._continue(model)
-        control = {"control": "predicted"} if self.step is None else {}
+        same = self.step is None and not is_lone(folder)  # weights by two ways
+        control = {"control": "predicted"} if same else {}
         self._pass(model, "merged", against={"merged": "adapter", **control})
         for number, (one, two) in enumerate(zip(*self.greedy.values(), strict=True)):
             at = _first_difference(one, two)
@@ -171,7 +201,7 @@ class _Run:
             self.margins.append(lead)
 
     def _float(self, folder: Path) -> tuple[Any, list[str]]:
-        """A folder's model in float32, and the layers of it that are quantized."""
+        """The model in float32, and the layers of it that are quantized."""
         model = load_model(folder, self.device)
         layers = widen(model)
         return model.float(), layers
@@ -244,6 +274,33 @@ def _move(parameters: Iterable[Tensor], step: float = 2.0**-23) -> None:
         parameter.mul_((1 + (up.float() * 2 - 1) * step).to(parameter.device))
 
 
+def _conversion(merged: PathLike) -> Choice | None:
+    """How weights that do not fold were converted, as the receipt tells it.
+
+    Raises Refusal for what no bound here tells from a wrong merge. A receipt that cannot be read is
+    an offender of the other proof.
+    """
+    try:
+        claims = read_claims(Path(merged))
+    except CorruptFile:
+        return None
+    told = None if claims is None else claims.conversion
+    if told is None:
+        return None
+    instead = "prove this merge by its bytes, without --outputs"
+    if told["mode"] == "requantize":
+        raise Refusal(
+            f"{os.fspath(merged)}: touched weights were quantized again, which moves the outputs "
+            f"further than a bound could allow that still tells a wrong merge; {instead}"
+        )
+    if told["original"]:
+        raise Refusal(
+            f"{os.fspath(merged)}: touched weights come from {told['original']}, so the outputs "
+            f"are not those of the quantized base with its adapters; {instead}"
+        )
+    return Choice(told["mode"], told["dtype"])
+
+
 def _rounding_of_scales(folder: Path) -> float | None:
     """The largest relative rounding error of a checkpoint's scales; None where it has none."""
     base = open_checkpoint(folder)
@@ -254,7 +311,7 @@ def _rounding_of_scales(folder: Path) -> float | None:
         except NoFold:
             continue
         dtypes = ["F32" if s.nested else stored.tensors[s.part].dtype for s in scales]
-        found += [_PRECISION[dtype] for dtype in dtypes]
+        found += [PRECISION[dtype] for dtype in dtypes]
     return 2.0 ** -min(found) if found else None
 
 
@@ -316,18 +373,6 @@ def _compare(run: _Run, tokenizer: Any) -> Iterable[Continuation]:
 
 def _first_difference(one: Sequence[int], two: Sequence[int]) -> int | None:
     return next((n for n, (a, b) in enumerate(zip(one, two, strict=True)) if a != b), None)
-
-
-def _positions(folder: Path) -> int:
-    """The most tokens that the model of a folder takes."""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (ValueError, OSError, KeyError, ImportError, TypeError) as error:
-        raise Refusal(f"{folder}: transformers cannot read the config: {error}") from None
-    told = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return told if isinstance(told, int) and told > 0 else 1 << 20
 
 
 def _exp(value: float) -> float:

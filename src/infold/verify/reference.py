@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -204,6 +205,25 @@ def _elements(place: Tensor, settings: Settings) -> Tensor:
         element += place % sizes[axis] * math.prod(sizes[axis + 1 :])
         place = place // sizes[axis]
     return element
+
+
+class _ExpertScale:
+    """l * W for each output of one expert of several, (experts, out * in) as it is stored."""
+
+    def __init__(self, vector: Tensor, settings: Settings) -> None:
+        self.scale = _OutputScale(vector, replace(settings, width=0))
+        self.out, self.width = settings.out, settings.width
+
+    def estimate(self, values: Values, rows: slice, columns: slice) -> None:
+        if not rows.start <= self.scale.map.first // self.out < rows.stop:
+            return  # it multiplies the others by 1
+        i = torch.arange(rows.start, rows.stop)[:, None]
+        self.settle(values, i, torch.arange(columns.start, columns.stop))
+
+    contract = estimate  # one rounding of IEEE arithmetic is the contract
+
+    def settle(self, values: Values, i: Tensor, j: Tensor) -> None:
+        values.multiply(self.scale._factor(i * self.out + j // self.width))
 
 
 class _InputScale:
@@ -518,7 +538,8 @@ def reference_of(
     if operation.method == "ia3":
         vector = parts["ia3_l"].double().flatten()
         if settings.side == "out":
-            return _OutputScale(vector, settings)
+            kind = _ExpertScale if settings.width else _OutputScale
+            return kind(vector, settings)
         return _InputScale(vector, settings.kernel, settings.groups, settings.out)
     if operation.method == "trainable_tokens":
         return _Tokens(parts["trainable_tokens_delta"], settings.tokens)

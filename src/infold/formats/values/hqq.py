@@ -43,7 +43,7 @@ def scheme(stored: Stored) -> Scheme:
         raise NoValues(str(error)) from None
     bits, group, axis = (_number(stored, part) for part in ("nbits", "group_size", "axis"))
     packed = stored.tensors["W_q"]
-    if bits not in _PER or not group or axis not in (0, 1) or outputs * inputs % group:
+    if bits not in _PER or group < 1 or axis not in (0, 1) or outputs * inputs % group:
         raise NoValues(f"{bits} bits, groups of {group} and axis {axis} are not known here")
     if "scale" not in stored.tensors or "zero" not in stored.tensors:
         raise NoValues("its scales are quantized themselves")
@@ -59,7 +59,9 @@ def scheme(stored: Stored) -> Scheme:
 
 
 def _number(stored: Stored, part: str) -> int:
-    return int(stored.read(part).item()) if stored.shape(part) in ((), (1,)) else 0
+    """-1 for what is no whole number."""
+    found = float(stored.read(part).item()) if stored.shape(part) in ((), (1,)) else -1.0
+    return int(found) if found.is_integer() else -1
 
 
 def encoded(stored: Stored) -> dict[str, Field | None]:
