@@ -210,19 +210,20 @@ class Adapted(nn.Module):
 
     def _mix(self, count: int, device: torch.device) -> Mixture:
         index, names = self._rows.spread(count, device), self._rows.names
-        used = {n: cast(Adapter, self.adapters[n]) for n in names if n in self.adapters}
+        own = self.adapters._modules
+        used = {n: cast(Adapter, own[n]) for n in names if n in own}
         scales: dict[str, dict[str, Tensor]] = {"in": {}, "out": {}}
         others = []
         for name, adapter in used.items():
             if adapter.method == "ia3":
-                scales[adapter.settings.side][name] = adapter.parts["ia3_l"].flatten()
+                scales[adapter.settings.side][name] = adapter.parts["ia3_l"]
             else:
                 rows = (index == names.index(name)).nonzero().flatten()
                 others.append((rows, adapter))
         # tokens come one at a time, and gathering for each takes longer than the multiplication
         gathered = not torch.is_grad_enabled() and count <= _GATHERED * (len(names) + 1)
         tables = [
-            None if table is None else table[index] if gathered else table
+            None if table is None else table.index_select(0, index) if gathered else table
             for table in (self._table(scales[side]) for side in ("in", "out"))
         ]
         return Mixture(index, tables[0], tables[1], tuple(others), gathered)
@@ -232,7 +233,10 @@ class Adapted(nn.Module):
         if not vectors:
             return None
         ones = torch.ones_like(next(iter(vectors.values())))
-        return torch.stack([*(vectors.get(name, ones) for name in self._rows.names), ones])
+        rows = [*(vectors.get(name, ones) for name in self._rows.names), ones]
+        if any(row.shape != ones.shape for row in rows):
+            rows = [row.flatten() for row in rows]
+        return torch.cat(rows).view(len(rows), -1)  # a vector has one dimension besides ones
 
     # --- what the kinds differ in; these are of Linear -----------------------------------------
 
