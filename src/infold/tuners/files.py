@@ -19,9 +19,10 @@ from infold.checkpoint.adapter import Adapter as AdapterFile
 from infold.checkpoint.adapter import open_adapter
 from infold.errors import Refusal
 from infold.patience import patience
-from infold.tuners.config import IA3Config, LoraConfig, TunerConfig, read_config
+from infold.tuners.config import IA3Config, LoraConfig, TunerConfig, matches, read_config
 from infold.tuners.layers import Adapted, AdaptedEmbedding, Adapter, kind_of
-from infold.tuners.select import Selection, matches, modules_of
+from infold.tuners.select import Selection, modules_of
+from infold.tuners.vocabulary import FIELD, TokenRows, find_rows, misfits
 
 if TYPE_CHECKING:
     from infold.tuners.model import AdaptedModel
@@ -30,6 +31,7 @@ __all__ = ["load", "save"]
 
 PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
+_TOKENS = "trainable_tokens_delta"
 _INSIDE = ".base_layer.out_proj"  # PEFT's path of what MultiheadAttention holds
 
 
@@ -67,7 +69,7 @@ def tensors_of(
         found[PREFIX + key] = value.detach().to("cpu").contiguous().clone()
 
     for path, layer in attached.layers.items():
-        if name not in layer.adapters:
+        if name not in layer.adapters or path in attached.tokens.get(name, TokenRows()).tied:
             continue
         adapter = cast(Adapter, layer.adapters[name])
         table = isinstance(layer, AdaptedEmbedding)
@@ -94,6 +96,8 @@ def tensors_of(
 def _ending(method: str, part: str, table: bool) -> str:
     """How the key of a part ends; for an embedding some parts have names of their own."""
     facts = METHODS[method]
+    if method == "trainable_tokens":  # beside LoRA; alone, as a type of PEFT's own, it is shorter
+        return max(facts.KEYS, key=len)
     names = {own: name for name, own in facts.TABLE.items()} if table else {}
     wanted = names.get(part, part)
     return min((key for key, name in facts.KEYS.items() if name == wanted), key=len)
@@ -150,11 +154,13 @@ def _load(model: AdaptedModel, file: AdapterFile, name: str, trainable: bool) ->
     config = replace(config, inference_mode=not trainable)
     modules = modules_of(model)
     parts, plain = _group(file)
-    problems: list[str] = []
+    rows, strangers = find_rows(model, modules, config)
+    problems = [f"{file.path}: {FIELD}: the model has no module {name}" for name in strangers]
     layers: dict[str, nn.Module] = {}
     inner: set[str] = set()
+    problems += _missing(rows, parts, file)
     for place, keys in parts.items():
-        problem = _misfit(place, keys, modules, file, config)
+        problem = _misfit(place, keys, modules, file, config, rows)
         if problem:
             problems.append(f"{file.path}: {next(iter(keys.values()))}: {problem}")
             continue
@@ -181,11 +187,17 @@ def _load(model: AdaptedModel, file: AdapterFile, name: str, trainable: bool) ->
         problems.append(f"{file.path}: holds no adapter tensors")
     if problems:
         raise Refusal(problems)
+    tables = {path: layers.pop(path) for path in rows.tokens}
+    wrong = misfits(rows, modules, layers, whole)
+    if wrong:
+        raise Refusal(f"{file.path}: {problem}" for problem in wrong)
     selection = Selection(
         config,
         {p: m for p, m in layers.items() if not _is_inner(p, modules)},
         frozenset(inner),
         whole,
+        rows,
+        tables,
     )
     loaded = {
         place: {part: file.read(key) for part, key in keys.items()} for place, keys in parts.items()
@@ -252,6 +264,7 @@ def _misfit(
     modules: Mapping[str, nn.Module],
     file: AdapterFile,
     config: TunerConfig,
+    rows: TokenRows,
 ) -> str | None:
     """Why the tensors for one module do not suit the model."""
     module = modules.get(place)
@@ -260,6 +273,8 @@ def _misfit(
         return f"the model has no module {place}{_near(place, modules)}"
     if kind is None:
         return f"{place} is a {type(module).__name__}, which takes no adapter"
+    if _TOKENS in keys:
+        return _misfit_rows(place, keys, cast(Tensor, module.weight).shape, file, rows)
     method = getattr(config, "method", config.METHOD)
     if method not in kind.METHODS:
         return f"{method} does not exist for a {type(module).__name__}"
@@ -291,6 +306,45 @@ def _misfit(
         if part in shapes and math.prod(shapes[part]) != geometry.outputs:
             return f"{part} has not {geometry.outputs} elements"
     return None
+
+
+def _misfit_rows(
+    place: str,
+    keys: Mapping[str, str],
+    table: tuple[int, ...],
+    file: AdapterFile,
+    rows: TokenRows,
+) -> str | None:
+    """Why trained rows do not suit a module's table (tokens, width)."""
+    if set(keys) != {_TOKENS}:
+        others = ", ".join(sorted(set(keys) - {_TOKENS}))
+        return f"{place} has trained tokens and {others}; infold's tuners take one of them"
+    tokens = rows.tokens.get(place)
+    if tokens is None:
+        return f"the config does not tell which tokens of {place} were trained"
+    shape, wanted = file.tensors[keys[_TOKENS]].shape, (len(tokens), *table[1:])
+    if shape != wanted:
+        return f"shape {list(shape)}; {len(tokens)} tokens of {place} need {list(wanted)}"
+    return None
+
+
+def _missing(rows: TokenRows, parts: dict[str, dict[str, str]], file: AdapterFile) -> list[str]:
+    """What the file lacks of the rows that its config tells of. A copy of a tied end leaves
+    `parts`: some versions of PEFT write it."""
+    problems = [
+        f"{file.path}: holds no trained tokens of {path}, which the config tells of"
+        for path in rows.tokens
+        if _TOKENS not in parts.get(path, ())
+    ]
+    for path, owner in rows.tied.items():
+        if _TOKENS not in parts.get(path, ()) or problems:
+            continue
+        copy, own = (parts[p][_TOKENS] for p in (path, owner))
+        if torch.equal(file.read(copy), file.read(own)):
+            del parts[path]
+        else:
+            problems.append(f"{file.path}: {copy}: differs from {own}, but the model ties the two")
+    return problems
 
 
 def _side(place: str, shape: tuple[int, ...], config: TunerConfig) -> str:

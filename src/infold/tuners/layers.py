@@ -41,6 +41,11 @@ class Adapter(nn.Module):
     def parts(self) -> dict[str, Tensor]:
         return cast("dict[str, Tensor]", self._parameters)
 
+    @property
+    def is_table(self) -> bool:
+        """Whether the method's matrix is the transposed table of an embedding or a head."""
+        return self.method == "trainable_tokens"
+
     def extra_repr(self) -> str:
         shapes = ", ".join(f"{name} {list(part.shape)}" for name, part in self.parts.items())
         return f"{self.method}: {shapes}"
@@ -128,8 +133,12 @@ class Stage:
     def scale_inputs(self, x: Tensor, vector: Tensor) -> Tensor:
         return (x * self.layer.broadcast(vector)).to(x.dtype)
 
-    def lookup(self, numbers: Tensor, table: Tensor) -> Tensor:
-        return self.layer.lookup(numbers, table)
+    def replace_rows(self, x: Tensor, y: Tensor, numbers: Tensor, values: Tensor) -> Tensor:
+        return self.layer.replace_rows(x, y, numbers, values)
+
+    def table(self) -> Tensor:
+        weight = self.matrix()
+        return weight.t() if self.layer.transposed else weight
 
     def matrix(self) -> Tensor:
         return self._merged()[0]
@@ -142,8 +151,10 @@ class Stage:
         weight = self.layer.matrix()
         bias = getattr(self.layer, "bias", None)
         for run in self.runs:
-            done = merge(run.method, weight, bias, run.parts, run.settings)
-            weight, bias = done.weight, done.bias
+            turned = run.is_table and not self.layer.transposed
+            seen = weight.t() if turned else weight
+            done = merge(run.method, seen, bias, run.parts, run.settings)
+            weight, bias = done.weight.t() if turned else done.weight, done.bias
         return weight, bias
 
 
@@ -265,7 +276,7 @@ class Adapted(nn.Module):
         """A vector for each row of a batch (rows, channels), in a shape that multiplies `like`."""
         return table.view(len(table), *(1 for _ in like.shape[2:]), table.shape[1])
 
-    def lookup(self, numbers: Tensor, table: Tensor) -> Tensor:
+    def replace_rows(self, x: Tensor, y: Tensor, numbers: Tensor, values: Tensor) -> Tensor:
         raise NotImplementedError
 
     def row_count(self, x: Tensor) -> int:
@@ -277,6 +288,16 @@ class Adapted(nn.Module):
 
 class AdaptedLinear(Adapted):
     """torch.nn.Linear."""
+
+    METHODS = (*Adapted.METHODS, "trainable_tokens")
+
+    def replace_rows(self, x: Tensor, y: Tensor, numbers: Tensor, values: Tensor) -> Tensor:
+        new = F.linear(x.to(values.dtype), values)
+        bias = cast("Tensor | None", self.bias)
+        if bias is not None:
+            new = new + bias[numbers]
+        # logits are large: y is this layer's own output, which no backward pass reads
+        return y.index_copy_(-1, numbers, new.to(y.dtype))
 
 
 class AdaptedConv1D(Adapted):
@@ -307,7 +328,14 @@ class AdaptedEmbedding(Adapted):
     def map(self, x: Tensor, weight: Tensor) -> Tensor:
         return self.lookup(x, weight.t())
 
+    def replace_rows(self, x: Tensor, y: Tensor, numbers: Tensor, values: Tensor) -> Tensor:
+        known, order = numbers.sort()
+        place = torch.searchsorted(known, x).clamp_(max=len(known) - 1)
+        mine = (known[place] == x)[..., None]
+        return torch.where(mine, self.lookup(order[place], values).to(y.dtype), y)
+
     def lookup(self, numbers: Tensor, table: Tensor) -> Tensor:
+        """Rows of table (tokens, width) as this embedding would give them."""
         found = F.embedding(numbers, table)
         scale = getattr(self, "embed_scale", None)  # Gemma and others scale what they look up
         return found if scale is None else found * scale

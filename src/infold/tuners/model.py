@@ -7,7 +7,6 @@ becomes a subclass, made here, that adds the methods below.
 from __future__ import annotations
 
 import functools
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,15 +16,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from infold.adapters import METHODS, Settings
-from infold.adapters.exact import slices_for
-from infold.dtypes import NAMES
 from infold.errors import Refusal
 from infold.tuners import files, merging
-from infold.tuners.config import IA3Config, LoraConfig, TunerConfig
-from infold.tuners.layers import Adapted, Adapter, Rows, Stage, adapt, restore
+from infold.tuners.config import LoraConfig, TunerConfig
+from infold.tuners.layers import Adapted, Adapter, Rows, adapt, restore
+from infold.tuners.parts import layers_of, new_adapter
 from infold.tuners.quantized import keep_gradients
 from infold.tuners.select import Selection, select
+from infold.tuners.vocabulary import TokenRows, check_order
 from infold.tuners.weighted import add_weighted
 from infold.tuners.whole import Whole, add_whole, restore_whole
 
@@ -61,6 +59,7 @@ class Attached:
     layers: dict[str, Adapted] = field(default_factory=dict)
     whole: dict[str, Whole] = field(default_factory=dict)
     biases: dict[str, Biases] = field(default_factory=dict)
+    tokens: dict[str, TokenRows] = field(default_factory=dict)
     rows: Rows = field(default_factory=Rows)
     merged: merging.Merged = field(default_factory=lambda: merging.Merged())
     slow: list[nn.Module] = field(default_factory=list)  # 4-bit layers kept off a kernel
@@ -193,80 +192,26 @@ def insert(
     if isinstance(config, LoraConfig) and config.bias != "none" and attached.biases:
         other = next(iter(attached.biases))
         raise Refusal(f"bias={config.bias!r}: the adapter {other!r} trains biases already")
+    if selection.rows.tokens:
+        if attached.merged.names:
+            merged = ", ".join(attached.merged.names)
+            raise Refusal(f"trainable_token_indices: unmerge {merged} first")
+        attached.tokens[name] = selection.rows
     for path, module in layers_of(selection).items():
         layer = adapt(module, attached.rows)
         attached.layers[path] = layer
-        settings, method = settings_of(config, path, layer, path in selection.feedforward)
-        own = _own_parameter(layer)
-        if loaded is not None:
-            parts = {part: value.clone() for part, value in loaded[path].items()}
-        else:
-            with torch.device("meta" if own.is_meta else "cpu"), torch.no_grad():
-                before = Stage(layer, layer._runs, (), {})
-                parts = METHODS[method].init(layer.geometry(), settings, before)
-        dtype = own.dtype if own.dtype in (torch.float32, torch.float64) else torch.float32
-        parts = {part: value.to(own.device, dtype) for part, value in parts.items()}
-        dropout = config.lora_dropout if isinstance(config, LoraConfig) else 0.0
-        layer.adapters[name] = Adapter(method, parts, settings, dropout)
-        layer.adapters[name].train(layer.training)
+        layer.adapters[name] = new_adapter(
+            selection, path, layer, None if loaded is None else loaded[path]
+        )
         _keep_off_fast_path(model, path, layer)
+    for path, owner in selection.rows.tied.items():
+        attached.layers[path] = layer = adapt(model.get_submodule(path), attached.rows)
+        layer.adapters[name] = attached.layers[owner].adapters[name]
     for path, module in selection.whole.items():
         attached.whole[path] = add_whole(module, name, attached.rows)
     if isinstance(config, LoraConfig) and config.bias != "none":
         attached.biases[name] = _biases(model, config, selection)
     attached.configs[name] = config
-
-
-def layers_of(selection: Selection) -> dict[str, nn.Module]:
-    """Path -> module that holds an adapter: MultiheadAttention also has one on its out_proj."""
-    found = {}
-    for path, module in selection.layers.items():
-        found[path] = module
-        if isinstance(module, nn.MultiheadAttention):
-            found[f"{path}.out_proj"] = module.out_proj
-    return found
-
-
-def settings_of(
-    config: TunerConfig, path: str, layer: Adapted, feedforward: bool
-) -> tuple[Settings, str]:
-    """The settings and the method of one layer, the same as the merge of checkpoints takes."""
-    geometry = layer.geometry()
-    if isinstance(config, IA3Config):
-        side = "in" if feedforward else "out"
-        settings = Settings(
-            side=side,
-            kernel=math.prod(geometry.kernel) if side == "in" else 1,
-            groups=int(getattr(layer, "groups", 1)) if side == "in" and geometry.kernel else 1,
-            out=geometry.outputs,
-            start=config.init_ia3_weights,
-        )
-        return settings, "ia3"
-    assert isinstance(config, LoraConfig)
-    # PEFT up to 0.21 adds the update of MultiheadAttention's out_proj twice, in training too
-    inner = isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear)
-    times, named = (2, path.rpartition(".")[0]) if inner else (1, path)
-    rank = config.rank(named)
-    stored = NAMES.get(_own_parameter(layer).dtype, "F32")
-    settings = Settings(
-        scaling=times * config.scaling(named),
-        slices=slices_for(stored, rank),
-        out=geometry.outputs,
-        rank=rank,
-        start=config.init_lora_weights,
-        with_bias=config.lora_bias,
-    )
-    return settings, config.method
-
-
-def _own_parameter(layer: nn.Module) -> Tensor:
-    """The weight of a layer, or whatever it has that tells its device and dtype."""
-    for name in ("weight", "in_proj_weight"):
-        weight = getattr(layer, name, None)
-        if isinstance(weight, Tensor):
-            return weight
-    own = (*layer.parameters(recurse=False), *layer.buffers(recurse=False))
-    return own[0] if own else torch.empty(0)
 
 
 def _keep_off_fast_path(model: nn.Module, path: str, layer: nn.Module) -> None:
@@ -330,6 +275,7 @@ class AdaptedModel(nn.Module):
         """Put these adapters in force, in this order, and make them the ones that are trained."""
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         self._known(names)
+        check_order(self._attached, (*self._attached.merged.names, *names))
         self._attached.active = tuple(dict.fromkeys(names))
         self._refresh()
 
@@ -368,6 +314,7 @@ class AdaptedModel(nn.Module):
                 restore_whole(module)
                 del attached.whole[path]
         del attached.configs[adapter_name]
+        attached.tokens.pop(adapter_name, None)
         attached.active = tuple(name for name in attached.active if name != adapter_name)
         self._refresh()
 
@@ -479,6 +426,7 @@ class AdaptedModel(nn.Module):
         self._known(names)
         attached = self._attached
         new = [name for name in names if name not in attached.merged.names]
+        check_order(attached, (*attached.merged.names, *new))
         attached.merged = merging.merged(self, attached.merged, (*attached.merged.names, *new))
         self._refresh()
 
@@ -506,6 +454,7 @@ class AdaptedModel(nn.Module):
         names = self.active_adapters if adapter_names is None else list(adapter_names)
         self._known(names)
         attached = self._attached
+        check_order(attached, names)
         attached.merged = merging.merged(
             self, attached.merged, tuple(names), keep=False, dequantize=dequantize
         )
