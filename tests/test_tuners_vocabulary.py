@@ -455,3 +455,222 @@ def test_a_16_bit_base_trains_tokens_in_float32(calm: None) -> None:
     assert loss.dtype == torch.bfloat16 or loss.dtype == torch.float32
     assert model(**inputs).logits.dtype == torch.bfloat16
     assert all(p.grad is not None for n, p in trained(model) if "tokens" in n)
+
+
+# --- embeddings that are saved whole -------------------------------------------------------------
+
+TARGETED = {
+    "embedding": dict(target_modules=[EMBEDDING]),
+    "head": dict(target_modules=[HEAD]),
+    "both": dict(target_modules=[EMBEDDING, HEAD, "q_proj"]),
+    "dora": dict(target_modules=[EMBEDDING, "q_proj"], use_dora=True),
+    "pattern": dict(target_modules=r".*(embed_tokens|q_proj)"),
+}
+RESIZED = {
+    "neither": dict(target_modules=["q_proj"]),
+    "both": dict(target_modules=[EMBEDDING, HEAD]),
+    "embedding saved": dict(target_modules=["q_proj"], modules_to_save=[EMBEDDING]),
+    "head saved": dict(target_modules=["q_proj"], modules_to_save=[HEAD]),
+    "new tokens": dict(target_modules=["q_proj"], trainable_token_indices=[31, 33, 4]),
+}
+MORE = {"input_ids": torch.tensor([[9, 31, 32, 33, 3], [33, 4, 31, 30, 5]])}
+
+
+def saved_base(bench: Bench, tie: bool) -> Any:
+    """A folder with a base, as its vocabulary is compared with that."""
+    return bench.base(new_model("llama", tie_word_embeddings=tie))
+
+
+def larger(bench: Bench, folder: Any, seed: int = 0) -> Any:
+    """The base with three tokens more, whose values depend on the seed."""
+    torch.manual_seed(seed)
+    model = bench.load(AutoModelForCausalLM, folder)
+    model.resize_token_embeddings(34, mean_resizing=False)
+    return model
+
+
+@pytest.mark.parametrize("tie", [False, True], ids=["", "tied"])
+@pytest.mark.parametrize("name", TARGETED)
+def test_targeted_embeddings_are_read_and_written_as_peft_does(
+    bench: Bench, name: str, tie: bool
+) -> None:
+    folder = saved_base(bench, tie)
+    base = bench.load(AutoModelForCausalLM, folder)
+    fields, inputs = dict(r=3, **TARGETED[name]), model_inputs("llama")
+    theirs = bench.attach(copy.deepcopy(base), PeftLora(**fields))
+    file = bench.save(theirs)
+
+    model = load(copy.deepcopy(base), file)
+
+    assert_close(model(**inputs).logits, theirs(**inputs).logits, 1e-6)
+    assert not model._attached.embeddings  # they are what the model has
+    assert_differs(base(**inputs).logits, model(**inputs).logits)
+    model.save_pretrained(bench.folder / "ours")
+    one = load_file(bench.folder / "ours" / "adapter_model.safetensors")
+    two = load_file(file / "adapter_model.safetensors")
+    assert any(".base_layer." in key for key in two)
+    assert_same(dict(sorted(one.items())), dict(sorted(two.items())))
+    model.merge_adapter()
+    model.save_pretrained(bench.folder / "while merged")
+    assert_same(load_file(bench.folder / "while merged" / "adapter_model.safetensors"), one)
+    model.save_pretrained(bench.folder / "small", save_embedding_layers=False)
+    small = load_file(bench.folder / "small" / "adapter_model.safetensors")
+    assert small.keys() == {key for key in two if ".base_layer." not in key}
+
+
+@pytest.mark.parametrize("tie", [False, True], ids=["", "tied"])
+@pytest.mark.parametrize("name", RESIZED)
+def test_a_resized_vocabulary_is_read_and_written_as_peft_does(
+    bench: Bench, name: str, tie: bool
+) -> None:
+    folder = saved_base(bench, tie)
+    theirs = bench.attach(larger(bench, folder, 1), PeftLora(r=3, **RESIZED[name]))
+    file = bench.save(theirs)
+    wanted = theirs(**MORE).logits
+    base = larger(bench, folder, 2).requires_grad_(False)
+    before, values = base(**MORE).logits, weights(base)
+
+    model = load(base, file)
+
+    assert_close(model(**MORE).logits, wanted, 1e-6)
+    assert_differs(before, wanted)
+    with model.disable_adapter():
+        assert torch.equal(model(**MORE).logits, before)
+        assert_same(weights(model), values)
+    model.save_pretrained(bench.folder / "ours")
+    again = PeftModel.from_pretrained(larger(bench, folder, 3), bench.folder / "ours").eval()
+    assert_close(again(**MORE).logits, wanted, 1e-6)
+    model.merge_adapter()
+    assert_close(model(**MORE).logits, wanted)
+    model.unmerge_adapter()
+    assert_close(model(**MORE).logits, wanted, 1e-6)
+    plain = model.unload()
+    assert_same(dict(plain.state_dict()), values)
+
+
+@pytest.mark.parametrize("tie", [False, True], ids=["", "tied"])
+@pytest.mark.parametrize("name", RESIZED)
+def test_a_resized_vocabulary_merges_to_the_bytes_of_infold_merge(
+    bench: Bench, name: str, tie: bool
+) -> None:
+    folder = saved_base(bench, tie)
+    file = bench.save(bench.attach(larger(bench, folder, 1), PeftLora(r=3, **RESIZED[name])))
+    on_disk = bench.merge(folder, file)
+    model = load(larger(bench, folder, 2), file)
+    wanted = model(**MORE).logits
+
+    if tie and (name == "both" or "saved" in name):
+        with pytest.warns(UserWarning, match="untied"):
+            plain = model.merge_and_unload()
+    else:
+        plain = model.merge_and_unload()
+
+    assert_close(plain(**MORE).logits, wanted)
+    plain.save_pretrained(bench.folder / "memory")
+    assert_same(read_tensors(bench.folder / "memory"), on_disk.tensors)
+
+
+def test_an_embedding_of_an_adapter_is_in_force_while_the_adapter_is(bench: Bench) -> None:
+    folder = saved_base(bench, True)
+    file = bench.save(bench.attach(larger(bench, folder, 1), PeftLora(r=3, **RESIZED["both"])))
+    alone = load(larger(bench, folder, 2), file)(**MORE).logits
+    model = load(larger(bench, folder, 2), file, "brings")
+    values = weights(model.unload())
+    model = load(model, file, "brings")
+    randomized(attach(model, LoraConfig(r=2), "other"), 5)
+    assert_same(weights(model), values)
+    other = model(**MORE).logits
+
+    model.set_adapter("brings")
+    assert_close(model(**MORE).logits, alone, 1e-6)
+    model.set_adapter(["brings", "other"])
+    together = model(**MORE).logits
+    assert_differs(together, alone)
+    model.set_adapter("other")
+    model.merge_adapter(["brings", "other"])  # though one of them is not in force
+    assert_close(model(**MORE).logits, together)
+    model.unmerge_adapter(["brings"])
+    assert_close(model(**MORE).logits, other)
+    model.unmerge_adapter()
+    assert_same(weights(model), values)
+    with pytest.raises(Refusal, match="brings brings an embedding"):
+        model(**MORE, adapter_names=["brings", "other"])
+    third = bench.save(bench.attach(larger(bench, folder, 4), PeftLora(r=3, **RESIZED["both"])))
+    with pytest.raises(Refusal, match="brings has values of its own there already"):
+        load(model, third, "third")
+    assert_same(weights(model), values)
+    model.delete_adapter("brings")
+    assert_same(weights(model), values)
+    load(model, third, "third")
+    with pytest.raises(Refusal, match=r"third replaces model.embed_tokens, which head changes"):
+        head = LoraConfig(r=2, target_modules=[EMBEDDING])
+        attach(model, head, "head").set_adapter(["head", "third"])
+
+
+def test_an_embedding_of_an_adapter_moves_with_the_model(bench: Bench) -> None:
+    folder = saved_base(bench, True)
+    file = bench.save(bench.attach(larger(bench, folder, 1), PeftLora(r=3, **RESIZED["both"])))
+    model = load(larger(bench, folder, 2), file)
+    wanted = model(**MORE).logits
+    with model.disable_adapter():
+        before = model(**MORE).logits
+
+    again = copy.deepcopy(model).to(torch.float64)
+
+    assert_close(again(**MORE).logits, wanted)
+    with again.disable_adapter():
+        assert again.model.embed_tokens.weight.dtype == torch.float64
+        assert_close(again(**MORE).logits, before)
+    assert torch.equal(model(**MORE).logits, wanted)
+
+
+@pytest.mark.parametrize("rows", [31, 40])
+def test_a_vocabulary_of_another_size_is_refused_with_what_to_call(bench: Bench, rows: int) -> None:
+    folder = saved_base(bench, False)
+    file = bench.save(bench.attach(larger(bench, folder, 1), PeftLora(r=3, **RESIZED["neither"])))
+    model = bench.load(AutoModelForCausalLM, folder)
+    if rows != 31:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    values = weights(model)
+
+    with pytest.raises(Refusal, match=r"resize_token_embeddings\(34\)") as refusal:
+        load(model, file)
+
+    assert len(refusal.value.reasons) == 2
+    assert_same(weights(model), values)
+    assert type(model).__name__ == "LlamaForCausalLM" and not hasattr(model, "peft_config")
+
+
+def test_two_values_for_one_tensor_are_refused(bench: Bench) -> None:
+    folder = saved_base(bench, False)
+    file = bench.save(bench.attach(larger(bench, folder, 1), PeftLora(r=3, **RESIZED["neither"])))
+    tied = bench.load(AutoModelForCausalLM, saved_base(bench, True))
+    tied.resize_token_embeddings(34, mean_resizing=False)
+
+    with pytest.raises(Refusal, match=r"differs from .* but the model ties the two"):
+        load(tied, file)
+
+
+def test_embeddings_are_saved_when_they_are_asked_for(bench: Bench) -> None:
+    base = bench.load(AutoModelForCausalLM, saved_base(bench, False))
+    model = attach(base, LoraConfig(r=2))
+    sizes = {}
+    for wanted in (True, False, "auto"):
+        model.save_pretrained(bench.folder / str(wanted), save_embedding_layers=wanted)
+        sizes[wanted] = load_file(bench.folder / str(wanted) / "adapter_model.safetensors").keys()
+
+    prefix = "base_model.model."
+    own = {f"{prefix}model.embed_tokens.weight", f"{prefix}lm_head.weight"}
+    assert sizes[True] - sizes[False] == own
+    assert sizes["auto"] == sizes[False]
+    with pytest.raises(Refusal, match="save_embedding_layers='yes'"):
+        model.save_pretrained(bench.folder / "yes", save_embedding_layers="yes")
+
+
+def test_a_base_that_is_not_there_is_told_when_nothing_else_says_the_size(bench: Bench) -> None:
+    base = bench.load(AutoModelForCausalLM, saved_base(bench, False))
+    config = LoraConfig(r=2, base_model_name_or_path=str(bench.folder / "gone"))
+    model = attach(base, config)
+
+    with pytest.warns(UserWarning, match="save with save_embedding_layers=True"):
+        model.save_pretrained(bench.folder / "adapter")

@@ -20,9 +20,18 @@ from infold.checkpoint.adapter import open_adapter
 from infold.errors import Refusal
 from infold.patience import patience
 from infold.tuners.config import IA3Config, LoraConfig, TunerConfig, matches, read_config
+from infold.tuners.embeddings import brought, embedding_of, embeddings, untrained
 from infold.tuners.layers import Adapted, AdaptedEmbedding, Adapter, kind_of
 from infold.tuners.select import Selection, modules_of
-from infold.tuners.vocabulary import FIELD, TokenRows, find_rows, misfits
+from infold.tuners.vocabulary import (
+    FIELD,
+    INPUT,
+    OUTPUT,
+    TokenRows,
+    end_of,
+    find_rows,
+    misfits,
+)
 
 if TYPE_CHECKING:
     from infold.tuners.model import AdaptedModel
@@ -43,13 +52,14 @@ def save(
     folder: str | os.PathLike[str],
     names: Sequence[str],
     state: Mapping[str, Tensor] | None = None,
+    with_embeddings: bool | str = "auto",
 ) -> None:
     """Write adapters: "default" into the folder, each other one into a folder of its name."""
     for name in names:
         place = Path(folder) / ("" if name == "default" else name)
         place.mkdir(parents=True, exist_ok=True)
         draft = place / f".{WEIGHTS}.{os.getpid()}"
-        tensors = tensors_of(model, name, state)
+        tensors = tensors_of(model, name, state, with_embeddings)
         safetensors.torch.save_file(tensors, draft, metadata={"format": "pt"})
         with draft.open("rb") as file:
             os.fsync(file.fileno())
@@ -58,7 +68,10 @@ def save(
 
 
 def tensors_of(
-    model: AdaptedModel, name: str, state: Mapping[str, Tensor] | None = None
+    model: AdaptedModel,
+    name: str,
+    state: Mapping[str, Tensor] | None = None,
+    with_embeddings: bool | str = "auto",
 ) -> dict[str, Tensor]:
     """What an adapter's file holds: key -> tensor on the CPU."""
     attached = model._attached
@@ -83,12 +96,12 @@ def tensors_of(
         if name in module.adapters:
             for part, value in module.adapters[name].state_dict().items():
                 put(f"{path}.{part}", f"{path}.adapters.{name}.{part}", value)
+    for key, path, value in embeddings(model, modules_of(model), name, with_embeddings):
+        put(key, path, value)
     biases = attached.biases.get(name)
-    for path in biases.parameters if biases else ():
-        assert biases is not None
+    for path, value in biases.values().items() if biases else ():
         module_path = path.rpartition(".")[0]
         wrapped = ".base_layer" if module_path in attached.layers else ""
-        value = biases.parameters[path].data if biases.on else biases.others[path]
         put(f"{module_path}{wrapped}.bias" if path.endswith(".bias") else path, path, value)
     return found
 
@@ -168,23 +181,31 @@ def _load(model: AdaptedModel, file: AdapterFile, name: str, trainable: bool) ->
         if "ia3_l" in keys and _side(place, file.tensors[keys["ia3_l"]].shape, config) == "in":
             inner.add(place)
     whole = {p: m for p, m in modules.items() if matches(config.modules_to_save, p)}
+    ends = {p: modules[p] for get in (INPUT, OUTPUT) if (p := end_of(model, modules, get))}
     biased = isinstance(config, LoraConfig) and config.bias != "none"
     parameters = dict(model.named_parameters())
     copies: dict[str, str] = {}
     biases: dict[str, str] = {}
+    saved: dict[str, str] = {}
     for key in plain:
         target = key.removeprefix(PREFIX).replace(".base_layer", "")
+        if untrained(key, file):
+            continue
         owner = next((p for p in whole if target.startswith(f"{p}.")), None)
         if owner is not None:
             copies[key] = target
         elif biased and target.endswith("bias") and target in parameters:
             biases[key] = target
+        elif embedding := embedding_of(key.removeprefix(PREFIX), ends):
+            saved[key] = embedding
         else:
             problems.append(
                 f"{file.path}: {key}: has no place in the model{_near(target, modules)}"
             )
     if not parts and not problems:
         problems.append(f"{file.path}: holds no adapter tensors")
+    swapped, wrong = brought(model, file, saved)
+    problems += wrong
     if problems:
         raise Refusal(problems)
     tables = {path: layers.pop(path) for path in rows.tokens}
@@ -203,6 +224,8 @@ def _load(model: AdaptedModel, file: AdapterFile, name: str, trainable: bool) ->
         place: {part: file.read(key) for part, key in keys.items()} for place, keys in parts.items()
     }
     insert(model, name, selection, loaded)
+    if swapped is not None:
+        model._attached.embeddings[name] = swapped
     _fill(model, name, file, copies, biases)
 
 
@@ -230,8 +253,7 @@ def _fill(
             own.copy_(value)
         for key, target in biases.items():
             record = attached.biases[name]
-            own = record.parameters[target].data if record.on else record.others[target]
-            own.copy_(file.read(key))
+            record.values()[target].copy_(file.read(key))
 
 
 def _group(file: AdapterFile) -> tuple[dict[str, dict[str, str]], list[str]]:

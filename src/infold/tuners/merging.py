@@ -32,11 +32,12 @@ from infold.tuners.layers import (
     plain_class,
 )
 from infold.tuners.quantized import exact_values, exclude_from_quantization, is_readable
+from infold.tuners.select import modules_of
 
 if TYPE_CHECKING:
     from infold.tuners.model import AdaptedModel
 
-__all__ = ["Merged", "merged"]
+__all__ = ["Merged", "merged", "shared_parameters", "untie"]
 
 
 @dataclass
@@ -63,27 +64,48 @@ class Merged:
             place.module._parameters[place.name] = place.merged if merged else place.base
 
     def commit(self, model: nn.Module) -> None:
-        """What a merge for good changes beside parameters: quantized layers, and ties."""
-        made: dict[int, set[int]] = {}
-        for place in self.places:
-            made.setdefault(id(place.base), set()).add(id(place.merged))
-        ends = set(made).union(*(several for several in made.values() if len(several) > 1))
-        left = [name for name, parameter in model.named_parameters() if id(parameter) in ends]
-        if left:
-            config = getattr(model, "config", None)
-            for holder in (config, getattr(config, "text_config", None)):
-                if holder is not None and getattr(holder, "tie_word_embeddings", False):
-                    holder.tie_word_embeddings = False
-            warnings.warn(
-                f"untied: {', '.join(left)} shared a tensor that the adapter does not change alike "
-                "at both ends; they are now two tensors",
-                stacklevel=3,
-            )
+        """Put the dense layers into the places of quantized ones."""
         for path, linear in self.dense.items():
             parent, _, name = path.rpartition(".")
             setattr(model.get_submodule(parent), name, linear)
         if self.dense:
             exclude_from_quantization(model, self.dense)
+
+
+_Users = list[tuple[str, nn.Module, str]]
+
+
+def shared_parameters(model: AdaptedModel) -> list[_Users]:
+    """The base's parameters that several modules use: (path, module, the name there) of each."""
+    bases = {(id(p.module), p.name): p.base for p in model._attached.merged.places}
+    users: dict[int, _Users] = {}
+    for path, module in modules_of(model).items():
+        for name, own in module._parameters.items():
+            if own is not None:
+                base = bases.get((id(module), name), own)
+                users.setdefault(id(base), []).append((path, module, name))
+    return [group for group in users.values() if len(group) > 1]
+
+
+def untie(model: nn.Module, shared: Iterable[_Users]) -> None:
+    """Tell the model's config, and the user, of shared parameters that are several now."""
+    apart = [
+        f"{path}.{name}"
+        for group in shared
+        if len({id(module._parameters[name]) for _, module, name in group}) > 1
+        for path, _, name in group
+    ]
+    if not apart:
+        return
+    config = getattr(model, "config", None)
+    for holder in (config, getattr(config, "text_config", None)):
+        if holder is not None and getattr(holder, "tie_word_embeddings", False):
+            holder.tie_word_embeddings = False
+    warnings.warn(
+        f"untied: {', '.join(apart)} shared a tensor, which the adapter does not change alike for "
+        "all of them; they are several tensors now",
+        stacklevel=4,
+    )
 
 
 def merged(
@@ -100,10 +122,16 @@ def merged(
     """
     if names == current.names:
         return current
+    embeddings = model._attached.embeddings
+    before = {name: swapped.on for name, swapped in embeddings.items()}
     current.show(False)
     try:
+        for name, swapped in embeddings.items():
+            swapped.switch(name in names)  # what is merged is merged into the adapter's own
         result = _merge(model, names, keep, dequantize)
     except BaseException:
+        for name, swapped in embeddings.items():
+            swapped.switch(before[name])
         current.show(model._attached.enabled)
         raise
     result.show(True)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from infold.errors import Refusal
 from infold.tuners import files, merging
 from infold.tuners.config import LoraConfig, TunerConfig
+from infold.tuners.embeddings import Swapped
 from infold.tuners.layers import Adapted, Adapter, Rows, adapt, restore
 from infold.tuners.parts import layers_of, new_adapter
 from infold.tuners.quantized import keep_gradients
@@ -33,22 +34,6 @@ BASE = "__base__"  # in adapter_names: a row that no adapter changes
 
 
 @dataclass
-class Biases:
-    """The biases of the base that one adapter trains. `others` are the values not in force."""
-
-    parameters: dict[str, nn.Parameter]
-    others: dict[str, Tensor]
-    on: bool = False
-
-    def switch(self, on: bool) -> None:
-        if on == self.on:
-            return
-        for name, parameter in self.parameters.items():
-            parameter.data, self.others[name] = self.others[name], parameter.data
-        self.on = on
-
-
-@dataclass
 class Attached:
     """What a model knows of its adapters."""
 
@@ -58,7 +43,8 @@ class Attached:
     enabled: bool = True
     layers: dict[str, Adapted] = field(default_factory=dict)
     whole: dict[str, Whole] = field(default_factory=dict)
-    biases: dict[str, Biases] = field(default_factory=dict)
+    biases: dict[str, Swapped] = field(default_factory=dict)
+    embeddings: dict[str, Swapped] = field(default_factory=dict)  # others than the base's
     tokens: dict[str, TokenRows] = field(default_factory=dict)
     rows: Rows = field(default_factory=Rows)
     merged: merging.Merged = field(default_factory=lambda: merging.Merged())
@@ -233,7 +219,7 @@ def _take_hook(layer: nn.Module) -> None:
             del layer._forward_pre_hooks[key]
 
 
-def _biases(model: nn.Module, config: LoraConfig, selection: Selection) -> Biases:
+def _biases(model: nn.Module, config: LoraConfig, selection: Selection) -> Swapped:
     own = {
         path: parameter
         for path, parameter in model.named_parameters()
@@ -241,7 +227,7 @@ def _biases(model: nn.Module, config: LoraConfig, selection: Selection) -> Biase
         and ".adapters." not in path
         and (config.bias == "all" or path.rpartition(".")[0] in selection.layers)
     }
-    return Biases(own, {name: parameter.detach().clone() for name, parameter in own.items()})
+    return Swapped(own, {name: parameter.detach().clone() for name, parameter in own.items()})
 
 
 class AdaptedModel(nn.Module):
@@ -300,6 +286,8 @@ class AdaptedModel(nn.Module):
             self.unmerge_adapter([adapter_name])
         if adapter_name in attached.biases:
             attached.biases.pop(adapter_name).switch(False)
+        if adapter_name in attached.embeddings:
+            attached.embeddings.pop(adapter_name).switch(False)
         for path, layer in list(attached.layers.items()):
             if adapter_name in layer.adapters:
                 del layer.adapters[adapter_name]
@@ -367,6 +355,9 @@ class AdaptedModel(nn.Module):
             module._in_force = own[-1] if own and attached.enabled else None
             for name in module.adapters:
                 module.adapters[name].requires_grad_(self._trains(name))
+        for name, swapped in attached.embeddings.items():
+            used = name in attached.active or name in attached.merged.names
+            swapped.switch(attached.enabled and used)
         for name, biases in attached.biases.items():
             biases.switch(attached.enabled and name in attached.active)
             for parameter in biases.parameters.values():
@@ -391,6 +382,9 @@ class AdaptedModel(nn.Module):
             raise Refusal("adapter_names inside of disable_adapter()")
         if attached.biases:
             raise Refusal("adapter_names: an adapter that trains biases has them in every row")
+        if attached.embeddings:
+            brings = ", ".join(attached.embeddings)
+            raise Refusal(f"adapter_names: {brings} brings an embedding, which is in every row")
         if self.training and torch.is_grad_enabled() and _checkpoints(self):
             raise Refusal(
                 "adapter_names: with activation checkpointing, layers run again in the backward "
@@ -461,8 +455,8 @@ class AdaptedModel(nn.Module):
         for module in attached.whole.values():
             own = [n for n in names if n in module.adapters]
             module._in_force = own[-1] if own else None
-        for name, biases in attached.biases.items():
-            biases.switch(name in names)
+        for name, swapped in (*attached.embeddings.items(), *attached.biases.items()):
+            swapped.switch(name in names)
         return self._plain_again(keep=True)
 
     def unload(self) -> Any:
@@ -471,18 +465,19 @@ class AdaptedModel(nn.Module):
         attached.merged = merging.merged(self, attached.merged, ())
         for module in attached.whole.values():
             module._in_force = None
-        for biases in attached.biases.values():
-            biases.switch(False)
+        for swapped in (*attached.embeddings.values(), *attached.biases.values()):
+            swapped.switch(False)
         return self._plain_again(keep=False)
 
     def _plain_again(self, keep: bool) -> nn.Module:
-        attached = self._attached
+        attached, shared = self._attached, merging.shared_parameters(self)
         attached.merged.commit(self)
         for layer in attached.layers.values():
             _take_hook(layer)
             restore(layer)
         for module in attached.whole.values():
             restore_whole(module, keep)
+        merging.untie(self, shared)
         del self._attached
         self.__dict__.pop("_hf_peft_config_loaded", None)
         self.__class__ = type(self)._plain  # type: ignore[attr-defined]
@@ -501,14 +496,19 @@ class AdaptedModel(nn.Module):
         selected_adapters: Sequence[str] | None = None,
         state_dict: Mapping[str, Tensor] | None = None,
         is_main_process: bool = True,
+        save_embedding_layers: bool | str = "auto",
         **kwargs: Any,
     ) -> None:
         """Write the adapters in PEFT's layout: `default` into the folder, others into folders in
-        it. state_dict: where the values come from, if not from the model (FSDP gathers one)."""
+        it. state_dict: where the values come from, if not from the model (FSDP gathers one).
+        save_embedding_layers: write the base's embeddings too; "auto": where embed_tokens or
+        lm_head is a target, or the vocabulary was resized."""
+        if save_embedding_layers not in (True, False, "auto"):
+            raise Refusal(f"save_embedding_layers={save_embedding_layers!r}: True, False or 'auto'")
         names = list(self._attached.configs if selected_adapters is None else selected_adapters)
         self._known(names)
         if is_main_process:
-            files.save(self, save_directory, names, state_dict)
+            files.save(self, save_directory, names, state_dict, save_embedding_layers)
 
     def load_adapter(
         self,

@@ -18,6 +18,7 @@ from infold.tuners.layers import KINDS, Adapted, AdaptedOpaque, kind_of
 from infold.tuners.quantized import is_readable
 from infold.tuners.targets import find_targets, fused_experts
 from infold.tuners.vocabulary import FIELD, TokenRows, find_rows, misfits
+from infold.tuners.whole import Whole
 
 __all__ = ["Selection", "modules_of", "select"]
 
@@ -43,7 +44,7 @@ def modules_of(model: nn.Module) -> dict[str, nn.Module]:
     own: dict[str, nn.Module] = {}
     inside: list[str] = []
     for path, module in model.named_modules():
-        if isinstance(module, Adapted):
+        if isinstance(module, Adapted | Whole):
             inside.append(f"{path}.adapters" if path else "adapters")
         if not any(path == i or path.startswith(f"{i}.") for i in inside[-2:]) and path:
             own[path] = module

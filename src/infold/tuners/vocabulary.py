@@ -19,9 +19,10 @@ from infold.tuners.layers import kind_of
 if TYPE_CHECKING:
     from infold.tuners.model import Attached
 
-__all__ = ["TokenRows", "check_order", "find_rows", "misfits"]
+__all__ = ["TokenRows", "check_order", "end_of", "find_rows", "misfits"]
 
 FIELD = "trainable_token_indices"
+INPUT, OUTPUT = "get_input_embeddings", "get_output_embeddings"
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def find_rows(
     wanted = getattr(config, FIELD, None)
     if wanted is None:
         return TokenRows(), []
-    embedding = _input_embedding(model, modules)
+    embedding = end_of(model, modules, INPUT)
     if isinstance(wanted, dict):
         named = {name: [p for p in modules if matches([name], p)] for name in wanted}
     else:
@@ -96,23 +97,28 @@ def misfits(
 
 
 def check_order(attached: Attached, names: Sequence[str]) -> None:
-    """Raise Refusal where trained rows would overwrite what an adapter before them did."""
+    """Raise Refusal where trained rows, or a whole embedding that an adapter brings, would
+    overwrite what an adapter before it did."""
     problems, names = [], tuple(dict.fromkeys(names))
     for number, name in enumerate(names):
-        for path in attached.tokens.get(name, TokenRows()):
-            earlier = [n for n in names[:number] if n in attached.layers[path].adapters]
+        rows, whole = attached.tokens.get(name, TokenRows()), attached.embeddings.get(name)
+        for path in dict.fromkeys((*rows, *(whole.paths if whole else ()))):
+            layer = attached.layers.get(path)
+            earlier = [n for n in names[:number] if layer is not None and n in layer.adapters]
             if earlier:
+                what = "rows of " if path in rows else ""
                 problems.append(
-                    f"{name} replaces rows of {path}, which {', '.join(earlier)} changes before "
+                    f"{name} replaces {what}{path}, which {', '.join(earlier)} changes before "
                     f"it: that work would be lost; put {name} first, or use one of them"
                 )
     if problems:
         raise Refusal(problems)
 
 
-def _input_embedding(model: nn.Module, modules: Mapping[str, nn.Module]) -> str | None:
+def end_of(model: nn.Module, modules: Mapping[str, nn.Module], get: str) -> str | None:
+    """The path of a model's input embedding or head; get: transformers' method for it."""
     try:
-        module = model.get_input_embeddings()  # type: ignore[operator]
+        module = getattr(model, get)()
     except (AttributeError, NotImplementedError):
         return None
     return next((path for path, own in modules.items() if own is module), None)
