@@ -129,6 +129,41 @@ def test_checkpoints_hold_the_adapter_alone(
     assert seen == {"checkpoint-2": files, "checkpoint-4": files}
 
 
+@pytest.mark.parametrize("tie", [False, True], ids=["", "tied"])
+def test_tokens_are_trained_beside_the_adapter(data: Path, tmp_path: Path, tie: bool) -> None:
+    base = save_base(tmp_path / "base", tie_word_embeddings=tie)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    prompt = json.loads(data.read_text().splitlines()[0])["prompt"]
+    word = tokenizer.convert_ids_to_tokens(tokenizer(prompt).input_ids[1])
+    record = infold.train(
+        base, data, tmp_path / "out", **QUICK, tokens=[word, "<pad>"], save_every=2
+    )
+
+    file = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    rows = file["base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"]
+    numbers = tokenizer.convert_tokens_to_ids([word, "<pad>"])
+    before = load_file(base / "model.safetensors")["model.embed_tokens.weight"][numbers]
+    assert (rows[0] != before[0]).any()
+    assert (rows[1] != before[1]).any().item() is tie  # a tied head scores it in every row
+    assert any("in no row" in note and "<pad>" in note for note in record.notes)
+    assert not [key for key in file if key.endswith("lm_head.weight")]
+    merged = infold.merge(base, tmp_path / "out", tmp_path / "merged")
+    table = "model.embed_tokens.weight"
+    assert torch.equal(load_file(Path(merged.out) / "model.safetensors")[table][numbers], rows)
+
+
+def test_tokens_that_are_none_are_refused_before_the_model_is_loaded(
+    base: Path, data: Path, tmp_path: Path
+) -> None:
+    for options, told in (
+        (dict(tokens=["<think>", "</s>"]), r"'<think>' is no token of .*add it to the tokenizer"),
+        (dict(tokens=["</s>"], method="ia3"), "--tokens: is a setting of --method lora and dora"),
+        (dict(tokens=["</s>", "</s>"]), "--tokens: has one of them twice"),
+    ):
+        with pytest.raises(Refusal, match=told):
+            infold.train(base, data, tmp_path / "out", **options)
+
+
 # --- what is computed -----------------------------------------------------------------------------
 
 
@@ -450,16 +485,23 @@ def parallel(kind: str) -> tuple[str, ...]:
     return tuple(words.split())
 
 
+@pytest.mark.parametrize("tokens", [None, ["</s>"]], ids=["", "tokens"])
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_two_processes_train_what_one_does(kind: str, base: Path, tmp_path: Path) -> None:
+def test_two_processes_train_what_one_does(
+    kind: str, tokens: list[str] | None, base: Path, tmp_path: Path
+) -> None:
     data = write_jsonl(tmp_path / "d.jsonl", sums(24))  # three steps of 8 rows an epoch
     words = ("train", base, data, "--lr", "1e-3", "--epochs", "1", "--batch-size", "4", "--json")
+    if tokens:  # the head shares them
+        base = save_base(tmp_path / "tied", tie_word_embeddings=True)
+        words = ("train", base, *words[2:], "--tokens", *tokens)
 
     script = {"ddp": ("-m", "infold"), "fsdp": (str(HERE / "fsdp_on_cpu.py"),)}[kind]
     ran = run(*words, "--out", tmp_path / "two", launch=(*parallel(kind), *script))
     assert ran.returncode == 0, ran.stderr[-3000:]
     assert ("sharded by FSDP2, but for []" in ran.stderr) == (kind == "fsdp")
-    one = infold.train(base, data, tmp_path / "one", lr=1e-3, epochs=1, batch_size=8)
+    options: dict[str, Any] = dict(lr=1e-3, epochs=1, batch_size=8, tokens=tokens)
+    one = infold.train(base, data, tmp_path / "one", **options)
 
     record = json.loads(ran.stdout.splitlines()[-1])
     assert (record["processes"], record["steps"]) == (2, one.steps) and one.processes == 1
