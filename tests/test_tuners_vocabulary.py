@@ -438,6 +438,39 @@ def test_a_copy_of_the_model_keeps_its_ends_tied(calm: None) -> None:
         assert torch.equal(again(**inputs).logits, wanted)
 
 
+def test_checkpointed_activations_give_tokens_the_same_gradients(calm: None) -> None:
+    base, inputs, fields = case("llama tied")
+    model = randomized(attach(base, LoraConfig(**fields)), 2).train()
+    found = []
+    for again in (model, copy.deepcopy(model)):
+        if again is not model:
+            again.activation_checkpointing_enable()
+        again(**inputs, labels=inputs["input_ids"]).loss.backward()
+        found.append({name: p.grad for name, p in trained(again)})
+
+    assert found[0].keys() == found[1].keys()
+    assert any("tokens" in name and grad.any() for name, grad in found[0].items())
+    for name, grad in found[0].items():
+        assert_close(found[1][name], grad)
+
+
+def test_rows_of_a_generation_use_their_own_tokens(calm: None) -> None:
+    base, inputs, fields = case("llama tied")
+    model = randomized(attach(base, LoraConfig(**fields)), 2)
+    other = LoraConfig(r=2, trainable_token_indices=[5, 9, 30])
+    randomized(attach(model, other, "other"), 3)
+    ids, names = inputs["input_ids"], ["default", "other"]
+    options = dict(max_new_tokens=5, do_sample=False, eos_token_id=None)
+
+    mixed = model.generate(ids, adapter_names=names, **options)
+
+    alone = []
+    for row, name in enumerate(names):
+        model.set_adapter(name)
+        alone.append(model.generate(ids[row : row + 1], **options)[0])
+    assert torch.equal(mixed, torch.stack(alone))
+
+
 def test_compiled_tokens_are_the_same(calm: None) -> None:
     base, inputs, fields = case("llama tied")
     model = randomized(attach(base, LoraConfig(**fields)), 2)
@@ -605,6 +638,23 @@ def test_an_embedding_of_an_adapter_is_in_force_while_the_adapter_is(bench: Benc
     with pytest.raises(Refusal, match=r"third replaces model.embed_tokens, which head changes"):
         head = LoraConfig(r=2, target_modules=[EMBEDDING])
         attach(model, head, "head").set_adapter(["head", "third"])
+
+
+def test_each_adapter_is_saved_with_its_embedding_whatever_is_in_force(bench: Bench) -> None:
+    folder = saved_base(bench, True)
+    file = bench.save(bench.attach(larger(bench, folder, 1), PeftLora(r=3, **RESIZED["both"])))
+    base = larger(bench, folder, 2)
+    table = base.model.embed_tokens.weight.clone()
+    model = load(attach(base, LoraConfig(r=2), "other"), file, "brings")
+    wanted = load_file(file / "adapter_model.safetensors")
+
+    for number, active in enumerate(("brings", "other")):
+        model.set_adapter(active)
+        model.save_pretrained(bench.folder / str(number), save_embedding_layers=True)
+        found = load_file(bench.folder / str(number) / "brings" / "adapter_model.safetensors")
+        assert_same(dict(sorted(found.items())), dict(sorted(wanted.items())))
+        other = load_file(bench.folder / str(number) / "other" / "adapter_model.safetensors")
+        assert torch.equal(other["base_model.model.model.embed_tokens.weight"], table)
 
 
 def test_an_embedding_of_an_adapter_moves_with_the_model(bench: Bench) -> None:
