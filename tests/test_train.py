@@ -135,6 +135,41 @@ def test_checkpoints_hold_the_adapter_alone(
     assert seen == {"checkpoint-2": files, "checkpoint-4": files}
 
 
+@pytest.mark.parametrize("tie", [False, True], ids=["", "tied"])
+def test_tokens_are_trained_beside_the_adapter(data: Path, tmp_path: Path, tie: bool) -> None:
+    base = save_base(tmp_path / "base", tie_word_embeddings=tie)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    prompt = json.loads(data.read_text().splitlines()[0])["prompt"]
+    word = tokenizer.convert_ids_to_tokens(tokenizer(prompt).input_ids[1])
+    record = infold.train(
+        base, data, tmp_path / "out", **QUICK, tokens=[word, "<pad>"], save_every=2
+    )
+
+    file = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    rows = file["base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"]
+    numbers = tokenizer.convert_tokens_to_ids([word, "<pad>"])
+    before = load_file(base / "model.safetensors")["model.embed_tokens.weight"][numbers]
+    assert (rows[0] != before[0]).any()
+    assert (rows[1] != before[1]).any().item() is tie  # a tied head scores it in every row
+    assert any("in no row" in note and "<pad>" in note for note in record.notes)
+    assert not [key for key in file if key.endswith("lm_head.weight")]
+    merged = infold.merge(base, tmp_path / "out", tmp_path / "merged")
+    table = "model.embed_tokens.weight"
+    assert torch.equal(load_file(Path(merged.out) / "model.safetensors")[table][numbers], rows)
+
+
+def test_tokens_that_are_none_are_refused_before_the_model_is_loaded(
+    base: Path, data: Path, tmp_path: Path
+) -> None:
+    for options, told in (
+        (dict(tokens=["<think>", "</s>"]), r"'<think>' is no token of .*add it to the tokenizer"),
+        (dict(tokens=["</s>"], method="ia3"), "--tokens: is a setting of --method lora and dora"),
+        (dict(tokens=["</s>", "</s>"]), "--tokens: has one of them twice"),
+    ):
+        with pytest.raises(Refusal, match=told):
+            infold.train(base, data, tmp_path / "out", **options)
+
+
 # --- what is computed -----------------------------------------------------------------------------
 
 
@@ -458,19 +493,24 @@ def parallel(kind: str) -> tuple[str, ...]:
 
 ROWS = sums(24)  # three steps of 8 an epoch
 COMMON: dict[str, Any] = {"lr": 1e-3, "epochs": 1}
+TOKEN = "</s>"
 
 
-def two_processes(base: Path, folder: Path) -> list[str | Path]:
+def two_processes(base: Path, folder: Path, tokens: str | None = None) -> list[str | Path]:
     """Their command line: each takes half of the rows of a step."""
+    folder.mkdir(exist_ok=True)
     data = write_jsonl(folder / "d.jsonl", ROWS)
-    options = ("--lr", "1e-3", "--epochs", "1", "--batch-size", "4", "--json")
+    options = ["--lr", "1e-3", "--epochs", "1", "--batch-size", "4", "--json"]
+    options += ["--tokens", tokens] if tokens else []
     return ["train", base, data, *options, "--out", folder / "two"]
 
 
-def check_against_one_process(stdout: str, base: Path, folder: Path) -> None:
-    one = infold.train(base, folder / "d.jsonl", folder / "one", **COMMON, batch_size=8)
+def check_against_one_process(
+    record: dict[str, Any], base: Path, folder: Path, tokens: str | None = None
+) -> None:
+    options: dict[str, Any] = {**COMMON, "batch_size": 8, "tokens": [tokens] if tokens else None}
+    one = infold.train(base, folder / "d.jsonl", folder / "one", **options)
 
-    (record,) = (json.loads(line) for line in stdout.splitlines() if line.startswith("{"))
     assert (record["processes"], record["steps"]) == (2, one.steps) and one.processes == 1
     for when in ("first", "last"):
         assert record["losses"][when] == pytest.approx(one.losses[when], rel=1e-5)
@@ -480,20 +520,36 @@ def check_against_one_process(stdout: str, base: Path, folder: Path) -> None:
         assert torch.allclose(value, theirs[key], atol=1e-5), key
 
 
-def test_two_processes_train_what_one_does(base: Path, tmp_path: Path) -> None:
-    ran = run(*two_processes(base, tmp_path), launch=(*parallel("ddp"), "-m", "infold"))
+def records(stdout: str) -> list[dict[str, Any]]:
+    """What `infold train --json` printed, which one of the processes does."""
+    return [json.loads(line) for line in stdout.splitlines() if line.startswith("{")]
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_base(tmp_path_factory.mktemp("tied"), tie_word_embeddings=True)
+
+
+@pytest.mark.parametrize("tokens", [None, TOKEN], ids=["", "tokens"])
+def test_two_processes_train_what_one_does(
+    tokens: str | None, base: Path, tied: Path, tmp_path: Path
+) -> None:
+    base = tied if tokens else base  # the head shares them
+    words = two_processes(base, tmp_path, tokens)
+    ran = run(*words, launch=(*parallel("ddp"), "-m", "infold"))
 
     assert ran.returncode == 0, ran.stderr[-3000:]
     assert "sharded by FSDP2" not in ran.stderr
-    check_against_one_process(ran.stdout, base, tmp_path)
+    (record,) = records(ran.stdout)
+    check_against_one_process(record, base, tmp_path, tokens)
 
 
 @pytest.fixture(scope="module")
 def sharded(
-    base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
+    base: Path, tied: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, str, list[list[int]]]:
-    """Four trainings in two processes under one launch: a folder with what they made, what they
-    printed, and the exit codes of each process. The second training was killed, and the third
+    """Five trainings in two processes under one launch: a folder with what they made, what they
+    printed, and the exit codes of each process. The third training was killed, and the fourth
     continued it."""
     folder = tmp_path_factory.mktemp("sharded")
     options = {"steps": 6, "batch_size": 2, "save_every": 2, "dropout": 0.2}
@@ -504,6 +560,7 @@ def sharded(
 
     trainings: list[list[str | Path]] = [
         ["infold", *two_processes(base, folder)],
+        ["infold", *two_processes(tied, folder / "tokens", TOKEN)],
         child("out", killed=5),
         child("out", killed=0, resume=True),
         child("whole", killed=0),
@@ -520,18 +577,26 @@ def sharded(
 
 
 @pytest.mark.timeout(600)
-def test_two_processes_with_a_sharded_model_train_what_one_does(sharded: Any, base: Path) -> None:
+@pytest.mark.parametrize("tokens", [None, TOKEN], ids=["", "tokens"])
+def test_two_processes_with_a_sharded_model_train_what_one_does(
+    tokens: str | None, sharded: Any, base: Path, tied: Path
+) -> None:
     folder, stdout, codes = sharded
+    which = 1 if tokens else 0
 
-    assert [process[0] for process in codes] == [0, 0]
-    check_against_one_process(stdout, base, folder)
+    assert [process[which] for process in codes] == [0, 0]
+    record = records(stdout)[which]
+    if tokens:
+        check_against_one_process(record, tied, folder / "tokens", tokens)
+    else:
+        check_against_one_process(record, base, folder)
 
 
 @pytest.mark.timeout(600)
 def test_a_sharded_training_that_was_killed_continues_to_the_same_bytes(sharded: Any) -> None:
     folder, _, codes = sharded
 
-    killed, continued, whole = zip(*(process[1:] for process in codes), strict=True)
+    killed, continued, whole = zip(*(process[2:] for process in codes), strict=True)
     assert -signal.SIGKILL in killed and 0 not in killed, "the other notices, and ends too"
     assert continued == whole == (0, 0)
     record = json.loads((folder / "out" / "infold-training.json").read_text())

@@ -49,8 +49,12 @@ class Base(Protocol):
     def scale_inputs(self, x: Tensor, vector: Tensor) -> Tensor:
         """x with each input channel times its element of vector (in,), in x's dtype."""
 
-    def lookup(self, numbers: Tensor, table: Tensor) -> Tensor:
-        """Rows of table (tokens, out) as this embedding would give them."""
+    def replace_rows(self, x: Tensor, y: Tensor, numbers: Tensor, values: Tensor) -> Tensor:
+        """y, the output for x, as it is where rows `numbers` of the table are values (n, width): an
+        embedding gives such a row for its number, a head scores x by it. May reuse y's memory."""
+
+    def table(self) -> Tensor:
+        """The weight (tokens, width) of an embedding or a head, as `matrix` in dtype."""
 
     def matrix(self) -> Tensor:
         """The logical weight (out, in * kernel), detached; float32 or the weight's own dtype."""

@@ -1,7 +1,8 @@
 """Trainable tokens (PEFT): some rows of an embedding are trained; the file holds their new values.
 
 The logical matrix of an embedding is its transposed table, so a token is a column here:
-W'[:, tokens[k]] = trainable_tokens_delta[k]. In spite of its name the part is a value.
+W'[:, tokens[k]] = trainable_tokens_delta[k]. In spite of its name the part is a value. A head is
+such a table too, with a row for each token that it scores: there W is the transposed weight.
 """
 
 from __future__ import annotations
@@ -84,8 +85,9 @@ def bound(peak: float, parts: Mapping[str, Tensor], settings: Settings) -> float
 
 def init(geometry: Geometry, settings: Settings, base: Base) -> dict[str, Tensor]:
     """The values that the base has."""
-    columns = base.matrix()[:, list(settings.tokens)]
-    return {"trainable_tokens_delta": columns.t().to("cpu", torch.float32).contiguous()}
+    rows = base.table()[list(settings.tokens)]
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    return {"trainable_tokens_delta": rows.to(dtype, copy=True)}
 
 
 def forward(
@@ -95,9 +97,6 @@ def forward(
     settings: Settings,
     dropout: Dropout | None = None,
 ) -> Tensor:
-    """x: token numbers (...). As a map of inputs that is: look up, and replace where it is ours."""
-    y, values = base(x), parts["trainable_tokens_delta"]
+    """x: token numbers (...) for an embedding, activations (..., width) for a head."""
     tokens = torch.tensor(settings.tokens, device=x.device)
-    mine = x[..., None] == tokens  # (..., tokens)
-    number = mine.to(torch.uint8).argmax(-1)
-    return torch.where(mine.any(-1, keepdim=True), base.lookup(number, values).to(y.dtype), y)
+    return base.replace_rows(x, base(x), tokens, parts["trainable_tokens_delta"])

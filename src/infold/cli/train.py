@@ -65,6 +65,12 @@ def train(
         str | None,
         typer.Option(help="For ia3: the targets whose inputs are scaled, as down_proj."),
     ] = None,
+    tokens: Annotated[
+        str | None,
+        typer.Option(
+            help="For lora and dora: tokens whose embeddings are trained too, as <think>,</think>."
+        ),
+    ] = None,
     max_length: Annotated[
         int | None, typer.Option(help="Tokens of a row. Default: what the model takes.")
     ] = None,
@@ -147,6 +153,7 @@ def train(
                 dropout=dropout,
                 targets=_list(targets),
                 feedforward=_list(feedforward),
+                tokens=_list(tokens),
                 max_length=max_length,
                 too_long=too_long,
                 fields=_pairs(fields),

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any, ClassVar, TypeVar
 from infold.checkpoint.files import locate, read_object, safe_child
 from infold.errors import Refusal
 
-__all__ = ["IA3Config", "LoraConfig", "TunerConfig", "read_config"]
+__all__ = ["IA3Config", "LoraConfig", "TunerConfig", "matches", "read_config"]
 
 FILE = "adapter_config.json"
 # What other versions of PEFT write without an influence on a trained adapter.
@@ -162,6 +163,8 @@ class LoraConfig(TunerConfig):
     bias: "none", or train the biases of the targets ("lora_only") or of all modules ("all").
     lora_bias: give B a bias of its own.
     init_lora_weights: True, "gaussian", or False (no factor is 0: the model changes at once).
+    trainable_token_indices: tokens whose rows of the input embedding are trained as well, and with
+      them those of a head that is tied to it; or {name of an embedding or a head: its tokens}.
     """
 
     METHOD: ClassVar[str] = "lora"
@@ -179,6 +182,7 @@ class LoraConfig(TunerConfig):
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     use_dora: bool = False
     lora_bias: bool = False
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
 
     def _problems(self) -> list[str]:
         problems = super()._problems()
@@ -204,6 +208,7 @@ class LoraConfig(TunerConfig):
             )
         if self.use_dora and self.lora_bias:
             problems.append("lora_bias together with use_dora has no defined meaning")
+        problems += _bad_tokens(self.trainable_token_indices)
         if self.layers_pattern and self.layers_to_transform is None:
             problems.append("layers_pattern without layers_to_transform")
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
@@ -236,6 +241,15 @@ def read_config(given: Mapping[str, Any], where: str) -> TunerConfig:
     return CONFIGS[kind].from_dict(given, where)
 
 
+def matches(names: Names, path: str) -> bool:
+    """Whether a list of endings, by whole components, or a regular expression means a path."""
+    if not names:
+        return False
+    if isinstance(names, str):
+        return re.fullmatch(names, path) is not None
+    return any(path == name or path.endswith(f".{name}") for name in names)
+
+
 def _matching(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
     """The value of the first pattern that matches a whole trailing path."""
     for pattern, value in patterns.items():
@@ -246,6 +260,25 @@ def _matching(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
 
 def _strings(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(v, str) and v for v in value)
+
+
+def _bad_tokens(given: Any) -> list[str]:
+    """What is wrong with trainable_token_indices."""
+    if given is None:
+        return []
+    own = "trainable_token_indices"
+    lists = {own: given}
+    if isinstance(given, dict):
+        lists = {f"{own}[{name!r}]": tokens for name, tokens in given.items()}
+    problems = [] if lists else [f"{own} = {{}}: name an embedding, or give None"]
+    for name, tokens in lists.items():
+        if not isinstance(tokens, list) or not tokens:
+            problems.append(f"{name} = {tokens!r} must be a list of token numbers")
+        elif wrong := [token for token in tokens if type(token) is not int or token < 0]:
+            problems.append(f"{name}: {wrong[0]!r} is no token number: 0 or more")
+        elif twice := [token for token, count in Counter(tokens).items() if count > 1]:
+            problems.append(f"{name}: token {twice[0]} is there twice")
+    return problems
 
 
 def _bad_pattern(name: str, pattern: str) -> list[str]:

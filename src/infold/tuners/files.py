@@ -19,9 +19,19 @@ from infold.checkpoint.adapter import Adapter as AdapterFile
 from infold.checkpoint.adapter import open_adapter
 from infold.errors import Refusal
 from infold.patience import patience
-from infold.tuners.config import IA3Config, LoraConfig, TunerConfig, read_config
+from infold.tuners.config import IA3Config, LoraConfig, TunerConfig, matches, read_config
+from infold.tuners.embeddings import brought, embedding_of, embeddings, untrained
 from infold.tuners.layers import Adapted, AdaptedEmbedding, Adapter, kind_of
-from infold.tuners.select import Selection, matches, modules_of
+from infold.tuners.select import Selection, modules_of
+from infold.tuners.vocabulary import (
+    FIELD,
+    INPUT,
+    OUTPUT,
+    TokenRows,
+    end_of,
+    find_rows,
+    misfits,
+)
 
 if TYPE_CHECKING:
     from infold.tuners.model import AdaptedModel
@@ -30,6 +40,7 @@ __all__ = ["load", "save"]
 
 PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
+_TOKENS = "trainable_tokens_delta"
 _INSIDE = ".base_layer.out_proj"  # PEFT's path of what MultiheadAttention holds
 
 
@@ -41,13 +52,14 @@ def save(
     folder: str | os.PathLike[str],
     names: Sequence[str],
     state: Mapping[str, Tensor] | None = None,
+    with_embeddings: bool | str = "auto",
 ) -> None:
     """Write adapters: "default" into the folder, each other one into a folder of its name."""
     for name in names:
         place = Path(folder) / ("" if name == "default" else name)
         place.mkdir(parents=True, exist_ok=True)
         draft = place / f".{WEIGHTS}.{os.getpid()}"
-        tensors = tensors_of(model, name, state)
+        tensors = tensors_of(model, name, state, with_embeddings)
         safetensors.torch.save_file(tensors, draft, metadata={"format": "pt"})
         with draft.open("rb") as file:
             os.fsync(file.fileno())
@@ -56,7 +68,10 @@ def save(
 
 
 def tensors_of(
-    model: AdaptedModel, name: str, state: Mapping[str, Tensor] | None = None
+    model: AdaptedModel,
+    name: str,
+    state: Mapping[str, Tensor] | None = None,
+    with_embeddings: bool | str = "auto",
 ) -> dict[str, Tensor]:
     """What an adapter's file holds: key -> tensor on the CPU."""
     attached = model._attached
@@ -67,7 +82,7 @@ def tensors_of(
         found[PREFIX + key] = value.detach().to("cpu").contiguous().clone()
 
     for path, layer in attached.layers.items():
-        if name not in layer.adapters:
+        if name not in layer.adapters or path in attached.tokens.get(name, TokenRows()).tied:
             continue
         adapter = cast(Adapter, layer.adapters[name])
         table = isinstance(layer, AdaptedEmbedding)
@@ -81,12 +96,12 @@ def tensors_of(
         if name in module.adapters:
             for part, value in module.adapters[name].state_dict().items():
                 put(f"{path}.{part}", f"{path}.adapters.{name}.{part}", value)
+    for key, path, value in embeddings(model, modules_of(model), name, with_embeddings):
+        put(key, path, value)
     biases = attached.biases.get(name)
-    for path in biases.parameters if biases else ():
-        assert biases is not None
+    for path, value in biases.values().items() if biases else ():
         module_path = path.rpartition(".")[0]
         wrapped = ".base_layer" if module_path in attached.layers else ""
-        value = biases.parameters[path].data if biases.on else biases.others[path]
         put(f"{module_path}{wrapped}.bias" if path.endswith(".bias") else path, path, value)
     return found
 
@@ -94,6 +109,8 @@ def tensors_of(
 def _ending(method: str, part: str, table: bool) -> str:
     """How the key of a part ends; for an embedding some parts have names of their own."""
     facts = METHODS[method]
+    if method == "trainable_tokens":  # beside LoRA; alone, as a type of PEFT's own, it is shorter
+        return max(facts.KEYS, key=len)
     names = {own: name for name, own in facts.TABLE.items()} if table else {}
     wanted = names.get(part, part)
     return min((key for key, name in facts.KEYS.items() if name == wanted), key=len)
@@ -150,11 +167,13 @@ def _load(model: AdaptedModel, file: AdapterFile, name: str, trainable: bool) ->
     config = replace(config, inference_mode=not trainable)
     modules = modules_of(model)
     parts, plain = _group(file)
-    problems: list[str] = []
+    rows, strangers = find_rows(model, modules, config)
+    problems = [f"{file.path}: {FIELD}: the model has no module {name}" for name in strangers]
     layers: dict[str, nn.Module] = {}
     inner: set[str] = set()
+    problems += _missing(rows, parts, file)
     for place, keys in parts.items():
-        problem = _misfit(place, keys, modules, file, config)
+        problem = _misfit(place, keys, modules, file, config, rows)
         if problem:
             problems.append(f"{file.path}: {next(iter(keys.values()))}: {problem}")
             continue
@@ -162,35 +181,51 @@ def _load(model: AdaptedModel, file: AdapterFile, name: str, trainable: bool) ->
         if "ia3_l" in keys and _side(place, file.tensors[keys["ia3_l"]].shape, config) == "in":
             inner.add(place)
     whole = {p: m for p, m in modules.items() if matches(config.modules_to_save, p)}
+    ends = {p: modules[p] for get in (INPUT, OUTPUT) if (p := end_of(model, modules, get))}
     biased = isinstance(config, LoraConfig) and config.bias != "none"
     parameters = dict(model.named_parameters())
     copies: dict[str, str] = {}
     biases: dict[str, str] = {}
+    saved: dict[str, str] = {}
     for key in plain:
         target = key.removeprefix(PREFIX).replace(".base_layer", "")
+        if untrained(key, file):
+            continue
         owner = next((p for p in whole if target.startswith(f"{p}.")), None)
         if owner is not None:
             copies[key] = target
         elif biased and target.endswith("bias") and target in parameters:
             biases[key] = target
+        elif embedding := embedding_of(key.removeprefix(PREFIX), ends):
+            saved[key] = embedding
         else:
             problems.append(
                 f"{file.path}: {key}: has no place in the model{_near(target, modules)}"
             )
     if not parts and not problems:
         problems.append(f"{file.path}: holds no adapter tensors")
+    swapped, wrong = brought(model, file, saved)
+    problems += wrong
     if problems:
         raise Refusal(problems)
+    tables = {path: layers.pop(path) for path in rows.tokens}
+    wrong = misfits(rows, modules, layers, whole)
+    if wrong:
+        raise Refusal(f"{file.path}: {problem}" for problem in wrong)
     selection = Selection(
         config,
         {p: m for p, m in layers.items() if not _is_inner(p, modules)},
         frozenset(inner),
         whole,
+        rows,
+        tables,
     )
     loaded = {
         place: {part: file.read(key) for part, key in keys.items()} for place, keys in parts.items()
     }
     insert(model, name, selection, loaded)
+    if swapped is not None:
+        model._attached.embeddings[name] = swapped
     _fill(model, name, file, copies, biases)
 
 
@@ -218,8 +253,7 @@ def _fill(
             own.copy_(value)
         for key, target in biases.items():
             record = attached.biases[name]
-            own = record.parameters[target].data if record.on else record.others[target]
-            own.copy_(file.read(key))
+            record.values()[target].copy_(file.read(key))
 
 
 def _group(file: AdapterFile) -> tuple[dict[str, dict[str, str]], list[str]]:
@@ -252,6 +286,7 @@ def _misfit(
     modules: Mapping[str, nn.Module],
     file: AdapterFile,
     config: TunerConfig,
+    rows: TokenRows,
 ) -> str | None:
     """Why the tensors for one module do not suit the model."""
     module = modules.get(place)
@@ -260,6 +295,8 @@ def _misfit(
         return f"the model has no module {place}{_near(place, modules)}"
     if kind is None:
         return f"{place} is a {type(module).__name__}, which takes no adapter"
+    if _TOKENS in keys:
+        return _misfit_rows(place, keys, cast(Tensor, module.weight).shape, file, rows)
     method = getattr(config, "method", config.METHOD)
     if method not in kind.METHODS:
         return f"{method} does not exist for a {type(module).__name__}"
@@ -291,6 +328,45 @@ def _misfit(
         if part in shapes and math.prod(shapes[part]) != geometry.outputs:
             return f"{part} has not {geometry.outputs} elements"
     return None
+
+
+def _misfit_rows(
+    place: str,
+    keys: Mapping[str, str],
+    table: tuple[int, ...],
+    file: AdapterFile,
+    rows: TokenRows,
+) -> str | None:
+    """Why trained rows do not suit a module's table (tokens, width)."""
+    if set(keys) != {_TOKENS}:
+        others = ", ".join(sorted(set(keys) - {_TOKENS}))
+        return f"{place} has trained tokens and {others}; infold's tuners take one of them"
+    tokens = rows.tokens.get(place)
+    if tokens is None:
+        return f"the config does not tell which tokens of {place} were trained"
+    shape, wanted = file.tensors[keys[_TOKENS]].shape, (len(tokens), *table[1:])
+    if shape != wanted:
+        return f"shape {list(shape)}; {len(tokens)} tokens of {place} need {list(wanted)}"
+    return None
+
+
+def _missing(rows: TokenRows, parts: dict[str, dict[str, str]], file: AdapterFile) -> list[str]:
+    """What the file lacks of the rows that its config tells of. A copy of a tied end leaves
+    `parts`: some versions of PEFT write it."""
+    problems = [
+        f"{file.path}: holds no trained tokens of {path}, which the config tells of"
+        for path in rows.tokens
+        if _TOKENS not in parts.get(path, ())
+    ]
+    for path, owner in rows.tied.items():
+        if _TOKENS not in parts.get(path, ()) or problems:
+            continue
+        copy, own = (parts[p][_TOKENS] for p in (path, owner))
+        if torch.equal(file.read(copy), file.read(own)):
+            del parts[path]
+        else:
+            problems.append(f"{file.path}: {copy}: differs from {own}, but the model ties the two")
+    return problems
 
 
 def _side(place: str, shape: tuple[int, ...], config: TunerConfig) -> str:

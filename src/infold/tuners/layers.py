@@ -41,6 +41,11 @@ class Adapter(nn.Module):
     def parts(self) -> dict[str, Tensor]:
         return cast("dict[str, Tensor]", self._parameters)
 
+    @property
+    def is_table(self) -> bool:
+        """Whether the method's matrix is the transposed table of an embedding or a head."""
+        return self.method == "trainable_tokens"
+
     def extra_repr(self) -> str:
         shapes = ", ".join(f"{name} {list(part.shape)}" for name, part in self.parts.items())
         return f"{self.method}: {shapes}"
@@ -128,8 +133,12 @@ class Stage:
     def scale_inputs(self, x: Tensor, vector: Tensor) -> Tensor:
         return (x * self.layer.broadcast(vector)).to(x.dtype)
 
-    def lookup(self, numbers: Tensor, table: Tensor) -> Tensor:
-        return self.layer.lookup(numbers, table)
+    def replace_rows(self, x: Tensor, y: Tensor, numbers: Tensor, values: Tensor) -> Tensor:
+        return self.layer.replace_rows(x, y, numbers, values)
+
+    def table(self) -> Tensor:
+        weight = self.matrix()
+        return weight.t() if self.layer.transposed else weight
 
     def matrix(self) -> Tensor:
         return self._merged()[0]
@@ -142,8 +151,10 @@ class Stage:
         weight = self.layer.matrix()
         bias = getattr(self.layer, "bias", None)
         for run in self.runs:
-            done = merge(run.method, weight, bias, run.parts, run.settings)
-            weight, bias = done.weight, done.bias
+            turned = run.is_table and not self.layer.transposed
+            seen = weight.t() if turned else weight
+            done = merge(run.method, seen, bias, run.parts, run.settings)
+            weight, bias = done.weight.t() if turned else done.weight, done.bias
         return weight, bias
 
 
@@ -210,19 +221,20 @@ class Adapted(nn.Module):
 
     def _mix(self, count: int, device: torch.device) -> Mixture:
         index, names = self._rows.spread(count, device), self._rows.names
-        used = {n: cast(Adapter, self.adapters[n]) for n in names if n in self.adapters}
+        own = self.adapters._modules
+        used = {n: cast(Adapter, own[n]) for n in names if n in own}
         scales: dict[str, dict[str, Tensor]] = {"in": {}, "out": {}}
         others = []
         for name, adapter in used.items():
             if adapter.method == "ia3":
-                scales[adapter.settings.side][name] = adapter.parts["ia3_l"].flatten()
+                scales[adapter.settings.side][name] = adapter.parts["ia3_l"]
             else:
                 rows = (index == names.index(name)).nonzero().flatten()
                 others.append((rows, adapter))
         # tokens come one at a time, and gathering for each takes longer than the multiplication
         gathered = not torch.is_grad_enabled() and count <= _GATHERED * (len(names) + 1)
         tables = [
-            None if table is None else table[index] if gathered else table
+            None if table is None else table.index_select(0, index) if gathered else table
             for table in (self._table(scales[side]) for side in ("in", "out"))
         ]
         return Mixture(index, tables[0], tables[1], tuple(others), gathered)
@@ -232,7 +244,10 @@ class Adapted(nn.Module):
         if not vectors:
             return None
         ones = torch.ones_like(next(iter(vectors.values())))
-        return torch.stack([*(vectors.get(name, ones) for name in self._rows.names), ones])
+        rows = [*(vectors.get(name, ones) for name in self._rows.names), ones]
+        if any(row.shape != ones.shape for row in rows):
+            rows = [row.flatten() for row in rows]
+        return torch.cat(rows).view(len(rows), -1)  # a vector has one dimension besides ones
 
     # --- what the kinds differ in; these are of Linear -----------------------------------------
 
@@ -261,7 +276,7 @@ class Adapted(nn.Module):
         """A vector for each row of a batch (rows, channels), in a shape that multiplies `like`."""
         return table.view(len(table), *(1 for _ in like.shape[2:]), table.shape[1])
 
-    def lookup(self, numbers: Tensor, table: Tensor) -> Tensor:
+    def replace_rows(self, x: Tensor, y: Tensor, numbers: Tensor, values: Tensor) -> Tensor:
         raise NotImplementedError
 
     def row_count(self, x: Tensor) -> int:
@@ -273,6 +288,16 @@ class Adapted(nn.Module):
 
 class AdaptedLinear(Adapted):
     """torch.nn.Linear."""
+
+    METHODS = (*Adapted.METHODS, "trainable_tokens")
+
+    def replace_rows(self, x: Tensor, y: Tensor, numbers: Tensor, values: Tensor) -> Tensor:
+        new = F.linear(x.to(values.dtype), values)
+        bias = cast("Tensor | None", self.bias)
+        if bias is not None:
+            new = new + bias[numbers]
+        # logits are large: y is this layer's own output, which no backward pass reads
+        return y.index_copy_(-1, numbers, new.to(y.dtype))
 
 
 class AdaptedConv1D(Adapted):
@@ -303,7 +328,14 @@ class AdaptedEmbedding(Adapted):
     def map(self, x: Tensor, weight: Tensor) -> Tensor:
         return self.lookup(x, weight.t())
 
+    def replace_rows(self, x: Tensor, y: Tensor, numbers: Tensor, values: Tensor) -> Tensor:
+        known, order = numbers.sort()
+        place = torch.searchsorted(known, x).clamp_(max=len(known) - 1)
+        mine = (known[place] == x)[..., None]
+        return torch.where(mine, self.lookup(order[place], values).to(y.dtype), y)
+
     def lookup(self, numbers: Tensor, table: Tensor) -> Tensor:
+        """Rows of table (tokens, width) as this embedding would give them."""
         found = F.embedding(numbers, table)
         scale = getattr(self, "embed_scale", None)  # Gemma and others scale what they look up
         return found if scale is None else found * scale

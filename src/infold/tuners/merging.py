@@ -32,11 +32,12 @@ from infold.tuners.layers import (
     plain_class,
 )
 from infold.tuners.quantized import exact_values, exclude_from_quantization, is_readable
+from infold.tuners.select import modules_of
 
 if TYPE_CHECKING:
     from infold.tuners.model import AdaptedModel
 
-__all__ = ["Merged", "merged"]
+__all__ = ["Merged", "merged", "shared_parameters", "untie"]
 
 
 @dataclass
@@ -63,24 +64,48 @@ class Merged:
             place.module._parameters[place.name] = place.merged if merged else place.base
 
     def commit(self, model: nn.Module) -> None:
-        """What a merge for good changes beside parameters: quantized layers, and ties."""
-        shared = {id(place.base) for place in self.places}
-        left = [name for name, parameter in model.named_parameters() if id(parameter) in shared]
-        if left:
-            config = getattr(model, "config", None)
-            for holder in (config, getattr(config, "text_config", None)):
-                if holder is not None and getattr(holder, "tie_word_embeddings", False):
-                    holder.tie_word_embeddings = False
-            warnings.warn(
-                f"untied: {', '.join(left)} shared a tensor that the adapter changed at its other "
-                "end; they are now two tensors",
-                stacklevel=3,
-            )
+        """Put the dense layers into the places of quantized ones."""
         for path, linear in self.dense.items():
             parent, _, name = path.rpartition(".")
             setattr(model.get_submodule(parent), name, linear)
         if self.dense:
             exclude_from_quantization(model, self.dense)
+
+
+_Users = list[tuple[str, nn.Module, str]]
+
+
+def shared_parameters(model: AdaptedModel) -> list[_Users]:
+    """The base's parameters that several modules use: (path, module, the name there) of each."""
+    bases = {(id(p.module), p.name): p.base for p in model._attached.merged.places}
+    users: dict[int, _Users] = {}
+    for path, module in modules_of(model).items():
+        for name, own in module._parameters.items():
+            if own is not None:
+                base = bases.get((id(module), name), own)
+                users.setdefault(id(base), []).append((path, module, name))
+    return [group for group in users.values() if len(group) > 1]
+
+
+def untie(model: nn.Module, shared: Iterable[_Users]) -> None:
+    """Tell the model's config, and the user, of shared parameters that are several now."""
+    apart = [
+        f"{path}.{name}"
+        for group in shared
+        if len({id(module._parameters[name]) for _, module, name in group}) > 1
+        for path, _, name in group
+    ]
+    if not apart:
+        return
+    config = getattr(model, "config", None)
+    for holder in (config, getattr(config, "text_config", None)):
+        if holder is not None and getattr(holder, "tie_word_embeddings", False):
+            holder.tie_word_embeddings = False
+    warnings.warn(
+        f"untied: {', '.join(apart)} shared a tensor, which the adapter does not change alike for "
+        "all of them; they are several tensors now",
+        stacklevel=4,
+    )
 
 
 def merged(
@@ -97,10 +122,16 @@ def merged(
     """
     if names == current.names:
         return current
+    embeddings = model._attached.embeddings
+    before = {name: swapped.on for name, swapped in embeddings.items()}
     current.show(False)
     try:
+        for name, swapped in embeddings.items():
+            swapped.switch(name in names)  # what is merged is merged into the adapter's own
         result = _merge(model, names, keep, dequantize)
     except BaseException:
+        for name, swapped in embeddings.items():
+            swapped.switch(before[name])
         current.show(model._attached.enabled)
         raise
     result.show(True)
@@ -117,19 +148,24 @@ def _merge(
         if any(name in layer.adapters for name in names)
     }
     _check_storage(model, layers, keep, dequantize)
-    dense: list[_Change] = []
+    dense: dict[tuple[int, ...], _Change] = {}
     for path, layer in layers.items():
         chosen = [cast(Adapter, layer.adapters[n]) for n in names if n in layer.adapters]
         if isinstance(layer, AdaptedOpaque):
             assert dequantize is not None
             result.dense[path] = _dense(path, layer, chosen, dequantize)
         else:
-            dense.append(_Change(path, layer, chosen))
-    safe = set() if keep else _safe(model, dense)
-    edit_tensors((c.edits(), partial(c.place, result)) for c in dense if c.path not in safe)
+            change = _Change(path, layer, chosen)
+            # both ends of a tie share trained tokens; what each has for itself unties them
+            key = (id(next(change.parameters())[1]), *map(id, chosen))
+            if dense.setdefault(key, change) is not change:
+                dense[key].tied.append(layer)
+    changes = list(dense.values())
+    safe = set() if keep else _safe(model, changes)
+    edit_tensors((c.edits(), partial(c.place, result)) for c in changes if c.path not in safe)
     # nothing can be refused from here on
     edit_tensors(
-        ((c.edits(), partial(c.write, names)) for c in dense if c.path in safe), borrowed=True
+        ((c.edits(), partial(c.write, names)) for c in changes if c.path in safe), borrowed=True
     )
     return result
 
@@ -141,6 +177,7 @@ class _Change:
     path: str
     layer: Adapted
     adapters: list[Adapter]
+    tied: list[Adapted] = field(default_factory=list)  # that share the tensors and the adapters
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter, list[Adapter]]]:
         """Those that change, each with the adapters that change it."""
@@ -162,30 +199,31 @@ class _Change:
         stored = cast(Tensor, self.layer._parameters[name])
         if name == "bias":
             return [_step(a, stored, on_bias=True) for a in adapters]
-        return [_step(a, stored, self.layer.transposed) for a in adapters]
+        return [_step(a, stored, self.layer.transposed or a.is_table) for a in adapters]
 
     def place(self, result: Merged, values: list[Tensor]) -> None:
         """Remember the merged values beside the base's."""
         for (name, parameter, _), value in zip(self.parameters(), values, strict=True):
             new = nn.Parameter(value, requires_grad=parameter.requires_grad)
-            result.places.append(_Place(self.layer, name, parameter, new))
+            for layer in (self.layer, *self.tied):
+                result.places.append(_Place(layer, name, parameter, new))
 
     def write(self, names: Iterable[str], values: list[Tensor]) -> None:
         """Write the merged values into the base's memory; the adapters leave the layer."""
         for (_, parameter, _), value in zip(self.parameters(), values, strict=True):
             parameter.data.copy_(value)
-        layer, gone = self.layer, self.adapters
-        layer._runs = tuple(run for run in layer._runs if run not in gone)
-        for name in names:
-            if name in layer.adapters:
-                del layer.adapters[name]
+        for layer in (self.layer, *self.tied):
+            layer._runs = tuple(run for run in layer._runs if run not in self.adapters)
+            for name in names:
+                if name in layer.adapters:
+                    del layer.adapters[name]
 
 
 def _safe(model: nn.Module, changes: Sequence[_Change]) -> set[str]:
     """The paths of the layers that can be written to at once: nothing else uses their memory, and
     no element can leave the range of its dtype."""
-    alone = _alone(model)
-    own = [c for c in changes if all(id(parameter) in alone for _, parameter, _ in c.parameters())]
+    users = _users(model)
+    own = [c for c in changes if all(users[id(p)] == 1 + len(c.tied) for _, p, _ in c.parameters())]
     found: set[str] = set()
 
     def look(change: _Change) -> None:
@@ -201,8 +239,8 @@ def _safe(model: nn.Module, changes: Sequence[_Change]) -> set[str]:
     return found
 
 
-def _alone(model: nn.Module) -> set[int]:
-    """The ids of the parameters whose memory nothing else in the model uses."""
+def _users(model: nn.Module) -> dict[int, int]:
+    """The ids of parameters and buffers, and how many places in the model use their memory."""
     found: dict[int, int] = {}
     spans = []
     for _, tensor in [
@@ -222,7 +260,7 @@ def _alone(model: nn.Module) -> set[int]:
             found[before] += 1
         if stop > end:
             end, before = stop, key
-    return {key for key, count in found.items() if count == 1}
+    return found
 
 
 def _is_safe(parameter: Tensor, adapters: Iterable[Adapter]) -> bool:

@@ -7,7 +7,6 @@ becomes a subclass, made here, that adds the methods below.
 from __future__ import annotations
 
 import functools
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,37 +16,21 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from infold.adapters import METHODS, Settings
-from infold.adapters.exact import slices_for
-from infold.dtypes import NAMES
 from infold.errors import Refusal
 from infold.tuners import files, merging
-from infold.tuners.config import IA3Config, LoraConfig, TunerConfig
-from infold.tuners.layers import Adapted, Adapter, Rows, Stage, adapt, restore
+from infold.tuners.config import LoraConfig, TunerConfig
+from infold.tuners.embeddings import Swapped
+from infold.tuners.layers import Adapted, Adapter, Rows, adapt, restore
+from infold.tuners.parts import layers_of, new_adapter
 from infold.tuners.quantized import keep_gradients
 from infold.tuners.select import Selection, select
+from infold.tuners.vocabulary import TokenRows, check_order
 from infold.tuners.weighted import add_weighted
 from infold.tuners.whole import Whole, add_whole, restore_whole
 
 __all__ = ["AdaptedModel", "Attached", "attach", "insert", "load"]
 
 BASE = "__base__"  # in adapter_names: a row that no adapter changes
-
-
-@dataclass
-class Biases:
-    """The biases of the base that one adapter trains. `others` are the values not in force."""
-
-    parameters: dict[str, nn.Parameter]
-    others: dict[str, Tensor]
-    on: bool = False
-
-    def switch(self, on: bool) -> None:
-        if on == self.on:
-            return
-        for name, parameter in self.parameters.items():
-            parameter.data, self.others[name] = self.others[name], parameter.data
-        self.on = on
 
 
 @dataclass
@@ -60,7 +43,9 @@ class Attached:
     enabled: bool = True
     layers: dict[str, Adapted] = field(default_factory=dict)
     whole: dict[str, Whole] = field(default_factory=dict)
-    biases: dict[str, Biases] = field(default_factory=dict)
+    biases: dict[str, Swapped] = field(default_factory=dict)
+    embeddings: dict[str, Swapped] = field(default_factory=dict)  # others than the base's
+    tokens: dict[str, TokenRows] = field(default_factory=dict)
     rows: Rows = field(default_factory=Rows)
     merged: merging.Merged = field(default_factory=lambda: merging.Merged())
     slow: list[nn.Module] = field(default_factory=list)  # 4-bit layers kept off a kernel
@@ -193,80 +178,26 @@ def insert(
     if isinstance(config, LoraConfig) and config.bias != "none" and attached.biases:
         other = next(iter(attached.biases))
         raise Refusal(f"bias={config.bias!r}: the adapter {other!r} trains biases already")
+    if selection.rows.tokens:
+        if attached.merged.names:
+            merged = ", ".join(attached.merged.names)
+            raise Refusal(f"trainable_token_indices: unmerge {merged} first")
+        attached.tokens[name] = selection.rows
     for path, module in layers_of(selection).items():
         layer = adapt(module, attached.rows)
         attached.layers[path] = layer
-        settings, method = settings_of(config, path, layer, path in selection.feedforward)
-        own = _own_parameter(layer)
-        if loaded is not None:
-            parts = {part: value.clone() for part, value in loaded[path].items()}
-        else:
-            with torch.device("meta" if own.is_meta else "cpu"), torch.no_grad():
-                before = Stage(layer, layer._runs, (), {})
-                parts = METHODS[method].init(layer.geometry(), settings, before)
-        dtype = own.dtype if own.dtype in (torch.float32, torch.float64) else torch.float32
-        parts = {part: value.to(own.device, dtype) for part, value in parts.items()}
-        dropout = config.lora_dropout if isinstance(config, LoraConfig) else 0.0
-        layer.adapters[name] = Adapter(method, parts, settings, dropout)
-        layer.adapters[name].train(layer.training)
+        layer.adapters[name] = new_adapter(
+            selection, path, layer, None if loaded is None else loaded[path]
+        )
         _keep_off_fast_path(model, path, layer)
+    for path, owner in selection.rows.tied.items():
+        attached.layers[path] = layer = adapt(model.get_submodule(path), attached.rows)
+        layer.adapters[name] = attached.layers[owner].adapters[name]
     for path, module in selection.whole.items():
         attached.whole[path] = add_whole(module, name, attached.rows)
     if isinstance(config, LoraConfig) and config.bias != "none":
         attached.biases[name] = _biases(model, config, selection)
     attached.configs[name] = config
-
-
-def layers_of(selection: Selection) -> dict[str, nn.Module]:
-    """Path -> module that holds an adapter: MultiheadAttention also has one on its out_proj."""
-    found = {}
-    for path, module in selection.layers.items():
-        found[path] = module
-        if isinstance(module, nn.MultiheadAttention):
-            found[f"{path}.out_proj"] = module.out_proj
-    return found
-
-
-def settings_of(
-    config: TunerConfig, path: str, layer: Adapted, feedforward: bool
-) -> tuple[Settings, str]:
-    """The settings and the method of one layer, the same as the merge of checkpoints takes."""
-    geometry = layer.geometry()
-    if isinstance(config, IA3Config):
-        side = "in" if feedforward else "out"
-        settings = Settings(
-            side=side,
-            kernel=math.prod(geometry.kernel) if side == "in" else 1,
-            groups=int(getattr(layer, "groups", 1)) if side == "in" and geometry.kernel else 1,
-            out=geometry.outputs,
-            start=config.init_ia3_weights,
-        )
-        return settings, "ia3"
-    assert isinstance(config, LoraConfig)
-    # PEFT up to 0.21 adds the update of MultiheadAttention's out_proj twice, in training too
-    inner = isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear)
-    times, named = (2, path.rpartition(".")[0]) if inner else (1, path)
-    rank = config.rank(named)
-    stored = NAMES.get(_own_parameter(layer).dtype, "F32")
-    settings = Settings(
-        scaling=times * config.scaling(named),
-        slices=slices_for(stored, rank),
-        out=geometry.outputs,
-        rank=rank,
-        start=config.init_lora_weights,
-        with_bias=config.lora_bias,
-    )
-    return settings, config.method
-
-
-def _own_parameter(layer: nn.Module) -> Tensor:
-    """The weight of a layer, or whatever it has that tells its device and dtype."""
-    for name in ("weight", "in_proj_weight"):
-        weight = getattr(layer, name, None)
-        if isinstance(weight, Tensor):
-            return weight
-    own = (*layer.parameters(recurse=False), *layer.buffers(recurse=False))
-    return own[0] if own else torch.empty(0)
 
 
 def _keep_off_fast_path(model: nn.Module, path: str, layer: nn.Module) -> None:
@@ -288,7 +219,7 @@ def _take_hook(layer: nn.Module) -> None:
             del layer._forward_pre_hooks[key]
 
 
-def _biases(model: nn.Module, config: LoraConfig, selection: Selection) -> Biases:
+def _biases(model: nn.Module, config: LoraConfig, selection: Selection) -> Swapped:
     own = {
         path: parameter
         for path, parameter in model.named_parameters()
@@ -296,7 +227,7 @@ def _biases(model: nn.Module, config: LoraConfig, selection: Selection) -> Biase
         and ".adapters." not in path
         and (config.bias == "all" or path.rpartition(".")[0] in selection.layers)
     }
-    return Biases(own, {name: parameter.detach().clone() for name, parameter in own.items()})
+    return Swapped(own, {name: parameter.detach().clone() for name, parameter in own.items()})
 
 
 class AdaptedModel(nn.Module):
@@ -330,6 +261,7 @@ class AdaptedModel(nn.Module):
         """Put these adapters in force, in this order, and make them the ones that are trained."""
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         self._known(names)
+        check_order(self._attached, (*self._attached.merged.names, *names))
         self._attached.active = tuple(dict.fromkeys(names))
         self._refresh()
 
@@ -354,6 +286,8 @@ class AdaptedModel(nn.Module):
             self.unmerge_adapter([adapter_name])
         if adapter_name in attached.biases:
             attached.biases.pop(adapter_name).switch(False)
+        if adapter_name in attached.embeddings:
+            attached.embeddings.pop(adapter_name).switch(False)
         for path, layer in list(attached.layers.items()):
             if adapter_name in layer.adapters:
                 del layer.adapters[adapter_name]
@@ -368,6 +302,7 @@ class AdaptedModel(nn.Module):
                 restore_whole(module)
                 del attached.whole[path]
         del attached.configs[adapter_name]
+        attached.tokens.pop(adapter_name, None)
         attached.active = tuple(name for name in attached.active if name != adapter_name)
         self._refresh()
 
@@ -420,6 +355,9 @@ class AdaptedModel(nn.Module):
             module._in_force = own[-1] if own and attached.enabled else None
             for name in module.adapters:
                 module.adapters[name].requires_grad_(self._trains(name))
+        for name, swapped in attached.embeddings.items():
+            used = name in attached.active or name in attached.merged.names
+            swapped.switch(attached.enabled and used)
         for name, biases in attached.biases.items():
             biases.switch(attached.enabled and name in attached.active)
             for parameter in biases.parameters.values():
@@ -444,6 +382,9 @@ class AdaptedModel(nn.Module):
             raise Refusal("adapter_names inside of disable_adapter()")
         if attached.biases:
             raise Refusal("adapter_names: an adapter that trains biases has them in every row")
+        if attached.embeddings:
+            brings = ", ".join(attached.embeddings)
+            raise Refusal(f"adapter_names: {brings} brings an embedding, which is in every row")
         if self.training and torch.is_grad_enabled() and _checkpoints(self):
             raise Refusal(
                 "adapter_names: with activation checkpointing, layers run again in the backward "
@@ -479,6 +420,7 @@ class AdaptedModel(nn.Module):
         self._known(names)
         attached = self._attached
         new = [name for name in names if name not in attached.merged.names]
+        check_order(attached, (*attached.merged.names, *new))
         attached.merged = merging.merged(self, attached.merged, (*attached.merged.names, *new))
         self._refresh()
 
@@ -506,14 +448,15 @@ class AdaptedModel(nn.Module):
         names = self.active_adapters if adapter_names is None else list(adapter_names)
         self._known(names)
         attached = self._attached
+        check_order(attached, names)
         attached.merged = merging.merged(
             self, attached.merged, tuple(names), keep=False, dequantize=dequantize
         )
         for module in attached.whole.values():
             own = [n for n in names if n in module.adapters]
             module._in_force = own[-1] if own else None
-        for name, biases in attached.biases.items():
-            biases.switch(name in names)
+        for name, swapped in (*attached.embeddings.items(), *attached.biases.items()):
+            swapped.switch(name in names)
         return self._plain_again(keep=True)
 
     def unload(self) -> Any:
@@ -522,18 +465,19 @@ class AdaptedModel(nn.Module):
         attached.merged = merging.merged(self, attached.merged, ())
         for module in attached.whole.values():
             module._in_force = None
-        for biases in attached.biases.values():
-            biases.switch(False)
+        for swapped in (*attached.embeddings.values(), *attached.biases.values()):
+            swapped.switch(False)
         return self._plain_again(keep=False)
 
     def _plain_again(self, keep: bool) -> nn.Module:
-        attached = self._attached
+        attached, shared = self._attached, merging.shared_parameters(self)
         attached.merged.commit(self)
         for layer in attached.layers.values():
             _take_hook(layer)
             restore(layer)
         for module in attached.whole.values():
             restore_whole(module, keep)
+        merging.untie(self, shared)
         del self._attached
         self.__dict__.pop("_hf_peft_config_loaded", None)
         self.__class__ = type(self)._plain  # type: ignore[attr-defined]
@@ -552,14 +496,19 @@ class AdaptedModel(nn.Module):
         selected_adapters: Sequence[str] | None = None,
         state_dict: Mapping[str, Tensor] | None = None,
         is_main_process: bool = True,
+        save_embedding_layers: bool | str = "auto",
         **kwargs: Any,
     ) -> None:
         """Write the adapters in PEFT's layout: `default` into the folder, others into folders in
-        it. state_dict: where the values come from, if not from the model (FSDP gathers one)."""
+        it. state_dict: where the values come from, if not from the model (FSDP gathers one).
+        save_embedding_layers: write the base's embeddings too; "auto": where embed_tokens or
+        lm_head is a target, or the vocabulary was resized."""
+        if save_embedding_layers not in (True, False, "auto"):
+            raise Refusal(f"save_embedding_layers={save_embedding_layers!r}: True, False or 'auto'")
         names = list(self._attached.configs if selected_adapters is None else selected_adapters)
         self._known(names)
         if is_main_process:
-            files.save(self, save_directory, names, state_dict)
+            files.save(self, save_directory, names, state_dict, save_embedding_layers)
 
     def load_adapter(
         self,

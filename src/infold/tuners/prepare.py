@@ -32,6 +32,7 @@ class Prepared:
     rows: list[Tokens]
     eval_rows: list[Tokens]
     pad_id: int
+    trained: list[int]  # tokens whose embeddings are trained
     data: dict[str, Any]  # for the record
     notes: list[str]
 
@@ -76,6 +77,7 @@ def prepare(
             heads=task == "SEQ_CLS",
         )
 
+    trained = _trained(name, tokenizer, settings)
     rows, changed = tokens(found)
     eval_rows: list[Tokens] = []
     if held is not None:
@@ -99,12 +101,32 @@ def prepare(
     if changed:
         done = "cut at" if settings.too_long == "cut" else "dropped, being longer than"
         notes.append(f"{changed:,} rows were {done} {limit:,} tokens")
+    seen = {token for row in rows for token in row.ids}
+    if absent := [t for t, i in zip(settings.tokens or (), trained, strict=True) if i not in seen]:
+        notes.append(f"in no row, so it learns nothing from being read: {', '.join(absent)}")
     if settings.packing:
         rows, eval_rows = pack(rows, limit), pack(eval_rows, limit)
         facts["packed_rows"] = len(rows)
     pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     pad_id = next(int(i) for i in pads if i is not None)
-    return Prepared(folder, config, tokenizer, task, classes, rows, eval_rows, pad_id, facts, notes)
+    return Prepared(
+        folder, config, tokenizer, task, classes, rows, eval_rows, pad_id, trained, facts, notes
+    )
+
+
+def _trained(name: str, tokenizer: Any, settings: TrainSettings) -> list[int]:
+    """The numbers of the tokens whose embeddings are trained."""
+    if not settings.tokens:
+        return []
+    known = tokenizer.get_vocab()
+    strangers = [token for token in settings.tokens if token not in known]
+    if strangers:
+        raise Refusal(
+            f"--tokens: {token!r} is no token of {name}; give one as its tokenizer lists it, or "
+            "add it to the tokenizer and resize the model's embeddings first"
+            for token in strangers
+        )
+    return [known[token] for token in settings.tokens]
 
 
 def _task(name: str, config: Any, data: DataSet, settings: TrainSettings) -> str:

@@ -8,17 +8,19 @@ import re
 import sys
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
 from infold.errors import Refusal
-from infold.tuners.config import READ_INITS, IA3Config, LoraConfig, Names, TunerConfig
+from infold.tuners.config import READ_INITS, IA3Config, LoraConfig, Names, TunerConfig, matches
 from infold.tuners.layers import KINDS, Adapted, AdaptedOpaque, kind_of
 from infold.tuners.quantized import is_readable
 from infold.tuners.targets import find_targets, fused_experts
+from infold.tuners.vocabulary import FIELD, TokenRows, find_rows, misfits
+from infold.tuners.whole import Whole
 
-__all__ = ["Selection", "matches", "modules_of", "select"]
+__all__ = ["Selection", "modules_of", "select"]
 
 # The kernels of these models read conv1d and out_proj's weights without calling the modules.
 _MAMBA = ("mamba", "mamba2", "falcon_mamba", "falcon_h1")
@@ -33,15 +35,8 @@ class Selection:
     layers: dict[str, nn.Module]
     feedforward: frozenset[str]  # IA³: paths of layers whose inputs are scaled
     whole: dict[str, nn.Module]  # modules_to_save
-
-
-def matches(names: Names, path: str) -> bool:
-    """Whether a list of endings, by whole components, or a regular expression means a path."""
-    if not names:
-        return False
-    if isinstance(names, str):
-        return re.fullmatch(names, path) is not None
-    return any(path == name or path.endswith(f".{name}") for name in names)
+    rows: TokenRows = field(default_factory=TokenRows)
+    tables: dict[str, nn.Module] = field(default_factory=dict)  # the modules of `rows.tokens`
 
 
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -49,7 +44,7 @@ def modules_of(model: nn.Module) -> dict[str, nn.Module]:
     own: dict[str, nn.Module] = {}
     inside: list[str] = []
     for path, module in model.named_modules():
-        if isinstance(module, Adapted):
+        if isinstance(module, Adapted | Whole):
             inside.append(f"{path}.adapters" if path else "adapters")
         if not any(path == i or path.startswith(f"{i}.") for i in inside[-2:]) and path:
             own[path] = module
@@ -82,6 +77,8 @@ def select(model: nn.Module, config: TunerConfig) -> Selection:
         problems += _unfit(model, path, module, config)
     if not layers and not problems:
         problems.append("no module is left: every target is excluded, or in no wanted layer")
+    rows, strangers = find_rows(model, modules, config)
+    problems += _unmatched(FIELD, strangers, modules) + misfits(rows, modules, layers, whole)
     feedforward: frozenset[str] = frozenset()
     if isinstance(config, IA3Config):
         feedforward = frozenset(p for p in layers if matches(config.feedforward_modules, p))
@@ -96,7 +93,8 @@ def select(model: nn.Module, config: TunerConfig) -> Selection:
             ]
     if problems:
         raise Refusal(f"{type(config).__name__}: {problem}" for problem in problems)
-    return Selection(_by_layout(config, layers), layers, feedforward, whole)
+    tables = {path: modules[path] for path in rows.tokens}
+    return Selection(_by_layout(config, layers), layers, feedforward, whole, rows, tables)
 
 
 def _with_targets(

@@ -27,7 +27,8 @@ class TrainSettings:
     lr: None: 2e-4, for ia3 3e-3. schedule: linear, cosine or constant, after `warmup` (a fraction
     of all steps). rank, alpha (None: twice the rank), dropout: of LoRA and DoRA.
     targets: endings of module paths; None: found from the model's structure. feedforward: for
-    ia3, those of the targets whose inputs are scaled.
+    ia3, those of the targets whose inputs are scaled. tokens: of LoRA and DoRA: tokens, as the
+    tokenizer writes them, whose embeddings are trained too.
     max_length: None: what the model takes, with packing at most 2,048. too_long: what happens to
     longer rows: refuse, cut (at the end) or drop.
     eval_split: a fraction of the rows, or a file. eval_every: steps; None: after each epoch.
@@ -50,6 +51,7 @@ class TrainSettings:
     dropout: float = 0.0
     targets: tuple[str, ...] | None = None
     feedforward: tuple[str, ...] | None = None
+    tokens: tuple[str, ...] | None = None
     max_length: int | None = None
     too_long: str = "refuse"
     fields: Mapping[str, str] | None = None
@@ -65,7 +67,7 @@ class TrainSettings:
     save_every: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("targets", "feedforward", "labels"):
+        for name in ("targets", "feedforward", "tokens", "labels"):
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, tuple(value))
@@ -107,6 +109,10 @@ class TrainSettings:
             wrong.append(("template", "must hold {text}, where the row's text goes"))
         if self.feedforward and self.method != "ia3":
             wrong.append(("feedforward", "is a setting of --method ia3"))
+        if self.tokens and self.method == "ia3":
+            wrong.append(("tokens", "is a setting of --method lora and dora"))
+        if self.tokens and len(set(self.tokens)) < len(self.tokens):
+            wrong.append(("tokens", "has one of them twice"))
         if self.packing and self.task == "SEQ_CLS":
             wrong.append(("packing", "works for CAUSAL_LM only: a row has one class"))
         return wrong
@@ -119,7 +125,8 @@ class TrainSettings:
         """JSON-ready, with the defaults filled in."""
         found = asdict(self) | {"lr": self.learning_rate}
         if self.method == "ia3":
-            found = {k: v for k, v in found.items() if k not in ("rank", "alpha", "dropout")}
+            lora = ("rank", "alpha", "dropout", "tokens")
+            found = {k: v for k, v in found.items() if k not in lora}
         elif self.alpha is None:
             found["alpha"] = 2 * self.rank
         return {k: list(v) if isinstance(v, tuple) else v for k, v in found.items()}

@@ -399,6 +399,7 @@ def _model(
         lora_alpha=2 * settings.rank if settings.alpha is None else settings.alpha,
         lora_dropout=settings.dropout,
         use_dora=settings.method == "dora",
+        trainable_token_indices=ready.trained or None,
         **common,
     )
     return attach(model, config)

@@ -65,7 +65,9 @@ class AdapterTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         values = trained_values(model)
         if self.args.should_save:
-            model.save_pretrained(output_dir or self.args.output_dir, state_dict=values)
+            folder = output_dir or self.args.output_dir
+            # the base is in a folder of its own, as it was: nothing here resizes a vocabulary
+            model.save_pretrained(folder, state_dict=values, save_embedding_layers=False)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Nothing: the adapter was read from the checkpoint when the model was made."""

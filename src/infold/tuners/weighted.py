@@ -38,7 +38,8 @@ def add_weighted(
     with tempfile.TemporaryDirectory(prefix="infold-") as temporary:
         folder = Path(temporary)
         for adapter in adapters:  # "default" lies in the folder itself, others in one of theirs
-            files.save(model, folder / adapter if adapter == "default" else folder, [adapter])
+            place = folder / adapter if adapter == "default" else folder
+            files.save(model, place, [adapter], with_embeddings=False)
         try:
             plan = plan_combination([folder / a for a in adapters], weights, kind, **options)
             write_combination(plan, folder / "combined.out")

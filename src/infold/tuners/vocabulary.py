@@ -1,0 +1,135 @@
+"""Rows of the vocabulary's tables that an adapter trains: PEFT's `trainable_token_indices`.
+
+The input embedding is such a table, and so is a head that scores tokens. Where a head is tied to
+the embedding, one part serves both: what is looked up is also what scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from infold.errors import Refusal
+from infold.tuners.config import TunerConfig, matches
+from infold.tuners.layers import kind_of
+
+if TYPE_CHECKING:
+    from infold.tuners.model import Attached
+
+__all__ = ["TokenRows", "check_order", "end_of", "find_rows", "misfits"]
+
+FIELD = "trainable_token_indices"
+INPUT, OUTPUT = "get_input_embeddings", "get_output_embeddings"
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """The rows that one adapter trains.
+
+    tokens: path of an embedding or a head -> the numbers of its rows, in the order of the file.
+    tied: path of a module whose weight is an embedding's, so that it follows -> that one's path.
+    """
+
+    tokens: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    tied: dict[str, str] = field(default_factory=dict)
+
+    def __iter__(self) -> Any:
+        return iter((*self.tokens, *self.tied))
+
+
+def find_rows(
+    model: nn.Module, modules: Mapping[str, nn.Module], config: TunerConfig
+) -> tuple[TokenRows, list[str]]:
+    """The rows that a config means, and the names in it that mean no module."""
+    wanted = getattr(config, FIELD, None)
+    if wanted is None:
+        return TokenRows(), []
+    embedding = end_of(model, modules, INPUT)
+    if isinstance(wanted, dict):
+        named = {name: [p for p in modules if matches([name], p)] for name in wanted}
+    else:
+        named = {"embed_tokens": [p for p in modules if matches(["embed_tokens"], p)]}
+        if embedding is not None:
+            named = {embedding: [embedding]}
+        wanted = dict.fromkeys(named, wanted)
+    tokens: dict[str, tuple[int, ...]] = {}
+    strangers = [name for name, paths in named.items() if not paths]
+    for name, paths in named.items():
+        for path in paths:
+            if tokens.setdefault(path, tuple(wanted[name])) != tuple(wanted[name]):
+                raise Refusal(f"{FIELD}: {path} has two names there, with different tokens")
+    if embedding is None or embedding not in tokens or not _says_tied(model):
+        return TokenRows(tokens), strangers
+    shared = _weight(modules[embedding])
+    tied = [p for p, m in modules.items() if p != embedding and _weight(m) is shared is not None]
+    if any(tokens.get(path, tokens[embedding]) != tokens[embedding] for path in tied):
+        return TokenRows(tokens), strangers  # each end its own, as PEFT takes it
+    alone = {path: rows for path, rows in tokens.items() if path not in tied}
+    return TokenRows(alone, dict.fromkeys(tied, embedding)), strangers
+
+
+def misfits(
+    rows: TokenRows, modules: Mapping[str, nn.Module], targets: Iterable[str], saved: Iterable[str]
+) -> list[str]:
+    """Why these rows cannot be trained. targets, saved: the modules that get another adapter."""
+    targets, saved = set(targets), set(saved)
+    problems = []
+    for path in rows:
+        module, end = modules[path], f" (tied to {rows.tied[path]})" if path in rows.tied else ""
+        kind = kind_of(module)
+        if kind is None or "trainable_tokens" not in kind.METHODS:
+            problems.append(f"{FIELD}: {path}{end} is a {type(module).__name__}, not an embedding")
+            continue
+        if path in targets or path in saved:
+            field = "target_modules" if path in targets else "modules_to_save"
+            problems.append(f"{FIELD}: {path}{end} is also one of {field}; leave it out of one")
+        shape = getattr(module, "weight").shape  # noqa: B009
+        over = [token for token in rows.tokens.get(path, ()) if token >= shape[0]]
+        if over:
+            problems.append(
+                f"{FIELD}: token {over[0]} of {path}, which has {shape[0]}: call "
+                "model.resize_token_embeddings first"
+            )
+    return problems
+
+
+def check_order(attached: Attached, names: Sequence[str]) -> None:
+    """Raise Refusal where trained rows, or a whole embedding that an adapter brings, would
+    overwrite what an adapter before it did."""
+    problems, names = [], tuple(dict.fromkeys(names))
+    for number, name in enumerate(names):
+        rows, whole = attached.tokens.get(name, TokenRows()), attached.embeddings.get(name)
+        for path in dict.fromkeys((*rows, *(whole.paths if whole else ()))):
+            layer = attached.layers.get(path)
+            earlier = [n for n in names[:number] if layer is not None and n in layer.adapters]
+            if earlier:
+                what = "rows of " if path in rows else ""
+                problems.append(
+                    f"{name} replaces {what}{path}, which {', '.join(earlier)} changes before "
+                    f"it: that work would be lost; put {name} first, or use one of them"
+                )
+    if problems:
+        raise Refusal(problems)
+
+
+def end_of(model: nn.Module, modules: Mapping[str, nn.Module], get: str) -> str | None:
+    """The path of a model's input embedding or head; get: transformers' method for it."""
+    try:
+        module = getattr(model, get)()
+    except (AttributeError, NotImplementedError):
+        return None
+    return next((path for path, own in modules.items() if own is module), None)
+
+
+def _weight(module: nn.Module) -> Tensor | None:
+    return module._parameters.get("weight")
+
+
+def _says_tied(model: nn.Module) -> bool:
+    """Whether the model's config ties its ends, so that a saved model is loaded so."""
+    config = getattr(model, "config", None)
+    holders = (config, getattr(config, "text_config", None))
+    return any(getattr(holder, "tie_word_embeddings", False) for holder in holders)
