@@ -34,6 +34,7 @@ __all__ = [
     "KVCache",
     "check_as_merged",
     "check_deployable",
+    "check_for_report",
     "read_facts",
     "receipt_digest",
 ]
@@ -163,6 +164,16 @@ def check_as_merged(merged: str | os.PathLike[str]) -> None:
     if exists(folder / RECEIPT):
         if wrong := _changed(folder, open_checkpoint(folder), checked_receipt(folder)):
             raise Refusal(wrong)
+
+
+def check_for_report(folder: Path) -> str | None:
+    """As `check_as_merged`, for a folder that may hold records alone: a receipt without any shard
+    beside it is one. Returns the digest of the receipt, None where there is none."""
+    if not exists(folder / RECEIPT):
+        return None
+    if any(folder.glob("*.safetensors*")):
+        check_as_merged(folder)
+    return receipt_digest(folder)
 
 
 def _changed(folder: Path, checkpoint: Checkpoint, receipt: Mapping[str, Any]) -> list[str]:
