@@ -127,7 +127,7 @@ def test_the_training_record_is_found_beside_the_adapter(merged: Path, tmp_path:
 def test_a_merged_folder_that_was_edited_afterwards_is_refused(
     merged: Path, tmp_path: Path
 ) -> None:
-    """Its page would tell of other weights than the receipt: nothing is written, an old page stays."""
+    """Its page would tell of other weights than the receipt: an old page stays as it was."""
     folder, page = tmp_path / "merged", tmp_path / "page.md"
     shutil.copytree(merged, folder)
     shard = folder / "model.safetensors"

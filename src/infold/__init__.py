@@ -553,7 +553,7 @@ def report(
 
     folder: a merged folder, or one of JSON records. out: the .html or .md file; by default
     NAME-report.html here. record: JSON records from elsewhere. Returns the page's path.
-    Raises Refusal (no records, or shards that changed after the merge), CorruptFile, StorageFailure.
+    Raises Refusal (no records, shards that changed after the merge), CorruptFile, StorageFailure.
     """
     from infold.deploy.facts import check_for_report
     from infold.inspect.update import describe_update
