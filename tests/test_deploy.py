@@ -19,6 +19,7 @@ import pytest
 import torch
 import yaml
 from peft import IA3Config, get_peft_model
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -418,6 +419,19 @@ def test_what_was_changed_afterwards_fails(made: tuple[Path, Path, Path], merged
         "merged", "functions normally", "stable over time", "configuration saved",
     }  # fmt: skip
     assert "another merge" in boxes["functions normally"]["evidence"]
+
+
+def test_a_rollback_to_another_base_is_no_plan(made: Any, merged: Path, tmp_path: Path) -> None:
+    """The same tensors in another file: what would be served again is not what was merged."""
+    subprocess.run(["cp", "-r", made[0], tmp_path / "base"], check=True)
+    deploy_bundle(merged, measured=False)
+    for metadata, status in ((None, "PASS"), ({"format": "pt", "other": "1"}, "FAIL")):
+        if metadata:
+            file = tmp_path / "base" / "model.safetensors"
+            save_file(load_file(file), file, metadata=metadata)
+        box = by_title(check_boxes(tmp_path / "base", made[1], merged))["rollback plan"]
+        assert box.status == status, box.evidence
+    assert "not the one that was merged" in box.evidence
 
 
 def test_the_library_does_what_the_commands_do(

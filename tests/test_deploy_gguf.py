@@ -9,8 +9,11 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import torch
 from typer.testing import CliRunner
 
+import handmade
+import infold
 from infold.cli.main import app
 from infold.deploy import smoke
 from infold.deploy.local import LocalFailure
@@ -85,6 +88,23 @@ def test_a_real_server_answers_as_llama_cpp_does_without_one(
     assert found["server"] == "xllamacpp" and found["ok"], found
     assert found["served"] == found["local"] and len(found["served"]) > 3
     assert {p.pid for p in psutil.Process().children(recursive=True)} <= before
+
+
+def test_a_merged_file_that_was_edited_afterwards_is_refused(tiny: Path, tmp_path: Path) -> None:
+    """Before anything is started; as it was merged it is served."""
+    vectors = {f"model.layers.{n}.self_attn.v_proj": torch.full((32, 1), 1.5) for n in range(2)}
+    out = tmp_path / "merged.gguf"
+    infold.merge(tiny, handmade.ia3(tmp_path / "adapter", vectors), out)
+    arguments = ["deploy", str(out), "--smoke", "--requests", "6", "--seconds", "0"]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+
+    content = bytearray(out.read_bytes())
+    content[-1] ^= 1
+    out.write_bytes(content)
+    ran = CliRunner().invoke(app, arguments)
+    assert ran.exit_code == 2 and "was changed after it was merged" in ran.output
+    ran = CliRunner().invoke(app, ["deploy", str(out)])
+    assert ran.exit_code == 2 and "a GGUF file gets no bundle" in ran.output
 
 
 def test_a_server_with_another_model_is_found_out(

@@ -19,8 +19,8 @@ from infold.adapters import METHODS
 from infold.cli.main import app
 from infold.errors import Refusal
 from infold.methods import table
-from infold.methods.measure import BOTTLENECKS, _bottleneck, _check_python
-from infold.methods.table import MethodRow, attach_peft, method_rows
+from infold.methods.measure import BOTTLENECKS, _bottleneck, _check_python, _measured
+from infold.methods.table import MethodRow, attach_peft, method_rows, peft_needs
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 PAGE = Path(__file__).parent.parent / "docs" / "methods.md"
@@ -53,6 +53,41 @@ def test_a_merge_that_computes_something_else_is_not_called_a_merge(
     assert table._tried("IA3") == ("wrong by 100% of its update", False)
 
 
+def test_what_depends_on_the_input_or_the_task_has_no_one_weight(
+    rows: dict[str, MethodRow],
+) -> None:
+    for name in ("XLORA", "LILY", "SHADOW"):
+        assert rows[name].infold == "never: what it adds depends on the input"
+    assert rows["POLY"].infold == "no: a weight for each task, not one"
+    assert rows["POLY"].peft == "no: not implemented", "it ran, and then had no merge"
+    assert rows["XLORA"].peft.startswith("wrong by "), "it merges, and computes something else"
+    assert rows["ADAMSS"].peft == "yes"
+    assert not [row for row in rows.values() if row.peft.startswith("not tried")]
+    assert all(row.merge for row in rows.values() if row.peft.startswith("yes"))
+
+
+def test_a_base_without_biases_has_none_to_train() -> None:
+    model = table._small()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.bias = None
+    found = _measured(model, "BitFit", torch.arange(4)[None], 1, model.num_parameters())
+    assert found == {"why": "this base has no biases"}
+
+
+def test_what_x_lora_mixes_runs(tmp_path: Path) -> None:
+    """Its experts change the outputs, by weights that differ from token to token."""
+    plain = table._small()
+    ids = torch.arange(6)[None]
+    needs = peft_needs(plain, "XLORA", tmp_path)
+    model = attach_peft(table._small(), "XLORA", needs).eval()
+    with torch.no_grad():
+        logits = model(ids).logits
+        mix = model.base_model.get_latest_scalings()[0, :, 0]
+    assert (logits - plain(ids).logits).norm() > 0.1
+    assert mix.shape == (6, 2) and len({row[0].item() for row in mix}) > 1
+
+
 def test_the_page_is_the_verbs_output(rows: dict[str, MethodRow]) -> None:
     """Its first table is; the second, of --measure, differs from day to day."""
     cells = [(row.name, row.infold, row.peft, row.merge) for row in rows.values()]
@@ -68,6 +103,7 @@ def test_parameters_and_overhead_of_a_real_class(tmp_path: Path) -> None:
         vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
         num_attention_heads=4, bos_token_id=0, eos_token_id=1,
     )  # fmt: skip
+    config.attention_bias = True
     model = LlamaForCausalLM(config)
     model.save_pretrained(tmp_path / "base")
 
@@ -76,7 +112,8 @@ def test_parameters_and_overhead_of_a_real_class(tmp_path: Path) -> None:
 
     assert done.exit_code == 0, done.output
     found = {one["name"]: one for one in json.loads(done.stdout)["measured"]}
-    assert set(found) == {kind.value for kind in peft.PeftType} | {*BOTTLENECKS.values()}
+    types = {kind.value for kind in peft.PeftType} | {"BitFit"}
+    assert set(found) == types | {*BOTTLENECKS.values()}
     if find_spec("adapters") is None:
         assert all("--adapters-python" in found[name]["why"] for name in BOTTLENECKS.values())
     for name in ("LORA", "IA3", "OFT", "PROMPT_TUNING"):
@@ -84,6 +121,12 @@ def test_parameters_and_overhead_of_a_real_class(tmp_path: Path) -> None:
         assert found[name]["parameters"] == trained and total
         assert found[name]["low"] <= found[name]["ratio"] <= found[name]["high"]
     assert found["PROMPT_TUNING"]["parameters"] == 20 * 64
+    assert [found[name] for name in types if "why" in found[name]] == []
+    assert found["BitFit"]["parameters"] == 2 * 4 * 64, "q, k, v and o of both layers"
+    assert found["MULTITASK_PROMPT_TUNING"]["parameters"] == 20 * 64 + 2 * (20 + 64)
+    layers = 2 * (4 * 8 * (64 + 64) * 2 + 4)  # q and v: four skills of rank 8, and their router
+    assert found["POLY"]["parameters"] == layers + 2 * 4
+    assert found["XLORA"]["parameters"] == 2 * 64 + 2 and "frozen" in found["XLORA"]["note"]
 
 
 # A package of the same few functions: the real one wants a transformers that is not ours.

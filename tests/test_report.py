@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import infold
 from infold.cli.main import app
+from infold.deploy.facts import check_for_report
+from infold.errors import Refusal
 from infold.inspect.update import describe_update
 from infold.report.page import render_html, render_markdown
 from infold.report.records import Records, collect
@@ -78,8 +80,6 @@ def records(merged: Path) -> Records:
 
 
 def test_the_update_is_what_torch_says(merged: Path) -> None:
-    from safetensors.torch import load_file
-
     base = load_file(merged.parent / "base" / "model.safetensors")
     now = load_file(merged / "model.safetensors")
     found = describe_update(merged)
@@ -122,6 +122,53 @@ def test_the_training_record_is_found_beside_the_adapter(merged: Path, tmp_path:
     finally:
         record.unlink()
     assert "## Training" in text and "| eval last | 0.7500 |" in text
+
+
+def test_a_merged_folder_that_was_edited_afterwards_is_refused(
+    merged: Path, tmp_path: Path
+) -> None:
+    """Its page would tell of other weights than the receipt: an old page stays as it was."""
+    folder, page = tmp_path / "merged", tmp_path / "page.md"
+    shutil.copytree(merged, folder)
+    shard = folder / "model.safetensors"
+    whole = shard.read_bytes()
+    page.write_text("old")
+
+    def refused(told: str) -> None:
+        ran = CliRunner().invoke(app, ["report", str(folder), "--out", str(page)])
+        assert ran.exit_code == 2 and told in ran.output, ran.output
+        with pytest.raises(Refusal, match=told):
+            infold.report(folder, page)
+        assert page.read_text() == "old"
+
+    shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    refused("was changed after it was merged")
+    shard.write_bytes(whole)
+    shutil.copy(shard, folder / "model-00001-of-00001.safetensors")
+    index = {"weight_map": dict.fromkeys(load_file(shard), "model-00001-of-00001.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    shard.unlink()
+    refused("model.safetensors: is gone; merge again")
+    for file in folder.glob("model*"):
+        file.unlink()
+    infold.report(folder, page)  # a folder of records, which tells of weights elsewhere
+    assert "What was merged" in page.read_text()
+
+
+def test_a_record_of_another_merge_is_a_fail_that_is_shown(merged: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "merged"
+    shutil.copytree(merged, folder)
+    bench = folder / "records" / "bench.json"
+    record = json.loads(bench.read_text())
+    digest = check_for_report(folder)
+    for of, status in ((digest, None), ("0" * 64, "FAIL")):
+        bench.write_text(json.dumps(record | {"receipt": of}))
+        text = infold.report(folder, tmp_path / "page.md").read_text()
+        page = infold.report(folder, tmp_path / "page.html").read_text()
+        told = "| FAIL | this record tells of another merge than the one that lies here"
+        assert (told in text) == (status == "FAIL")
+        assert text.count("another merge") == page.count("another merge") == (status == "FAIL")
+        assert ("<h2>Speed and memory</h2>" in page) == (status is None), "its bars are not drawn"
 
 
 def test_hostile_records_are_refused(tmp_path: Path) -> None:

@@ -553,12 +553,13 @@ def report(
 
     folder: a merged folder, or one of JSON records. out: the .html or .md file; by default
     NAME-report.html here. record: JSON records from elsewhere. Returns the page's path.
-    Raises Refusal where there are no records, CorruptFile for what is none, StorageFailure.
+    Raises Refusal (no records, shards that changed after the merge), CorruptFile, StorageFailure.
     """
+    from infold.deploy.facts import check_for_report
     from infold.inspect.update import describe_update
     from infold.report.write import write_report
 
-    return write_report(folder, out, record, describe_update)[0]
+    return write_report(folder, out, record, check_for_report, describe_update)[0]
 
 
 def __getattr__(name: str) -> Any:

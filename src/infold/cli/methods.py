@@ -74,10 +74,11 @@ def _figures(measured: list[dict[str, Any]]) -> list[tuple[str, ...]]:
             rows.append((one["name"], "", "", "", f"not run: {one['why']}", ""))
             continue
         noise = ", within noise" if one["within_noise"] else ""
+        note = f" ({one['note']})" if "note" in one else ""
         rows.append(
             (
                 one["name"],
-                f"{one['parameters']:,}",
+                f"{one['parameters']:,}{note}",
                 f"{one['share']:.2%}",
                 f"{one['attach_seconds']:.2f} s",
                 f"{one['ratio']:.2f}x",

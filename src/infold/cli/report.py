@@ -25,8 +25,9 @@ def report(
 
     Self-contained: what was merged, how it was measured and what was checked.
     """
+    from infold.deploy.facts import check_for_report
     from infold.inspect.update import describe_update
     from infold.report.write import write_report
 
-    target, kinds = write_report(folder, out, record or (), describe_update)
+    target, kinds = write_report(folder, out, record or (), check_for_report, describe_update)
     print(entry("report", f"{target}, of {', '.join(kinds)}"))

@@ -16,6 +16,7 @@ from infold.deploy.bundle import bundle_problems, read_config
 from infold.deploy.facts import CONFIG, UNDO, Facts, read_facts, receipt_digest
 from infold.deploy.records import read_records
 from infold.errors import InfoldError
+from infold.verify.reread import digest_of
 from infold.verify.weights import verify_checkpoint
 from infold.version import __version__
 
@@ -240,7 +241,9 @@ def _rollback(e: _Evidence) -> _Found:
         if not exists(e.facts.folder / UNDO):
             return "FAIL", f"the plan needs {UNDO}, which is gone"
         return "PASS", f"{way['command']}: from {UNDO}"
-    return "PASS", f"{way['command']}: the base, checked by the receipt's digests"
+    if {s.name: digest_of(s.path) for s in e.base.shards} != e.facts.receipt["base"]["shards"]:
+        return "FAIL", "the base given is not the one that was merged, by the receipt's digests"
+    return "PASS", f"{way['command']}: the base, whose digests are the receipt's"
 
 
 def _notes(e: _Evidence) -> _Found:

@@ -21,6 +21,8 @@ from infold.checkpoint.shards import (
     RECEIPT,
     TOKENIZERS,
     Checkpoint,
+    companion,
+    is_lone,
     open_checkpoint,
 )
 from infold.checkpoint.staging import storage_errors
@@ -34,6 +36,7 @@ __all__ = [
     "KVCache",
     "check_as_merged",
     "check_deployable",
+    "check_for_report",
     "read_facts",
     "receipt_digest",
 ]
@@ -101,6 +104,10 @@ class Facts:
 def read_facts(merged: str | os.PathLike[str]) -> Facts:
     """The facts of a merged folder. Raises Refusal for a folder that infold did not make."""
     folder = locate(merged)
+    if is_lone(folder):
+        raise Refusal(
+            f"{merged}: a GGUF file gets no bundle: it is all that llama.cpp needs; try --smoke"
+        )
     if not folder.is_dir() or not exists(folder / RECEIPT):
         raise Refusal(
             f"{merged}: holds no {RECEIPT}: not a merged folder; make one with `infold merge`"
@@ -157,12 +164,23 @@ def check_deployable(facts: Facts) -> None:
 
 
 def check_as_merged(merged: str | os.PathLike[str]) -> None:
-    """Read all shards of a merged folder, and refuse what is no longer what was merged. A folder
-    without a receipt tells of nothing."""
-    folder = locate(merged)
-    if exists(folder / RECEIPT):
-        if wrong := _changed(folder, open_checkpoint(folder), checked_receipt(folder)):
+    """Read all shards of a merged folder, or a merged GGUF file, and refuse what is no longer what
+    was merged. One without a receipt tells of nothing."""
+    place = locate(merged)
+    if exists(companion(place, RECEIPT)):
+        checkpoint = open_checkpoint(place)
+        if wrong := _changed(checkpoint.home, checkpoint, checked_receipt(place)):
             raise Refusal(wrong)
+
+
+def check_for_report(folder: Path) -> str | None:
+    """As `check_as_merged`, for a folder that may hold records alone: a receipt without any shard
+    beside it is one. Returns the digest of the receipt, None where there is none."""
+    if not exists(folder / RECEIPT):
+        return None
+    if any(folder.glob("*.safetensors*")):
+        check_as_merged(folder)
+    return receipt_digest(folder)
 
 
 def _changed(folder: Path, checkpoint: Checkpoint, receipt: Mapping[str, Any]) -> list[str]:

@@ -13,9 +13,12 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from infold.errors import InfoldError, Refusal
+
+if TYPE_CHECKING:
+    import psutil
 
 __all__ = ["LOOPBACK", "Server", "ServerFailure", "free_port", "serve"]
 
@@ -127,7 +130,13 @@ def _healthy(port: int, path: str) -> bool:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Let go of the leash; if that does not end the group, kill it."""
+    """Let go of the leash; if that does not end the group, kill it. Returns when all have ended:
+    a kill is an order, and on a busy machine it takes a while until it is carried out."""
+    import psutil
+
+    family: list[psutil.Process] = []
+    with suppress(psutil.NoSuchProcess):
+        family = psutil.Process(process.pid).children(recursive=True)
     if process.stdin is not None:
         process.stdin.close()
     try:
@@ -138,6 +147,18 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        end = time.monotonic() + _PATIENCE
+        while any(map(_runs, family)) and time.monotonic() < end:
+            time.sleep(0.01)
+
+
+def _runs(process: psutil.Process) -> bool:
+    import psutil
+
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _tail(log: IO[bytes], lines: int = 3) -> str:

@@ -12,7 +12,7 @@ from statistics import median
 from typing import Any
 
 from infold.checkpoint.files import locate
-from infold.deploy.facts import check_deployable, read_facts
+from infold.deploy.facts import check_as_merged, check_deployable, read_facts
 from infold.deploy.gguf import ask_gguf, gguf_command
 from infold.deploy.local import run_local
 from infold.deploy.server import Server, ServerFailure, free_port, serve
@@ -59,6 +59,7 @@ def smoke_test(
     talk: dict[str, Any] = {"max_tokens": _NEW_TOKENS, "temperature": 0}
     digest = None
     if gguf is not None:
+        check_as_merged(gguf)
         chat, name = True, "xllamacpp"
         command, model = gguf_command(gguf, port), "gguf"
         local = ask_gguf(gguf, {"messages": _messages(prompt), **talk})

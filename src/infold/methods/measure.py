@@ -12,16 +12,25 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from infold.bench.interval import paired_ratio
 from infold.errors import Refusal
-from infold.methods.table import attach_peft, peft_types
+from infold.methods.table import (
+    BITFIT,
+    NOTES,
+    attach_bitfit,
+    attach_peft,
+    peft_inputs,
+    peft_needs,
+    peft_types,
+)
 from infold.tuners.loading import calm, device_of, load_model, model_folder
 
 __all__ = ["measure_methods"]
@@ -44,11 +53,12 @@ def measure_methods(
     adapters_python: str | os.PathLike[str] | None = None,
     progress: Callable[[int, int, float | None], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Parameters, time to attach and the forward pass over the base's, for each type of PEFT and
-    for bottleneck adapters.
+    """Parameters, time to attach and the forward pass over the base's, for each type of PEFT, for
+    BitFit (the base's own biases) and for bottleneck adapters.
 
     Untrained adapters on the CPU in float32, with the packages' defaults; one row of `tokens`
-    tokens; base and adapter take turns. A type that cannot be run has `why` instead of figures.
+    tokens; base and adapter take turns. A type that cannot be run has `why` instead of figures; a
+    `note` tells what its figures leave open.
     adapters_python: the Python of an environment with the `adapters` package, whose versions of
     transformers are others than PEFT's; by default this one, where the package is here.
     Raises Refusal without PEFT, or for a base or a Python that cannot be run.
@@ -56,7 +66,7 @@ def measure_methods(
     import torch
 
     if find_spec("peft") is None or find_spec("transformers") is None:
-        raise Refusal("PEFT and transformers are needed: pip install 'infold[train]' peft")
+        raise Refusal("PEFT and transformers are needed: pip install 'infold[methods]'")
     if min(tokens, rounds) < 1:
         raise Refusal(f"{tokens} tokens, {rounds} rounds: at least 1 of each is needed")
     folder = model_folder(base)
@@ -68,7 +78,7 @@ def measure_methods(
     top = model.config.get_text_config().vocab_size
     ids = torch.randint(0, top, (1, tokens), generator=torch.Generator().manual_seed(0))
     total = model.num_parameters()
-    found, names = [], peft_types()
+    found, names = [], [*peft_types(), BITFIT]
     for number, name in enumerate(names):
         silence = contextlib.redirect_stderr(io.StringIO())  # some types draw bars
         with calm(), warnings.catch_warnings(), silence:
@@ -129,18 +139,25 @@ def _measured(model: Any, name: str, ids: Any, rounds: int, total: int) -> dict[
 
     try:
         own = copy.deepcopy(model)
-        began = time.perf_counter()
-        adapted = attach_peft(own, name).eval()
-        attached = time.perf_counter() - began
+        with tempfile.TemporaryDirectory(prefix="infold-methods-") as place:
+            needs = peft_needs(own, name, Path(place))
+            began = time.perf_counter()
+            adapted = attach_bitfit(own) if name == BITFIT else attach_peft(own, name, needs)
+            adapted.eval()
+            attached = time.perf_counter() - began
+        # where a type forbids the cache of keys and values, the base does without it, too
+        alike = {"use_cache": getattr(own.config, "use_cache", None)}
+        more = peft_inputs(name, len(ids))
         trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
         pairs = []
         with torch.inference_mode():
             for _ in range(rounds + 1):
-                pairs.append((_seconds(model, ids), _seconds(adapted, ids)))
+                pairs.append((_seconds(model, ids, alike), _seconds(adapted, ids, more)))
     except Exception as error:  # forty types, each with errors of its own
         told = (str(error).strip().splitlines() or [""])[0]
         return {"why": told[:90] or type(error).__name__}
-    return _row(trained, total, attached, pairs[1:])
+    note = {"note": NOTES[name]} if name in NOTES else {}
+    return _row(trained, total, attached, pairs[1:]) | note
 
 
 def _row(
@@ -160,7 +177,7 @@ def _row(
     }
 
 
-def _seconds(model: Any, ids: Any) -> float:
+def _seconds(model: Any, ids: Any, more: Mapping[str, Any]) -> float:
     start = time.perf_counter()
-    model(input_ids=ids)
+    model(input_ids=ids, **more)
     return time.perf_counter() - start

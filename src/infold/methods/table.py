@@ -7,20 +7,35 @@ random Llama, given random values, merged, and compared with what it computed be
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
+import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from infold.adapters import methods_of
 
-__all__ = ["MethodRow", "attach_peft", "method_rows", "peft_types"]
+__all__ = [
+    "BITFIT",
+    "NOTES",
+    "MethodRow",
+    "attach_bitfit",
+    "attach_peft",
+    "method_rows",
+    "peft_inputs",
+    "peft_needs",
+    "peft_types",
+]
 
+BITFIT = "BitFit"
 # What the merged weight is, for a weight W and an input side at the right. Types that are not here
 # are shown without.
 _MERGED = {
+    "ADAMSS": "W + B A V in clusters of rows, V the first directions of W",
     "BEFT": "the biases, moved",
     "IA3": "diag(l) W; W diag(l) in the feed-forward",
     "LORA": "W + s B A; DoRA: its rows scaled to the norm m",
@@ -30,6 +45,15 @@ _MERGED = {
     "HIRA": "W + s W * (B A)",
     "VERA": "W + diag(b) B diag(d) A, with A and B random and shared",
     "RANDLORA": "W + a sum of random pairs, scaled",
+    "FROD": "U (S + diag(l)) V, U and V made of W, S sparse",
+    "PVERA": "as VERA; the noise of its training is left out",
+    "GLORA": "W + W * A + B; the bias, too",
+    "OSF": "W with the last directions of its SVD replaced",
+    "TINYLORA": "W + B R A, B and A of the SVD of W",
+    "PSOFT": "W + s B (R - I) A, R orthogonal, B and A of the SVD of W",
+    "PEANUT": "W + a small network of its columns",
+    "SUPERTUNING": "W + a sparse matrix; Supra: + s B A",
+    "DEFT": "(I - P) W + Q R, P a projection of low rank",
     "VBLORA": "W + B A, made of a shared bank of vectors",
     "UNILORA": "W + B A, projected from one vector",
     "FOURIERFT": "W + s iDFT(c)",
@@ -45,10 +69,20 @@ _MERGED = {
     "ROAD": "R W, R rotates pairs of outputs",
     "LN_TUNING": "the norms' own weights, replaced",
     "TRAINABLE_TOKENS": "rows of the embedding, replaced",
-    "BitFit": "the biases, replaced",
+    BITFIT: "the biases, replaced",
 }
 _VIRTUAL = "never: it adds positions, not weights"
 _BOTTLENECK = "never: a non-linear layer between two others"
+_ROUTED = "never: what it adds depends on the input"
+# Types that are no virtual tokens, and still no one weight: whatever a tool calls merging them.
+_NEVER = {
+    "LILY": _ROUTED,
+    "XLORA": _ROUTED,
+    "SHADOW": _ROUTED,
+    "POLY": "no: a weight for each task, not one",
+}
+# What the figures of a type leave open.
+NOTES = {"XLORA": "its classifier; two LoRA adapters beside it, frozen"}
 # Settings without which a type cannot be made, or not on a small model.
 _SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "PROMPT_TUNING": {"num_virtual_tokens": 20},
@@ -69,7 +103,8 @@ _SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "TRAINABLE_TOKENS": {"token_indices": [1, 2, 3]},
     "C3A": {"block_size": 16},
 }
-_INPUTS: dict[str, dict[str, Any]] = {"POLY": {"task_ids": [0, 0]}}  # as lists
+_TASKS = ("MULTITASK_PROMPT_TUNING", "POLY")  # each row of a batch says of which task it is
+_SPREAD = 0.05  # of random values
 _HIDDEN = 64
 Progress = Callable[[int, int, float | None], None]
 
@@ -102,7 +137,8 @@ def method_rows(progress: Progress | None = None) -> list[MethodRow]:
     rows = []
     for number, name in enumerate(names):
         merges, virtual = _tried(name)
-        ours = "yes" if methods_of(name) else _VIRTUAL if virtual else "not yet"
+        other = _VIRTUAL if virtual else _NEVER.get(name, "not yet")
+        ours = "yes" if methods_of(name) else other
         ours = "no" if ours == "not yet" and merges.startswith("no:") else ours
         rows.append(MethodRow(name, ours, _VIRTUAL if virtual else merges, _MERGED.get(name, "")))
         if progress is not None:
@@ -114,21 +150,47 @@ def method_rows(progress: Progress | None = None) -> list[MethodRow]:
         rows = [MethodRow(k, "yes", "PEFT is not installed", _MERGED.get(k, "")) for k in kinds]
     biases = any("bias" in method.PEFT_TYPES["LORA"] for method in methods_of("LORA").values())
     bitfit = "yes, as LoRA with bias='all'" if biases else "not yet"
-    rows.append(MethodRow("BitFit", bitfit, bitfit, _MERGED["BitFit"]))
+    rows.append(MethodRow(BITFIT, bitfit, bitfit, _MERGED[BITFIT]))
     rows.append(MethodRow("bottleneck adapters", _BOTTLENECK, "no such type", ""))
     return rows
 
 
-def attach_peft(model: Any, name: str) -> Any:
+def peft_needs(model: Any, name: str, folder: Path) -> dict[str, Any]:
+    """Settings of a type that this model gives: of X-LoRA, which mixes trained LoRA adapters, two
+    with random values, which are written to `folder`."""
+    import torch
+
+    if name != "XLORA":
+        return {}
+    expert = attach_peft(copy.deepcopy(model), "LORA")
+    places = {number: str(folder / number) for number in ("0", "1")}  # the names that it gives them
+    for place in places.values():
+        for parameter in expert.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=_SPREAD)
+        expert.save_pretrained(place, save_embedding_layers=False)
+    return {"adapters": places, "hidden_size": model.config.get_text_config().hidden_size}
+
+
+def peft_inputs(name: str, rows: int) -> dict[str, Any]:
+    """What a model with an adapter of this type wants beside the tokens of so many rows."""
+    import torch
+
+    return {"task_ids": torch.zeros(rows, dtype=torch.long)} if name in _TASKS else {}
+
+
+def attach_peft(model: Any, name: str, needs: Mapping[str, Any] | None = None) -> Any:
     """The model with a new adapter of PEFT's type `name`, with PEFT's defaults where it has any.
 
-    Raises whatever PEFT raises.
+    needs: of `peft_needs`. Raises whatever PEFT raises.
     """
     import peft
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as CONFIGS
 
     kind: Any = peft.PeftType(name)
-    settings = dict(_SETTINGS.get(name, {})) | {"task_type": "CAUSAL_LM"}
+    settings = {**_SETTINGS.get(name, {}), **(needs or {}), "task_type": "CAUSAL_LM"}
+    if name == "XLORA":
+        model.config.use_cache = False  # it refuses a model that keeps keys and values
     try:
         return peft.get_peft_model(model, CONFIGS[kind](**settings))
     except ValueError as error:
@@ -136,6 +198,17 @@ def attach_peft(model: Any, name: str) -> Any:
             raise
     chosen: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"]}
     return peft.get_peft_model(model, CONFIGS[kind](**settings, **chosen))
+
+
+def attach_bitfit(model: Any) -> Any:
+    """The model with nothing but its biases to train. Raises ValueError where it has none."""
+    biases = 0
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = name.rpartition(".")[2] == "bias"
+        biases += parameter.requires_grad
+    if not biases:
+        raise ValueError("this base has no biases")
+    return model
 
 
 def _tried(name: str) -> tuple[str, bool]:
@@ -147,7 +220,10 @@ def _tried(name: str) -> tuple[str, bool]:
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
         try:
-            model = attach_peft(_small(), name).eval()
+            model = _small()
+            with tempfile.TemporaryDirectory(prefix="infold-methods-") as folder:
+                needs = peft_needs(model, name, Path(folder))
+                model = attach_peft(model, name, needs).eval()
         except Exception as error:  # forty types, each with errors of its own
             return f"not tried: {_line(error)}", False
         if not hasattr(model.base_model, "merge_and_unload"):
@@ -156,11 +232,10 @@ def _tried(name: str) -> tuple[str, bool]:
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.requires_grad:
-                    parameter.add_(0.05 * torch.randn(parameter.shape))
+                    parameter.add_(_SPREAD * torch.randn(parameter.shape))
             try:
                 plain = _small()(ids).logits
-                more = {k: torch.tensor(v) for k, v in _INPUTS.get(name, {}).items()}
-                wanted = model(ids, **more).logits
+                wanted = model(ids, **peft_inputs(name, len(ids))).logits
                 got = model.merge_and_unload()(ids).logits
             except Exception as error:
                 return f"no: {_line(error)}", False

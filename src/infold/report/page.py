@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from importlib.resources import files
 from importlib.util import find_spec
 from typing import Any
@@ -14,11 +14,15 @@ from infold.sizes import bytes_text
 __all__ = ["render_html", "render_markdown"]
 
 Rows = list[tuple[str, ...]]
+_OTHER = "this record tells of another merge than the one that lies here; make it again"
 _MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError)
 
 
-def render_html(records: Records) -> str:
-    """The page as HTML. Raises Refusal without the extra `report`, CorruptFile for odd records."""
+def render_html(records: Records, others: Collection[str] = ()) -> str:
+    """The page as HTML. others: the kinds of records that tell of another merge, which is shown.
+
+    Raises Refusal without the extra `report`, CorruptFile for odd records.
+    """
     lacking = [name for name in ("jinja2", "matplotlib") if find_spec(name) is None]
     if lacking:
         raise Refusal(f"{', '.join(lacking)} not installed: pip install 'infold[report]'")
@@ -27,9 +31,9 @@ def render_html(records: Records) -> str:
 
     from infold.report.pictures import bars, pictures
 
-    sections = _sections(records)
+    sections = _sections(records, others)
     drawn = _checked(records, "update", pictures)
-    if found := _checked(records, "bench", bars):
+    if found := "bench" not in others and _checked(records, "bench", bars):
         drawn["Speed and memory"] = found
     text = files("infold.report").joinpath("page.html.j2").read_text(encoding="utf-8")
     made = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
@@ -41,10 +45,10 @@ def render_html(records: Records) -> str:
     )
 
 
-def render_markdown(records: Records) -> str:
-    """The page as Markdown, without the pictures. Raises CorruptFile for odd records."""
+def render_markdown(records: Records, others: Collection[str] = ()) -> str:
+    """The page as Markdown, without the pictures; as `render_html` else."""
     lines = [f"# {_title(records)}"]
-    for title, heads, rows in _sections(records):
+    for title, heads, rows in _sections(records, others):
         lines += ["", f"## {title}", "", _row(heads), _row(["---"] * len(heads))]
         lines += [_row(row) for row in rows]
     return "\n".join(lines) + "\n"
@@ -60,7 +64,9 @@ def _title(records: Records) -> str:
     return str(name) if name else "A merge"
 
 
-def _sections(records: Records) -> list[tuple[str, tuple[str, ...], Rows]]:
+def _sections(
+    records: Records, others: Collection[str] = ()
+) -> list[tuple[str, tuple[str, ...], Rows]]:
     """Title, column heads and rows of each table, in the order of the page."""
     makers: tuple[tuple[str, str, tuple[str, ...], Callable[[Mapping[str, Any]], Rows]], ...] = (
         ("receipt", "What was merged", ("", ""), _receipt),
@@ -74,6 +80,8 @@ def _sections(records: Records) -> list[tuple[str, tuple[str, ...], Rows]]:
     found = []
     for kind, title, heads, make in makers:
         if kind in records and (rows := _checked(records, kind, make)):
+            if kind in others:
+                rows = [("FAIL", _OTHER, *[""] * (len(heads) - 2)), *rows]
             found.append((title, heads, rows))
     return found
 

@@ -19,12 +19,15 @@ def write_report(
     folder: str | os.PathLike[str],
     out: str | os.PathLike[str] | None,
     more: Sequence[str | os.PathLike[str]],
+    check: Callable[[Path], str | None],
     describe_update: Callable[[Path], dict[str, Any]],
 ) -> tuple[Path, list[str]]:
     """Write the page of a folder's records; return its path and the kinds of records it shows.
 
     out: an .html or .md file; by default NAME-report.html here. more: records from elsewhere.
-    describe_update: gives the update record of a merged folder, which is not saved anywhere.
+    check: refuses a merged folder that is no longer what its receipt tells; gives the digest of the
+    receipt, by which records of another merge are told. describe_update: gives the update record of
+    a merged folder, which is not saved anywhere.
     Raises Refusal or CorruptFile before anything is written, StorageFailure where it cannot be.
     """
     place = Path(folder)
@@ -34,10 +37,13 @@ def write_report(
     records = collect(place, [Path(path) for path in more])
     if "training" not in records and (beside := _beside_adapters(records)):
         records = collect(place, [*beside, *map(Path, more)])
-    if "receipt" in records and "update" not in records:
+    digest = check(place)
+    if digest is not None and "update" not in records:
         # as it would come from a file
         records["update"] = json.loads(json.dumps(describe_update(place)))
-    page = (render_html if target.suffix == ".html" else render_markdown)(records)
+    told = {kind: record.get("receipt") for kind, record in records.items()}
+    others = [k for k, of in told.items() if digest is not None and of not in (None, digest)]
+    page = (render_html if target.suffix == ".html" else render_markdown)(records, others)
     draft = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         draft.write_text(page, encoding="utf-8")
