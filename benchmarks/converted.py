@@ -120,7 +120,7 @@ def measure() -> dict[str, Any]:
         "deviation": float(wanted.std()),
         "rows": rows,
         "machine": {
-            "system": platform.platform(),
+            "system": f"{platform.system()} {platform.release().split('-')[0]}",
             **{name: version(name) for name in ("torch", "transformers", "peft", "gguf")},
         },
     }

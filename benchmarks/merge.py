@@ -312,7 +312,7 @@ def machine(folder: Path) -> dict[str, object]:
         "cpu": cpu,
         "cores": len(os.sched_getaffinity(0)),
         "memory": _memory()["MemTotal"],
-        "kernel": platform.release(),
+        "kernel": platform.release().split("-")[0],
         "file system": _file_system(folder),
         "python": platform.python_version(),
         **{name: _version(name) for name in ("torch", "transformers", "peft")},

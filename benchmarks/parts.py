@@ -38,7 +38,7 @@ def machine(packages: Sequence[str]) -> dict[str, Any]:
         "cpu": processor(),
         "processors": len(os.sched_getaffinity(0)),
         "load": round(os.getloadavg()[1], 1),
-        "system": f"{platform.system()} {platform.release()}",
+        "system": f"{platform.system()} {platform.release().split('-')[0]}",
         "python": platform.python_version(),
         **{name: _version(name) for name in packages},
         "commit": commit(),
