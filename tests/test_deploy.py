@@ -270,6 +270,29 @@ def test_a_server_that_is_late_is_stopped(tmp_path: Path) -> None:
     assert len(pids) == 2 and alive(pids) == [], "it, and what it started, ignore SIGTERM"
 
 
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [(psutil.AccessDenied(1), ServerFailure), (KeyboardInterrupt(), KeyboardInterrupt)],
+    ids=["no rights", "a second interrupt"],
+)
+def test_a_server_ends_where_its_processes_cannot_be_listed(
+    error: BaseException, told: type[BaseException], tmp_path: Path, monkeypatch: Any
+) -> None:
+    def children(process: psutil.Process, recursive: bool = False) -> list[psutil.Process]:
+        raise error
+
+    note = tmp_path / "pid"
+    code = f"import os, time; open({str(note)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    monkeypatch.setattr(psutil.Process, "children", children)
+    with pytest.raises(told) as caught:
+        with serve([sys.executable, "-c", code], free_port(0), timeout=3):
+            pass
+    monkeypatch.undo()
+
+    wait_for(lambda: not alive([int(note.read_text())]))
+    assert caught.traceback, "kept until here, and with it the pipe that would end the server"
+
+
 def test_a_server_ends_with_the_process_that_was_killed(tmp_path: Path) -> None:
     note = tmp_path / "pid"
     server = f"import os, time; open({str(note)!r}, 'w').write(str(os.getpid())); time.sleep(600)"

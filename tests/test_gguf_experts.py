@@ -84,3 +84,18 @@ def test_a_vector_in_another_expert_is_seen(dtype: str, tmp_path: Path) -> None:
     verdict = infold.verify(file, right, tmp_path / "m.gguf")
 
     assert [offender.where for offender in verdict.offenders] == [UP]
+
+
+@pytest.mark.parametrize("dtype", ["Q8_0", "F16"])
+def test_what_one_expert_cannot_have_is_refused_without_a_way_that_is_none(
+    dtype: str, tmp_path: Path
+) -> None:
+    """The inputs of w1 are those of all experts; no other type of the tensor changes that."""
+    file = mixtral(tmp_path, dtype)
+    vector = vectors(0, False, v=WIDE)["v"].t()
+    adapter = handmade.ia3(tmp_path / "a", {f"{EXPERT}.1.w1": vector}, feedforward_modules=["w1"])
+
+    for options in ({}, {"promote": True})[: 2 if dtype == "Q8_0" else 1]:
+        with pytest.raises(infold.Refusal, match=r"safetensors checkpoint, and convert") as caught:
+            infold.merge(file, adapter, tmp_path / "m.gguf", **options)
+        assert "--promote" not in str(caught.value)

@@ -9,11 +9,14 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+import ggufs
+import handmade
 import infold
 from infold.cli.main import app
 from infold.deploy.facts import check_for_report
@@ -153,6 +156,23 @@ def test_a_merged_folder_that_was_edited_afterwards_is_refused(
         file.unlink()
     infold.report(folder, page)  # a folder of records, which tells of weights elsewhere
     assert "What was merged" in page.read_text()
+
+
+def test_a_merged_gguf_folder_that_was_edited_afterwards_is_refused(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).standard_normal((64, 64))
+    stored = {"blk.0.attn_v.weight": ggufs.encode(values, "Q8_0")}
+    heads = {"attention.head_count": 4, "attention.head_count_kv": 4}
+    base = ggufs.write(tmp_path / "base" / "model.gguf", "llama", stored, heads)
+    scales = {"model.layers.0.self_attn.v_proj": torch.full((64, 1), 0.5)}
+    adapter = handmade.ia3(tmp_path / "adapter", scales)
+    infold.merge(base, adapter, tmp_path / "merged")
+    infold.report(tmp_path / "merged", tmp_path / "page.md")
+    shard = tmp_path / "merged" / "model.gguf"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+
+    with pytest.raises(Refusal, match=r"model\.gguf: was changed after it was merged"):
+        infold.report(tmp_path / "merged", tmp_path / "page.md")
 
 
 def test_a_record_of_another_merge_is_a_fail_that_is_shown(merged: Path, tmp_path: Path) -> None:

@@ -396,6 +396,32 @@ def test_files_whose_tokens_do_not_fit_are_refused(bench: Bench, name: str) -> N
     assert type(base).__name__ == "LlamaForCausalLM" and not hasattr(base, "peft_config")
 
 
+class Opaque(nn.Module):
+    """As GPTQ's linear layers: it has no weight."""
+
+    in_features = out_features = 16
+
+
+@pytest.mark.parametrize("module", [nn.MultiheadAttention(16, 2), Opaque()], ids=["mha", "opaque"])
+def test_tokens_of_a_module_without_a_table_are_refused(bench: Bench, module: nn.Module) -> None:
+    import json
+
+    base, _, fields = case("llama")
+    folder = bench.save(bench.attach(copy.deepcopy(base), PeftLora(**fields)))
+    base.other = module
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    copied = {KEY.replace("model.embed_tokens", "other"): tensors[KEY].clone()}
+    save_file(tensors | copied, file, {"format": "pt"})
+    config = json.loads((folder / "adapter_config.json").read_text())
+    tokens = fields["trainable_token_indices"]
+    config["trainable_token_indices"] = {EMBEDDING: tokens, "other": tokens}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+    with pytest.raises(Refusal, match=f"other is a {type(module).__name__}, not an embedding"):
+        load(base, folder)
+
+
 def test_a_copy_of_a_tied_end_is_no_second_part(bench: Bench) -> None:
     base, inputs, fields = case("llama tied")
     theirs = bench.attach(copy.deepcopy(base), PeftLora(**fields))

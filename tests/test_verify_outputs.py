@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import infold
 from forked import infold_command
-from infold.errors import Refusal
+from infold.errors import CorruptFile, Refusal
 from infold.verify.logits import Distance
 from infold.verify.outputs import prove_outputs
 from infold.verify.prompts import TEXT
@@ -132,11 +132,49 @@ def test_weights_that_became_dense(place: Path, tmp_path: Path) -> None:
     with pytest.raises(Refusal, match=r"come from .*base-bfloat16.* without --outputs"):
         prove(base, place / "lora", other)
 
+    receipt = dense / "infold-receipt.json"
+    told = json.loads(receipt.read_text())
+    told["conversion"]["dtype"] = "Q8_0"  # a type of GGUF
+    shutil.copytree(dense, tmp_path / "forged")
+    (tmp_path / "forged" / receipt.name).write_text(json.dumps(told))
+    with pytest.raises(Refusal, match="lora changes single elements"):
+        prove(base, place / "lora", tmp_path / "forged")
+    with pytest.raises(CorruptFile, match="not a receipt that infold writes"):
+        infold.verify(tmp_path / "forged")
+
     name = "model.layers.1.self_attn.v_proj.weight"
     tensors = load_file(dense / "model.safetensors")
     tensors[name] *= 1.05
     save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
     assert not prove(base, place / "lora", dense).ok
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("skipped", [[], ["q_proj", "v_proj", "down_proj"]], ids=["all", "others"])
+def test_a_base_of_which_nothing_folds(skipped: list[str], tmp_path: Path) -> None:
+    """Rows of 24 and 40 share NF4's blocks of 64. Those that LoRA changes become BF16; or are so
+    already, and then the control is what it is without quantized layers.
+
+    Not of 16: there bitsandbytes' kernel for CPUs gives other weights than its format means.
+    """
+    base, dense, merged = tmp_path / "base", tmp_path / "dense", tmp_path / "merged"
+    save_base(dense, hidden_size=24, intermediate_size=40)
+    adapter = make_adapter(dense, tmp_path / "lora", "lora")
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=["lm_head", *skipped]
+    )
+    AutoModelForCausalLM.from_pretrained(
+        dense, quantization_config=config, dtype=torch.bfloat16
+    ).save_pretrained(base)
+    AutoTokenizer.from_pretrained(dense).save_pretrained(base)
+    (tmp_path / "prompts.txt").write_text(PROMPTS)
+    options = {} if skipped else {"dequantize": True, "dtype": "bf16"}
+    infold.merge(base, adapter, merged, **options)
+
+    found = prove(base, adapter, merged)
+
+    assert found.ok, [check for check in found.checks if not check.ok]
+    assert ("control" in found.differences) is bool(skipped)
 
 
 def spoil_scale(base: Path, adapter: Path, out: Path) -> None:

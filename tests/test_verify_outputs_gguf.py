@@ -92,6 +92,36 @@ def test_a_right_merge_passes(dtype: str, tmp_path: Path) -> None:
     assert "control" not in found.differences and not found.notes
 
 
+def test_a_right_merge_into_subnormal_scales_passes(tmp_path: Path) -> None:
+    """The vector takes the scales of v, which are normal in float16, to where they have few bits;
+    the next layer makes up for it, so that the outputs depend on them."""
+    base = new_base(tmp_path / "base", "Q8_0")
+    data, tensors = bytearray(base.read_bytes()), ggufs.read(base)
+    for tensor in GGUFReader(base).tensors:
+        for name, factor in (("attn_v", 2.0**-6), ("attn_output", 2.0**10)):
+            if name in tensor.name:
+                made = ggufs.encode(ggufs.decode(tensors[tensor.name]) * factor, "Q8_0")[1]
+                data[tensor.data_offset : tensor.data_offset + made.nbytes] = made.tobytes()
+    base.write_bytes(data)
+    random = torch.Generator().manual_seed(3)
+    adapter = handmade.ia3(
+        tmp_path / "ia3",
+        {
+            f"model.layers.{layer}.self_attn.v_proj": 0.03
+            + 0.04 * torch.rand(GROUPS * SIZE, 1, generator=random)
+            for layer in range(LAYERS)
+        },
+        target_modules=["v_proj"],
+    )
+    receipt = infold.merge(base, adapter, tmp_path / "merged.gguf")
+    rounding = receipt.edits[0]["rounding"]
+    assert rounding["subnormal"] > 0.9 * rounding["scales"]
+
+    found = prove(base, adapter, tmp_path / "merged.gguf")
+
+    assert found.ok, failed(found)
+
+
 @pytest.mark.parametrize("dtype", ["F16", "BF16"])
 def test_a_right_merge_of_lora_passes(dtype: str, tmp_path: Path) -> None:
     base, adapter = new_base(tmp_path / "base", dtype), lora(tmp_path / "lora")
@@ -228,3 +258,25 @@ def test_one_float_in_four_moves_by_one_place(dtype: str, tmp_path: Path) -> Non
         assert 0 < apart < {"BF16": 2**-7}.get(dtype, 2**-9)
         same = (stored[1] == found["b.weight"][1]).mean()
         assert 0.8 < same < 1
+
+
+@pytest.mark.parametrize("factor", [0.03, 1.3, -5.0])
+def test_a_float_moves_by_a_place_of_what_is_merged(factor: float, tmp_path: Path) -> None:
+    """The product, by numpy's spacing of float16 there: half a place in the root mean square, but
+    that a move is a whole number of the base's places."""
+    values = np.random.default_rng(0).standard_normal((64, 512)).astype(np.float32) / 64
+    base = ggufs.write(tmp_path / "b.gguf", "llama", {"a.weight": ggufs.encode(values, "Q8_0")})
+    header = read_gguf_header(base)
+    factors = torch.full((64 * 16, 1), factor, dtype=torch.float64)
+
+    write_moved(
+        base, header.tensors, {"a.weight": "Q8_0"}, tmp_path / "m.gguf", {"a.weight": factors}
+    )
+
+    was, now = (
+        ggufs.read(file)["a.weight"][1].reshape(-1, 34)[:, :2].copy().view(np.float16)[:, 0]
+        for file in (base, tmp_path / "m.gguf")
+    )
+    exact, moved = (x.astype(np.float64) * factor for x in (was, now))
+    places = (moved - exact) / np.spacing(np.abs(exact).astype(np.float16)).astype(np.float64)
+    assert 0.4 < np.sqrt((places**2).mean()) < 0.7

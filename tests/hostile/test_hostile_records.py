@@ -86,6 +86,35 @@ def test_an_edit_of_another_tensor_than_the_base_s_is_refused(
         infold.undo(folder, tmp_path / "out", threads=1)
 
 
+@pytest.mark.parametrize(
+    ("tensor", "change"),
+    [
+        ("bias", {}),
+        ("weight", {"side": "in"}),
+        ("weight", {"repeat": 2}),
+        ("weight", {"view": [4, 4], "order": [1, 0]}),
+    ],
+    ids=str,
+)
+def test_an_expert_in_a_layout_that_no_merge_makes_is_refused(
+    tmp_path: Path, tensor: str, change: dict[str, Any]
+) -> None:
+    tensors = {"model.v_proj.weight": torch.randn(16, 24), "model.v_proj.bias": torch.randn(16)}
+    base = handmade.base_folder(tmp_path / "base", tensors)
+    vector = torch.linspace(0.5, 1.5, 16)[:, None]
+    adapter = handmade.ia3(tmp_path / "adapter", {"model.v_proj": vector})
+    folder = tmp_path / "merged"
+    infold.merge(base, adapter, folder, undo=True)
+    with open_record(folder) as record:
+        frames, manifest = {key: record.payload(*key) for key in record.frames}, record.manifest
+    (operation,) = manifest["edits"][f"model.v_proj.{tensor}"]["operations"]
+    operation["settings"] |= {"out": 16, "width": 1, **change}
+    rewrite(folder, manifest, frames)
+
+    with pytest.raises(infold.CorruptFile, match="an expert's rows in a layout"):
+        infold.undo(folder, tmp_path / "out", threads=1)
+
+
 def test_a_forged_manifest_ends_in_words_and_leaves_nothing(merged: Path, tmp_path: Path) -> None:
     folder, out = tmp_path / "model", tmp_path / "out"
     shutil.copytree(merged, folder)

@@ -17,6 +17,7 @@ from infold.checkpoint.record import UNDO
 from infold.checkpoint.safetensors import DTYPE_BITS
 from infold.checkpoint.shards import (
     CARD,
+    GGUF,
     KEPT_CARD,
     RECEIPT,
     TOKENIZERS,
@@ -178,7 +179,7 @@ def check_for_report(folder: Path) -> str | None:
     beside it is one. Returns the digest of the receipt, None where there is none."""
     if not exists(folder / RECEIPT):
         return None
-    if any(folder.glob("*.safetensors*")):
+    if any(any(folder.glob(kind)) for kind in ("*.safetensors*", f"*{GGUF}")):
         check_as_merged(folder)
     return receipt_digest(folder)
 

@@ -132,17 +132,16 @@ def _healthy(port: int, path: str) -> bool:
 def _stop(process: subprocess.Popen[bytes]) -> None:
     """Let go of the leash; if that does not end the group, kill it. Returns when all have ended:
     a kill is an order, and on a busy machine it takes a while until it is carried out."""
-    import psutil
-
     family: list[psutil.Process] = []
-    with suppress(psutil.NoSuchProcess):
-        family = psutil.Process(process.pid).children(recursive=True)
-    if process.stdin is not None:
-        process.stdin.close()
     try:
-        process.wait(_PATIENCE + 2)
-    except subprocess.TimeoutExpired:
-        pass
+        import psutil
+
+        with suppress(psutil.Error):
+            family = psutil.Process(process.pid).children(recursive=True)
+        if process.stdin is not None:
+            process.stdin.close()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_PATIENCE + 2)
     finally:
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -157,7 +156,7 @@ def _runs(process: psutil.Process) -> bool:
 
     try:
         return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
+    except psutil.Error:
         return False
 
 

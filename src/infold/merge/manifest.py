@@ -85,12 +85,21 @@ def _operation(name: str, op: Mapping[str, Any], adapters: Sequence[Adapter]) ->
     made = Operation(**{**op, "settings": _settings(op["settings"])})
     if not all(type(flag) is bool for flag in (made.transposed, made.on_bias, made.moved)):
         raise ValueError(f"{name}: {op['method']} in no layout")
+    if made.settings.width and not _of_an_expert(made):
+        raise ValueError(f"{name}: an expert's rows in a layout that no merge makes")
     needed = method.ON_BIAS if made.on_bias else method.REQUIRED
     if not set(needed) <= made.parts.keys() <= set(method.PARTS):
         raise ValueError(f"{name}: {op['method']} of the parts {list(made.parts)}")
     for key in made.parts.values():
         _tensor(adapters, made.adapter, key)
     return made
+
+
+def _of_an_expert(made: Operation) -> bool:
+    """Whether outputs that lie within a row are scaled as a plan does it: in their order."""
+    told = made.settings
+    in_order = not (told.view or told.order) and told.repeat == 1
+    return not made.on_bias and told.side == "out" and in_order
 
 
 def _tensor(adapters: Sequence[Adapter], number: Any, key: str) -> None:

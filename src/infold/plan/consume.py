@@ -255,9 +255,16 @@ class Consumer:
         return side
 
     def _fold(
-        self, modules: Modules, module: str, path: str, parts: dict[str, str], name: str
+        self,
+        modules: Modules,
+        module: str,
+        path: str,
+        parts: dict[str, str],
+        name: str,
+        way: str = INSTEAD,
     ) -> bool:
-        """An IA³ vector on whatever stored rows it belongs to."""
+        """An IA³ vector on whatever stored rows it belongs to. way: what else can be done, as a
+        message tells it."""
         key = parts["ia3_l"]
         try:
             side = self._side(module, key, modules.size(path), name)
@@ -268,7 +275,7 @@ class Consumer:
             self.draft.stuck.add(name)
             why = self.draft.unknown.get(name)
             told = f"{str(error).removesuffix(INSTEAD)}; and {why}{self.instead}"
-            self.refuse(key, told if why else str(error))
+            self.refuse(key, told if why else str(error).replace(INSTEAD, way))
             return False
         if any(place.lossy for place in places):
             if below := int((self.adapter.read(key) < 0).sum()):

@@ -12,7 +12,7 @@ from infold.plan.config import AdapterConfig
 from infold.plan.consume import Consumer
 from infold.plan.draft import Draft
 from infold.plan.edits import Operation
-from infold.plan.fold import Unfoldable
+from infold.plan.fold import INSTEAD, Unfoldable
 from infold.plan.gguf import GgufModules
 
 __all__ = ["GgufConsumer"]
@@ -87,10 +87,12 @@ class GgufConsumer(Consumer):
 
     def _vector(self, module: str, path: str, parts: dict[str, str], dense: bool) -> None:
         """IA³: into rows; but a dense weight can have its inputs scaled where they are."""
-        key, weight = parts["ia3_l"], self.gguf.homes[path].weight
-        vector = self.shape(key)
+        key, home = parts["ia3_l"], self.gguf.homes[path]
+        vector, weight = self.shape(key), home.weight
         if not (dense and len(vector) == 2 and self._linear_side(module, vector) == "in"):
-            self._fold(self.gguf, module, path, parts, weight)
+            # one expert of several has no columns of its own, whatever the tensor becomes
+            way = INSTEAD if home.expert is None else _INSTEAD
+            self._fold(self.gguf, module, path, parts, weight, way)
             return
         size = self.gguf.size(path)
         if self._side(module, key, size, weight) and size is not None:

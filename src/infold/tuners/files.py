@@ -295,6 +295,8 @@ def _misfit(
         return f"the model has no module {place}{_near(place, modules)}"
     if kind is None:
         return f"{place} is a {type(module).__name__}, which takes no adapter"
+    if _TOKENS in keys and "trainable_tokens" not in kind.METHODS:
+        return f"{place} is a {type(module).__name__}, not an embedding"
     if _TOKENS in keys:
         return _misfit_rows(place, keys, cast(Tensor, module.weight).shape, file, rows)
     method = getattr(config, "method", config.METHOD)

@@ -75,7 +75,8 @@ def read_claims(folder: Path) -> Claims | None:
             isinstance(conversion.get(name), kind) for name, kind in fields.items()
         ):
             raise CorruptFile(f"{path}: not a receipt that infold writes")
-        known = ("", *DTYPES.values(), *TYPES.values())
+        anew = conversion["mode"] == "requantize"
+        known = ("", *TYPES.values()) if anew else tuple(DTYPES.values())
         if conversion["mode"] not in MODES or conversion["dtype"] not in known:
             raise CorruptFile(f"{path}: not a receipt that infold writes")
     if not all(isinstance(adapter, dict) for adapter in adapters):

@@ -8,10 +8,10 @@ weights must do to the outputs; the folder must show that, and nothing else. The
 finds its layers by the tree of modules, the folder's by the names of tensors.
 
 A quantized model is run on the float32 values of its codes and scales. A merge in memory does not
-fold into scales, so there is no control: what rounding the scales may do is measured by moving
-every weight of these layers by the largest rounding error of a scale. So too a GGUF file; there the
-floats move that the merge rounds, in a copy of the file, since a scale can have fewer bits than its
-dtype and an element can be a difference.
+fold into scales, so where such layers are edited there is no control: what rounding may do is
+measured by moving every weight of the quantized layers by the largest rounding error of what is
+written. So too a GGUF file; there the floats move that the merge rounds, in a copy of the file,
+since a scale can have fewer bits than its dtype and an element can be a difference.
 
 One model is in memory at a time; logits wait on the disk.
 """
@@ -33,11 +33,9 @@ from torch import Tensor
 from infold.checkpoint.adapter import open_adapter
 from infold.checkpoint.shards import is_lone, open_checkpoint
 from infold.errors import CorruptFile, Refusal
-from infold.formats import NoFold
 from infold.plan.build import plan_merge
 from infold.plan.convert import Choice
-from infold.plan.match import Names
-from infold.plan.quantized import StoredModules
+from infold.plan.edits import Decoded
 from infold.tuners.loading import (
     attach_all,
     calm,
@@ -51,7 +49,7 @@ from infold.tuners.loading import (
 from infold.tuners.quantized import widen
 from infold.verify.folder import read_claims
 from infold.verify.logits import Distance, cross_entropy, margin
-from infold.verify.moved import PRECISION, write_moved
+from infold.verify.moved import PRECISION, factors_of, write_moved
 from infold.verify.prompts import Questions, read_questions
 from infold.verify.verdict import Check, Continuation, Difference, Outputs
 
@@ -139,7 +137,8 @@ class _Run:
         self.differences: dict[str, Difference] = {}
         self.perplexity: dict[str, float] = {}
         self.greedy: dict[str, list[list[int]]] = {}
-        self.step: float | None = None  # a quantized model's largest rounding error of a scale
+        self.layers: list[str] = []  # of the base that are quantized
+        self.step: float | None = None  # the largest rounding error, where those are edited
         self.margins: list[float] = []  # of the first token that differs, for each prompt
         self.done = 0
 
@@ -148,7 +147,7 @@ class _Run:
     def adapter_mode(self, base: Path, adapters: Sequence[PathLike]) -> None:
         """The reference; the same with its adapters off; merged in float32; moved by a unit."""
         # transformers rounds all weights to one dtype, which is the one that is stored
-        model, _ = self._float(base)
+        model, self.layers = self._float(base)
         model = attach_all(model, adapters)
         self.greedy["adapter"] = self._continue(model)
         asked = zip(self.questions.prompt_ids, self.greedy["adapter"], strict=True)
@@ -163,18 +162,19 @@ class _Run:
         self._drop("float32")
 
     def control(self, base: Path, adapters: Sequence[PathLike], choice: Choice | None) -> None:
-        """Merged in memory at the stored dtype, run in float32; of a quantized model, moved."""
-        self.step = None if is_lone(base) else _rounding_of_scales(base)
+        """Merged in memory at the stored dtype, run in float32; of quantized layers, moved."""
+        if self.layers:
+            self.step = _rounding(base, adapters, choice)
         if is_lone(base):
             model = attach_all(self._moved(base, adapters, choice), adapters).merge_and_unload()
         elif self.step is None:
-            model = attach_all(load_model(base, self.device), adapters).merge_and_unload().float()
+            model = attach_all(load_model(base, self.device), adapters).merge_and_unload()
+            widen(model)
+            model = model.float()
         else:
-            if choice is not None and choice.dtype:  # of weights that became dense
-                self.step = max(self.step, 2.0 ** -PRECISION[choice.dtype])
-            model, layers = self._float(base)
+            model, _ = self._float(base)
             model = attach_all(model, adapters).merge_and_unload()
-            _move((model.get_submodule(path).weight for path in layers), self.step)
+            _move((model.get_submodule(path).weight for path in self.layers), self.step)
         self._pass(model, "predicted", against={"predicted": "adapter"}, keep=True)
 
     def _moved(self, base: Path, adapters: Sequence[PathLike], choice: Choice | None) -> Any:
@@ -182,8 +182,10 @@ class _Run:
         checkpoint = open_checkpoint(base)
         plan = plan_merge(checkpoint, [open_adapter(path) for path in adapters], choice)
         written = {name: edit.dtype for name, edit in plan.edits.items()}
+        found = {name: factors_of(edit, plan.adapters) for name, edit in plan.edits.items()}
+        factors = {name: own for name, own in found.items() if own is not None}
         file = self.folder / base.name
-        write_moved(base, checkpoint.shards[0].header.tensors, written, file)
+        write_moved(base, checkpoint.shards[0].header.tensors, written, file, factors)
         model = load_model(file, self.device)
         file.unlink()
         return model
@@ -301,18 +303,14 @@ def _conversion(merged: PathLike) -> Choice | None:
     return Choice(told["mode"], told["dtype"])
 
 
-def _rounding_of_scales(folder: Path) -> float | None:
-    """The largest relative rounding error of a checkpoint's scales; None where it has none."""
-    base = open_checkpoint(folder)
-    found = []
-    for stored, form in StoredModules(base, Names(base.where)).all():
-        try:
-            scales = form.scales(stored)
-        except NoFold:
-            continue
-        dtypes = ["F32" if s.nested else stored.tensors[s.part].dtype for s in scales]
-        found += [PRECISION[dtype] for dtype in dtypes]
-    return 2.0 ** -min(found) if found else None
+def _rounding(base: Path, adapters: Sequence[PathLike], choice: Choice | None) -> float | None:
+    """The largest relative rounding error of what a merge writes, be it scales or weights; None
+    where it edits no quantized module."""
+    opened = [open_adapter(path) for path in adapters]
+    edits = plan_merge(open_checkpoint(base), opened, choice, lossy=True).edits.values()
+    if not any(edit.scales or isinstance(edit.source, Decoded) for edit in edits):
+        return None
+    return 2.0 ** -min(PRECISION[edit.dtype] for edit in edits if edit.dtype in PRECISION)
 
 
 # --- what it means -------------------------------------------------------------------------------
