@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,37 @@ def test_noise_that_both_share_does_not_hide_a_difference() -> None:
     assert paired_ratio(base, base).holds_one
     with pytest.raises(ValueError):
         paired_ratio([1.0], base)
+
+
+def test_rounds_of_one_start_are_not_counted_as_independent() -> None:
+    """Starts of which four are 5 % slower and two 5 % faster, in a hundred rounds each."""
+    ratios = [r for start in (1.05, 1.05, 0.95, 1.05, 0.95, 1.05) for r in [start] * 100]
+    base = [1.0] * len(ratios)
+    assert not paired_ratio(ratios, base).holds_one, "which is what counting rounds would say"
+    found = paired_ratio(ratios, base, starts=6)
+    assert found.holds_one and (found.low, found.high, found.count) == (0.95, 1.05, 6)
+    assert paired_ratio(ratios, base, starts=5).count == 600, "too few for an interval of 0.95"
+
+
+def test_each_model_loads_first_in_turn(
+    made: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[str] = []
+
+    class Model:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def ask(self, what: str, **given: Any) -> dict[str, Any]:
+            if what != "load":
+                return {"prefill_seconds": 1.0, "decode_tokens_per_second": 1.0}
+            loaded.append(self.name)
+            return {"load_seconds": 1.0, "dtype": "", "threads": 1, "device": "cpu"}
+
+    monkeypatch.setattr("infold.bench.run._worker", lambda name: nullcontext(Model(name)))
+    measure_models(*made, batches=(1,), rounds=1, starts=2, modes=False)
+
+    assert loaded == ["base", "merged", "merged", "base"]
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,9 @@
 """Base, adapter mode and merged model, each in a process of its own, timed in turns.
 
 A start launches every process anew, so that what differs between two processes of one model
-(where its memory lies) is part of the noise that the intervals show. Within a start, rounds go from
-model to model; a round's figures are compared with the base's of that same round.
+(where its memory lies) is part of the noise that the intervals show. Who loads first changes with
+the start: it can compute some per cent slower for as long as it lives. Within a start, rounds go
+from model to model; a round's figures are compared with the base's of that same round.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ def measure_models(
             name: {metric: asdict(median_interval(v)) for metric, v in found.items()}
             for name, found in run.samples.items()
         },
-        "comparisons": _comparisons(run.samples),
+        "comparisons": _comparisons(run.samples, starts),
         "notes": notes,
         "seconds": round(time.perf_counter() - began, 1),
     }
@@ -134,18 +135,15 @@ class _Run:
     def generation(self, loads: dict[str, dict[str, Any]], start: int) -> None:
         """Launch the models, warm them up, and time them in turns."""
         with ExitStack() as stack:
-            workers: dict[str, _Worker] = {}
-            for name, given in loads.items():
-                workers[name] = stack.enter_context(_worker(name))
-                loaded = workers[name].ask("load", **given)
+            workers = {name: stack.enter_context(_worker(name)) for name in loads}
+            for name in _turned(list(loads), start):
+                loaded = workers[name].ask("load", **loads[name])
                 facts = {k: loaded.pop(k) for k in ("dtype", "threads", "device")}
                 self.facts = self.facts or facts
                 self._keep(name, loaded)
             for number in range(self.rounds + 1):  # the first warms up
-                # the order turns, there and back, so that none always follows the same neighbour
-                names = list(workers)
-                turn = (number + start) % len(names)
-                names = names[turn:] + names[:turn]
+                # there and back, so that none always follows the same neighbour
+                names = _turned(list(loads), number + start)
                 for name in reversed(names) if number % 2 else names:
                     self._round(name, workers[name], kept=number > 0)
 
@@ -168,6 +166,11 @@ class _Run:
         self.done += 1
         if self.progress is not None:
             self.progress(self.done, self.steps, None)
+
+
+def _turned(names: list[str], turn: int) -> list[str]:
+    turn %= len(names)
+    return names[turn:] + names[:turn]
 
 
 class _Worker:
@@ -220,7 +223,7 @@ def _worker(name: str) -> Iterator[_Worker]:
             process.communicate()
 
 
-def _comparisons(samples: Samples) -> list[dict[str, Any]]:
+def _comparisons(samples: Samples, starts: int) -> list[dict[str, Any]]:
     """Every model over the base; more is worse, so rates are turned into seconds a token."""
     base, found = samples["base"], []
     for name, metrics in samples.items():
@@ -233,7 +236,7 @@ def _comparisons(samples: Samples) -> list[dict[str, Any]]:
             if metric.startswith("decode_tokens_per_second"):
                 told = metric.replace("decode_tokens_per_second", "decode_seconds_per_token")
                 values, others = [1 / v for v in values], [1 / v for v in others]
-            ratio = paired_ratio(values, others)
+            ratio = paired_ratio(values, others, starts)
             found.append(
                 {
                     "model": name,

@@ -147,6 +147,9 @@ def _import_all(folder: Path) -> None:
 
 
 def _serve() -> None:
+    import torch  # noqa: F401  (before it is asked: several processes start side by side)
+    import transformers  # noqa: F401
+
     # what libraries print goes to standard error: standard output is for answers alone
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
