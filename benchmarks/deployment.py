@@ -49,9 +49,9 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--new-tokens", type=int)
     parser.add_argument("--results", type=Path, default=HERE / "results")
-    parser.add_argument("--pairs", action="store_true", help="base and merged alone, 24 starts")
+    parser.add_argument("--pairs", action="store_true", help="base and merged alone, 16 starts")
     given = parser.parse_args()
-    starts, rounds, new_tokens = (24, 5, 8) if given.pairs else (4, 7, 16)
+    starts, rounds, new_tokens = (16, 5, 8) if given.pairs else (4, 7, 16)
     starts = starts if given.starts is None else given.starts
     rounds = rounds if given.rounds is None else given.rounds
     new_tokens = new_tokens if given.new_tokens is None else given.new_tokens
