@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -16,8 +17,10 @@ from transformers import AutoModelForCausalLM
 from infold.errors import Refusal
 from infold.tuners import IA3Config, LoraConfig, attach, load
 from infold.tuners.layers import Adapted
+from infold.tuners.parts import new_adapter
 from peft_oracle import Bench, assert_close, assert_differs, read_tensors, shuffle
 from tiny_models import model_inputs, new_model
+from tuner_cases import MODELS
 
 HEAD, EMBEDDING = "lm_head", "embed_tokens"
 # Of these, 3 to 30 are in the inputs; every case names some that are and some that are not.
@@ -277,14 +280,147 @@ def test_tokens_do_not_overwrite_an_earlier_adapter(calm: None, first: str) -> N
         with pytest.raises(Refusal, match=f"tokens replaces rows of .*{target}.* first changes"):
             use(["first", "tokens"])
     assert model.active_adapters == ["tokens"]
+    with pytest.raises(Refusal, match="first changes"):  # tokens would go on running on top of it
+        model.merge_adapter(["first"])
+    model.set_adapter("first")
     model.merge_adapter(["first"])
     with pytest.raises(Refusal, match="first changes"):
         model.set_adapter("tokens")
     with pytest.raises(Refusal, match="unmerge first first"):
         attach(model, LoraConfig(**fields), "more")
     model.unmerge_adapter()
-    if first != "tokens":
-        model.set_adapter(["tokens", "first"])
+    if first == "tokens":
+        return
+    model.set_adapter(["tokens", "first"])
+    wanted = model(**model_inputs("llama")).logits
+    with pytest.raises(Refusal, match=r"first changes before it.*; put tokens first, or use one"):
+        model.merge_adapter(["first"])
+    model.merge_adapter(["tokens", "first", "first"])
+    assert_close(model(**model_inputs("llama")).logits, wanted)
+    with pytest.raises(Refusal, match="first changes"):
+        model.unmerge_adapter(["tokens"])
+    assert model._attached.merged.names == ("tokens", "first")
+    assert_close(model(**model_inputs("llama")).logits, wanted)
+    model.delete_adapter("tokens")  # which takes its work away for good
+    assert model._attached.merged.names == ("first",) and model.active_adapters == ["first"]
+
+
+# Two adapters on one module; the first two sit on the head, which is tied to the embedding.
+CLASH = {
+    "tokens on a saved head": (dict(modules_to_save=[HEAD]), dict(trainable_token_indices=[4, 9])),
+    "a saved head with tokens": (
+        dict(trainable_token_indices=[4, 9]),
+        dict(modules_to_save=[HEAD]),
+    ),
+    "lora on a saved head": (dict(modules_to_save=[HEAD]), dict(target_modules=[HEAD])),
+    "a saved head with lora": (dict(target_modules=[HEAD]), dict(modules_to_save=[HEAD])),
+    "a saved embedding with tokens": (
+        dict(trainable_token_indices=[4, 9]),
+        dict(modules_to_save=[EMBEDDING]),
+    ),
+}
+
+
+@pytest.mark.parametrize("loaded", [False, True], ids=["attached", "loaded"])
+@pytest.mark.parametrize("name", CLASH)
+def test_a_module_that_is_trained_whole_takes_no_other_adapter(
+    bench: Bench, name: str, loaded: bool
+) -> None:
+    first, second = ({"target_modules": ["q_proj"]} | fields for fields in CLASH[name])
+    base, inputs, _ = case("llama tied")
+    attach(copy.deepcopy(base), LoraConfig(r=2, **second)).save_pretrained(bench.folder / "second")
+    model = randomized(attach(base, LoraConfig(r=2, **first), "first"), 2)
+    wanted, names = model(**inputs).logits, list(model.state_dict())
+
+    with pytest.raises(Refusal, match=r"first (trains all of|sits on) .*delete_adapter\('first'\)"):
+        if loaded:
+            load(model, bench.folder / "second", "second")
+        else:
+            attach(model, LoraConfig(r=2, **second), "second")
+
+    assert list(model.state_dict()) == names and list(model.peft_config) == ["first"]
+    model.set_adapter("first")
+    assert torch.equal(model(**inputs).logits, wanted)
+    with model.disable_adapter():
+        assert_differs(model(**inputs).logits, wanted)
+    assert "second" not in model._attached.tokens
+    model.delete_adapter("first")
+    attach(model, LoraConfig(r=2, **second), "second")
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_an_adapter_that_is_not_added_to_the_end_leaves_nothing(
+    calm: None, monkeypatch: pytest.MonkeyPatch, fresh: bool
+) -> None:
+    base, inputs, fields = case("llama tied")
+    if not fresh:
+        randomized(attach(base, LoraConfig(**fields), "first"), 2)
+    wanted, names, calls = base(**inputs).logits, list(base.state_dict()), 0
+
+    def interrupted(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise KeyboardInterrupt
+        return new_adapter(*args)
+
+    monkeypatch.setattr("infold.tuners.model.new_adapter", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        attach(base, LoraConfig(**fields, bias="all"), "second")
+
+    assert list(base.state_dict()) == names
+    assert hasattr(base, "peft_config") is not fresh
+    if not fresh:
+        base.set_adapter("first")
+    assert torch.equal(base(**inputs).logits, wanted)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (LoraConfig(target_modules=[EMBEDDING]), LoraConfig(trainable_token_indices=[3, 9])),
+        (LoraConfig(), LoraConfig(use_dora=True)),
+    ],
+    ids=["tokens", "dora"],
+)
+def test_a_new_adapter_changes_nothing_whatever_was_active(
+    calm: None, first: LoraConfig, second: LoraConfig
+) -> None:
+    base, inputs, _ = case("llama")
+    wanted = base(**inputs).logits
+    model = randomized(attach(base, first, "first"), 2)
+    assert_differs(model(**inputs).logits, wanted)
+
+    attach(model, second, "second").eval()
+
+    assert model.active_adapters == ["second"]
+    assert_close(model(**inputs).logits, wanted, 1e-6)
+
+
+def test_two_adapters_that_replace_a_module_are_not_used_together(calm: None) -> None:
+    base, inputs, _ = case("llama")
+    config = LoraConfig(r=2, modules_to_save=[HEAD])
+    model = randomized(attach(base, config, "one"), 2)
+    wanted = model(**inputs).logits
+    randomized(attach(model, config, "two"), 3)
+
+    with pytest.raises(
+        Refusal, match=r"two replaces lm_head, which one changes .*lost; use one of"
+    ):
+        model.set_adapter(["one", "two"])
+
+    model.set_adapter("one")
+    assert torch.equal(model(**inputs).logits, wanted)
+
+
+def test_token_numbers_of_32_bits_and_slices_are_looked_up(calm: None) -> None:
+    base, inputs, fields = case("llama tied")
+    model = randomized(attach(base, LoraConfig(**fields)), 2)
+    ids = inputs["input_ids"]
+    wanted = model(ids).logits
+
+    for same in (ids.int(), ids.t().contiguous().t()):
+        assert torch.equal(model(same).logits, wanted)
 
 
 @pytest.mark.parametrize(
@@ -367,11 +503,20 @@ def _outside(tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
     config["trainable_token_indices"] = [9, 4, 15, 31]
 
 
+def _copy_and_lora(tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+    copy_key = KEY.replace("model.embed_tokens", HEAD)
+    tensors[copy_key] = tensors[KEY].clone()
+    path = copy_key.removesuffix("token_adapter.trainable_tokens_delta")
+    tensors[f"{path}lora_A.weight"] = torch.ones(3, 16)
+    tensors[f"{path}lora_B.weight"] = torch.ones(31, 3)
+
+
 WRONG = {
     "a name": (_renamed, "holds no trained tokens of model.embed_tokens"),
     "a shape": (_shorter, r"shape \[2, 16\]; 4 tokens of .* need \[4, 16\]"),
     "no config": (_untold, "does not tell which tokens of model.embed_tokens"),
     "lora": (_also_lora, "has trained tokens and lora_A, lora_B"),
+    "a copy and lora": (_copy_and_lora, r"lm_head \(tied to .*\) is also one of target_modules"),
     "another copy": (_other_copy, "differs from .* but the model ties the two"),
     "a number": (_outside, "token 31 of model.embed_tokens"),
 }
@@ -509,11 +654,15 @@ def test_a_16_bit_base_trains_tokens_in_float32(calm: None) -> None:
     base, inputs, fields = case("llama tied")
     model = attach(base.to(torch.bfloat16), LoraConfig(**fields))
     assert {p.dtype for _, p in trained(model)} == {torch.float32}
-    loss = model(**inputs, labels=inputs["input_ids"]).loss
-    loss.backward()
-    assert loss.dtype == torch.bfloat16 or loss.dtype == torch.float32
-    assert model(**inputs).logits.dtype == torch.bfloat16
-    assert all(p.grad is not None for n, p in trained(model) if "tokens" in n)
+    output = model(**inputs, labels=inputs["input_ids"])
+    assert output.logits.dtype == torch.bfloat16
+    output.loss.backward()
+    (tokens,) = (p for n, p in trained(model) if "tokens" in n)
+    before = tokens.detach().clone()
+    torch.optim.SGD([tokens], lr=1e-4).step()
+    changed = tokens != before
+    same = tokens.to(torch.bfloat16) == before.to(torch.bfloat16)
+    assert (changed & same).any()  # steps that bfloat16 could not tell
 
 
 # --- embeddings that are saved whole -------------------------------------------------------------
@@ -535,9 +684,9 @@ RESIZED = {
 MORE = {"input_ids": torch.tensor([[9, 31, 32, 33, 3], [33, 4, 31, 30, 5]])}
 
 
-def saved_base(bench: Bench, tie: bool) -> Any:
+def saved_base(bench: Bench, tie: bool, dtype: torch.dtype = torch.float32) -> Any:
     """A folder with a base, as its vocabulary is compared with that."""
-    return bench.base(new_model("llama", tie_word_embeddings=tie))
+    return bench.base(new_model("llama", tie_word_embeddings=tie).to(dtype))
 
 
 def larger(bench: Bench, folder: Any, seed: int = 0) -> Any:
@@ -627,6 +776,150 @@ def test_a_resized_vocabulary_merges_to_the_bytes_of_infold_merge(
     assert_close(plain(**MORE).logits, wanted)
     plain.save_pretrained(bench.folder / "memory")
     assert_same(read_tensors(bench.folder / "memory"), on_disk.tensors)
+
+
+@pytest.mark.parametrize("seed", [1, 2], ids=["", "other rows in memory"])
+@pytest.mark.parametrize("tie", [False, True], ids=["", "tied"])
+@pytest.mark.parametrize("name", RESIZED)
+def test_an_embedding_that_a_16_bit_model_rounds_merges_with_one_rounding(
+    bench: Bench, name: str, tie: bool, seed: int
+) -> None:
+    """The new rows are trained in float32, and the base holds bfloat16."""
+    folder = saved_base(bench, tie, torch.bfloat16)
+    file = bench.save(bench.attach(larger(bench, folder, 1), PeftLora(r=3, **RESIZED[name])))
+    on_disk = bench.merge(folder, file)
+    model = load(larger(bench, folder, seed).to(torch.bfloat16), file)
+    again = bench.folder / "again"
+    model.save_pretrained(again)
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "untied")
+        model.merge_adapter()
+        model.unmerge_adapter()
+        plain = model.merge_and_unload()
+
+    plain.save_pretrained(bench.folder / "memory")
+    assert_same(read_tensors(bench.folder / "memory"), on_disk.tensors)
+    given, written = (load_file(f / "adapter_model.safetensors") for f in (file, again))
+    for key, value in written.items():
+        if key in given and "saved" not in name:  # of that, the copy is the model's
+            assert torch.equal(value, given[key]), key
+
+
+def test_a_file_that_repeats_the_base_loads_while_something_is_merged(bench: Bench) -> None:
+    base = bench.load(AutoModelForCausalLM, saved_base(bench, True))
+    theirs = bench.attach(copy.deepcopy(base), PeftLora(r=3, target_modules=[EMBEDDING]))
+    file, inputs = bench.save(theirs), model_inputs("llama")
+    model = randomized(attach(base, LoraConfig(r=2, target_modules=[EMBEDDING, HEAD]), "one"), 2)
+    model.merge_adapter()
+
+    model.load_adapter(file, "two")
+
+    assert not model._attached.embeddings
+    model.unmerge_adapter()
+    model.set_adapter("two")
+    assert_close(model(**inputs).logits, theirs(**inputs).logits, 1e-6)
+
+
+def test_adapters_that_bring_the_same_embedding_share_it(bench: Bench) -> None:
+    folder = saved_base(bench, True)
+    file = bench.save(bench.attach(larger(bench, folder, 1), PeftLora(r=3, **RESIZED["neither"])))
+    model = load(larger(bench, folder, 2), file, "one")
+    wanted = model(**MORE).logits
+    values = weights(load(larger(bench, folder, 2), file).unload())
+    randomized(attach(model, LoraConfig(r=3, target_modules=["q_proj"]), "other"), 5)
+    other = model(**MORE).logits
+
+    model.load_adapter(file, "two")
+    with pytest.warns(UserWarning, match="carried over"):
+        model.add_weighted_adapter(["one", "other"], [1.0, 0.0], "sum", "linear")
+
+    assert_same(weights(model), values)  # other is active still
+    for name in ("one", "two", "sum"):
+        model.set_adapter(name)
+        assert_close(model(**MORE).logits, wanted, 1e-6)
+    model.set_adapter(["one", "two"])
+    model.set_adapter("sum")
+    model.merge_adapter(["one"])
+    model.unmerge_adapter(["one"])
+    for name in ("one", "two"):
+        model.delete_adapter(name)
+        assert_close(model(**MORE).logits, wanted, 1e-6)
+    model.save_pretrained(bench.folder, selected_adapters=["sum"])
+    embedding = load_file(bench.folder / "sum" / "adapter_model.safetensors")
+    given = load_file(file / "adapter_model.safetensors")
+    key = "base_model.model.model.embed_tokens.weight"
+    assert torch.equal(embedding[key], given[key])
+    model.set_adapter("other")
+    assert_close(model(**MORE).logits, other, 1e-6)
+    model.set_adapter("sum")
+    model.delete_adapter("sum")
+    assert_same(weights(model), values)
+
+
+def test_rows_of_a_batch_share_the_embedding_that_an_adapter_brings(bench: Bench) -> None:
+    folder = saved_base(bench, True)
+    file = bench.save(bench.attach(larger(bench, folder, 1), PeftLora(r=3, **RESIZED["neither"])))
+    model = load(larger(bench, folder, 2), file, "brings")
+    wanted = model(**MORE).logits
+    assert_close(model(**MORE, adapter_names=["brings"] * 2).logits, wanted)
+    refused = r"batch of their own, after set_adapter\('brings'\)"
+    for names in (["brings", "__base__"], ["__base__"] * 2):
+        with pytest.raises(Refusal, match=refused):
+            model(**MORE, adapter_names=names)
+
+    randomized(attach(model, LoraConfig(r=2), "other"), 5)
+    alone = model(**MORE).logits
+    assert_close(model(**MORE, adapter_names=["other", "__base__"]).logits[0], alone[0])
+    with pytest.raises(Refusal, match=refused):
+        model(**MORE, adapter_names=["brings"] * 2)
+
+
+def _saved(model: Any) -> Any:
+    return attach(model, LoraConfig(r=2, modules_to_save=[EMBEDDING]), "mine")
+
+
+def _targets(model: Any) -> Any:
+    return attach(model, LoraConfig(r=2, target_modules=[EMBEDDING]), "mine")
+
+
+@pytest.mark.parametrize("make", [_saved, _targets])
+def test_an_embedding_that_an_adapter_brings_and_another_adapter_do_not_overwrite_each_other(
+    bench: Bench, make: Any
+) -> None:
+    folder = saved_base(bench, False)
+    file = bench.save(bench.attach(larger(bench, folder, 1), PeftLora(r=3, **RESIZED["neither"])))
+    model = randomized(make(load(larger(bench, folder, 2), file, "brings")), 3)
+    wanted = model(**MORE).logits
+
+    refused = "brings replaces model.embed_tokens, which mine changes before it"
+    with pytest.raises(Refusal, match=refused):
+        model.set_adapter(["mine", "brings"])
+    if make is _saved:
+        with pytest.raises(Refusal, match=r"mine replaces model.embed_tokens.*lost; use one of"):
+            model.set_adapter(["brings", "mine"])
+    else:
+        model.set_adapter(["brings", "mine"])
+        both = model(**MORE).logits
+        with pytest.raises(Refusal, match=refused):
+            model.merge_adapter(["mine"])
+        assert_close(model(**MORE).logits, both, 1e-6)
+        model.merge_adapter()
+        with pytest.raises(Refusal, match=refused):
+            model.unmerge_adapter(["brings"])
+        assert_close(model(**MORE).logits, both)
+        model.unmerge_adapter()
+    model.set_adapter("mine")
+    assert_close(model(**MORE).logits, wanted, 1e-6)
+    fresh = LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[31, 4])
+    with model.disable_adapter():
+        before = model(**MORE).logits
+    model.set_adapter("brings")
+    if make is _targets:
+        attach(model, fresh, "tokens").eval()  # begins from the base's rows, not from those brought
+        assert_close(model(**MORE).logits, before, 1e-6)
+        with pytest.raises(Refusal, match=r"tokens replaces rows of .*, which brings changes"):
+            model.set_adapter(["brings", "tokens"])
 
 
 def test_an_embedding_of_an_adapter_is_in_force_while_the_adapter_is(bench: Bench) -> None:

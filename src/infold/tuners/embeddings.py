@@ -8,7 +8,7 @@ nothing is kept of them; otherwise they are in force while the adapter is.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -22,21 +22,31 @@ if TYPE_CHECKING:
     from infold.tuners.config import TunerConfig
     from infold.tuners.model import AdaptedModel, Attached
 
-__all__ = ["Swapped", "brought", "embedding_of", "embeddings", "untrained"]
+__all__ = [
+    "Swapped",
+    "bring",
+    "brought",
+    "embedding_of",
+    "embeddings",
+    "unrounded",
+    "untrained",
+]
 
 _NAMES = ("embed_tokens", "lm_head")  # the targets that PEFT saves without being asked
 _WRAPPERS = (".base_layer", ".token_adapter")
 _COPIES = (".original_module.", ".modules_to_save.")
 
 
-@dataclass
+@dataclass(eq=False)
 class Swapped:
-    """Parameters of the base that have other values while one adapter is in force."""
+    """Parameters of the base that have other values while an adapter is in force. Adapters that
+    bring the same values share one."""
 
     parameters: dict[str, nn.Parameter]
     others: dict[str, Tensor]  # the values that are not in force now
     on: bool = False
     paths: frozenset[str] = field(default_factory=frozenset)  # of the modules that have them
+    wide: dict[str, Tensor] = field(default_factory=dict)  # the file's, where a dtype rounds them
 
     def switch(self, on: bool) -> None:
         if on == self.on:
@@ -51,10 +61,36 @@ class Swapped:
         return any(own is parameter for own in self.parameters.values())
 
     def values(self, own: bool = True) -> dict[str, Tensor]:
-        """The adapter's own values, or the base's."""
+        """The adapter's own values, not rounded, or the base's."""
+        found = self.others
         if self.on is own:
-            return {name: parameter.data for name, parameter in self.parameters.items()}
-        return self.others
+            found = {name: parameter.data for name, parameter in self.parameters.items()}
+        return found | self.wide if own else found
+
+    def has(self, values: Mapping[int, Tensor]) -> bool:
+        """Whether these are the adapter's own values, of the parameters with these ids."""
+        own = {id(self.parameters[name]): value for name, value in self.values().items()}
+        return own.keys() == values.keys() and all(_same(own[i], values[i]) for i in own)
+
+
+def bring(embeddings: Mapping[str, Swapped], names: Collection[str]) -> None:
+    """Put the embeddings of these adapters in force, and no others."""
+    wanted = [embeddings[name] for name in names if name in embeddings]
+    for swapped in embeddings.values():
+        swapped.switch(swapped in wanted)
+
+
+def unrounded(embeddings: Mapping[str, Swapped], names: Collection[str]) -> dict[int, Tensor]:
+    """The ids of parameters into whose dtype these adapters' values were rounded -> the values: a
+    merge starts from them, and rounds once."""
+    wanted = [embeddings[name] for name in names if name in embeddings]
+    return {id(own.parameters[name]): v for own in wanted for name, v in own.wide.items()}
+
+
+def _same(one: Tensor, two: Tensor) -> bool:
+    """Whether all values are equal, in whatever dtypes."""
+    dtype = torch.promote_types(one.dtype, two.dtype)
+    return torch.equal(one.to(dtype), two.to(one.device, dtype))
 
 
 # --- saving --------------------------------------------------------------------------------------
@@ -102,10 +138,10 @@ def _base_parameters(attached: Attached, module: nn.Module) -> dict[str, nn.Para
 
 def _value(attached: Attached, name: str, parameter: nn.Parameter) -> Tensor:
     """A parameter's value for an adapter: its own, or the base's."""
-    for owner, swapped in attached.embeddings.items():
+    for swapped in attached.embeddings.values():
         for path, other in swapped.parameters.items():
             if other is parameter:
-                return swapped.values(owner == name)[path]
+                return swapped.values(swapped is attached.embeddings.get(name))[path]
     return parameter.data
 
 
@@ -159,7 +195,9 @@ def brought(
     keys: key -> the parameter that it means.
     """
     attached, problems = model._attached, []
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    bases = {id(place.merged): place.base for place in attached.merged.places}
+    named = model.named_parameters(remove_duplicate=False)
+    parameters = {path: bases.get(id(own), own) for path, own in named}
     found: dict[int, tuple[str, str, Tensor]] = {}
     for key, path in keys.items():
         parameter = parameters[path]
@@ -171,27 +209,51 @@ def brought(
                 told += f"; call model.resize_token_embeddings({shape[0]}) before"
             problems.append(told)
             continue
-        value = file.read(key).to(parameter.device, parameter.dtype)
+        value = file.read(key)
         before = found.setdefault(id(parameter), (path, key, value))
-        if before[1] != key and not torch.equal(before[2], value):
+        if before[1] != key and not _same(before[2], value):
             problems.append(
                 f"{file.path}: {key}: differs from {before[1]}, but the model ties the two"
             )
-    new = {}
-    for path, key, value in found.values():
-        parameter = parameters[path]
-        if torch.equal(_value(attached, "", parameter), value):
-            continue
-        others = [n for n, s in attached.embeddings.items() if s.holds(parameter)]
-        if others or attached.merged.names:
-            what = f"{others[0]} has" if others else f"{', '.join(attached.merged.names)} is merged"
-            why = " values of its own there already" if others else "; unmerge it first"
-            problems.append(f"{file.path}: {key}: is not what the model has, and {what}{why}")
-        new[path] = value
+    new = {
+        number: told
+        for number, told in found.items()
+        if not _same(_value(attached, "", parameters[told[0]]), told[2])
+    }
     if problems or not new:
         return None, problems
-    chosen = {path: parameters[path] for path in new}
-    swapped = Swapped(chosen, new)
-    alike = (path for path, own in parameters.items() if swapped.holds(own))
-    swapped.paths = frozenset(path.rpartition(".")[0] for path in alike)
-    return swapped, []
+    values = {number: value for number, (_, _, value) in new.items()}
+    for swapped in attached.embeddings.values():
+        if swapped.has(values):
+            return swapped, []
+    problems = [
+        f"{file.path}: {key}: is not what the model has, and {why}"
+        for path, key, _ in new.values()
+        if (why := _taken(attached, parameters[path]))
+    ]
+    if problems:
+        return None, problems
+    return _swapped(parameters, {path: value for path, _, value in new.values()}), []
+
+
+def _taken(attached: Attached, parameter: nn.Parameter) -> str | None:
+    """Why a parameter cannot have other values while an adapter is in force."""
+    for name, swapped in attached.embeddings.items():
+        if swapped.holds(parameter):
+            return (
+                f"{name} has values of its own there already; delete_adapter({name!r}) before, or "
+                "take another copy of the model"
+            )
+    merged = ", ".join(attached.merged.names)
+    return f"{merged} is merged; unmerge it first" if merged else None
+
+
+def _swapped(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> Swapped:
+    """A record of the values that a file brings, in the dtypes of the parameters."""
+    chosen = {path: parameters[path] for path in values}
+    others = {path: v.to(chosen[path].device, chosen[path].dtype) for path, v in values.items()}
+    wide = {path: value for path, value in values.items() if not _same(others[path], value)}
+    record = Swapped(chosen, others, wide=wide)
+    alike = (path for path, own in parameters.items() if record.holds(own))
+    record.paths = frozenset(path.rpartition(".")[0] for path in alike)
+    return record

@@ -154,7 +154,8 @@ def _pattern(names: Any) -> Any:
 def load(
     model: AdaptedModel, path: str | os.PathLike[str], name: str, trainable: bool = False
 ) -> None:
-    """Add the adapter of a folder or Hub id. Raises Refusal for any tensor without a place."""
+    """Add the adapter of a folder or Hub id. Raises Refusal for any tensor without a place; a part
+    of the adapter may be there then, for delete_adapter."""
     file = open_adapter(path)
     with patience(str(file.path)):
         _load(model, file, name, trainable)
@@ -246,7 +247,6 @@ def _fill(
             value = file.read(key)
             if own is None or own.shape != value.shape:
                 shape = "none" if own is None else list(own.shape)
-                model.delete_adapter(name)
                 raise Refusal(
                     f"{file.path}: {key}: shape {list(value.shape)}, the model has {shape}"
                 )
@@ -298,6 +298,8 @@ def _misfit(
     if _TOKENS in keys and "trainable_tokens" not in kind.METHODS:
         return f"{place} is a {type(module).__name__}, not an embedding"
     if _TOKENS in keys:
+        if "trainable_tokens" not in kind.METHODS:
+            return f"{place} is a {type(module).__name__}, not an embedding"
         return _misfit_rows(place, keys, cast(Tensor, module.weight).shape, file, rows)
     method = getattr(config, "method", config.METHOD)
     if method not in kind.METHODS:
@@ -365,7 +367,9 @@ def _missing(rows: TokenRows, parts: dict[str, dict[str, str]], file: AdapterFil
             continue
         copy, own = (parts[p][_TOKENS] for p in (path, owner))
         if torch.equal(file.read(copy), file.read(own)):
-            del parts[path]
+            del parts[path][_TOKENS]
+            if not parts[path]:  # what else there is of the end has a place, or is refused
+                del parts[path]
         else:
             problems.append(f"{file.path}: {copy}: differs from {own}, but the model ties the two")
     return problems

@@ -330,6 +330,7 @@ class AdaptedEmbedding(Adapted):
 
     def replace_rows(self, x: Tensor, y: Tensor, numbers: Tensor, values: Tensor) -> Tensor:
         known, order = numbers.sort()
+        x = x.to(known.dtype).contiguous()  # of int32 and of slices too, which it compares
         place = torch.searchsorted(known, x).clamp_(max=len(known) - 1)
         mine = (known[place] == x)[..., None]
         return torch.where(mine, self.lookup(order[place], values).to(y.dtype), y)

@@ -23,6 +23,7 @@ from infold.adapters.exact import slices_for
 from infold.dtypes import NAMES
 from infold.edit import Step, TensorEdit, edit_tensor, edit_tensors, on_all_cores
 from infold.errors import Refusal
+from infold.tuners.embeddings import bring, unrounded
 from infold.tuners.layers import (
     Adapted,
     AdaptedAttention,
@@ -123,15 +124,13 @@ def merged(
     if names == current.names:
         return current
     embeddings = model._attached.embeddings
-    before = {name: swapped.on for name, swapped in embeddings.items()}
+    before = [name for name, swapped in embeddings.items() if swapped.on]
     current.show(False)
     try:
-        for name, swapped in embeddings.items():
-            swapped.switch(name in names)  # what is merged is merged into the adapter's own
+        bring(embeddings, names)  # what is merged is merged into the adapter's own
         result = _merge(model, names, keep, dequantize)
     except BaseException:
-        for name, swapped in embeddings.items():
-            swapped.switch(before[name])
+        bring(embeddings, before)
         current.show(model._attached.enabled)
         raise
     result.show(True)
@@ -148,6 +147,7 @@ def _merge(
         if any(name in layer.adapters for name in names)
     }
     _check_storage(model, layers, keep, dequantize)
+    wide = unrounded(model._attached.embeddings, names)
     dense: dict[tuple[int, ...], _Change] = {}
     for path, layer in layers.items():
         chosen = [cast(Adapter, layer.adapters[n]) for n in names if n in layer.adapters]
@@ -155,7 +155,7 @@ def _merge(
             assert dequantize is not None
             result.dense[path] = _dense(path, layer, chosen, dequantize)
         else:
-            change = _Change(path, layer, chosen)
+            change = _Change(path, layer, chosen, wide)
             # both ends of a tie share trained tokens; what each has for itself unties them
             key = (id(next(change.parameters())[1]), *map(id, chosen))
             if dense.setdefault(key, change) is not change:
@@ -177,6 +177,7 @@ class _Change:
     path: str
     layer: Adapted
     adapters: list[Adapter]
+    wide: dict[int, Tensor]  # by ids of parameters: values that were not rounded yet
     tied: list[Adapted] = field(default_factory=list)  # that share the tensors and the adapters
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter, list[Adapter]]]:
@@ -191,7 +192,12 @@ class _Change:
 
     def edits(self) -> list[TensorEdit]:
         return [
-            TensorEdit(parameter, partial(self._steps, name, on), f"{self.path}.{name}")
+            TensorEdit(
+                self.wide.get(id(parameter), parameter).to(parameter.device),
+                partial(self._steps, name, on),
+                f"{self.path}.{name}",
+                parameter.dtype,
+            )
             for name, parameter, on in self.parameters()
         ]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from infold.errors import Refusal
 from infold.tuners import files, merging
 from infold.tuners.config import LoraConfig, TunerConfig
-from infold.tuners.embeddings import Swapped
+from infold.tuners.embeddings import Swapped, bring
 from infold.tuners.layers import Adapted, Adapter, Rows, adapt, restore
 from infold.tuners.parts import layers_of, new_adapter
 from infold.tuners.quantized import keep_gradients
 from infold.tuners.select import Selection, select
 from infold.tuners.vocabulary import TokenRows, check_order
 from infold.tuners.weighted import add_weighted
-from infold.tuners.whole import Whole, add_whole, restore_whole
+from infold.tuners.whole import Whole, add_whole, clashes, restore_whole
 
 __all__ = ["AdaptedModel", "Attached", "attach", "insert", "load"]
 
@@ -58,21 +58,10 @@ def attach(model: nn.Module, config: TunerConfig, name: str = "default") -> Any:
     bits, and alone require a gradient. A second call adds a second adapter and makes it active.
     Raises Refusal where the config does not suit the model, which is then unchanged.
     """
-    if isinstance(model, AdaptedModel):
-        _check_name(model._attached, name)
-        selection = select(model, config)
-    else:
-        _check_name(None, name)
-        selection = select(model, config)
-        _become(model)
-    attached = cast(AdaptedModel, model)._attached
-    try:
-        insert(model, name, selection)
-    except BaseException:
-        if not attached.configs:
-            cast(AdaptedModel, model).unload()
-        raise
-    cast(AdaptedModel, model).set_adapter(name)
+    selection = select(model, config)
+    with _adding(model, name) as adapted:
+        insert(adapted, name, selection)
+        adapted.set_adapter(name)
     return model
 
 
@@ -86,19 +75,28 @@ def load(
 
     Raises Refusal for any tensor that has no place in the model, which is then unchanged.
     """
+    with _adding(model, name) as adapted:
+        files.load(adapted, path, name, trainable)
+        adapted.set_adapter(name)
+    return model
+
+
+@contextmanager
+def _adding(model: nn.Module, name: str) -> Iterator[AdaptedModel]:
+    """Where adding an adapter fails inside of this, the model is what it was before."""
     fresh = not isinstance(model, AdaptedModel)
     _check_name(None if fresh else cast(AdaptedModel, model)._attached, name)
     if fresh:
         _become(model)
     adapted = cast(AdaptedModel, model)
     try:
-        files.load(adapted, path, name, trainable)
+        yield adapted
     except BaseException:
+        if name in adapted._attached.configs:
+            adapted.delete_adapter(name)
         if fresh:
             adapted.unload()
         raise
-    adapted.set_adapter(name)
-    return model
 
 
 def _check_name(attached: Attached | None, name: str) -> None:
@@ -165,39 +163,46 @@ def _checkpoints(model: nn.Module) -> bool:
 
 
 def insert(
-    model: nn.Module,
+    model: AdaptedModel,
     name: str,
     selection: Selection,
     loaded: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> None:
-    """Add an adapter's parts to the layers of a selection; `loaded`: {path: {part: values}}."""
-    attached = cast(AdaptedModel, model)._attached
-    config = selection.config
-    if not config.inference_mode:
-        attached.slow += keep_gradients(model)
+    """Add an adapter's parts to the layers of a selection; `loaded`: {path: {part: values}}.
+
+    Interrupted, it leaves what delete_adapter takes away.
+    """
+    attached, config, rows = model._attached, selection.config, selection.rows
+    layers = layers_of(selection)
+    tied = {path: model.get_submodule(path) for path in rows.tied}
+    if problems := clashes(layers | tied, selection.whole):
+        raise Refusal(problems)
     if isinstance(config, LoraConfig) and config.bias != "none" and attached.biases:
         other = next(iter(attached.biases))
         raise Refusal(f"bias={config.bias!r}: the adapter {other!r} trains biases already")
-    if selection.rows.tokens:
-        if attached.merged.names:
-            merged = ", ".join(attached.merged.names)
-            raise Refusal(f"trainable_token_indices: unmerge {merged} first")
-        attached.tokens[name] = selection.rows
-    for path, module in layers_of(selection).items():
+    if rows.tokens and attached.merged.names:
+        merged = ", ".join(attached.merged.names)
+        raise Refusal(f"trainable_token_indices: unmerge {merged} first")
+    attached.configs[name] = config
+    bring(attached.embeddings, attached.merged.names)  # a new adapter begins from the base
+    if not config.inference_mode:
+        attached.slow += keep_gradients(model)
+    if rows.tokens:
+        attached.tokens[name] = rows
+    for path, module in layers.items():
         layer = adapt(module, attached.rows)
         attached.layers[path] = layer
         layer.adapters[name] = new_adapter(
             selection, path, layer, None if loaded is None else loaded[path]
         )
         _keep_off_fast_path(model, path, layer)
-    for path, owner in selection.rows.tied.items():
-        attached.layers[path] = layer = adapt(model.get_submodule(path), attached.rows)
-        layer.adapters[name] = attached.layers[owner].adapters[name]
+    for path, module in tied.items():
+        attached.layers[path] = layer = adapt(module, attached.rows)
+        layer.adapters[name] = attached.layers[rows.tied[path]].adapters[name]
     for path, module in selection.whole.items():
         attached.whole[path] = add_whole(module, name, attached.rows)
     if isinstance(config, LoraConfig) and config.bias != "none":
         attached.biases[name] = _biases(model, config, selection)
-    attached.configs[name] = config
 
 
 def _keep_off_fast_path(model: nn.Module, path: str, layer: nn.Module) -> None:
@@ -282,8 +287,8 @@ class AdaptedModel(nn.Module):
         """Remove an adapter; one that is merged is taken out of the weights first."""
         self._known([adapter_name])
         attached = self._attached
-        if adapter_name in attached.merged.names:
-            self.unmerge_adapter([adapter_name])
+        left = tuple(name for name in attached.merged.names if name != adapter_name)
+        attached.merged = merging.merged(self, attached.merged, left)
         if adapter_name in attached.biases:
             attached.biases.pop(adapter_name).switch(False)
         if adapter_name in attached.embeddings:
@@ -332,7 +337,6 @@ class AdaptedModel(nn.Module):
             "seed": seed,
         }  # fmt: skip
         add_weighted(self, adapters, weights, adapter_name, combination_type, options)
-        self._refresh()
 
     def _known(self, names: Sequence[str]) -> None:
         strangers = [name for name in names if name not in self._attached.configs]
@@ -355,9 +359,8 @@ class AdaptedModel(nn.Module):
             module._in_force = own[-1] if own and attached.enabled else None
             for name in module.adapters:
                 module.adapters[name].requires_grad_(self._trains(name))
-        for name, swapped in attached.embeddings.items():
-            used = name in attached.active or name in attached.merged.names
-            swapped.switch(attached.enabled and used)
+        used = (*attached.active, *attached.merged.names) if attached.enabled else ()
+        bring(attached.embeddings, used)
         for name, biases in attached.biases.items():
             biases.switch(attached.enabled and name in attached.active)
             for parameter in biases.parameters.values():
@@ -382,9 +385,14 @@ class AdaptedModel(nn.Module):
             raise Refusal("adapter_names inside of disable_adapter()")
         if attached.biases:
             raise Refusal("adapter_names: an adapter that trains biases has them in every row")
-        if attached.embeddings:
-            brings = ", ".join(attached.embeddings)
-            raise Refusal(f"adapter_names: {brings} brings an embedding, which is in every row")
+        own = attached.embeddings
+        for name, swapped in own.items():
+            if any((own.get(row) is swapped) is not swapped.on for row in names):
+                raise Refusal(
+                    f"adapter_names: {name} brings an embedding, which all rows share and have "
+                    f"while {name} is active; give its rows a batch of their own, after "
+                    f"set_adapter({name!r}), and make another adapter active for the rest"
+                )
         if self.training and torch.is_grad_enabled() and _checkpoints(self):
             raise Refusal(
                 "adapter_names: with activation checkpointing, layers run again in the backward "
@@ -418,19 +426,20 @@ class AdaptedModel(nn.Module):
         """
         names = self.active_adapters if adapter_names is None else list(adapter_names)
         self._known(names)
-        attached = self._attached
-        new = [name for name in names if name not in attached.merged.names]
-        check_order(attached, (*attached.merged.names, *new))
-        attached.merged = merging.merged(self, attached.merged, (*attached.merged.names, *new))
-        self._refresh()
+        self._merge((*self._attached.merged.names, *names))
 
     def unmerge_adapter(self, adapter_names: Sequence[str] | None = None) -> None:
         """Take adapters (default: all that are merged) out of the weights again, exactly."""
-        attached = self._attached
-        gone = attached.merged.names if adapter_names is None else adapter_names
+        merged = self._attached.merged.names
+        gone = merged if adapter_names is None else adapter_names
         self._known(gone)
-        left = tuple(name for name in attached.merged.names if name not in gone)
-        attached.merged = merging.merged(self, attached.merged, left)
+        self._merge(name for name in merged if name not in gone)
+
+    def _merge(self, names: Iterable[str]) -> None:
+        """Have these adapters in the weights; other active ones run on top of them."""
+        attached, wanted = self._attached, tuple(dict.fromkeys(names))
+        check_order(attached, (*wanted, *attached.active))
+        attached.merged = merging.merged(self, attached.merged, wanted)
         self._refresh()
 
     def merge_and_unload(
@@ -445,18 +454,20 @@ class AdaptedModel(nn.Module):
         dequantize: a dtype for 4 and 8 bit layers that an adapter changes; without it a Refusal.
         The result has the bytes that `infold merge` writes. Raises Refusal as merge_adapter.
         """
-        names = self.active_adapters if adapter_names is None else list(adapter_names)
+        chosen = self.active_adapters if adapter_names is None else adapter_names
+        names = tuple(dict.fromkeys(chosen))
         self._known(names)
         attached = self._attached
         check_order(attached, names)
         attached.merged = merging.merged(
-            self, attached.merged, tuple(names), keep=False, dequantize=dequantize
+            self, attached.merged, names, keep=False, dequantize=dequantize
         )
         for module in attached.whole.values():
             own = [n for n in names if n in module.adapters]
             module._in_force = own[-1] if own else None
-        for name, swapped in (*attached.embeddings.items(), *attached.biases.items()):
-            swapped.switch(name in names)
+        bring(attached.embeddings, names)
+        for name, biases in attached.biases.items():
+            biases.switch(name in names)
         return self._plain_again(keep=True)
 
     def unload(self) -> Any:
@@ -518,9 +529,9 @@ class AdaptedModel(nn.Module):
         **kwargs: Any,
     ) -> None:
         """Add a saved adapter, from a folder or the Hub, without making it active."""
-        _check_name(self._attached, adapter_name)
-        files.load(self, model_id, adapter_name, is_trainable)
-        self._refresh()
+        with _adding(self, adapter_name):
+            files.load(self, model_id, adapter_name, is_trainable)
+            self._refresh()
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all) parameters; two 4-bit weights share a byte."""

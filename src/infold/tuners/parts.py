@@ -34,8 +34,9 @@ def new_adapter(
         parts = {part: value.clone() for part, value in loaded.items()}
     else:
         with torch.device("meta" if own.is_meta else "cpu"), torch.no_grad():
-            before = Stage(layer, layer._runs, (), {})
-            parts = METHODS[method].init(layer.geometry(), settings, before)
+            # attaching makes it the only active one: of the others it sees what is merged
+            alone = Stage(layer, (), (), {})
+            parts = METHODS[method].init(layer.geometry(), settings, alone)
     dtype = own.dtype if own.dtype in (torch.float32, torch.float64) else torch.float32
     parts = {part: value.to(own.device, dtype) for part, value in parts.items()}
     return Adapter(method, parts, settings, dropout).train(layer.training)

@@ -97,22 +97,42 @@ def misfits(
 
 
 def check_order(attached: Attached, names: Sequence[str]) -> None:
-    """Raise Refusal where trained rows, or a whole embedding that an adapter brings, would
-    overwrite what an adapter before it did."""
+    """Raise Refusal where trained rows, a module of modules_to_save, or an embedding that an
+    adapter brings would overwrite what an adapter before it did."""
     problems, names = [], tuple(dict.fromkeys(names))
+    replaced = {name: _replaced(attached, name) for name in names}
     for number, name in enumerate(names):
-        rows, whole = attached.tokens.get(name, TokenRows()), attached.embeddings.get(name)
-        for path in dict.fromkeys((*rows, *(whole.paths if whole else ()))):
+        for path, what in replaced[name].items():
             layer = attached.layers.get(path)
-            earlier = [n for n in names[:number] if layer is not None and n in layer.adapters]
+            earlier = [
+                other
+                for other in names[:number]
+                if (layer is not None and other in layer.adapters)
+                or (path in replaced[other] and not _bring_the_same(attached, name, other))
+            ]
             if earlier:
-                what = "rows of " if path in rows else ""
+                first = f"put {name} first, or "
+                if any(path in replaced[other] for other in earlier):
+                    first = ""  # which would lose the other's
                 problems.append(
                     f"{name} replaces {what}{path}, which {', '.join(earlier)} changes before "
-                    f"it: that work would be lost; put {name} first, or use one of them"
+                    f"it: that work would be lost; {first}use one of them"
                 )
     if problems:
         raise Refusal(problems)
+
+
+def _replaced(attached: Attached, name: str) -> dict[str, str]:
+    """The paths of the modules that an adapter replaces, and whether it is only rows of them."""
+    brings = attached.embeddings.get(name)
+    whole = [path for path, module in attached.whole.items() if name in module.adapters]
+    whole += sorted(brings.paths) if brings else []
+    return dict.fromkeys(attached.tokens.get(name, ()), "rows of ") | dict.fromkeys(whole, "")
+
+
+def _bring_the_same(attached: Attached, one: str, two: str) -> bool:
+    brings = attached.embeddings.get(one)
+    return brings is not None and brings is attached.embeddings.get(two)
 
 
 def end_of(model: nn.Module, modules: Mapping[str, nn.Module], get: str) -> str | None:

@@ -43,7 +43,7 @@ def add_weighted(
         try:
             plan = plan_combination([folder / a for a in adapters], weights, kind, **options)
             write_combination(plan, folder / "combined.out")
-            files.load(model, folder / "combined.out", name, False)
+            model.load_adapter(folder / "combined.out", name)
         except Refusal as refusal:
             reasons = [reason.replace(f"{folder}/", "") for reason in refusal.reasons]
             raise Refusal(reasons) from None

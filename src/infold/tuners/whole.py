@@ -7,14 +7,15 @@ goes to the copy that the active adapter trains, if it has one.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any, cast
 
 from torch import Tensor, nn
 
 from infold.errors import Refusal
-from infold.tuners.layers import Rows
+from infold.tuners.layers import Adapted, Rows
 
-__all__ = ["Whole", "add_whole", "restore_whole"]
+__all__ = ["Whole", "add_whole", "clashes", "restore_whole"]
 
 
 class Whole(nn.Module):
@@ -61,11 +62,31 @@ def _rebuild(cls: type[nn.Module]) -> nn.Module:
     return made.__new__(made)
 
 
+def clashes(layers: Mapping[str, nn.Module], whole: Mapping[str, nn.Module]) -> list[str]:
+    """Why modules cannot be part of one more adapter: others have them in another way.
+
+    layers: those that would get an adapter. whole: those of which a copy would be trained.
+    """
+    problems = []
+    for path, module in (*layers.items(), *whole.items()):
+        if path in layers and isinstance(module, Whole):
+            what = f"trains all of {path} (modules_to_save), so that it takes no other adapter"
+        elif path in whole and isinstance(module, Adapted):
+            what = f"sits on {path}, so that it cannot be one of modules_to_save"
+        else:
+            continue
+        others = list(module.adapters)
+        gone = " and ".join(f"delete_adapter({other!r})" for other in others)
+        problems.append(f"{', '.join(others)} {what}; leave it out, or call {gone} before")
+    return problems
+
+
 def add_whole(module: nn.Module, name: str, rows: Rows) -> Whole:
     """Give a module a copy that the adapter `name` trains."""
     if not isinstance(module, Whole):
         if hasattr(module, "adapters"):
-            raise Refusal(f"modules_to_save: a {type(module).__name__} has an adapter already")
+            name = type(module).__name__
+            raise Refusal(f"modules_to_save: a {name} has an attribute `adapters` of its own")
         own = copy.deepcopy(module)
         module.__class__ = _class_for(type(module))
         whole = cast(Whole, module)
