@@ -124,7 +124,8 @@ def test_each_model_loads_first_in_turn(
             loaded.append(self.name)
             return {"load_seconds": 1.0, "dtype": "", "threads": 1, "device": "cpu"}
 
-    monkeypatch.setattr("infold.bench.run._worker", lambda name: nullcontext(Model(name)))
+    module = sys.modules[measure_models.__module__]
+    monkeypatch.setattr(module, "_worker", lambda name: nullcontext(Model(name)))
     measure_models(*made, batches=(1,), rounds=1, starts=2, modes=False)
 
     assert loaded == ["base", "merged", "merged", "base"]
