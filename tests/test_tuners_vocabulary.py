@@ -20,7 +20,6 @@ from infold.tuners.layers import Adapted
 from infold.tuners.parts import new_adapter
 from peft_oracle import Bench, assert_close, assert_differs, read_tensors, shuffle
 from tiny_models import model_inputs, new_model
-from tuner_cases import MODELS
 
 HEAD, EMBEDDING = "lm_head", "embed_tokens"
 # Of these, 3 to 30 are in the inputs; every case names some that are and some that are not.
