@@ -1,9 +1,10 @@
 """Base, adapter mode and merged model, each in a process of its own, timed in turns.
 
 A start launches every process anew, so that what differs between two processes of one model
-(where its memory lies) is part of the noise that the intervals show. Who loads first changes with
-the start: it can compute some per cent slower for as long as it lives. Within a start, rounds go
-from model to model; a round's figures are compared with the base's of that same round.
+(where its memory lies, or the page cache that it is mapped from) is part of the noise that the
+intervals show. Who loads first changes with the start: it can compute some per cent slower for as
+long as it lives. Within a start, rounds go from model to model; a round's figures are compared with
+the base's of that same round.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from infold.bench.interval import median_interval, paired_ratio
 from infold.checkpoint.adapter import open_adapter
@@ -33,6 +34,7 @@ __all__ = ["Progress", "measure_models"]
 PathLike = str | os.PathLike[str]
 Progress = Callable[[int, int, float | None], None]
 Samples = dict[str, dict[str, list[float]]]  # model -> metric -> one value a round, or a start
+T = TypeVar("T")
 _SPEED, _MEMORY = "speed", "memory"
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -90,9 +92,10 @@ def measure_models(
     ]
     run = _Run(shapes, rounds, len(models) * starts * (rounds + 1), progress)
     began = time.perf_counter()
-    for place in dict.fromkeys(path for _, path in models.values()):
-        _read_anew(place)
+    places = list(dict.fromkeys(path for _, path in models.values()))
     for start in range(starts):
+        for place in _turned(places, start):
+            _read_anew(place)
         if together:
             run.generation(loads, start)
         else:
@@ -168,7 +171,7 @@ class _Run:
             self.progress(self.done, self.steps, None)
 
 
-def _turned(names: list[str], turn: int) -> list[str]:
+def _turned(names: list[T], turn: int) -> list[T]:
     turn %= len(names)
     return names[turn:] + names[:turn]
 
