@@ -12,12 +12,15 @@ from peft import IA3Config as PeftIA3
 from peft import LoraConfig as PeftLora
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification
 
 from infold.tuners import IA3Config, LoraConfig, attach, load
 from peft_oracle import Bench, assert_close, assert_differs, shuffle
+from tiny_models import MODELS as TINY
 from tiny_models import model_inputs, new_model
 from tuner_cases import IA3, LORA, MODELS
 
+FILE = "adapter_model.safetensors"
 CASES = [("ia3", name) for name in IA3] + [("lora", name) for name in LORA]
 ids = [f"{method}-{name}" for method, name in CASES]
 
@@ -179,6 +182,24 @@ def test_architectures_with_default_targets_agree_with_peft(
     assert type(model).__name__ == type(base).__name__
     own = {n for n, _ in model.named_parameters() if ".adapters." not in n}
     assert own == {n for n, _ in base.named_parameters()}
+
+
+@pytest.mark.parametrize("targets", [["query", "dense"], "all-linear"])
+def test_what_lies_in_a_trained_head_is_no_target(bench: Bench, targets: Any) -> None:
+    """RoBERTa's classifier has a `dense` of its own; PEFT trains the classifier whole."""
+    from safetensors.torch import load_file
+
+    base = AutoModelForSequenceClassification.from_config(TINY["roberta"]).eval()
+    fields = dict(r=2, task_type="SEQ_CLS", target_modules=targets)
+    theirs = bench.attach(copy.deepcopy(base), PeftLora(**fields))
+    folder = bench.save(theirs)
+    model = attach(copy.deepcopy(base), LoraConfig(**fields))
+    model.save_pretrained(bench.folder / "ours")
+
+    keys = [set(load_file(f / FILE)) for f in (bench.folder / "ours", folder)]
+    assert keys[0] == keys[1] and any("classifier" in key for key in keys[0])
+    x = model_inputs("roberta")
+    assert_close(load(base, folder)(**x).logits, theirs(**x).logits, 1e-6)
 
 
 def test_a_folder_from_here_is_what_peft_writes(tmp_path: Path, calm: None) -> None:

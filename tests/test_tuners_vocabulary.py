@@ -317,6 +317,8 @@ CLASH = {
         dict(trainable_token_indices=[4, 9]),
         dict(modules_to_save=[EMBEDDING]),
     ),
+    "lora in a saved block": (dict(modules_to_save=["mlp"]), dict(target_modules=["down_proj"])),
+    "a saved block with lora": (dict(target_modules=["down_proj"]), dict(modules_to_save=["mlp"])),
 }
 
 
@@ -345,6 +347,26 @@ def test_a_module_that_is_trained_whole_takes_no_other_adapter(
     assert "second" not in model._attached.tokens
     model.delete_adapter("first")
     attach(model, LoraConfig(r=2, **second), "second")
+
+
+@pytest.mark.parametrize("fields", [dict(modules_to_save=[HEAD]), dict(bias="all")])
+def test_what_a_merged_adapter_trains_whole_stays_in_force(
+    calm: None, fields: dict[str, Any]
+) -> None:
+    base, inputs, _ = case("opt")  # it has biases
+    base.requires_grad_(False)  # PyTorch has other kernels for what needs a gradient
+    plain = base(**inputs).logits
+    model = randomized(attach(base, LoraConfig(r=2, **fields), "first"), 2)
+    wanted = model(**inputs).logits
+    model.merge_adapter(["first"])
+    attach(model, LoraConfig(r=2), "second").eval()
+
+    assert model.active_adapters == ["second"]
+    assert_close(model(**inputs).logits, wanted, 1e-5)
+    with model.disable_adapter():
+        assert torch.equal(model(**inputs).logits, plain)
+    model.unmerge_adapter(["first"])
+    assert torch.equal(model(**inputs).logits, plain), "second has learnt nothing yet"
 
 
 @pytest.mark.parametrize("fresh", [True, False])

@@ -7,7 +7,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -15,7 +15,7 @@ from typing import Any, ClassVar, TypeVar
 from infold.checkpoint.files import locate, read_object, safe_child
 from infold.errors import Refusal
 
-__all__ = ["IA3Config", "LoraConfig", "TunerConfig", "matches", "read_config"]
+__all__ = ["IA3Config", "LoraConfig", "TunerConfig", "matches", "read_config", "within"]
 
 FILE = "adapter_config.json"
 # What other versions of PEFT write without an influence on a trained adapter.
@@ -248,6 +248,11 @@ def matches(names: Names, path: str) -> bool:
     if isinstance(names, str):
         return re.fullmatch(names, path) is not None
     return any(path == name or path.endswith(f".{name}") for name in names)
+
+
+def within(path: str, others: Iterable[str]) -> bool:
+    """Whether a module is one of others, or lies in one."""
+    return any(path == other or path.startswith(f"{other}.") for other in others)
 
 
 def _matching(patterns: Mapping[str, Any], path: str, default: Any) -> Any:

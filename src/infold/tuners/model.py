@@ -175,7 +175,7 @@ def insert(
     attached, config, rows = model._attached, selection.config, selection.rows
     layers = layers_of(selection)
     tied = {path: model.get_submodule(path) for path in rows.tied}
-    if problems := clashes(layers | tied, selection.whole):
+    if problems := clashes(layers | tied, selection.whole, attached.whole):
         raise Refusal(problems)
     if isinstance(config, LoraConfig) and config.bias != "none" and attached.biases:
         other = next(iter(attached.biases))
@@ -354,15 +354,16 @@ class AdaptedModel(nn.Module):
             layer._runs = tuple(adapters[n] for n in running if n in adapters and attached.enabled)
             for name, adapter in adapters.items():
                 adapter.requires_grad_(self._trains(name))
+        # what is merged is in force, active or not
+        used = (*attached.merged.names, *attached.active) if attached.enabled else ()
         for module in attached.whole.values():
-            own = [n for n in attached.active if n in module.adapters]
-            module._in_force = own[-1] if own and attached.enabled else None
+            own = [n for n in used if n in module.adapters]
+            module._in_force = own[-1] if own else None
             for name in module.adapters:
                 module.adapters[name].requires_grad_(self._trains(name))
-        used = (*attached.active, *attached.merged.names) if attached.enabled else ()
         bring(attached.embeddings, used)
         for name, biases in attached.biases.items():
-            biases.switch(attached.enabled and name in attached.active)
+            biases.switch(name in used)
             for parameter in biases.parameters.values():
                 parameter.requires_grad_(self._trains(name))
 

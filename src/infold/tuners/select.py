@@ -13,7 +13,15 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 
 from infold.errors import Refusal
-from infold.tuners.config import READ_INITS, IA3Config, LoraConfig, Names, TunerConfig, matches
+from infold.tuners.config import (
+    READ_INITS,
+    IA3Config,
+    LoraConfig,
+    Names,
+    TunerConfig,
+    matches,
+    within,
+)
 from infold.tuners.layers import KINDS, Adapted, AdaptedOpaque, kind_of
 from infold.tuners.quantized import is_readable
 from infold.tuners.targets import find_targets, fused_experts
@@ -72,7 +80,8 @@ def select(model: nn.Module, config: TunerConfig) -> Selection:
     }
     whole = {p: m for p, m in modules.items() if matches(config.modules_to_save, p)}
     problems += _unmatched("modules_to_save", config.modules_to_save, modules)
-    layers = {p: m for p, m in layers.items() if not matches(config.modules_to_save, p)}
+    # what lies in a module that is trained whole is trained with it, as in PEFT
+    layers = {p: m for p, m in layers.items() if not within(p, whole)}
     for path, module in layers.items():
         problems += _unfit(model, path, module, config)
     if not layers and not problems:
@@ -116,6 +125,7 @@ def _with_targets(
         return config
     if config.target_modules == "all-linear":
         output = _output_heads(model, modules)
+        saved = [path for path in modules if matches(config.modules_to_save, path)]
         paths = [
             path
             for path, module in modules.items()
@@ -123,7 +133,7 @@ def _with_targets(
             and not isinstance(module, nn.Embedding | nn.MultiheadAttention)
             and not _is_conv(module)
             and path not in output
-            and not matches(config.modules_to_save, path)
+            and not within(path, saved)
         ]
         config = replace(config, target_modules=_shortest(paths, modules))
         if sentence := fused_experts(modules):

@@ -13,6 +13,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from infold.errors import Refusal
+from infold.tuners.config import within
 from infold.tuners.layers import Adapted, Rows
 
 __all__ = ["Whole", "add_whole", "clashes", "restore_whole"]
@@ -62,23 +63,34 @@ def _rebuild(cls: type[nn.Module]) -> nn.Module:
     return made.__new__(made)
 
 
-def clashes(layers: Mapping[str, nn.Module], whole: Mapping[str, nn.Module]) -> list[str]:
+def clashes(
+    layers: Mapping[str, nn.Module],
+    whole: Mapping[str, nn.Module],
+    others: Mapping[str, Whole],
+) -> list[str]:
     """Why modules cannot be part of one more adapter: others have them in another way.
 
-    layers: those that would get an adapter. whole: those of which a copy would be trained.
+    layers: those that would get an adapter. whole: those of which a copy would be trained. others:
+    those of which some adapter trains a copy, by path.
     """
     problems = []
-    for path, module in (*layers.items(), *whole.items()):
-        if path in layers and isinstance(module, Whole):
-            what = f"trains all of {path} (modules_to_save), so that it takes no other adapter"
-        elif path in whole and isinstance(module, Adapted):
-            what = f"sits on {path}, so that it cannot be one of modules_to_save"
-        else:
-            continue
-        others = list(module.adapters)
-        gone = " and ".join(f"delete_adapter({other!r})" for other in others)
-        problems.append(f"{', '.join(others)} {what}; leave it out, or call {gone} before")
+    for path in layers:
+        for place, owner in others.items():
+            if within(path, [place]):
+                what = f"trains all of {place} (modules_to_save), so that {path} takes no adapter"
+                problems.append(_clash(owner.adapters, what))
+    for path, module in whole.items():
+        for name, part in module.named_modules(prefix=path):
+            if isinstance(part, Adapted):
+                what = f"sits on {name}, so that {path} cannot be one of modules_to_save"
+                problems.append(_clash(part.adapters, what))
     return problems
+
+
+def _clash(adapters: nn.ModuleDict, what: str) -> str:
+    names = list(adapters)
+    gone = " and ".join(f"delete_adapter({name!r})" for name in names)
+    return f"{', '.join(names)} {what}; leave it out, or call {gone} before"
 
 
 def add_whole(module: nn.Module, name: str, rows: Rows) -> Whole:
