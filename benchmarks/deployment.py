@@ -3,7 +3,7 @@
     python benchmarks/deployment.py                    # the base and adapters of `make demo`
     python benchmarks/deployment.py --only ia3 --dtype float32        # one part of four, again
     python benchmarks/deployment.py --pairs            # base and merged alone, in many more starts
-    python benchmarks/deployment.py --pairs --control   # a copy of the base in the merged one's place
+    python benchmarks/deployment.py --pairs --control  # a copy of the base as the merged one
     python benchmarks/deployment.py --rounds 1 --starts 1 --results /tmp   # a try
 
 Writes deployment.md (deployment-pairs.md), and the same as JSON with medians and intervals, after
