@@ -3,6 +3,7 @@
     python benchmarks/deployment.py                    # the base and adapters of `make demo`
     python benchmarks/deployment.py --only ia3 --dtype float32        # one part of four, again
     python benchmarks/deployment.py --pairs            # base and merged alone, in many more starts
+    python benchmarks/deployment.py --pairs --control  # a copy of the base as the merged one
     python benchmarks/deployment.py --rounds 1 --starts 1 --results /tmp   # a try
 
 Writes deployment.md (deployment-pairs.md), and the same as JSON with medians and intervals, after
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -50,6 +52,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int)
     parser.add_argument("--results", type=Path, default=HERE / "results")
     parser.add_argument("--pairs", action="store_true", help="base and merged alone, 16 starts")
+    parser.add_argument("--control", action="store_true", help="a copy of the base as merged")
     given = parser.parse_args()
     starts, rounds, new_tokens = (16, 5, 8) if given.pairs else (4, 7, 16)
     starts = starts if given.starts is None else given.starts
@@ -57,10 +60,14 @@ def main() -> None:
     new_tokens = new_tokens if given.new_tokens is None else given.new_tokens
     base = given.base or make_base(default_cache())
     records: dict[str, dict[str, Any]] = {}
-    for method in [given.only] if given.only else ["lora", "ia3"]:
+    methods = [given.only] if given.only else ["lora", "ia3"]
+    for method in methods[:1] if given.control else methods:
         adapter = ADAPTERS / f"{method}-reviews"
         with tempfile.TemporaryDirectory() as made:
-            infold.merge(base, adapter, Path(made) / "merged")
+            if given.control:
+                shutil.copytree(base, Path(made) / "merged")
+            else:
+                infold.merge(base, adapter, Path(made) / "merged")
             for dtype in [given.dtype] if given.dtype else DTYPES:
                 with step_progress(f"{method} {dtype}", False) as progress:
                     record = measure_models(
@@ -70,7 +77,8 @@ def main() -> None:
                         new_tokens=new_tokens, modes=not given.pairs, progress=progress,
                     )  # fmt: skip
                 name = "deployment-pairs" if given.pairs else "deployment"
-                records = _save(given.results / name, f"{method}, {dtype}", record)
+                part = "a copy of the base as merged" if given.control else method
+                records = _save(given.results / name, f"{part}, {dtype}", record)
     print(page(records))
 
 
