@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -137,6 +138,43 @@ def test_force_spares_what_infold_did_not_write(
         assert "and 3 more" in forced.stderr
         reasons = json.loads(as_json.stdout)["reasons"]
         assert all(any(str(file) in reason for reason in reasons) for file in mine)
+
+
+def test_force_replaces_what_infold_told_of_the_old_output(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    run("merge", *pair, "--out", out)
+    (out / "records").mkdir()
+    (out / "serving").mkdir()
+    (out / "records" / "checklist.json").write_text('{"kind": "checklist"}')
+    for name in ("deployment_config.json", "README.md", "serving/vllm.sh"):
+        (out / name).write_text("{}")
+    assert run("merge", *pair, "--out", out, "--force").returncode == 0
+    assert not (out / "records").exists() and not (out / "serving").exists()
+
+    (out / "records").mkdir()
+    (out / "records" / "mine.json").write_text('{"kind": "checklist"}')
+    assert "1 of your own files" in run("merge", *pair, "--out", out, "--force").stderr
+    assert (out / "records" / "mine.json").exists()
+
+
+def test_a_base_of_the_adapters_own_name_is_not_doubted(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    base, adapter = tmp_path / "Tiny-7B-Chat", tmp_path / "adapter"
+    shutil.copytree(pair[0], base)
+    shutil.copytree(pair[1], adapter)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    first = next(iter(tensors))
+    tensors[first.replace("_proj", "_prxj")] = tensors.pop(first)
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    for name, doubted in (("org/Tiny-7B-Chat", False), ("org/Tiny-13B-Chat", True)):
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        config["base_model_name_or_path"] = name
+        (adapter / "adapter_config.json").write_text(json.dumps(config))
+        told = run("merge", base, adapter, "--out", tmp_path / "out")
+        assert told.returncode == 2 and ("is this that base?" in told.stderr) is doubted
 
 
 def test_a_file_that_comes_into_the_old_output_during_the_merge_is_not_lost(

@@ -270,6 +270,21 @@ def test_an_overflow_is_refused_before_anything_changes(tmp_path: Path) -> None:
     refused(base, adapter, "does not fit F16")
 
 
+@pytest.mark.parametrize("verb", ["undo", "swap"])
+def test_a_record_of_the_merge_does_not_block_the_way_back(verb: str, place: Place) -> None:
+    place.lay_out(verb)
+    record = place.folder / "records" / "checklist.json"
+    record.parent.mkdir()
+    record.write_text('{"kind": "checklist", "receipt": "of the merge"}')
+    if verb == "undo":
+        infold.undo(place.folder, in_place=True)
+    else:
+        infold.swap(place.folder, place.second, in_place=True)
+    assert record.exists(), "it tells of which merge it is"
+    shutil.rmtree(record.parent)
+    place.check(verb, completed=True)
+
+
 def test_shards_that_were_changed_are_not_undone_in_place(place: Place) -> None:
     place.lay_out("undo")
     shard = place.folder / "model-00001-of-00002.safetensors"

@@ -234,7 +234,8 @@ def _obstacles(there: Checkpoint, plan: Plan) -> Iterator[str]:
         elif not os.access(path, os.W_OK):
             yield f"{path}: cannot be written"
     for name in there.left_out:
-        if not name.startswith(("infold-", ".git", ".cache", "__pycache__")):
+        # records tell of which merge they are
+        if not name.startswith(("infold-", ".git", ".cache", "__pycache__", "records/")):
             yield (
                 f"{there.path / name}: repeats or would change the weights, and would not be "
                 "merged; move it elsewhere, or use --out"

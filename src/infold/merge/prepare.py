@@ -20,9 +20,11 @@ from infold.checkpoint.adapter import Adapter, open_adapter
 from infold.checkpoint.files import read_json
 from infold.checkpoint.record import UNDO
 from infold.checkpoint.shards import (
+    CARD,
     JOURNAL,
     RECEIPT,
     companion,
+    is_bundled,
     is_lone,
     open_checkpoint,
     read_receipt,
@@ -218,7 +220,9 @@ def _foreign(out: Path, plan: Plan) -> list[str]:
         for field in ("shards", "side_files"):
             names: Any = told.get(field)
             known |= {name for name in names or () if isinstance(name, str)}
-    strange = sorted(name for name in found if name not in known)
+    if "deployment_config.json" in found:
+        known.add(CARD)  # of `infold deploy`
+    strange = sorted(name for name in found if name not in known and not _told(out, name))
     reasons = [f"{out / name}: neither the base's nor infold's" for name in strange]
     if reasons:
         reasons.insert(
@@ -227,6 +231,18 @@ def _foreign(out: Path, plan: Plan) -> list[str]:
             "them elsewhere, or choose another name",
         )
     return reasons
+
+
+def _told(out: Path, name: str) -> bool:
+    """Whether a file is what infold told of the merge that is there."""
+    if not is_bundled(name):
+        return False
+    if not name.startswith("records/"):
+        return True
+    with suppress(InfoldError):  # a record has its kind for a name
+        record = read_json(out / name)
+        return isinstance(record, dict) and record.get("kind") == Path(name).stem
+    return False
 
 
 def block_size(

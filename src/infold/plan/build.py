@@ -31,7 +31,7 @@ from infold.plan.draft import Draft
 from infold.plan.edits import Amended, BaseTensor, Edit, Plan
 from infold.plan.gguf_consume import GgufConsumer
 from infold.plan.match import group_keys
-from infold.plan.origin import origin_notes
+from infold.plan.origin import is_called, origin_notes
 from infold.plan.output import (
     config_changes,
     index_bytes,
@@ -197,7 +197,8 @@ def _add(draft: Draft, number: int, adapter: Adapter) -> None:
                 else f"{adapter.path}: its only module is not in {draft.base.path}"
             )
         trained_on = config.fields.get("base_model_name_or_path")
-        if trained_on and len(draft.reasons) - before > len(draft.elements) - elements:
+        other = trained_on and not is_called(trained_on, draft.base)
+        if other and len(draft.reasons) - before > len(draft.elements) - elements:
             summary.append(f"{adapter.path}: was trained on {trained_on!r}: is this that base?")
         draft.reasons[before:before] = summary
 

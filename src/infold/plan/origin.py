@@ -11,7 +11,7 @@ from pathlib import Path
 from infold.checkpoint.adapter import Adapter
 from infold.checkpoint.shards import Checkpoint
 
-__all__ = ["origin_notes"]
+__all__ = ["is_called", "origin_notes"]
 
 # Words that a copy's name gains or loses without its being another model.
 _HARMLESS = frozenset(
@@ -43,6 +43,11 @@ def origin_notes(base: Checkpoint, adapters: Sequence[Adapter]) -> list[str]:
             path = adapters[number].path
             notes.append(f"{path} is given {count} times, so its change is made {count} times")
     return notes
+
+
+def is_called(told: object, base: Checkpoint) -> bool:
+    """Whether the base has the name of what an adapter was trained on."""
+    return isinstance(told, str) and any(_same(told, name) for name in _names(base))
 
 
 def _names(base: Checkpoint) -> list[str]:
