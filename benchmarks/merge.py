@@ -27,11 +27,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import inputs
+from parts import commit, installed
 
 HERE = Path(__file__).resolve().parent
 COPY = 'cp -r "$1" "$2" && sync "$2"/* "$2"'  # sync FILE is fsync, of a folder too
@@ -315,9 +315,9 @@ def machine(folder: Path) -> dict[str, object]:
         "kernel": platform.release().split("-")[0],
         "file system": _file_system(folder),
         "python": platform.python_version(),
-        **{name: _version(name) for name in ("torch", "transformers", "peft")},
+        **{name: installed(name) for name in ("torch", "transformers", "peft")},
         "infold": _output(_resolved(["infold", "--version"])).removeprefix("infold "),
-        "commit": _commit(),
+        "commit": commit(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
 
@@ -331,22 +331,9 @@ def _file_system(folder: Path) -> str:
     return kind
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 def _output(command: Sequence[str]) -> str:
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     return done.stdout.strip()
-
-
-def _commit() -> str | None:
-    commit = _output(["git", "-C", str(HERE), "rev-parse", "--short=12", "HEAD"])
-    changed = _output(["git", "-C", str(HERE), "status", "--porcelain", "--", "../src"])
-    return f"{commit} with changes" if commit and changed else commit or None
 
 
 def ratios(cases: Mapping[str, Any]) -> dict[str, dict[str, float]]:

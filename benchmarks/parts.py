@@ -12,8 +12,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from infold.machine import processor
-
 HERE = Path(__file__).resolve().parent
 MACHINES = "machines"  # key of a record: by part, as `machine` describes it
 _OLDER = "machine"  # of records from before: of whatever part ran last
@@ -34,13 +32,15 @@ def add_part(file: Path, part: str, value: Any, packages: Sequence[str], of: str
 
 def machine(packages: Sequence[str]) -> dict[str, Any]:
     """Where and with what something was measured; the load is that of the last five minutes."""
+    from infold.machine import processor  # merge.py imports this file, and must stay small
+
     return {
         "cpu": processor(),
         "processors": len(os.sched_getaffinity(0)),
         "load": round(os.getloadavg()[1], 1),
         "system": f"{platform.system()} {platform.release().split('-')[0]}",
         "python": platform.python_version(),
-        **{name: _version(name) for name in packages},
+        **{name: installed(name) for name in packages},
         "commit": commit(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
@@ -62,7 +62,8 @@ def _git(*words: str) -> str:
     return done.stdout.strip()
 
 
-def _version(package: str) -> str | None:
+def installed(package: str) -> str | None:
+    """The version of a package; None where it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -80,17 +80,22 @@ def test_a_right_merge_passes(dtype: str, kind: str, place: Path, tmp_path: Path
     assert not found.notes
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_a_fold_passes_and_one_without_an_edit_fails(place: Path, tmp_path: Path) -> None:
-    """A base that transformers saves with bitsandbytes in int8."""
-    base, merged = tmp_path / "base", tmp_path / "merged"
+def save_int8(place: Path, base: Path) -> None:
+    """A base as transformers saves it with bitsandbytes in int8; the prompts beside it."""
     AutoModelForCausalLM.from_pretrained(
         place / "base-float32",
         quantization_config=BitsAndBytesConfig(load_in_8bit=True),
         dtype=torch.float32,
     ).save_pretrained(base)
     AutoTokenizer.from_pretrained(place / "base-float32").save_pretrained(base)
-    shutil.copy(place / "prompts.txt", tmp_path)
+    shutil.copy(place / "prompts.txt", base.parent)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_fold_passes_and_one_without_an_edit_fails(place: Path, tmp_path: Path) -> None:
+    """A base that transformers saves with bitsandbytes in int8."""
+    base, merged = tmp_path / "base", tmp_path / "merged"
+    save_int8(place, base)
     infold.merge(base, place / "ia3", merged)
 
     found = prove(base, place / "ia3", merged)
@@ -112,13 +117,7 @@ def test_weights_that_became_dense(place: Path, tmp_path: Path) -> None:
     """LoRA into int8: as BF16 its rounding is expected; quantized again, or from other weights, no
     bound tells it from a wrong merge."""
     base = tmp_path / "base"
-    AutoModelForCausalLM.from_pretrained(
-        place / "base-float32",
-        quantization_config=BitsAndBytesConfig(load_in_8bit=True),
-        dtype=torch.float32,
-    ).save_pretrained(base)
-    AutoTokenizer.from_pretrained(place / "base-float32").save_pretrained(base)
-    shutil.copy(place / "prompts.txt", tmp_path)
+    save_int8(place, base)
     dense, again, other = tmp_path / "dense", tmp_path / "again", tmp_path / "other"
     infold.merge(base, place / "lora", dense, dequantize=True, dtype="bf16")
     infold.merge(base, place / "lora", again, requantize=True)
