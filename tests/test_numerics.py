@@ -210,7 +210,7 @@ def merged_values(tmp_path: Path, values: Tensor, dtype: str) -> Tensor:
 def test_a_merge_rounds_rightly_around_every_value_and_every_midpoint(
     dtype: str, order: str, tmp_path: Path
 ) -> None:
-    """Half of all elements lie at a midpoint: the many are settled tile by tile."""
+    """Half of all elements lie at a midpoint: every column is settled."""
     values, right = neighbourhoods(dtype)
     values, right = values[torch.isfinite(right)], right[torch.isfinite(right)]
     if order == "shuffled":
@@ -229,7 +229,7 @@ def test_a_merge_rounds_rightly_around_every_value_and_every_midpoint(
 def test_a_merge_rounds_a_few_hidden_midpoints_rightly(
     dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Few elements of a block lie at a midpoint: they are settled one by one."""
+    """Few elements of a block lie at a midpoint: only their columns are settled."""
     values, right = neighbourhoods(dtype)
     keep = torch.isfinite(right) & (values.abs() < 1e30) & (values.abs() > 1e-30)
     values, right = values[keep], right[keep]
@@ -242,8 +242,8 @@ def test_a_merge_rounds_a_few_hidden_midpoints_rightly(
     settled = []
     real = dense.midpoints
 
-    def noted(staged: Tensor) -> tuple[Tensor, Tensor]:
-        settled.append(len(real(staged)[0]))
+    def noted(staged: Tensor) -> Tensor:
+        settled.append(len(real(staged)))
         return real(staged)
 
     monkeypatch.setattr(dense, "midpoints", noted)
@@ -254,7 +254,7 @@ def test_a_merge_rounds_a_few_hidden_midpoints_rightly(
 
     assert torch.equal(merged[0], plain_right) and torch.equal(merged[1], -plain_right)
     if dtype == "BF16":
-        assert 0 < max(settled)
+        assert 0 < max(settled) < 500, "of 8,192 columns of a block"
 
 
 @pytest.mark.parametrize("dtype", FORMATS)

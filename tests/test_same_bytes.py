@@ -27,6 +27,7 @@ from infold.adapters import METHODS
 from infold.edit import Step, edit_tensor, steps
 from infold.edit import tensor as in_memory
 from infold.edit.blocks import Block
+from infold.formats import dense
 from infold.merge import apply, chain, prepare, stream
 
 MIB = 1 << 20
@@ -284,6 +285,39 @@ def test_the_smallest_blocks_and_tiles_give_the_same_bytes(
 
     assert digests(tmp_path / "out") == cases[name].expected
     assert len(seen.blocks) > 150 and seen.tiles > 300
+
+
+@pytest.mark.parametrize("undo", [False, True], ids=["", "undo"])
+@pytest.mark.parametrize("name", [n for n in CASES if not n.endswith(("F64", "F32", "F16"))])
+def test_columns_that_are_settled_from_float64_keep_their_bytes(
+    name: str, undo: bool, cases: dict[str, Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Elements that may be rounded twice are computed again, by the numbers of their columns."""
+    case = cases[name]
+    for number, every in enumerate((1, 3)):
+        settled: list[int] = []
+
+        def finish(
+            staged: Any, out: Any, every: int = every, settled: list[int] = settled
+        ) -> torch.Tensor:
+            chosen = torch.arange(0, staged.shape[1], every)
+            settled.append(len(chosen))
+            columns = torch.cat([chosen, dense.midpoints(staged)]).unique()
+            out.copy_(staged)
+            out[:, columns] = torch.nan  # what the first rounding made of them does not count
+            return columns
+
+        monkeypatch.setattr(dense, "finish", finish)
+        monkeypatch.setattr(steps, "TILE", 30_011)
+        blocks_of(monkeypatch, 60_000)  # less than a long row
+        out = tmp_path / str(number)
+        infold.merge(case.base, case.adapters, out, undo=undo)
+
+        assert digests(out).items() >= case.expected.items()
+        assert settled
+        if undo:
+            infold.undo(out, tmp_path / f"{number}-back")
+            assert digests(tmp_path / f"{number}-back") == digests(case.base)
 
 
 @pytest.mark.parametrize("name", ["three F64", "dora Embedding F64", "lora r=16 F32"])

@@ -33,6 +33,10 @@ class Block:
     def count(self) -> int:
         return self.rows * self.columns
 
+    @classmethod
+    def of(cls, rows: slice, columns: slice) -> Block:
+        return cls(rows.start, rows.stop - rows.start, columns.start, columns.stop - columns.start)
+
 
 def cut(rows: int, columns: int, limit: int) -> Iterator[Block]:
     """Blocks of at most `limit` elements, in storage order."""

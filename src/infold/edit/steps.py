@@ -165,16 +165,16 @@ def compute(
 
     Raises Refusal where a value of `out` is not finite.
     """
-    for rows, columns in tiles(block, workspace.tile, workspace.tile_columns):
-        here = within(block, rows, columns)
-        x = _values(steps, raw[here], rows, columns, target, workspace)
-        _store(x, out[here], target, workspace)
-        if near is not None:
+    if near is None:
+        _fill(steps, raw, out, block, target, workspace)
+    else:
+        for rows, columns in tiles(block, workspace.tile, workspace.tile_columns):
+            here = within(block, rows, columns)
+            _fill(steps, raw[here], out[here], Block.of(rows, columns), target, workspace)
             x = _values(back, out[here], rows, columns, target, workspace)
             _store_nearly(x, near[here], workspace)
-    check_finite(raw, out, block, target)
-    if near is not None:
         _all_finite(near)
+    check_finite(raw, out, block, target)
 
 
 def exact(
@@ -239,22 +239,38 @@ def _summed(x: Tensor) -> float:
     return _wide(x).sum().item()
 
 
-def _store(x: Tensor, out: Tensor, target: Target, workspace: Workspace) -> None:
-    """float64 values of a tile into its stored elements, rounded once."""
+def _fill(
+    steps: Sequence[Step],
+    raw: Tensor,
+    out: Tensor,
+    block: Block,
+    target: Target,
+    workspace: Workspace,
+) -> None:
+    """A block tile by tile in float64, and rounded once.
+
+    What may be rounded twice is settled for the whole block together: a few elements of each tile
+    would cost as many calls of PyTorch as all others.
+    """
     form = target.form
     staging = form.staging(target.dtype)
-    if staging == out.dtype:
-        form.narrow(x, out)
+    staged = out if staging == out.dtype else workspace.stage(out.shape, staging)
+    for rows, columns in tiles(block, workspace.tile, workspace.tile_columns):
+        here = within(block, rows, columns)
+        form.narrow(_values(steps, raw[here], rows, columns, target, workspace), staged[here])
+    if staged is out:
         return
-    staged = workspace.stage(out.shape, staging)
-    form.narrow(x, staged)
-    rows, columns = form.finish(staged, out)
-    if len(rows):
-        out[rows, columns] = form.encode(x[rows, columns], target.dtype)
+    doubtful = form.finish(staged, out)
+    some = Block(block.row, block.rows, 0, len(doubtful))
+    for rows, columns in tiles(some, workspace.tile, workspace.tile_columns):
+        here, which = within(some, rows, columns)[0], doubtful[columns]
+        x = _values(steps, raw[here, which], rows, which + block.column, target, workspace)
+        out[here, which] = form.encode(x, target.dtype)
 
 
 def _store_nearly(x: Tensor, out: Tensor, workspace: Workspace) -> None:
-    """As `_store`, by the quickest way whose bits are the same everywhere."""
+    """float64 values of a tile into stored elements, the quickest way that has the same bits
+    everywhere."""
     if out.element_size() == 2:
         staged = workspace.stage(out.shape, torch.float32)
         staged.copy_(x)

@@ -76,9 +76,9 @@ class Format(Protocol):
     def narrow(self, values: Tensor, out: Tensor) -> None:
         """float64 `values` into `out` of the dtype of `staging`, rounded once."""
 
-    def finish(self, staged: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-        """A staged block (rows, columns) into `out`; returns the (rows, columns) of the elements
-        that may be rounded twice now, which `encode` must settle from their float64 values."""
+    def finish(self, staged: Tensor, out: Tensor) -> Tensor:
+        """A staged block (rows, columns) into `out`; returns the numbers of the columns with
+        elements that may be rounded twice now, which `encode` must settle from float64 values."""
 
 
 class Quantized(Protocol):

@@ -3,9 +3,9 @@
 float64 -> float32 -> 16 bits rounds twice, and is wrong where the first step lands on a midpoint of
 the second. Two ways out, which give the same bits:
   encode    makes the first step round to odd, so that it never lands on a midpoint by rounding;
-  midpoints finds the few float32 elements that are halfway between two bfloat16, after `narrow`
-            to float32 and before the second step. `encode` then settles those from the float64
-            values. This is the fast way for blocks of bfloat16.
+  midpoints finds the columns with float32 elements halfway between two bfloat16, after `narrow`
+            to float32 and before the second step; they are few. `encode` then settles those from
+            the float64 values. This is the fast way for blocks of bfloat16.
 """
 
 from __future__ import annotations
@@ -80,18 +80,13 @@ def narrow(values: Tensor, out: Tensor) -> None:
     out.copy_(round_to_odd(values) if out.dtype == torch.float16 else values)
 
 
-def finish(staged: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-    """float32 `staged` into bfloat16 `out`; returns the (rows, columns) of midpoints."""
+def finish(staged: Tensor, out: Tensor) -> Tensor:
+    """float32 `staged` into bfloat16 `out`; returns the columns that hold midpoints."""
     out.copy_(staged)
     return midpoints(staged)
 
 
-def midpoints(staged: Tensor) -> tuple[Tensor, Tensor]:
-    """(rows, columns) of the float32 elements that lie halfway between two bfloat16."""
-    halves = staged.view(torch.int16)
-    smallest = torch.amin(halves, 0)[0::2]  # one fast pass over all columns
-    columns = (smallest == _MIDPOINT).nonzero().flatten()
-    if not len(columns):
-        return columns, columns
-    rows, which = (halves[:, 0::2][:, columns] == _MIDPOINT).nonzero(as_tuple=True)
-    return rows, columns[which]
+def midpoints(staged: Tensor) -> Tensor:
+    """The columns with float32 elements that lie halfway between two bfloat16."""
+    smallest = torch.amin(staged.view(torch.int16), 0)[0::2]  # one fast pass over all columns
+    return (smallest == _MIDPOINT).nonzero().view(-1)
