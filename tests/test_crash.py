@@ -408,6 +408,22 @@ def test_files_that_someone_put_into_the_staged_output_are_not_published(place: 
     place.finish()
 
 
+def test_links_that_someone_put_into_the_staged_output_are_not_followed(place: Place) -> None:
+    place.stop_with_pieces()
+    elsewhere = place.root / "elsewhere"
+    elsewhere.mkdir()
+    for name in ("side.txt", SECOND):
+        (elsewhere / name).write_text("dear")
+    shutil.rmtree(place.staged / "deep")
+    (place.staged / "deep").symlink_to(elsewhere)
+    (place.staged / SECOND).unlink()
+    (place.staged / SECOND).symlink_to(elsewhere / SECOND)
+
+    place.finish()
+
+    assert {file.read_text() for file in elsewhere.iterdir()} == {"dear"}
+
+
 # --- force -------------------------------------------------------------------------------------
 
 

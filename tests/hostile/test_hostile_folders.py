@@ -433,7 +433,9 @@ def test_force_does_not_replace_a_folder_that_is_no_model(
     assert (tmp_path / "photos" / "one.jpg").read_text() == "dear"
 
 
-@pytest.mark.parametrize("planted", ["link to a folder", "file", "link in the output"])
+@pytest.mark.parametrize(
+    "planted", ["link to a folder", "file", "output", "lock", "journal", "record"]
+)
 def test_a_hidden_folder_that_someone_else_planted_leads_nowhere(
     planted: str, base: Path, adapter: Path, tmp_path: Path
 ) -> None:
@@ -450,10 +452,10 @@ def test_a_hidden_folder_that_someone_else_planted_leads_nowhere(
         hidden.write_text("x")
     else:
         hidden.mkdir()
-        (hidden / "output").symlink_to(victim / "output")
+        (hidden / planted).symlink_to(victim / ("output" if planted == "output" else "dear"))
 
     with pytest.raises(infold.InfoldError, match=r"\.out\.infold"):
-        infold.merge(base, adapter, tmp_path / "out")
+        infold.merge(base, adapter, tmp_path / "out", undo=True)
 
     assert (victim / "dear").read_text() == "dear"
     assert (victim / "output" / "dear").read_text() == "dear"

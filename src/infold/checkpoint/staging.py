@@ -91,10 +91,9 @@ class Staging:
         self.out.parent.mkdir(parents=True, exist_ok=True)
         self.made = self.made or missing
         self.folder.mkdir(exist_ok=True)
-        if self.folder.is_symlink():
-            raise Refusal(
-                f"{self.folder}: is a link, not what an interrupted merge left; remove it"
-            )
+        for path in (self.folder, *self.folder.iterdir()):
+            if path.is_symlink():  # what is written there would go elsewhere
+                raise Refusal(f"{path}: is a link, not what an interrupted merge left; remove it")
         lock = self.folder / "lock"
         try:
             self._lock = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -162,10 +161,12 @@ class Staging:
 
     def _remove_strangers(self) -> None:
         """Keep what the journal vouches for; all else is written anew, or belonged elsewhere."""
-        for folder, _, files in os.walk(self.output, topdown=False):
-            for name in files:
+        for folder, folders, files in os.walk(self.output, topdown=False):
+            links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+            for name in [*files, *links]:
                 file = Path(folder) / name
-                if file.relative_to(self.output).as_posix() not in self.resumed:
+                known = file.relative_to(self.output).as_posix() in self.resumed
+                if not known or file.is_symlink():
                     file.unlink()
             if Path(folder) != self.output:
                 with suppress(OSError):
