@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import infold
 from infold import Refusal
+from infold.checkpoint.adapter import Adapter
 from peft_oracle import Bench
 from tiny_models import new_model
 
@@ -357,6 +358,27 @@ def test_every_adapter_tensor_that_is_not_finite_is_named(
         tensors[key][1, 1] = value
     reasons = refused(base, bench.write_adapter(tensors, **LORA), *broken, "1 elements are NaN")
     assert not any("m.a.lora_B" in reason for reason in reasons)
+
+
+def test_the_values_are_looked_through_by_one_thread(
+    bench: Bench, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch's others spin between the pieces, which takes ten times as long as the work."""
+    threads = []
+    real = Adapter.pieces
+
+    def noted(self: Adapter, name: str) -> Iterator[Tensor]:
+        threads.append(torch.get_num_threads())
+        return real(self, name)
+
+    monkeypatch.setattr(Adapter, "pieces", noted)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        infold.merge(base, bench.write_adapter(lora("m.a", "m.b"), **LORA), dry_run=True)
+        assert threads == [1] * 4 and torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(
