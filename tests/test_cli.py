@@ -246,6 +246,28 @@ def test_inspect_describes(pair: tuple[Path, Path], tmp_path: Path, kind: str) -
     assert json.loads(data.stdout)["kind"] == kind
 
 
+def test_inspect_tells_of_an_adapter_that_diverged(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    broken = tmp_path / "adapter"
+    shutil.copytree(pair[1], broken)
+    tensors = load_file(broken / "adapter_model.safetensors")
+    one, other = (tensors[key] for key in sorted(tensors))  # of down_proj and k_proj
+    one[0, :2] = torch.tensor([torch.nan, torch.inf])
+    other[:] = torch.nan
+    save_file(tensors, broken / "adapter_model.safetensors")
+
+    told = run("inspect", broken)
+    ran = run("inspect", broken, "--json")
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    found = json.loads(ran.stdout, parse_constant=refuse)["modules"]
+    lost = {m["module"]: m["parts"][0]["statistics"]["not_finite"] for m in found}
+    assert told.returncode == ran.returncode == 0 and sorted(lost.values()) == [2, 16]
+    assert "; 2 are NaN or inf" in told.stdout
+    assert "no finite value; 16 are NaN or inf" in told.stdout
+
+
 def test_inspect_shows_what_an_adapter_edits_and_how_far_it_went(pair: tuple[Path, Path]) -> None:
     found = infold.inspect(pair[1], base=pair[0])
     by_name = {module["module"]: module for module in found["modules"]}

@@ -73,17 +73,20 @@ def _kind(module: dict[str, Any]) -> Hashable:
 
 def _statistics(every: list[dict[str, float]]) -> str:
     """The statistics of one part over all its layers."""
-    if not every[0]:
-        return "empty"
+    lost = sum(one.get("not_finite", 0) for one in every)
+    told = f"; {lost:,} are NaN or inf" if lost else ""
+    every = [one for one in every if "max" in one]
+    if not every:
+        return "no finite value" + told if told else "empty"
 
     def over(name: str, how: Callable[[list[float]], float]) -> str:
         return f"{how([one[name] for one in every]):.3g}"
 
     if "rms" in every[0]:
         rms = over("rms", lambda values: fmean(v * v for v in values) ** 0.5)
-        return f"rms {rms}, largest {over('max', max)}"
+        return f"rms {rms}, largest {over('max', max)}{told}"
     distance = f"|l-1| {over('mean|l-1|', fmean)} in the mean, at most {over('max|l-1|', max)}"
-    return f"{over('min', min)} to {over('max', max)}; {distance}"
+    return f"{over('min', min)} to {over('max', max)}; {distance}{told}"
 
 
 def _checkpoint(found: dict[str, Any]) -> None:

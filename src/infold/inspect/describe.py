@@ -150,21 +150,27 @@ def _part(adapter: Adapter, part: str, key: str) -> dict[str, Any]:
 
 
 def _statistics(part: str, values: Tensor) -> dict[str, float]:
-    """Few numbers that tell whether a part was trained, and how far it went."""
-    if not values.numel():
-        return {}
+    """Few numbers that tell whether a part was trained, and how far it went: of its finite values;
+    `not_finite` tells how many others there are."""
+    finite = values[values.isfinite()]
+    lost = values.numel() - finite.numel()
+    told: dict[str, float] = {"not_finite": lost} if lost else {}
+    if not finite.numel():
+        return told
     if part == "ia3_l":  # what matters is the distance from 1, the identity
-        distance = (values - 1).abs()
+        distance = (finite - 1).abs()
         return {
-            "min": float(values.min()),
-            "max": float(values.max()),
-            "mean": float(values.mean()),
+            "min": float(finite.min()),
+            "max": float(finite.max()),
+            "mean": float(finite.mean()),
             "mean|l-1|": float(distance.mean()),
             "max|l-1|": float(distance.max()),
+            **told,
         }
     return {
-        "rms": float(values.square().mean().sqrt()),
-        "max": float(values.abs().max()),
+        "rms": float(finite.square().mean().sqrt()),
+        "max": float(finite.abs().max()),
+        **told,
     }
 
 

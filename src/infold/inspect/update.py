@@ -58,6 +58,9 @@ def describe_update(merged: str | os.PathLike[str]) -> dict[str, Any]:
         for module, parts in group_keys(adapter.tensors).modules.items():
             if (key := parts.get("ia3_l")) is not None:
                 scale = adapter.read(key).double().flatten()
+                scale = scale[scale.isfinite()]  # of another adapter that lies there now
+                if not len(scale):
+                    continue
                 values.append(scale)
                 rows.append(
                     {
