@@ -7,7 +7,8 @@
 
 All parts add to `results/quantized.json`. Needs the `dev` extra; `errors` takes the formats from
 `tests/quantized_bases.py`, which writes them with the packages that define them, where those run on
-a CPU. `models` and `speed` make their bases once, in `quantized` of the cache: benchmarks/README.md.
+a CPU. `models` and `speed` make their bases once, in `quantized` of the cache
+(benchmarks/README.md).
 """
 
 from __future__ import annotations
