@@ -292,7 +292,7 @@ def test_the_smallest_blocks_and_tiles_give_the_same_bytes(
 def test_columns_that_are_settled_from_float64_keep_their_bytes(
     name: str, undo: bool, cases: dict[str, Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Elements that may be rounded twice are computed again, by the numbers of their columns."""
+    """Elements that may be rounded twice are settled later, by the numbers of their columns."""
     case = cases[name]
     for number, every in enumerate((1, 3)):
         settled: list[int] = []

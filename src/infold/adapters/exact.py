@@ -102,11 +102,9 @@ class Factors:
         flipped = x.stride(0) < x.stride(1)  # stored as (in, out)
         if flipped:
             x = x.t()
+        delta = _scratch(x, 0)
         this = self._product(flipped, rows, cols, x)
-        delta = _scratch(x, 0 if this else 2)
-        if this is None:
-            self._multiply(flipped, rows, cols, delta)
-        elif this != _local.__dict__.get("last"):
+        if this is None or this != _local.__dict__.get("last"):
             _local.last = None
             self._multiply(flipped, rows, cols, delta)
             _local.last = this

@@ -33,10 +33,6 @@ class Block:
     def count(self) -> int:
         return self.rows * self.columns
 
-    @classmethod
-    def of(cls, rows: slice, columns: slice) -> Block:
-        return cls(rows.start, rows.stop - rows.start, columns.start, columns.stop - columns.start)
-
 
 def cut(rows: int, columns: int, limit: int) -> Iterator[Block]:
     """Blocks of at most `limit` elements, in storage order."""
@@ -54,8 +50,9 @@ def cut(rows: int, columns: int, limit: int) -> Iterator[Block]:
 
 
 def tiles(block: Block, tile: int, tile_columns: int) -> Iterator[tuple[slice, slice]]:
-    """Pieces of a block of at most `tile` elements, as rows and columns of the tensor."""
-    columns = max(1, min(block.columns, tile_columns))
+    """Pieces of a block of at most `tile` elements, as rows and columns of the tensor; wider than
+    `tile_columns` where the block has too few rows to fill a tile."""
+    columns = max(1, min(block.columns, max(tile_columns, tile // max(block.rows, 1))))
     return _pieces(block, max(1, tile // columns), columns)
 
 

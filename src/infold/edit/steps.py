@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ __all__ = [
     "show",
 ]
 
-TILE = 192 << 10  # elements; smaller ones cost more in calls than they gain in the cache
+TILE = 288 << 10  # elements; smaller ones cost more in calls than they gain in the cache
 TILE_COLUMNS = 1536
 _LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
@@ -165,14 +166,18 @@ def compute(
 
     Raises Refusal where a value of `out` is not finite.
     """
-    if near is None:
-        _fill(steps, raw, out, block, target, workspace)
-    else:
-        for rows, columns in tiles(block, workspace.tile, workspace.tile_columns):
-            here = within(block, rows, columns)
-            _fill(steps, raw[here], out[here], Block.of(rows, columns), target, workspace)
+    late: list[_Late] = []
+    for rows, columns in tiles(block, workspace.tile, workspace.tile_columns):
+        here = within(block, rows, columns)
+        x = _values(steps, raw[here], rows, columns, target, workspace)
+        late += _store(x, out[here], target, workspace)
+        if near is not None or sum(one.values.numel() for one in late) > workspace.tile:
+            _settle(late, target)
+        if near is not None:
             x = _values(back, out[here], rows, columns, target, workspace)
             _store_nearly(x, near[here], workspace)
+    _settle(late, target)
+    if near is not None:
         _all_finite(near)
     check_finite(raw, out, block, target)
 
@@ -239,38 +244,40 @@ def _summed(x: Tensor) -> float:
     return _wide(x).sum().item()
 
 
-def _fill(
-    steps: Sequence[Step],
-    raw: Tensor,
-    out: Tensor,
-    block: Block,
-    target: Target,
-    workspace: Workspace,
-) -> None:
-    """A block tile by tile in float64, and rounded once.
+class _Late(NamedTuple):
+    """Columns of a tile that may be rounded twice, and their float64 values."""
 
-    What may be rounded twice is settled for the whole block together: a few elements of each tile
-    would cost as many calls of PyTorch as all others.
-    """
+    out: Tensor
+    columns: Tensor
+    values: Tensor
+
+
+def _store(x: Tensor, out: Tensor, target: Target, workspace: Workspace) -> list[_Late]:
+    """float64 values of a tile into its stored elements, rounded once but for what is returned."""
     form = target.form
     staging = form.staging(target.dtype)
-    staged = out if staging == out.dtype else workspace.stage(out.shape, staging)
-    for rows, columns in tiles(block, workspace.tile, workspace.tile_columns):
-        here = within(block, rows, columns)
-        form.narrow(_values(steps, raw[here], rows, columns, target, workspace), staged[here])
-    if staged is out:
-        return
-    doubtful = form.finish(staged, out)
-    some = Block(block.row, block.rows, 0, len(doubtful))
-    for rows, columns in tiles(some, workspace.tile, workspace.tile_columns):
-        here, which = within(some, rows, columns)[0], doubtful[columns]
-        x = _values(steps, raw[here, which], rows, which + block.column, target, workspace)
-        out[here, which] = form.encode(x, target.dtype)
+    if staging == out.dtype:
+        form.narrow(x, out)
+        return []
+    staged = workspace.stage(out.shape, staging)
+    form.narrow(x, staged)
+    columns = form.finish(staged, out)
+    return [_Late(out, columns, x.index_select(1, columns))] if len(columns) else []
+
+
+def _settle(late: list[_Late], target: Target) -> None:
+    """Round what `_store` returned. For several tiles together: the few elements of one cost as
+    many calls of PyTorch as all the others."""
+    if late:
+        values = torch.cat([one.values.flatten() for one in late])
+        rounded = target.form.encode(values, target.dtype)
+        for one, part in zip(late, rounded.split([x.values.numel() for x in late]), strict=True):
+            one.out.index_copy_(1, one.columns, part.view(one.values.shape))
+        late.clear()
 
 
 def _store_nearly(x: Tensor, out: Tensor, workspace: Workspace) -> None:
-    """float64 values of a tile into stored elements, the quickest way that has the same bits
-    everywhere."""
+    """As `_store`, by the quickest way whose bits are the same everywhere."""
     if out.element_size() == 2:
         staged = workspace.stage(out.shape, torch.float32)
         staged.copy_(x)

@@ -38,7 +38,7 @@ def _on(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:
 
 
 class _Crew:
-    """Threads that live as long as the process, each with buffers that it keeps (12 MB or so).
+    """Threads that live as long as the process, each with buffers that it keeps (10 MB or so).
 
     Fresh memory costs as much in page faults as a third of the arithmetic.
 

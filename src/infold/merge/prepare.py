@@ -58,7 +58,7 @@ DEFAULT_MEMORY = 1 << 30
 _BLOCK = 1 << 20  # elements of a block: larger ones are not faster
 _SMALLEST_BLOCK = 1 << 16
 _CONVERTED = 104  # bytes of an element while codes are made of values and checked
-_PER_WORKER = 6 << 20  # bytes of tiles and flags
+_PER_WORKER = 10 << 20  # bytes of tiles and flags
 
 PathLike = str | os.PathLike[str]
 
