@@ -271,7 +271,8 @@ def _settle(late: list[_Late], target: Target) -> None:
     if late:
         values = torch.cat([one.values.flatten() for one in late])
         rounded = target.form.encode(values, target.dtype)
-        for one, part in zip(late, rounded.split([x.values.numel() for x in late]), strict=True):
+        sizes = [one.values.numel() for one in late]
+        for one, part in zip(late, torch.split(rounded, sizes), strict=True):
             one.out.index_copy_(1, one.columns, part.view(one.values.shape))
         late.clear()
 

@@ -495,8 +495,9 @@ def _pieces(doubts: list[_Doubt]) -> Iterator[_Doubt]:
 
 
 def _tiles(rows: int, columns: int, size: int, width: int) -> Iterator[tuple[slice, slice]]:
-    """A block of whole rows in tiles of at most `size` elements and `width` columns."""
-    width = max(1, min(columns, width))
+    """A block of whole rows in tiles of at most `size` elements and `width` columns, or more of
+    these where it has too few rows to fill a tile."""
+    width = max(1, min(columns, max(width, size // max(rows, 1))))
     height = max(1, size // width)
     for row in range(0, rows, height):
         for column in range(0, columns, width):
