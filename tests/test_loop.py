@@ -732,7 +732,8 @@ def test_the_command_line_runs_shows_and_checks_out(
     config = tmp_path / "loop.toml"
     config.write_text(
         f'base = "{base}"\nrun = "{tmp_path / "run"}"\niterations = 1\n'
-        '[task]\nname = "arithmetic"\nlevels = [1]\n'
+        '[task]\nproblems = "loop_tasks:problems"\nprompt = "loop_tasks:prompt"\n'
+        'verify = "loop_tasks:never"\n'
         "[collect]\nproblems = 4\nsamples = 1\nmax_tokens = 4\n[evaluate]\nproblems = 4\n"
     )
     ran = run(config)
