@@ -25,8 +25,8 @@ from infold.merge import inplace, stream
 from infold.merge import prepare as preparing
 
 PRIMITIVES = (
-    "copy_file_range", "fdatasync", "fsync", "ftruncate", "mkdir", "open", "pwrite", "rename",
-    "rmdir", "unlink", "write",
+    "copy_file_range", "fdatasync", "fsync", "ftruncate", "mkdir", "open", "posix_fallocate",
+    "pwrite", "rename", "rmdir", "unlink", "write",
 )  # fmt: skip
 REMOVING = ("rmdir", "unlink")
 

@@ -37,7 +37,7 @@ def at(name: str) -> None:
 
 
 append, write, train, merge = (
-    folder.Journal.append, run.write_json, run.train_adapter, run.merge_checkpoint,
+    folder.Journal.append, run.write_json, run.train_adapter, run.execute,
 )  # fmt: skip
 publish = staging.Staging.publish
 
@@ -71,7 +71,7 @@ def published(self: Any, *args: Any, **options: Any) -> Any:
 
 
 folder.Journal.append = appended  # type: ignore[method-assign]
-run.write_json, run.train_adapter, run.merge_checkpoint = written, trained, merged
+run.write_json, run.train_adapter, run.execute = written, trained, merged
 staging.Staging.publish = published  # type: ignore[method-assign]
 
 Loop(json.loads(Path(config).read_text())).run()

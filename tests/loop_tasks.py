@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+import time
+from typing import Any
+
 FAIL = False  # whether the verifier raises
 
 
@@ -25,3 +31,38 @@ def verify(problem: str, answer: str) -> bool:
 
 def never(problem: str, answer: str) -> bool:
     return False
+
+
+def leaving(problem: str, answer: str) -> bool:
+    sys.exit(0)
+
+
+def hanging(problem: str, answer: str) -> bool:
+    """Takes whatever interrupts it for a wrong answer."""
+    try:
+        time.sleep(60)
+    except BaseException:
+        pass
+    return False
+
+
+def interrupted(problem: str, answer: str) -> bool:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+    return True
+
+
+async def not_awaited(problem: str, answer: str) -> bool:
+    return False
+
+
+def wordy(problem: str, answer: str) -> Any:
+    return "wrong"
+
+
+def nearly_the_same(split: str, count: int, seed: int) -> list[str]:
+    return [
+        "It\u2019s  2\u20133, \u201cas IT was\u201d\u2026"
+        if split == "collect"
+        else 'it\'s 2-3 "as it was"'
+    ]

@@ -22,6 +22,7 @@ FREE = {
     "workers",
     "machine",
     "patience",
+    "leash",
 }  # every room may import these
 LEAVES = {"adapters", "formats", "checkpoint"}
 MAY_IMPORT = {
@@ -30,6 +31,7 @@ MAY_IMPORT = {
     "sizes": set(),
     "workers": set(),
     "patience": set(),
+    "leash": set(),
     "machine": set(),
     "dtypes": set(),
     "adapters": set(),

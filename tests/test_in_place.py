@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import random
@@ -203,6 +204,46 @@ def test_a_full_disk_before_the_first_step_changes_nothing(place: Place, runner:
         else:
             place.check("merge", failed["status"] == "done")
     assert "StorageFailure" in statuses and not any("escaped" in s for s in statuses), statuses
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_room_of_a_step_is_taken_in_the_rehearsal(
+    verb: str, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So a disk that is too full for it refuses the edit, and does not stop it in the middle."""
+    prepare({}, monkeypatch.setattr)
+
+    def edit() -> None:
+        given = [place.folder, place.adapter[verb]] if place.adapter[verb] else [place.folder]
+        getattr(infold, verb)(*given, in_place=True, threads=2)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    place.lay_out(verb)
+    with monkeypatch.context() as patch, pytest.raises(infold.StorageFailure, match="no space"):
+        patch.setattr(os, "posix_fallocate", full)
+        edit()
+    place.check(verb, False)
+
+    steps = []
+
+    def watched(path: Path, data: bytes, **how: bool) -> None:
+        if path.name == inplace.STEP:
+            steps.append((len(data), path.stat().st_size))
+        written(path, data, **how)
+
+    written = inplace.write_file
+    monkeypatch.setattr(inplace, "write_file", watched)
+    edit()
+    place.check(verb, True)
+    assert len(steps) > 3 and all(count <= room for count, room in steps), steps
+    assert len({room for _, room in steps}) == 1, "no step gives it back"
+
+    monkeypatch.delattr(os, "posix_fallocate")  # as on macOS
+    place.lay_out(verb)
+    edit()
+    place.check(verb, True)
 
 
 def test_nobody_else_edits_the_folder_meanwhile(place: Place, runner: Runner) -> None:

@@ -12,6 +12,8 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from handmade import digests
 from infold.errors import Refusal
 from infold.loop import arithmetic
 from infold.loop.config import read_config
-from infold.loop.folder import Journal, write_json, write_lines
+from infold.loop.folder import Journal, Run, write_json, write_lines
 from infold.loop.run import checkout, lineage
 from infold.loop.score import score, wilson
 from infold.loop.task import check_apart, open_task
@@ -136,13 +138,25 @@ def test_every_iteration_comes_back_byte_for_byte(whole: Path, tmp_path: Path) -
         checkout(whole, 0, tmp_path / "0")
 
 
-def test_a_changed_adapter_does_not_pass_as_the_iteration(whole: Path, tmp_path: Path) -> None:
+def test_a_changed_adapter_does_not_pass_as_the_iteration(
+    base: Path, whole: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     shutil.copytree(whole, run)
     one, two = (run / "iterations" / n / "adapter" / "adapter_model.safetensors"
                 for n in ("001", "002"))  # fmt: skip
     shutil.copyfile(two, one)
 
+    for again in (
+        lambda: checkout(run, 1, tmp_path / "out"),
+        lambda: infold.Loop(settings(base, run, iterations=3)).run(),
+    ):
+        with pytest.raises(Refusal, match=r"001/adapter: was changed since it was trained"):
+            again()
+    told = run / "iterations/001/train.json"
+    record = json.loads(told.read_text())
+    del record["adapter"]  # as runs from before told nothing of it
+    told.write_text(json.dumps(record))
     with pytest.raises(infold.ProofFailed, match="not the bytes of iteration 1"):
         checkout(run, 1, tmp_path / "out")
     assert not (tmp_path / "out").exists(), "the wrong bytes have no name"
@@ -187,6 +201,31 @@ def test_the_control_learns_every_answer(base: Path, whole: Path, tmp_path: Path
     assert collected["accepted"] < collected["rows"] <= collected["answers"]
     rows = (tmp_path / "run-control/iterations/001/kept.jsonl").read_text().splitlines()
     assert any(len(json.loads(row)["completion"]) % 2 for row in rows)
+
+
+def test_weights_that_are_not_the_iteration_s_are_made_again(
+    base: Path, whole: Path, tmp_path: Path
+) -> None:
+    """A damaged RUN/model is never asked, nor trained on."""
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    (shard,) = (run / "model").glob("*.safetensors")
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    for damage in (bytes(data), bytes(data[:-100]), None):
+        shard.unlink()
+        if damage is not None:
+            shard.write_bytes(damage)
+        infold.Loop(settings(base, run)).run()
+
+        assert outcome(run) == outcome(whole)
+    receipt = run / "model" / "infold-receipt.json"
+    told = json.loads(receipt.read_text())
+    for change in ({"adapters": [1, 2]}, {"shards": {"../../x": "y"}}, {"base": None}):
+        receipt.write_text(json.dumps(told | change))
+        infold.Loop(settings(base, run)).run()
+
+        assert outcome(run) == outcome(whole)
 
 
 def test_more_iterations_continue_a_run(base: Path, whole: Path, tmp_path: Path) -> None:
@@ -255,10 +294,12 @@ def test_killed_in_every_phase_it_ends_with_the_same_bytes(
         return trained(HERE / "loop_child.py", config, point, log, cwd=HERE)
 
     for point in (
+        "before:loop.json:1",
         "journal:1",  # the base's first held-out answers are there, and not judged
         "journal:5",  # in the collection
         "before:collect.json:1",
         "step:2",
+        "before:train.json:1",  # trained, and not recorded
         "merge:1",
         "before:merge.json:1",  # merged, and not recorded
         "journal:2",  # in the evaluation
@@ -273,6 +314,35 @@ def test_killed_in_every_phase_it_ends_with_the_same_bytes(
     assert outcome(run) == outcome(whole)
     chunks = log.read_text().splitlines()
     assert len(chunks) == len(set(chunks)), "a chunk that was on the disk was computed again"
+
+
+def test_an_interrupt_says_that_the_same_command_continues(
+    base: Path, whole: Path, tmp_path: Path
+) -> None:
+    config, run = tmp_path / "loop.toml", tmp_path / "run"
+
+    def command(verify: str) -> subprocess.CompletedProcess[str]:
+        config.write_text(as_toml(settings(base, run), verify))
+        return infold_command("loop", config, "--quiet", cwd=HERE, kind="training")
+
+    ended = command("interrupted")
+    assert ended.returncode == 130, ended.stderr
+    assert "interrupted; the same command continues" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    facts = json.loads((run / "loop.json").read_text())
+    facts["config"]["task"]["verify"] = "loop_tasks:verify"  # the verifier that was corrected
+    (run / "loop.json").write_text(json.dumps(facts))
+    assert command("verify").returncode == 0
+    assert outcome(run) == outcome(whole)
+
+
+def as_toml(config: dict[str, Any], verify: str) -> str:
+    config["task"] = config["task"] | {"verify": f"loop_tasks:{verify}"}
+    lines = [f"{k} = {json.dumps(v)}" for k, v in config.items() if not isinstance(v, dict)]
+    for name, table in config.items():
+        if isinstance(table, dict):
+            lines += [f"[{name}]", *(f"{k} = {json.dumps(v)}" for k, v in table.items())]
+    return "\n".join([*lines, ""])
 
 
 # --- refusals -------------------------------------------------------------------------------------
@@ -297,6 +367,28 @@ def test_a_verifier_that_raises_names_problem_and_answer_and_keeps_the_run(
     assert outcome(tmp_path / "run") == outcome(whole)
 
 
+@pytest.mark.parametrize(
+    ("verifier", "told"),
+    [
+        ("leaving", r"verify raised SystemExit: 0; problem: .*answer: "),
+        ("hanging", r"verify did not end within 0\.2 s \(stop\.verify_seconds\); problem: "),
+        ("wordy", r"verify raised TypeError: gave 'wrong', which is neither True nor False"),
+        ("not_awaited", r"verify raised TypeError: gave <coroutine .*neither True nor False"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:coroutine:RuntimeWarning")
+def test_a_verifier_that_does_not_judge_ends_the_loop(verifier: str, told: str) -> None:
+    names = {name: f"loop_tasks:{name}" for name in ("problems", "prompt")}
+    task = open_task(names | {"verify": f"loop_tasks:{verifier}"})
+    before, left = signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)[0]
+
+    with pytest.raises(Refusal, match=told):
+        replace(task, seconds=0.2).verify("a problem", "an answer")
+
+    assert signal.getsignal(signal.SIGALRM) is before, "an alarm of the caller's stays"
+    assert left - 10 < signal.getitimer(signal.ITIMER_REAL)[0] <= left
+
+
 def test_a_task_that_yields_nothing_ends_with_a_line_and_the_run(
     base: Path, tmp_path: Path
 ) -> None:
@@ -319,10 +411,29 @@ def test_held_out_problems_are_never_collected(base: Path, tmp_path: Path) -> No
     assert not (tmp_path / "run/iterations/001/collect.jsonl").exists()
 
 
+def test_nor_are_they_in_another_guise(base: Path, tmp_path: Path) -> None:
+    config = settings(base, tmp_path / "run")
+    config["task"] = config["task"] | {"problems": "loop_tasks:nearly_the_same"}
+
+    with pytest.raises(Refusal, match="held out and would be learnt from"):
+        infold.Loop(config).run()
+
+
 def test_white_space_and_case_do_not_make_another_problem() -> None:
     check_apart(["one", "two"], ["three"])
-    with pytest.raises(Refusal, match="held out"):
-        check_apart(["What is  two?"], ["what is two? "])
+    for one, two in (
+        ("What is  two?", "what is two? "),
+        ("What\u00a0is\u200b two", "What is two?!"),
+        ("it\u2019s \u201ctwo\u201d \u2013 or so.", 'It\'s "two" - or so'),
+        ("cafe\u0301", "caf\u00e9"),
+    ):
+        with pytest.raises(Refusal, match="held out"):
+            check_apart([one], [two])
+    for one, two in (
+        ("What is 5!", "What is 5"), ("2 + 3", "2 - 3"), ("1.5", "15"), ("x[1:]", "x[1]"),
+        ("-3", "3"), ("a != b", "a = b"), ("2\u00b2", "22"),
+    ):  # fmt: skip
+        check_apart([one], [two])
 
 
 def test_a_run_belongs_to_its_base_and_configuration(
@@ -346,10 +457,74 @@ def test_a_run_belongs_to_its_base_and_configuration(
     (tmp_path / "mine/thesis.txt").write_text("mine")
     with pytest.raises(Refusal, match=r"is no run, and not empty: thesis\.txt"):
         infold.Loop(settings(base, tmp_path / "mine")).run()
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+    with pytest.raises(Refusal, match="no such file or folder"):
+        infold.Loop(settings(tmp_path / "nowhere", tmp_path / "new")).run()
+    assert not (tmp_path / "new").exists(), "a refused run leaves nothing"
     with pytest.raises(Refusal, match="is no run of infold loop"):
         lineage(tmp_path)
 
     assert outcome(whole) == before
+
+
+def test_two_loops_do_not_run_in_one_folder(base: Path, whole: Path) -> None:
+    before = outcome(whole)
+    with (
+        Run(whole).locked(),
+        pytest.raises(Refusal, match="another loop is running there right now"),
+    ):
+        infold.Loop(settings(base, whole, iterations=3)).run()
+    assert outcome(whole) == before
+
+
+RECORDS = {
+    "loop.json": ({}, {"base": 5}, {"base": {"path": "x", "shards": {"a": 1}}}),
+    "held_out.json": ([], {}, ["other"]),
+    "stopped.json": ({"stopped": 5},),
+    "iterations/000/scores.json": ({"score": {}}, {"score": {"share": "all"}}, {"seconds": "1"}),
+    "iterations/000/evaluate.jsonl": (),
+    "iterations/001/problems.json": ({}, 5, ["collect 1 0"]),
+    "iterations/001/collect.json": ({"rows": "2"}, {"rows": True}, {"memory": 5}),
+    "iterations/001/collect.jsonl": (),
+    "iterations/001/train.json": ({"seconds": None}, {"adapter": {"adapter_config.json": "0"}}),
+    "iterations/001/merge.json": ({"shards": {}}, {"shards": ["x"]}, {"shards": {"x": 5}}),
+}
+LINES = (
+    {"chunk": 7, "answers": [["a"]]},
+    {"chunk": -1, "answers": [["a"]]},
+    {"chunk": 0, "answers": "a"},
+    {"chunk": 0, "answers": [["a", "b"]]},
+    {"chunk": 0, "answers": [[5, 5]] * 3},
+    {"chunk": 0, "right": [[True, True]] * 3},
+    {"chunk": 0},
+)
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_a_damaged_run_ends_in_words(name: str, base: Path, whole: Path, tmp_path: Path) -> None:
+    """Whatever stands in its files: a refusal that names one of them, or the same end."""
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    for later in ("iterations/002", "model"):
+        shutil.rmtree(run / later)
+    file = run / name
+    if name.endswith("jsonl"):
+        for done in ("collect.json", "scores.json"):
+            file.with_name(done).unlink(missing_ok=True)
+        texts = [json.dumps(line) + "\n" for line in LINES]
+    else:
+        old = json.loads(file.read_text())
+        texts = [json.dumps(old | c if isinstance(old, dict) and c else c) for c in RECORDS[name]]
+        texts += ["", "[" * 100_000, "\0", "null"]
+    for text in texts:
+        file.write_text(text)
+        for use in (lambda: infold.Loop(settings(base, run, iterations=1)).run(),
+                    lambda: lineage(run)):  # fmt: skip
+            try:
+                use()
+            except infold.InfoldError as error:
+                assert "run" in str(error) or "iteration 1" in str(error), text
+    shutil.rmtree(run)
 
 
 def test_what_is_wrong_in_a_configuration_is_told_at_once(tmp_path: Path) -> None:
@@ -376,6 +551,27 @@ def test_what_is_wrong_in_a_configuration_is_told_at_once(tmp_path: Path) -> Non
                  "collect.server needs collect.serve", "did you mean steps?",
                  "train.seed is derived from seed"):  # fmt: skip
         assert line in str(error.value)
+
+    path.write_text(
+        'base = "a\\u0000b"\nrun = "~nobody-of-this-name/x"\nseed = -1\n'
+        '[task]\nname = "arithmetic"\n'
+        "levels = [[1]]\n[collect]\ntop_p = 1.5\ntemperature = inf\nserver = 5\n"
+        "serve = 'vllm \"serve'\n[stop]\nminutes = nan\nverify_seconds = 0\n"
+    )
+    with pytest.raises(Refusal) as error:
+        read_config(path)
+    for line in ("base 'a\\x00b': must be a path", "run '~nobody-of-this-name/x': ", "seed -1: ",
+                 "collect.top_p 1.5: must be a number above 0, 1 at the most",
+                 "collect.temperature: must be finite", "collect.server 5: must be an address",
+                 "collect.serve 'vllm \"serve': must be a command", "stop.minutes nan: must be",
+                 "stop.verify_seconds 0: must be a number above 0"):  # fmt: skip
+        assert line in str(error.value)
+    with pytest.raises(Refusal, match=r"task\.levels \[\[1\]\]: must be a list"):
+        open_task({"name": "arithmetic", "levels": [[1]]})
+    whole = {"base": "b", "run": "r", "task": {"name": "arithmetic"}}
+    for given in ({"seed": -1}, {"seed": 1 << 40}, {"run": ""}):
+        with pytest.raises(Refusal, match=f"{next(iter(given))} .*must be a"):
+            infold.Loop(whole, **given)  # type: ignore[arg-type]
 
 
 def test_functions_that_are_not_there_are_told_together() -> None:
@@ -487,6 +683,46 @@ def test_a_server_answers_with_the_weights_of_each_iteration(base: Path, tmp_pat
         assert gone.connect_ex(("127.0.0.1", port)) != 0, "the server outlived the loop"
 
 
+def test_a_server_ends_with_a_loop_that_is_killed(base: Path, tmp_path: Path) -> None:
+    """Else the next run would find it on its port, and refuse to ask it."""
+    pytest.importorskip("openai")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    config = settings(base, tmp_path / "run", iterations=1)
+    config["collect"] |= {
+        "server": f"http://127.0.0.1:{port}/v1",
+        "serve": f"{sys.executable} {HERE / 'completions_server.py'} {{model}} {port}",
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    killed = trained(HERE / "loop_child.py", tmp_path / "config.json", "journal:1",
+                     tmp_path / "log", cwd=HERE)  # fmt: skip
+
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    answers, deadline = True, time.monotonic() + 30
+    while answers and time.monotonic() < deadline:
+        with socket.socket() as gone:
+            answers = gone.connect_ex(("127.0.0.1", port)) == 0
+        time.sleep(0.1)
+    assert not answers, "the server outlived the loop"
+
+
+def test_a_command_that_is_not_there_starts_no_server(base: Path, tmp_path: Path) -> None:
+    pytest.importorskip("openai")
+    config = settings(base, tmp_path / "run", iterations=1)
+    config["collect"] |= {"server": "http://127.0.0.1:9/v1", "serve": "no-such-server {model}"}
+    with pytest.raises(Refusal, match=r"collect\.serve: no-such-server: there is no such command"):
+        infold.Loop(config).run()
+
+
+def test_a_prompt_that_the_base_cannot_hold_is_refused(base: Path, tmp_path: Path) -> None:
+    config = settings(base, tmp_path / "run", iterations=1)
+    config["collect"] |= {"max_tokens": 1 << 20}
+    with pytest.raises(Refusal, match=r"a prompt has [\d,]+ tokens, with collect.max_tokens"):
+        infold.Loop(config).run()
+
+
 def test_the_command_line_runs_shows_and_checks_out(
     base: Path, whole: Path, tmp_path: Path
 ) -> None:
@@ -496,7 +732,8 @@ def test_the_command_line_runs_shows_and_checks_out(
     config = tmp_path / "loop.toml"
     config.write_text(
         f'base = "{base}"\nrun = "{tmp_path / "run"}"\niterations = 1\n'
-        '[task]\nname = "arithmetic"\nlevels = [1]\n'
+        '[task]\nproblems = "loop_tasks:problems"\nprompt = "loop_tasks:prompt"\n'
+        'verify = "loop_tasks:never"\n'
         "[collect]\nproblems = 4\nsamples = 1\nmax_tokens = 4\n[evaluate]\nproblems = 4\n"
     )
     ran = run(config)

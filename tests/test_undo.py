@@ -18,6 +18,7 @@ from forked import infold_command as ran
 from handmade import digests
 from infold.checkpoint.record import UNDO, open_record
 from infold.edit.residual import RESIDUAL, pack_original, pack_residual, unpack
+from infold.sizes import bytes_text
 
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -462,7 +463,15 @@ def test_the_record_is_small(name: str, dtype: str, most: float, tmp_path: Path)
 
 def test_the_verbs_on_the_command_line(merged: Path, tmp_path: Path) -> None:
     swapped = ran("swap", merged, tmp_path / "adapter-lora-0", "--out", tmp_path / "again")
-    assert swapped.returncode == 0 and "infold undo" in swapped.stdout, swapped
+    assert swapped.returncode == 0, swapped
+    record = infold.inspect(tmp_path / "again")["undo"]
+    own, inside = record["bytes"] - record["adapters"], record["adapters"]
+    assert (
+        f"{bytes_text(own)} ({record['share']:.1%} of the edited bytes) and a copy of the "
+        f"adapters, {bytes_text(inside)}: `infold undo` restores the base"
+    ) in swapped.stdout
+    receipt = json.loads((tmp_path / "again" / "infold-receipt.json").read_text())
+    assert receipt["undo"]["adapters"] == inside > 0
     undone = ran("undo", merged, "--in-place", "--json")
     assert undone.returncode == 0, undone
     assert json.loads(undone.stdout)["shards"]

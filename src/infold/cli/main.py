@@ -73,7 +73,8 @@ def _guarded(verb: Callable[..., None]) -> Callable[..., None]:
         try:
             verb(*args, **given)
         except KeyboardInterrupt:
-            complain(f"interrupted{_CONTINUES.get(verb, '') if writes else ''}")
+            again = "" if given.get("dry_run") else _CONTINUES.get(verb, "")
+            complain(f"interrupted{again}")
             raise typer.Exit(130) from None
         except Exception as error:
             less = _LESS_MEMORY.get(verb, "")

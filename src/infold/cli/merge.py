@@ -249,11 +249,12 @@ def done_text(receipt: Receipt, out: str, told: Sequence[str] = ()) -> str:
     if receipt.conversion:
         lines.append(entry("converted", _conversion_text(receipt), 11))
     if receipt.undo:
-        size = receipt.undo["bytes"]
+        inside = receipt.undo.get("adapters", 0)  # an edit that an older infold began tells none
+        size = receipt.undo["bytes"] - inside
         share = size / max(1, receipt.edited_bytes)
         told = (
-            f"{bytes_text(size)}, {share:.1%} of the edited bytes, with a copy of the adapters: "
-            "`infold undo` restores the base"
+            f"{bytes_text(size)} ({share:.1%} of the edited bytes) and a copy of the adapters, "
+            f"{bytes_text(inside)}: `infold undo` restores the base"
         )
         lines.append(entry("record", told))
     return "\n".join([*lines, entry("output", out)])

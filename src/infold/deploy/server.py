@@ -92,7 +92,7 @@ def serve(
     """
     log = tempfile.TemporaryFile()
     process = subprocess.Popen(
-        [sys.executable, "-m", "infold.deploy.leash", str(_PATIENCE), *command],
+        [sys.executable, "-m", "infold.leash", str(_PATIENCE), *command],
         stdin=subprocess.PIPE,
         stdout=log,
         stderr=log,

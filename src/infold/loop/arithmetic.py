@@ -35,7 +35,7 @@ def task(options: Mapping[str, Any]) -> Task:
     if unknown:
         raise Refusal([f"task.{key} does not exist; arithmetic has levels" for key in unknown])
     levels = options.get("levels", list(LEVELS))
-    if not levels or not isinstance(levels, list | tuple) or not set(levels) <= set(LEVELS):
+    if not (levels and isinstance(levels, list | tuple) and all(x in LEVELS for x in levels)):
         raise Refusal(f"task.levels {levels!r}: must be a list of {', '.join(map(str, LEVELS))}")
 
     def problems(split: str, count: int, seed: int) -> list[dict[str, Any]]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
+import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from infold.checkpoint.files import read_bytes
+from infold.checkpoint.files import exists, read_bytes
 from infold.errors import Refusal
 from infold.tuners.settings import TrainSettings
 
@@ -59,10 +61,12 @@ class Evaluate:
 @dataclass(frozen=True, kw_only=True)
 class Stop:
     """When to end before `iterations`. patience: iterations without a new best score.
-    minutes: no iteration begins after so many minutes of work, earlier runs included."""
+    minutes: no iteration begins after so many minutes of work, earlier runs included.
+    verify_seconds: a call of the verifier that takes longer ends the loop."""
 
     patience: int | None = None
     minutes: float | None = None
+    verify_seconds: float = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,15 +96,23 @@ class LoopConfig:
         return found
 
 
-def read_config(source: str | os.PathLike[str] | Mapping[str, Any]) -> LoopConfig:
-    """The checked configuration of a TOML file or a mapping.
+def read_config(
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    *,
+    seed: int | None = None,
+    run: str | os.PathLike[str] | None = None,
+) -> LoopConfig:
+    """The checked configuration of a TOML file or a mapping. seed, run: in place of its own.
 
     Paths in a file are relative to its folder. Raises Refusal, with all that is wrong.
     """
+    instead: dict[str, Any] = {} if seed is None else {"seed": seed}
+    if run is not None:
+        instead["run"] = os.path.abspath(run) if os.fspath(run) else ""
     if isinstance(source, Mapping):
-        return _checked(dict(source), "the configuration", Path.cwd())
+        return _checked({**source, **instead}, "the configuration", Path.cwd())
     path = Path(source)
-    return _checked(_toml(path), str(path), path.parent)
+    return _checked({**_toml(path), **instead}, str(path), path.parent)
 
 
 def _toml(path: Path) -> dict[str, Any]:
@@ -167,14 +179,14 @@ def _checked(given: dict[str, Any], where: str, folder: Path) -> LoopConfig:
 def _place(text: str, folder: Path) -> str:
     """A path of the file's folder where there is such a thing; else as it is: a Hub id."""
     path = folder / Path(text).expanduser()
-    return os.path.abspath(path) if path.exists() else text
+    return os.path.abspath(path) if exists(path) else text
 
 
 def _unknown(given: Mapping[str, Any], known: list[str], where: str, section: str) -> list[str]:
     told = []
     for key in given:
         if key not in known:
-            near = difflib.get_close_matches(key, known, 1, 0.5)
+            near = difflib.get_close_matches(str(key), known, 1, 0.5)
             hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
             told.append(f"{where}: {section + '.' if section else ''}{key} does not exist; {hint}")
     return told
@@ -199,7 +211,10 @@ _WHOLE = (
     ("", "iterations"), ("collect", "problems"), ("collect", "samples"), ("collect", "keep"),
     ("collect", "batch"), ("collect", "max_tokens"), ("evaluate", "problems"), ("stop", "patience"),
 )  # fmt: skip
-_ABOVE_ZERO = (("collect", "temperature"), ("collect", "top_p"), ("stop", "minutes"))
+_ABOVE_ZERO = (
+    ("collect", "temperature"), ("collect", "top_p"),
+    ("stop", "minutes"), ("stop", "verify_seconds"),
+)  # fmt: skip
 
 
 def _value_problems(given: Mapping[str, Any], where: str) -> list[str]:
@@ -216,14 +231,22 @@ def _value_problems(given: Mapping[str, Any], where: str) -> list[str]:
             wrong.append(f"{where}: {section}.{name} {found!r}: must be a whole number, 1 or more")
     for section, name in _ABOVE_ZERO:
         found = value(section, name)
-        if found is not None and not (number(found, (int, float)) and found > 0):
-            wrong.append(f"{where}: {section}.{name} {found!r}: must be a number above 0")
+        most = 1.0 if name == "top_p" else float("inf")
+        if found is not None and not (number(found, (int, float)) and 0 < found <= most):
+            more = ", 1 at the most" if name == "top_p" else ""
+            wrong.append(f"{where}: {section}.{name} {found!r}: must be a number above 0{more}")
+        elif found == float("inf"):
+            wrong.append(f"{where}: {section}.{name}: must be finite; leave it out for no limit")
     seed = given.get("seed", 0)
     if not (number(seed, int) and 0 <= seed < 1 << 20):
         wrong.append(f"{where}: seed {seed!r}: must be a whole number from 0 to 2^20 - 1")
     for name in ("base", "run"):
-        if name in given and not (isinstance(given[name], str) and given[name]):
-            wrong.append(f"{where}: {name} {given[name]!r}: must be a path")
+        if name in given and (told := _no_path(given[name])):
+            wrong.append(f"{where}: {name} {given[name]!r}: {told}")
+    for name in ("server", "serve"):
+        if (told := value("collect", name)) is not None and not _usable(name, told):
+            kind = "a command" if name == "serve" else "an address such as http://localhost:8000/v1"
+            wrong.append(f"{where}: collect.{name} {told!r}: must be {kind}")
     stop = value("collect", "stop") or []
     if not (isinstance(stop, list | tuple) and all(isinstance(s, str) and s for s in stop)):
         wrong.append(f"{where}: collect.stop {stop!r}: must be a list of texts")
@@ -236,3 +259,26 @@ def _value_problems(given: Mapping[str, Any], where: str) -> list[str]:
             "started anew for each model, since a server that stays would answer with old weights"
         )
     return [line.replace(": .", ": ") for line in wrong]
+
+
+def _no_path(text: Any) -> str:
+    """Why something is no path; empty where it is one."""
+    if not (isinstance(text, str) and text and "\0" not in text):
+        return "must be a path"
+    try:
+        Path(text).expanduser()
+    except RuntimeError as error:  # ~somebody who is not there
+        return str(error)
+    return ""
+
+
+def _usable(name: str, text: Any) -> bool:
+    """Whether a text is the address of a server, or a command that starts one."""
+    if not isinstance(text, str):
+        return False
+    if name == "server":
+        return re.match(r"https?://[^/]", text) is not None
+    try:
+        return bool(shlex.split(text))
+    except ValueError:  # a quotation mark too few
+        return False

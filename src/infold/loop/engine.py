@@ -9,16 +9,19 @@ from __future__ import annotations
 import gc
 import os
 import shlex
+import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from infold.checkpoint.staging import storage_errors
 from infold.errors import Refusal, StorageFailure
 from infold.loop.config import Collect
 from infold.loop.task import Prompt
@@ -28,6 +31,7 @@ from infold.tuners.tokens import special_ids
 __all__ = ["Engine", "cut", "open_engine", "prompt_ids"]
 
 PATIENCE = 600  # seconds for a server to load a model
+_ENDING = 30  # and to end, until it is killed
 
 
 class Engine(Protocol):
@@ -60,7 +64,10 @@ def prompt_ids(prompt: Prompt, tokenizer: Any) -> list[int]:
         return [*before, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
     if not getattr(tokenizer, "chat_template", None):
         raise Refusal("task: prompt gives messages, and the base has no chat template; give texts")
-    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    try:
+        text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is a program, and refuses as it likes
+        raise Refusal(f"task: the base's chat template does not take {prompt}: {error}") from error
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
@@ -97,6 +104,12 @@ class _Local:
     def answers(self, prompts: Sequence[Prompt], samples: int, seed: int) -> list[list[str]]:
         rows = [prompt_ids(prompt, self.tokenizer) for prompt in prompts]
         width = max(map(len, rows))
+        most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if most is not None and width + self.settings.max_tokens > most:
+            raise Refusal(
+                f"task: a prompt has {width:,} tokens, with collect.max_tokens "
+                f"{width + self.settings.max_tokens:,}, and the base takes {most:,}"
+            )
         ids = torch.tensor([[self.pad] * (width - len(row)) + row for row in rows])
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
         torch.manual_seed(seed)
@@ -175,13 +188,14 @@ def _served(model: Path, settings: Collect, log: Path) -> Iterator[Engine]:
             f"collect.server {settings.server}: another server answers there; it may have other "
             "weights: end it, or choose another port"
         )
-    with open(log, "ab") as output:
-        try:
-            child = subprocess.Popen(
-                words, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-            )
-        except OSError as error:
-            raise Refusal(f"collect.serve: {words[0]}: {error.strerror}") from None
+    if shutil.which(words[0]) is None:
+        raise Refusal(f"collect.serve: {words[0]}: there is no such command")
+    leash = [sys.executable, "-m", "infold.leash", str(_ENDING), *words]
+    with storage_errors(log), open(log, "ab") as output:  # it ends too where we are killed
+        child = subprocess.Popen(
+            leash, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
     try:
         deadline = time.monotonic() + PATIENCE
         while not (names := _listed(client, OpenAIError)):
@@ -197,13 +211,14 @@ def _served(model: Path, settings: Collect, log: Path) -> Iterator[Engine]:
         except OpenAIError as error:
             raise StorageFailure(f"{settings.server}: {error}; see {log}") from error
     finally:
-        if child.poll() is None:
-            os.killpg(child.pid, signal.SIGTERM)
-            try:
-                child.wait(30)
-            except subprocess.TimeoutExpired:
+        assert child.stdin is not None
+        child.stdin.close()
+        try:
+            child.wait(_ENDING + 5)
+        finally:
+            with suppress(ProcessLookupError, PermissionError):
                 os.killpg(child.pid, signal.SIGKILL)
-                child.wait()
+            child.wait()
 
 
 def _listed(client: Any, failure: type[Exception]) -> list[str]:

@@ -33,10 +33,13 @@ from infold.checkpoint.safetensors import parse_json
 from infold.checkpoint.shards import RECEIPT, open_checkpoint
 from infold.checkpoint.staging import storage_errors
 from infold.errors import CorruptFile, Refusal
+from infold.loop.records import fits, read_record
 
 __all__ = ["Iteration", "Journal", "Run", "digests_of_base", "write_json", "write_lines"]
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_EARLY = frozenset({"lock", "held_out.json", ".held_out.json.new", ".loop.json.new"})
+_RECEIPT = {"base": {"shards": dict}, "adapters": list, "shards": {...: str}}
 
 
 class Iteration:
@@ -50,11 +53,15 @@ class Iteration:
         return self.path / name
 
     def read(self, name: str) -> dict[str, Any] | None:
-        return read_object(self / name) if exists(self / name) else None
+        return read_record(self / name) if exists(self / name) else None
 
     @property
     def adapter(self) -> Path:
         return self / "adapter"
+
+    def adapter_digests(self) -> dict[str, str]:
+        """BLAKE3 of the adapter's files, as receipts have them."""
+        return _digests([self.adapter / name for name in ADAPTER_FILES])
 
 
 class Run:
@@ -74,7 +81,14 @@ class Run:
 
     @property
     def facts(self) -> dict[str, Any]:
-        return read_object(self.path / "loop.json")
+        return read_record(self.path / "loop.json")
+
+    def strangers(self) -> list[str]:
+        """What lies in a folder that is no run; some names of it, and none of a run that began."""
+        with storage_errors(self.path):
+            if not self.path.is_dir() or exists(self.path / "loop.json"):
+                return []
+            return sorted(p.name for p in self.path.iterdir() if p.name not in _EARLY)[:10]
 
     def iteration(self, number: int) -> Iteration:
         return Iteration(self.path, number)
@@ -89,18 +103,38 @@ class Run:
     def adapters(self, number: int) -> list[Path]:
         return [self.iteration(n).adapter for n in range(1, number + 1)]
 
+    def check_adapters(self, number: int) -> None:
+        """Refuse adapters 1 to `number` where one is not what was trained: every later iteration
+        would be another one."""
+        wrong = []
+        for n in range(1, number + 1):
+            it = self.iteration(n)
+            was = (it.read("train.json") or {}).get("adapter")
+            if was is not None and was != it.adapter_digests():
+                wrong.append(
+                    f"{it.adapter}: was changed since it was trained, so iterations {n} and later "
+                    "cannot be made from it; put the old files back"
+                )
+        if wrong:
+            raise CorruptFile(wrong)
+
     def holds(self, number: int) -> bool:
-        """Whether RUN/model is the base with adapters 1 to `number`, by its receipt."""
+        """Whether RUN/model is the base with adapters 1 to `number`: by its receipt, and byte for
+        byte what the receipt tells."""
         if not exists(self.model / RECEIPT):
             return False
         receipt = read_object(self.model / RECEIPT)
-        made = [adapter["files"] for adapter in receipt["adapters"]]
+        if not fits(receipt, _RECEIPT) or len(receipt["adapters"]) != number:
+            return False
+        made = [a.get("files") if isinstance(a, dict) else None for a in receipt["adapters"]]
+        adapters = [self.iteration(n) for n in range(1, number + 1)]
+        shards = [self.model / name for name in receipt["shards"]]
         return bool(
             receipt["base"]["shards"] == self.facts["base"]["shards"]
-            and made == [_digests([a / name for name in ADAPTER_FILES]) for a in
-                         self.adapters(number) if exists(a)]
-            and len(made) == number
-        )  # fmt: skip
+            and made == [it.adapter_digests() for it in adapters if exists(it.adapter)]
+            and all(path.parent == self.model and path.is_file() for path in shards)
+            and _digests(shards) == receipt["shards"]
+        )
 
     @contextmanager
     def locked(self) -> Iterator[None]:

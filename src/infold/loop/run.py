@@ -7,6 +7,7 @@ kept for the current iteration only.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -15,10 +16,10 @@ from typing import Any
 
 import torch
 
-from infold.checkpoint.files import exists, locate, read_json, read_object
-from infold.checkpoint.shards import RECEIPT
+from infold.checkpoint.files import exists, locate, read_json
+from infold.checkpoint.shards import read_receipt
 from infold.checkpoint.staging import storage_errors
-from infold.errors import ProofFailed, Refusal
+from infold.errors import CorruptFile, ProofFailed, Refusal
 from infold.loop.config import LoopConfig, read_config
 from infold.loop.engine import open_engine
 from infold.loop.folder import (
@@ -30,10 +31,12 @@ from infold.loop.folder import (
     write_lines,
 )
 from infold.loop.measure import measured
+from infold.loop.records import check_answers, read_record
 from infold.loop.score import score
 from infold.loop.task import Task, check_apart, open_task
 from infold.merge.prepare import open_plan, prepare
-from infold.merge.run import execute, merge_checkpoint
+from infold.merge.receipt import Receipt
+from infold.merge.run import execute
 from infold.tuners.settings import TrainSettings
 from infold.tuners.train import train_adapter
 from infold.version import __version__
@@ -61,17 +64,14 @@ class Loop:
         run: PathLike | None = None,
         control: bool = False,
     ) -> None:
-        found = read_config(config)
-        if seed is not None:
-            found = replace(found, seed=seed)
-        if run is not None:
-            found = replace(found, run=os.path.abspath(run))
+        found = read_config(config, seed=seed, run=run)
         if control:
             collect = replace(found.collect, filter="none")
             found = replace(found, run=f"{found.run}-control", collect=collect)
         self.config: LoopConfig = found
         self.folder = Run(found.run)
-        self.task: Task = open_task(found.task)
+        self.task: Task = replace(open_task(found.task), seconds=found.stop.verify_seconds)
+        self._current: int | None = None  # the iteration whose weights RUN/model has for certain
 
     def run(self, say: Say = lambda line: None) -> dict[str, Any]:
         """Run to a stop rule, continuing what is there. Returns `lineage(RUN)`, JSON-ready.
@@ -79,8 +79,9 @@ class Loop:
         say: called with one line for each phase. Raises Refusal (another base or configuration, a
         task that fails), StorageFailure; what was finished stays, and the next run continues.
         """
+        facts, held = self._read()
         with self.folder.locked():
-            held = self._begin()
+            self._begin(facts, held)
             with storage_errors(self.folder.path):  # where an earlier call came to its end
                 (self.folder.path / "stopped.json").unlink(missing_ok=True)
             while True:
@@ -105,19 +106,29 @@ class Loop:
 
     # --- before the first phase ---
 
-    def _begin(self) -> list[Any]:
-        """Check or make RUN. Returns the held-out problems."""
+    def _read(self) -> tuple[dict[str, Any], list[Any]]:
+        """What the run is about, and the held-out problems. Nothing is written before this."""
         config, run = self.config, self.folder
+        if run.strangers():
+            raise Refusal(f"{run.path}: is no run, and not empty: {', '.join(run.strangers())}")
         shards = digests_of_base(config.base)
         held = self.task.problems("evaluate", config.evaluate.problems, config.seed)
+        for problem in held:
+            self.task.prompt(problem)  # which refuses what is no prompt
         facts = {
             "infold": __version__,
             "config": config.to_dict(),
             "base": {"path": config.base, "shards": shards},
         }
+        return facts, held
+
+    def _begin(self, facts: Mapping[str, Any], held: Sequence[Any]) -> None:
+        """Check or make RUN."""
+        config, run = self.config, self.folder
+        self._current = None
         if exists(run.path / "loop.json"):
             before = run.facts
-            if before["base"]["shards"] != shards:
+            if before["base"]["shards"] != facts["base"]["shards"]:
                 raise Refusal(
                     f"{run.path}: is a run from another base, {before['base']['path']}; its "
                     f"weights are not those of {config.base}: give that base, or another run folder"
@@ -128,22 +139,15 @@ class Loop:
                     f"{run.path}: the task's held-out problems are not those of this run, so "
                     "scores would not compare; undo the change, or take another run folder"
                 )
-        elif strangers := sorted(p.name for p in run.path.iterdir() if p.name not in _EARLY):
-            raise Refusal(f"{run.path}: is no run, and not empty: {', '.join(strangers[:10])}")
-        for problem in held:
-            self.task.prompt(
-                problem
-            )  # which refuses what is no prompt, before anything is computed
         write_json(run.path / "held_out.json", held)
         write_json(run.path / "loop.json", facts)
-        return held
 
     def _stopped(self, done: Sequence[Iteration]) -> str | None:
         """Which rule ends the loop now."""
         stop, last = self.config.stop, len(done) - 1
         if last >= self.config.iterations:
             return f"all {self.config.iterations} iterations are done"
-        shares = [_read(it, "scores.json")["score"]["share"] for it in done]
+        shares = [read_record(it / "scores.json")["score"]["share"] for it in done]
         best = shares.index(max(shares))
         if stop.patience and last - best >= stop.patience:
             return f"no gain in {last - best} iterations: iteration {best} is still the best"
@@ -154,27 +158,28 @@ class Loop:
 
     def _tidy(self, number: int) -> None:
         """Full weights of the current iteration, also where the model was removed by hand."""
-        if number >= 1 and not self.folder.holds(number):
+        if number >= 1:
             self._weights(number)
 
     # --- the phases ---
 
     def _weights(self, number: int) -> Path:
-        """The folder with the weights of an iteration; merged anew where they are not there."""
+        """The folder with the weights of an iteration; merged anew where they are not there, or
+        not what they were."""
         if number == 0:
             return locate(self.config.base)
-        if not self.folder.holds(number):
+        if self._current != number and not self.folder.holds(number):
             self._write_weights(number)
+        self._current = number
         return self.folder.model
 
     def _write_weights(self, number: int) -> dict[str, str]:
-        plan = open_plan(self.config.base, self.folder.adapters(number))
-        names = self.config.base, [os.fspath(a) for a in self.folder.adapters(number)]
+        self._current = None
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        force = exists(self.folder.model)
-        return merge_checkpoint(
-            plan, self.folder.model, device=device, force=force, names=names
-        ).shards
+        out, force = self.folder.model, exists(self.folder.model)
+        shards = _rebuild(self.folder, self.config.base, number, out, device, force).shards
+        self._current = number
+        return shards
 
     def _collect(self, it: Iteration, held: Sequence[Any], say: Say) -> dict[str, Any]:
         counts = it.read("collect.json")
@@ -184,10 +189,13 @@ class Loop:
         seed = self.config.seed * _SEEDS + it.number
         if exists(it / "problems.json"):
             problems = read_json(it / "problems.json")
+            if not isinstance(problems, list):
+                raise CorruptFile(f"{it / 'problems.json'}: is no list of problems; remove it")
         else:
             problems = self.task.problems("collect", config.problems, seed)
         prompts = [self.task.prompt(problem) for problem in problems]
         check_apart([self.task.prompt(problem) for problem in held], prompts)
+        check_apart([json.dumps(p) for p in held], [json.dumps(p) for p in problems])
         write_json(it / "problems.json", problems)
         answers, right, timing = self._answer(
             it, "collect.jsonl", it.number - 1, problems, config.samples, seed
@@ -231,10 +239,13 @@ class Loop:
         def known(key: str) -> dict[int, Any]:
             return {entry["chunk"]: entry[key] for entry in journal.entries if key in entry}
 
+        sizes = [len(part(chunk)) for chunk in chunks]
+        check_answers(journal.path, journal.entries, sizes, max(1, samples))
         before = sum(entry.get("seconds", 0.0) for entry in journal.entries)
         with measured() as timing:
-            missing = [chunk for chunk in chunks if chunk not in known("answers")]
-            for chunk in sorted(set(known("answers")) - set(known("right"))):
+            answered = set(known("answers"))
+            missing = [chunk for chunk in chunks if chunk not in answered]
+            for chunk in sorted(answered - set(known("right"))):
                 self._judge(journal, chunk, part(chunk))
             if missing:
                 weights = self._weights(model)
@@ -272,7 +283,8 @@ class Loop:
         with measured() as timing:
             base = self._weights(it.number - 1)
             record = train_adapter(base, it / "kept.jsonl", it.adapter, settings, resume=True)
-        facts = {"steps": record.steps, "parameters": record.parameters, "losses": record.losses}
+        facts = {"steps": record.steps, "parameters": record.parameters, "losses": record.losses,
+                 "adapter": it.adapter_digests()}  # fmt: skip
         write_json(it / "train.json", facts | timing)
         losses = record.losses
         told = f"{record.steps} steps, loss {losses['first']:.3f} -> {losses['last']:.3f}"
@@ -283,8 +295,8 @@ class Loop:
             return
         with measured() as timing:
             if self.folder.holds(it.number):  # killed between the merge and its record
-                receipt = read_object(self.folder.model / RECEIPT)
-                shards: dict[str, str] = receipt["shards"]
+                shards: dict[str, str] = read_receipt(self.folder.model)["shards"]
+                self._current = it.number
             else:
                 shards = self._write_weights(it.number)
         write_json(it / "merge.json", {"shards": shards} | timing)
@@ -331,7 +343,7 @@ def lineage(run: PathLike) -> dict[str, Any]:
         "base": facts["base"],
         "config": facts["config"],
         "iterations": iterations,
-        "stopped": read_object(stopped)["stopped"] if exists(stopped) else None,
+        "stopped": read_record(stopped)["stopped"] if exists(stopped) else None,
         "model_bytes": _size(folder.model),
     }
 
@@ -352,18 +364,30 @@ def checkout(run: PathLike, number: int, out: PathLike, *, force: bool = False) 
         raise Refusal(f"{folder.path}: has no merged iteration {number}; there are {there}")
     if digests_of_base(base["path"]) != base["shards"]:
         raise Refusal(f"{base['path']}: is not the base of {folder.path} any more: it changed")
+    receipt = _rebuild(folder, base["path"], number, out, force=force)
+    return {"iteration": number, "out": receipt.out, "shards": receipt.shards}
+
+
+def _rebuild(
+    folder: Run, base: str, number: int, out: PathLike, device: str = "cpu", force: bool = False
+) -> Receipt:
+    """Write base + adapters 1 to `number`, in one rounding.
+
+    Where the iteration was merged before, its bytes must come out: else ProofFailed, and nothing
+    is written.
+    """
+    folder.check_adapters(number)
     adapters = folder.adapters(number)
-    names = base["path"], [os.fspath(a) for a in adapters]
-    was = _read(folder.iteration(number), "merge.json")["shards"]
-    prepared = prepare(open_plan(base["path"], adapters), out, force=force)
+    was = folder.iteration(number).read("merge.json")
+    prepared = prepare(open_plan(base, adapters), out, device=device, force=force)
+    prepared = replace(prepared, expected=was["shards"] if was else None)
     try:
-        receipt = execute(replace(prepared, expected=was), names=names)
+        return execute(prepared, names=(base, [os.fspath(a) for a in adapters]))
     except ProofFailed as error:
         raise ProofFailed(
             f"{error}: they are not the bytes of iteration {number}, so an adapter in "
             f"{folder.path} changed"
         ) from None
-    return {"iteration": number, "out": receipt.out, "shards": receipt.shards}
 
 
 def _merged(folder: Run) -> list[int]:
@@ -374,8 +398,6 @@ def _merged(folder: Run) -> list[int]:
 
 
 # --- small things ---------------------------------------------------------------------------------
-
-_EARLY = frozenset({"lock", "held_out.json", ".held_out.json.new", ".loop.json.new"})
 
 
 def _same(path: Path, before: Mapping[str, Any], config: LoopConfig) -> None:
@@ -406,10 +428,6 @@ def _row(prompt: Any, answer: str) -> dict[str, Any]:
     if isinstance(prompt, str):
         return {"prompt": prompt, "completion": answer}
     return {"messages": [*prompt, {"role": "assistant", "content": answer}]}
-
-
-def _read(it: Iteration, name: str) -> dict[str, Any]:
-    return read_object(it / name)
 
 
 def _seconds(it: Iteration) -> float:

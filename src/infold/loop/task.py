@@ -4,8 +4,9 @@ The three functions of a task, built in or the user's `module:function`:
 
     problems(split, count, seed) -> a list of at most `count` problems, JSON values
                                     split is "collect" or "evaluate"; the two must not overlap
-    prompt(problem) -> a text, or chat messages [{"role": ..., "content": ...}, ...]
-    verify(problem, answer) -> whether the answer (a text) is right
+    prompt(problem) -> a text, or chat messages [{"role": ..., "content": ...}, ...]; always the
+                       same for the same problem
+    verify(problem, answer) -> whether the answer (a text) is right: True or False
 
 A problem that is an object with `level` is also scored by it.
 """
@@ -16,9 +17,16 @@ import functools
 import importlib
 import json
 import os
+import re
+import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import threading
+import time
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 from infold.errors import Refusal
@@ -35,15 +43,16 @@ class Task:
     make: Callable[[str, int, int], Sequence[Any]]
     ask: Callable[[Any], Prompt]
     check: Callable[[Any, str], bool]
+    seconds: float = 60.0  # that one call of `check` may take
 
     def problems(self, split: str, count: int, seed: int) -> list[Any]:
         """Problems as JSON keeps them. Raises Refusal for none, and for what is no JSON."""
         try:
-            made = json.dumps(list(self.make(split, count, seed)))
+            made = json.dumps(list(self.make(split, count, seed)), allow_nan=False)
             found: list[Any] = json.loads(made)
         except Refusal:
             raise
-        except Exception as error:
+        except _WHATEVER as error:
             raise Refusal(f"task: problems({split!r}, {count}, {seed}) {_raised(error)}") from error
         if not found:
             raise Refusal(f"task: problems({split!r}, {count}, {seed}) gave none")
@@ -52,7 +61,7 @@ class Task:
     def prompt(self, problem: Any) -> Prompt:
         try:
             found = self.ask(problem)
-        except Exception as error:
+        except _WHATEVER as error:
             raise Refusal(f"task: prompt {_raised(error)} on {_short(problem)}") from error
         if isinstance(found, str) and found:
             return found
@@ -66,12 +75,66 @@ class Task:
 
     def verify(self, problem: Any, answer: str) -> bool:
         try:
-            return bool(self.check(problem, answer))
-        except Exception as error:
-            raise Refusal(
-                f"task: verify {_raised(error)}; problem: {_short(problem)}; answer: "
-                f"{_short(answer)}. The run is kept: correct the function and run again"
-            ) from error
+            with _limited(self.seconds) as clock:
+                found = self.check(problem, answer)
+            if clock.over:  # and the verifier went on, whatever it made of the interruption
+                raise _TooLong
+            if found not in (True, False):
+                raise TypeError(f"gave {found!r}, which is neither True nor False")
+            return bool(found)
+        except _TooLong:
+            what = f"did not end within {self.seconds:g} s (stop.verify_seconds)"
+            raise self._unjudged(what, problem, answer) from None
+        except _WHATEVER as error:
+            raise self._unjudged(_raised(error), problem, answer) from error
+
+    def _unjudged(self, what: str, problem: Any, answer: str) -> Refusal:
+        return Refusal(
+            f"task: verify {what}; problem: {_short(problem)}; answer: {_short(answer)}. The run "
+            "is kept: correct the function and run again"
+        )
+
+
+# What a function of the task may end with: code that an answer holds may well call exit().
+_WHATEVER = (Exception, SystemExit)
+
+
+class _TooLong(BaseException):
+    """Nothing that a verifier catches on purpose."""
+
+
+class _Clock:
+    over = False
+
+
+@contextmanager
+def _limited(seconds: float) -> Iterator[_Clock]:
+    """Interrupt what takes longer. Only the main thread of a POSIX system can be interrupted, and
+    a verifier that uses the same timer (signal.alarm) looks after itself."""
+    clock = _Clock()
+    main = threading.current_thread() is threading.main_thread()
+    if not main or not hasattr(signal, "setitimer"):
+        yield clock
+        return
+    theirs, began = signal.getitimer(signal.ITIMER_REAL)[0], time.monotonic()
+    if 0 < theirs <= seconds:  # somebody's alarm, which comes first
+        yield clock
+        return
+
+    def ring(number: int, frame: FrameType | None) -> None:
+        clock.over = True
+        raise _TooLong
+
+    before = signal.signal(signal.SIGALRM, ring)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        yield clock
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL if before is None else before)
+        if theirs:
+            left = theirs - (time.monotonic() - began)
+            signal.setitimer(signal.ITIMER_REAL, max(left, 0.001))
 
 
 def open_task(options: Mapping[str, Any]) -> Task:
@@ -85,18 +148,30 @@ def open_task(options: Mapping[str, Any]) -> Task:
     for name in ("problems", "prompt", "verify"):
         try:
             found.append(_function(str(options[name])))
-        except Exception as error:  # a module may raise what it likes
+        except _WHATEVER as error:  # a module may raise what it likes
             why = str(error) if isinstance(error, Refusal) else _raised(error)
             wrong.append(f"task.{name} = {options[name]!r}: {why}")
     if wrong:
         raise Refusal(wrong)
-    return Task(*found)
+    make, ask, check = found
+    return Task(make, ask, check)
 
 
 def key_of(prompt: Prompt) -> str:
-    """What two equal prompts have in common: case and white space do not make a new problem."""
+    """What two prompts have in common that are the same to a reader.
+
+    Case, white space, invisible characters, the kind of quotes and dashes, and the punctuation at
+    the end of words do not make a new problem; signs within it do, and `5!` is not 5.
+    """
     text = prompt if isinstance(prompt, str) else "\n".join(str(m["content"]) for m in prompt)
-    return " ".join(text.casefold().split())
+    text = unicodedata.normalize("NFC", text).translate(_QUOTES).casefold()
+    kinds = ((c, unicodedata.category(c)) for c in text)
+    text = "".join("-" if kind == "Pd" else c for c, kind in kinds if kind != "Cf")
+    return " ".join(filter(None, (_ENDS.sub("", word) for word in text.split())))
+
+
+_QUOTES = {ord(c): "'" for c in "‘’‚‛′`´"} | {ord(c): '"' for c in "“”„‟″«»"} | {0x2212: "-"}
+_ENDS = re.compile(r"""(?:[.,;:?…]|(?<![\d)])!)+(?=["']*$)""")
 
 
 def check_apart(held: Sequence[Prompt], collected: Sequence[Prompt]) -> None:
@@ -132,7 +207,7 @@ def _function(name: str) -> Callable[..., Any]:
     return found  # type: ignore[no-any-return]
 
 
-def _raised(error: Exception) -> str:
+def _raised(error: BaseException) -> str:
     return f"raised {type(error).__name__}: {error}"
 
 

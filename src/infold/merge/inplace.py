@@ -9,7 +9,8 @@ but the record of the way back. Then the blocks are written, in steps:
                           rehearsal what comes out of it (from here on the edit will be completed,
                           until here it is rolled back); each finished step; that all is written
     infold-undo.part      the new record, until everything is written
-    infold-undo.step      one step: its number, a digest, and the new bytes with their places
+    infold-undo.step      one step: its number, a digest, and the new bytes with their places; its
+                          room is taken in the rehearsal
 
 The step goes to the disk before its bytes go to their places, so one that a kill tore in the middle
 is written once more. A shard never changes its length or its header: what would need that is
@@ -53,6 +54,8 @@ from infold.merge.inplace_steps import (
     pack_step,
     program,
     read_step,
+    reserve,
+    step_room,
     write_file,
 )
 from infold.merge.prepare import (
@@ -413,7 +416,7 @@ class _Edit:
                 peak_memory=peak_bytes(),
             )
             writer.close()
-            self._write(asdict(receipt), prepared.workers)
+            self._write(asdict(receipt), over, prepared)
         return replace(receipt, seconds=round(time.perf_counter() - started, 3))
 
     def undo(self, prepared: Prepared) -> Undone:
@@ -424,7 +427,7 @@ class _Edit:
             streamed = self._rehearse(prepared.plan, prepared, runs, None)
             check_restored(source, streamed)
             result = undone(source, self.folder, streamed, started)
-            self._write(asdict(result), prepared.workers)
+            self._write(asdict(result), prepared.plan, prepared)
         return replace(result, seconds=round(time.perf_counter() - started, 3))
 
     def _rehearse(
@@ -456,11 +459,14 @@ class _Edit:
         self._finish(result, usual_threads())
         return Settled(self.what, True, result)
 
-    def _write(self, result: Mapping[str, Any], workers: int) -> None:
+    def _write(self, result: Mapping[str, Any], plan: Plan, prepared: Prepared) -> None:
+        with storage_errors(self._own(STEP)):
+            reserve(self._own(STEP), step_room(plan, prepared.limit, STEP_BYTES))
+            sync_folder(self.home)  # the record's name too: from here on it is needed
         with storage_errors(self._own(JOURNAL)):
             self._log({"result": result, "step_bytes": STEP_BYTES})
         self.committed = True
-        self._finish(result, workers)
+        self._finish(result, prepared.workers)
 
     def _finish(self, result: Mapping[str, Any], workers: int) -> None:
         """From wherever it stands to its end."""
@@ -472,6 +478,8 @@ class _Edit:
             if self.what == "undo":
                 self._forget(RECEIPT, UNDO)
                 return
+            if os.path.lexists(self._own(STEP)):  # whose room the receipt may need
+                os.unlink(self._own(STEP))
             if os.path.lexists(self._own(PART)):
                 os.rename(self._own(PART), self._own(UNDO))
             write_file(self._own(TOLD), Receipt(**result).to_file())
@@ -503,7 +511,7 @@ class _Edit:
 
     def _step(self, writer: Places, number: int, pieces: Sequence[Piece]) -> None:
         with storage_errors(self._own(STEP)):
-            write_file(self._own(STEP), pack_step(number, pieces))
+            write_file(self._own(STEP), pack_step(number, pieces), cut=False)
             if number == 1:
                 sync_folder(self.home)
         self._place(writer, number, pieces)

@@ -7,6 +7,7 @@ import struct
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,12 +35,15 @@ __all__ = [
     "pack_step",
     "program",
     "read_step",
+    "reserve",
+    "step_room",
     "write_file",
 ]
 
 _CPU = torch.device("cpu")
 _MAGIC = b"infold step 1\n\0\0"
 _STEP = struct.Struct("<16sQQ32s")  # magic, number, bytes that follow, their BLAKE3
+_WRITE = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
 _PLACE = struct.Struct("<IQQ")  # number of the shard, offset, bytes
 
 
@@ -198,10 +202,34 @@ def read_step(path: Path, wanted: int, shards: Sequence[OutputShard]) -> list[Pi
     return pieces
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """A whole file, on the disk. A link in its place is not followed, wherever it leads."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
-    fd = os.open(path, flags, 0o644)
+def step_room(plan: Plan, limit: int, size: int) -> int:
+    """The most bytes that the file of a step can have. limit: elements of a block; size: after so
+    many bytes a step ends."""
+    widest = 8  # bytes of an element; a block may begin just before the step's end
+    body = min(plan.edited_bytes, size + widest * limit)
+    pieces = len(plan.edits) + 16 * body // limit + 1  # more than there ever are, of a few bytes
+    return _STEP.size + pieces * _PLACE.size + body
+
+
+def reserve(path: Path, size: int) -> None:
+    """Take so much of the disk for a file, so that a full one shows now."""
+    fd = os.open(path, _WRITE | os.O_TRUNC, 0o644)
+    try:
+        with suppress(AttributeError):  # macOS has no such call
+            os.posix_fallocate(fd, 0, size)
+            return
+        zeros = memoryview(bytes(1 << 20))
+        for offset in range(0, size, len(zeros)):
+            write_fully(fd, zeros[: size - offset], offset)
+        sync_data(fd)
+    finally:
+        os.close(fd)
+
+
+def write_file(path: Path, data: bytes, *, cut: bool = True) -> None:
+    """A whole file, on the disk. A link in its place is not followed, wherever it leads. Without
+    `cut` a longer file keeps its length, and with it its room on the disk."""
+    fd = os.open(path, _WRITE | (os.O_TRUNC if cut else 0), 0o644)
     try:
         write_fully(fd, memoryview(data), 0)
         os.fsync(fd)

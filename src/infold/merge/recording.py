@@ -112,24 +112,24 @@ class Recording:
         shards: Mapping[str, str],
         sides: Mapping[str, bytes],
         copied: Mapping[str, str] | None = None,
-    ) -> None:
-        """Everything else that the base needs. `origin`: the receipt's `base` and `adapters`;
+    ) -> int:
+        """Everything else that the base needs; returns how many bytes of it are a copy of the
+        adapters. `origin`: the receipt's `base` and `adapters`;
         `shards`: digests of the output's; `sides`: what the base has of the rewritten files;
         `copied`: digests of its other side files, if they are not to be read from it."""
         plan = self.plan
         files: dict[str, int] = {}
 
-        def keep(label: str, pieces: Iterable[bytes]) -> None:
+        def keep(label: str, pieces: Iterable[bytes]) -> int:
             files[label] = len(files)
-            self.writer.append_stream(files[label], pieces)
+            return self.writer.append_stream(files[label], pieces)
 
         for shard, output in zip(plan.base.shards, plan.shards, strict=True):
             if not output.same_layout:
                 keep(f"header/{shard.name}", [shard.header.raw])
         for name, data in sides.items():
             keep(f"side/{name}", [data])
-        for number, adapter in enumerate(plan.adapters):
-            keep(f"adapter/{number}", _contents(adapter))
+        inside = sum(keep(f"adapter/{n}", _contents(a)) for n, a in enumerate(plan.adapters))
         for name in self.kept:
             keep(f"tensor/{name}", _stored(plan.base, name))
         self.writer.finish(
@@ -147,6 +147,7 @@ class Recording:
                 "edits": {name: asdict(plan.edits[name]) for name in self.numbers},
             }
         )
+        return inside
 
 
 def digest_file(folder: Checkpoint, name: str) -> str:

@@ -222,12 +222,14 @@ def finish_record(recording: Recording, receipt: Receipt, source: Merged | None)
     else:
         sides = {name: safe_child(plan.base.path, name).read_bytes() for name in had}
     origin = {"base": receipt.base, "adapters": receipt.adapters, "infold": __version__}
-    recording.finish(origin, receipt.shards, sides, source.sides_digests(plan) if source else None)
+    copied = source.sides_digests(plan) if source else None
+    inside = recording.finish(origin, receipt.shards, sides, copied)
     hasher = blake3()
     with storage_errors(writer.path), open(writer.path, "rb") as file:
         while data := file.read(1 << 20):
             hasher.update(data)
-    return {"file": UNDO, "bytes": writer.end, "blake3": hasher.hexdigest()}
+    told = {"file": UNDO, "bytes": writer.end, "adapters": inside}
+    return told | {"blake3": hasher.hexdigest()}
 
 
 def _absolute(name: str) -> str:

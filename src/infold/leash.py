@@ -1,6 +1,6 @@
 """Runs a command, and ends it when standard input closes, which happens however our parent ends.
 
-    python -m infold.deploy.leash SECONDS COMMAND...
+    python -m infold.leash SECONDS COMMAND...
 
 SIGTERM first; SIGKILL to the whole process group after SECONDS. Imports nothing of infold.
 """
