@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-__all__ = ["import_model_code", "processor", "resident_bytes"]
+__all__ = ["import_model_code", "peak_bytes", "processor", "resident_bytes"]
 
 
 def processor() -> str:
@@ -48,3 +50,16 @@ def import_model_code(folder: str | os.PathLike[str]) -> None:
     with suppress(Exception), torch.device("meta"):  # what is wrong with it, loading tells
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         model_class.from_config(config)
+
+
+def peak_bytes() -> int:
+    """The most bytes of this process that were in memory at once."""
+    try:
+        # getrusage on Linux begins with what the process that started this one had at the fork
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:  # not Linux
+        pass
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
