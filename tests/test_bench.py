@@ -112,6 +112,7 @@ def test_rounds_of_one_start_are_not_counted_as_independent() -> None:
 def test_each_model_loads_first_in_turn(
     made: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And none while another still imports PyTorch, which takes the cores."""
     loaded: list[str] = []
 
     class Model:
@@ -119,6 +120,9 @@ def test_each_model_loads_first_in_turn(
             self.name = name
 
         def ask(self, what: str, **given: Any) -> dict[str, Any]:
+            if what == "ready":
+                loaded.append(what)
+                return {}
             if what != "load":
                 return {"prefill_seconds": 1.0, "decode_tokens_per_second": 1.0}
             loaded.append(self.name)
@@ -128,7 +132,7 @@ def test_each_model_loads_first_in_turn(
     monkeypatch.setattr(module, "_worker", lambda name: nullcontext(Model(name)))
     measure_models(*made, batches=(1,), rounds=1, starts=2, modes=False)
 
-    assert loaded == ["base", "merged", "merged", "base"]
+    assert loaded == ["ready", "ready", "base", "merged", "ready", "ready", "merged", "base"]
 
 
 @pytest.fixture(scope="module")
@@ -234,6 +238,13 @@ def test_the_verb_saves_what_checklist_and_report_read(
     assert box(ratio=1.0, low=0.99, high=1.01, coverage=0.95) == "PASS"
     assert box(ratio=1.0, low=0.70, high=1.30, coverage=0.95) == "NOT DONE"
     assert box(ratio=1.0, low=1.00, high=1.00, coverage=0.0) == "NOT DONE"
+
+
+def test_more_tokens_than_the_model_takes_are_refused(made: tuple[Path, Path, Path]) -> None:
+    config = json.loads((made[0] / "config.json").read_text())
+    longest = config["max_position_embeddings"]
+    with pytest.raises(Refusal, match=f"takes {longest:,} tokens; .* make {longest + 1:,}"):
+        measure_models(*made[:2], prompt_tokens=longest - 4, new_tokens=4)
 
 
 def test_all_that_is_wrong_is_told_at_once(made: tuple[Path, Path, Path]) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import os
+import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,7 +21,7 @@ import psutil
 import pytest
 import torch
 import yaml
-from peft import IA3Config, get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -26,6 +29,7 @@ from transformers import (
     DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
 )
 from typer.testing import CliRunner
@@ -35,7 +39,7 @@ from infold.cli.main import app
 from infold.deploy import smoke
 from infold.deploy.bundle import bundle_problems, deploy_bundle, read_config
 from infold.deploy.checklist import Box, check_boxes
-from infold.deploy.facts import read_facts
+from infold.deploy.facts import _cache, read_facts
 from infold.deploy.local import LocalFailure, run_local
 from infold.deploy.recipes import check_modelfile, check_recipes, recipes
 from infold.deploy.records import keep_record, save_record
@@ -104,6 +108,24 @@ def test_the_bundle_lies_beside_the_weights_and_the_proof_still_holds(merged: Pa
     assert os.access(merged / "serving" / "vllm.sh", os.X_OK)
 
 
+def test_a_bundle_names_the_folder_that_it_lies_in(made: Any, tmp_path: Path) -> None:
+    """Whatever that is called: code and commands run beside it."""
+    out = tmp_path / "it's my model"
+    infold.merge(made[0], made[1], out, undo=True)
+    for place in (None, tmp_path / "other one"):
+        config = deploy_bundle(out, place, measured=False).config
+        folder = out if place is None else place
+        tool, *words = shlex.split(config["rollback"]["command"])
+        assert (tool, words[:2]) == ("infold", ["undo", folder.name])
+        usage = config["usage_example"]
+        assert usage.count(repr(folder.name)) == 2
+        ran = subprocess.run(
+            [sys.executable, "-c", usage], cwd=folder.parent, capture_output=True, text=True
+        )
+        assert ran.returncode == 0, ran.stderr
+        assert config["model_info"]["name"] == folder.name.replace("'", "-").replace(" ", "-")
+
+
 def test_a_second_bundle_keeps_the_first_readme_and_refuses_to_lose_another(merged: Path) -> None:
     deploy_bundle(merged, measured=False)
     first = contents(merged)
@@ -163,6 +185,61 @@ def test_the_figures_are_those_of_transformers(merged: Path) -> None:
         cwd=merged.parent, capture_output=True, text=True,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
+
+
+def test_a_classifier_is_loaded_as_what_it_is(made: Any, tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=14, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, pad_token_id=1, num_labels=2,
+    )  # fmt: skip
+    model = LlamaForSequenceClassification(config)
+    model.save_pretrained(tmp_path / "base")
+    for file in made[0].glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "base")
+    ia3 = IA3Config(
+        target_modules=["k_proj"], feedforward_modules=[], init_ia3_weights=False,
+        task_type="SEQ_CLS",
+    )  # fmt: skip
+    get_peft_model(model, ia3).save_pretrained(tmp_path / "adapter")
+    infold.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+
+    done = deploy_bundle(tmp_path / "merged")
+
+    assert done.config["serving"] == ["serving/vllm.sh"], "others do not take it"
+    assert "no causal language model" in done.config["performance_metrics"]["why"]
+    usage = done.config["usage_example"]
+    ran = subprocess.run(
+        [sys.executable, "-c", usage], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert ran.returncode == 0 and "logits=tensor" in ran.stdout, ran.stderr
+    assert "newly initialized" not in ran.stderr, "of another class"
+    assert infold.verify(tmp_path / "merged").ok
+
+
+HEADS = {"num_hidden_layers": 4, "num_attention_heads": 8, "hidden_size": 64, "dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize(
+    ("more", "found"),
+    [
+        ({}, 2 * 4 * 8 * 8 * 2),
+        ({"num_key_value_heads": 2}, 2 * 4 * 2 * 8 * 2),
+        ({"multi_query": True, "num_kv_heads": 8}, 2 * 4 * 1 * 8 * 2),  # Falcon 7B
+        ({"multi_query": True, "new_decoder_architecture": True}, 2 * 4 * 8 * 8 * 2),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, 2 * 4 * 8 * 8 * 2),
+        ({"layer_types": ["full_attention", "linear_attention"]}, None),
+        ({"mamba_d_state": 16}, None),
+        ({"is_encoder_decoder": True}, None),
+        ({"kv_lora_rank": 16}, None),
+    ],
+)  # fmt: skip
+def test_a_cache_that_the_config_does_not_tell_is_no_figure(
+    more: dict[str, Any], found: int | None
+) -> None:
+    cache, why = _cache(HEADS | more, "BF16")
+    assert (cache and cache.bytes_per_token) == found and bool(why) == (found is None)
+    quantized, _ = _cache({k: v for k, v in HEADS.items() if k != "dtype"}, "I32")
+    assert quantized is not None and "2 bytes (F16)" in quantized.formula
 
 
 def test_recipes_name_the_folder_from_wherever_they_are_called(merged: Path) -> None:
@@ -502,6 +579,27 @@ def test_a_folder_that_cannot_be_written_costs_the_record_alone(merged: Path) ->
     assert len(told) == 1 and "the bench record was not kept" in told[0]
 
 
+def test_an_infinite_difference_is_a_record_all_the_same(made: Any, merged: Path) -> None:
+    """JSON has no infinity: of a wrong merge the record would be unreadable, and its FAIL lost."""
+    one = {"largest": math.inf, "mean": math.nan, "agreement": 0.5, "positions": 4}
+    checks = [{"what": "far", "measured": math.inf, "bound": 0.25, "ok": False}]
+    perplexity = {"base": 9.0, "adapter": 8.0, "merged": math.inf}
+    record = {"kind": "outputs", "ok": False, "checks": checks, "differences": {"merged": one}}
+    record |= {"perplexity": perplexity, "continuations": [], "tokens": 3, "notes": []}
+
+    keep_record(merged, record, print)
+
+    assert by_title(check_boxes(made[0], made[1], merged))["outputs sampled"].status == "FAIL"
+    page = infold.report(merged, merged.parent / "page.md").read_text()
+    assert "| FAIL | far | not finite | 2.50e-01 |" in page and "merged not finite" in page
+
+
+def test_times_that_are_none_are_refused(merged: Path) -> None:
+    for words in (["--seconds", "nan"], ["--seconds", "-1"], ["--timeout", "0"]):
+        ran = CliRunner().invoke(app, ["deploy", str(merged), "--smoke", *words])
+        assert ran.exit_code == 2 and "give numbers above 0" in ran.output
+
+
 def test_an_adapter_that_was_never_trained_fails(made: Any, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(made[0])
     ia3 = IA3Config(target_modules=["k_proj"], feedforward_modules=[])
@@ -510,6 +608,27 @@ def test_an_adapter_that_was_never_trained_fails(made: Any, tmp_path: Path) -> N
 
     boxes = by_title(check_boxes(made[0], tmp_path / "fresh", tmp_path / "merged"))
     assert boxes["adapter trained and saved"].status == "FAIL"
+
+
+def test_parts_that_are_never_as_they_began_tell_nothing(made: Any, tmp_path: Path) -> None:
+    """DoRA's magnitudes are the base's norms, and a saved module is the base's, before training."""
+    model = AutoModelForCausalLM.from_pretrained(made[0])
+    dora = LoraConfig(
+        target_modules=["k_proj"], use_dora=True, modules_to_save=["lm_head"], task_type="CAUSAL_LM"
+    )
+    get_peft_model(model, dora).save_pretrained(tmp_path / "fresh")
+    infold.merge(made[0], tmp_path / "fresh", tmp_path / "merged")
+
+    boxes = by_title(check_boxes(made[0], tmp_path / "fresh", tmp_path / "merged"))
+    assert boxes["adapter trained and saved"].status == "FAIL"
+
+
+def test_a_baseline_without_figures_is_none(made: Any, merged: Path) -> None:
+    for base, status in (({}, "NOT DONE"), ({"load_seconds": {"median": 0.5}}, "PASS")):
+        save_record(merged, {"kind": "bench", "models": {"base": base}, "comparisons": []})
+        box = by_title(check_boxes(made[0], made[1], merged))["baseline recorded"]
+        assert box.status == status
+    assert box.evidence == "load seconds 0.5"
 
 
 def test_validation_is_read_from_the_training_record(made: Any, merged: Path) -> None:
@@ -534,3 +653,33 @@ def test_measuring_tells_how_far_it_is_and_ends_in_time(merged: Path) -> None:
     with pytest.raises(LocalFailure, match="did not measure within 1 s"):
         run_local("measure", merged, timeout=1, prompt_tokens=8, new_tokens=100, rounds=10**6)
     assert time.monotonic() - began < 30
+
+
+def test_loading_is_not_the_import_of_the_models_code(merged: Path) -> None:
+    """transformers imports it when it makes a model: some seconds, once, of no model's own."""
+    found = run_local("measure", merged, prompt_tokens=8, new_tokens=2, rounds=1)
+
+    began = time.monotonic()
+    code = "import sys; from infold.machine import import_model_code as f; f(sys.argv[1])"
+    code += "; print('transformers.models.llama.modeling_llama' in sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", code, str(merged)], capture_output=True, text=True)
+    assert ran.stdout.strip() == "True", ran.stderr
+    assert found["load_seconds"] < (time.monotonic() - began) / 2
+
+
+def test_a_measuring_process_ends_with_the_one_that_asked(merged: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from infold.deploy.local import run_local\n"
+        "run_local('measure', Path(sys.argv[1]), prompt_tokens=8, new_tokens=100, rounds=10**6,"
+        " progress=lambda *_: print('step', flush=True))"
+    )
+    ours = subprocess.Popen(
+        [sys.executable, "-c", code, str(merged)], stdout=subprocess.PIPE, text=True
+    )
+    assert ours.stdout is not None and ours.stdout.readline() == "step\n"
+    children = [p.pid for p in psutil.Process(ours.pid).children(recursive=True)]
+    ours.kill()
+    ours.wait()
+
+    assert len(children) == 1
+    wait_for(lambda: not alive(children))

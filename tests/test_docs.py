@@ -51,6 +51,19 @@ def test_exit_codes_are_documented() -> None:
         assert re.search(rf"^\| {code} \|", PAGE, re.MULTILINE)
 
 
+def test_the_names_of_errors_are_documented() -> None:
+    import infold.deploy.local
+    import infold.deploy.server  # noqa: F401  (they define some)
+    from infold.errors import InfoldError
+
+    def below(kind: type[InfoldError]) -> list[type[InfoldError]]:
+        return [kind, *(one for child in kind.__subclasses__() for one in below(child))]
+
+    kinds = [k for k in below(InfoldError) if k is not InfoldError and ".cli." not in k.__module__]
+    lacking = [k.__name__ for k in kinds if f"| `{k.__name__}` | {k.exit_code} |" not in PAGE]
+    assert len(kinds) >= 6 and lacking == []
+
+
 def readme_blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 

@@ -86,7 +86,8 @@ def receipt_holds(folder: Path) -> bool:
     """Whether a reader who compares the shards with the receipt takes the folder for merged."""
     if not (folder / RECEIPT).exists():
         return False
-    told = read_receipt(folder)["shards"]
+    receipt = read_receipt(folder)
+    told = receipt["shards"] | receipt["side_files"]
     return bool(told == {name: blake3((folder / name).read_bytes()).hexdigest() for name in told})
 
 

@@ -160,6 +160,8 @@ def test_a_changed_adapter_does_not_pass_as_the_iteration(
     with pytest.raises(infold.ProofFailed, match="not the bytes of iteration 1"):
         checkout(run, 1, tmp_path / "out")
     assert not (tmp_path / "out").exists(), "the wrong bytes have no name"
+    told = infold_command("loop", "checkout", run, "1", "--out", tmp_path / "out", "--json")
+    assert told.returncode == 1 and json.loads(told.stdout)["error"] == "ProofFailed"
     checkout(whole, 1, tmp_path / "out")
     before = digests(tmp_path / "out")
     with pytest.raises(infold.ProofFailed, match="not the bytes of iteration 1"):

@@ -244,3 +244,50 @@ def test_the_browser_would_tell(records: Records, tmp_path: Path) -> None:
     wide, said = in_browser(render_html(records).replace("</main>", bad + "</main>"), tmp_path, 360)
 
     assert "P" in wide and said, "a wide element, and a script that the policy forbids"
+
+
+def test_the_command_names_what_its_page_shows(merged: Path, tmp_path: Path) -> None:
+    """Only HTML has pictures, so only there is an update."""
+    told = {}
+    for name in ("page.md", "page.html"):
+        ran = CliRunner().invoke(app, ["report", str(merged), "--out", str(tmp_path / name)])
+        words = " ".join(ran.output.split())  # which are wrapped
+        told[name] = set(words.rpartition(", of ")[2].split(", "))
+
+    assert told["page.html"] == {"bench", "checklist", "outputs", "receipt", "update"}
+    assert told["page.md"] == told["page.html"] - {"update"}
+
+
+def test_elements_that_moved_are_counted_by_elements(merged: Path) -> None:
+    """Not by tensors, of which some are small."""
+    receipt = json.loads((merged / "infold-receipt.json").read_text())
+    for edit in receipt["edits"]:
+        edit["unchanged"] = 0.0 if "down_proj" in edit["tensor"] else 1.0
+
+    text = render_markdown({"receipt": receipt})
+
+    assert "75.0% of their elements moved" in text, "32 x 48 of 32 x 48 and 16 x 32"
+
+
+@pytest.mark.parametrize("what", ["base", "adapter", "in place"])
+def test_what_is_not_what_was_merged_any_more_is_not_drawn(
+    what: str, merged: Path, tmp_path: Path
+) -> None:
+    base, adapter, folder = tmp_path / "base", tmp_path / "adapter", tmp_path / "merged"
+    shutil.copytree(merged.parent / "base", base)
+    shutil.copytree(merged.parent / "adapter", adapter)
+    if what == "in place":
+        infold.merge(base, adapter, in_place=True)
+        folder = base
+    else:
+        infold.merge(base, adapter, folder)
+        file = next((tmp_path / what).glob("*.safetensors"))
+        file.write_bytes(file.read_bytes()[:-1] + b"\0")
+
+    found = describe_update(folder)
+    page = infold.report(folder, tmp_path / "page.html").read_text()
+
+    assert (found["tensors"] == []) == (what != "adapter")
+    assert (found["scales"] == []) == (what == "adapter")
+    assert "is not what was merged" in page and "Without a picture" in page
+    assert str(tmp_path) not in page, "paths tell of the machine"

@@ -9,16 +9,19 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import handmade
 import infold
 from forked import INFOLD, infold_command
 from infold.cli.edits import edits_text
+from infold.cli.main import app
 
 LAYERS = 12
 LINEARS = {f"model.layers.{n}.{m}": (8, 8) for n in range(LAYERS) for m in ("q_proj", "k_proj")}
@@ -489,7 +492,7 @@ def test_verify_takes_a_merged_folder_alone(inputs: tuple[Path, Path], folder: P
 def test_memory_is_a_number_or_a_text(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     receipt = infold.merge(*inputs, tmp_path / "out", max_memory="64MiB")
 
-    assert isinstance(receipt, infold.Receipt) and receipt.side_files == ["config.json"]
+    assert isinstance(receipt, infold.Receipt) and list(receipt.side_files) == ["config.json"]
     for memory in (100, "100B", "0.1kB"):
         with pytest.raises(infold.Refusal, match="100 bytes is too little"):
             infold.merge(*inputs, tmp_path / "other", max_memory=memory)
@@ -511,6 +514,49 @@ def test_the_fields_of_receipt_and_verdict_are_documented() -> None:
     for kind in (infold.Receipt, infold.Verdict, infold.Offender):
         missing = [f for f in kind.__dataclass_fields__ if f not in (kind.__doc__ or "")]
         assert missing == []
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["merge", "a"], "Missing argument 'ADAPTER...'"),
+        (["merge", "a", "b", "--frce"], "No such option: --frce"),
+        (["merge", "a", "b", "--threads", "x"], "Invalid value for '--threads'"),
+        (["frob"], "No such command 'frob'"),
+    ],
+)
+def test_a_command_that_cannot_be_read_is_json_too(words: list[str], told: str) -> None:
+    plain, as_json = run(*words), run(*words, "--json")
+
+    assert plain.returncode == as_json.returncode == 2 and plain.stdout == ""
+    assert told in plain.stderr and told in as_json.stderr
+    found = json.loads(as_json.stdout)
+    assert found["error"] == "UsageError" and told in found["reasons"][0]
+
+
+def test_what_the_system_refuses_is_a_storage_failure_by_name(
+    inputs: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fails(*words: Any, **given: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(import_module("infold.merge.prepare"), "open_plan", fails)
+    given = [*map(str, inputs), "--out", str(tmp_path / "out"), "--json"]
+    ran = CliRunner().invoke(app, ["merge", *given])
+
+    assert ran.exit_code == 3
+    assert json.loads(ran.output.splitlines()[0])["error"] == "StorageFailure"
+
+
+def test_undo_has_no_force_and_names_none(
+    inputs: tuple[Path, Path], folder: Path, tmp_path: Path
+) -> None:
+    infold.merge(*inputs, tmp_path / "merged", undo=True)
+
+    ran = run("undo", tmp_path / "merged", "--out", folder / "merged")
+
+    assert ran.returncode == 2 and "exists already; choose another name" in ran.stderr
+    assert "--force" not in ran.stderr
 
 
 def test_short_help() -> None:
@@ -547,9 +593,10 @@ def test_a_proof_with_another_adapter_says_so_and_cuts_the_list(
     )
 
     assert ran.returncode == 1 and right.returncode == 0
-    assert f"its receipt names other adapters: {folder / 'adapter'}" in ran.stderr
+    assert f"it names others than those given: {folder / 'adapter'}" in ran.stderr.splitlines()[0]
     assert f"and {len(told['offenders']) - 20} more; --json" in ran.stderr
-    assert len(told["offenders"]) == 2 * LAYERS
+    assert len(told["offenders"]) == 1 + 2 * LAYERS
+    assert told["offenders"][0]["what"] == "other adapters"
 
 
 @pytest.mark.parametrize("name", ["Tiny-1B-nf4", "tiny-1b-GPTQ-Int4", "Tiny-1B-bnb-4bit"])

@@ -1,4 +1,4 @@
-"""What a measurement must tell of the machine."""
+"""What a measurement must tell of the machine, and do before it begins."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import os
 import platform
 import resource
 import sys
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-__all__ = ["peak_bytes", "processor", "resident_bytes"]
+__all__ = ["import_model_code", "peak_bytes", "processor", "resident_bytes"]
 
 
 def processor() -> str:
@@ -33,6 +35,21 @@ def resident_bytes() -> int:
     except ImportError:
         return 0
     return int(psutil.Process().memory_info().rss)
+
+
+def import_model_code(folder: str | os.PathLike[str]) -> None:
+    """Import what loading this model would, before a clock starts and memory is counted.
+
+    transformers imports the code of a model when it makes one, which takes longer than a small
+    model; PEFT has imported most of it before.
+    """
+    import torch
+    import transformers
+
+    model_class: Any = transformers.AutoModelForCausalLM
+    with suppress(Exception), torch.device("meta"):  # what is wrong with it, loading tells
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        model_class.from_config(config)
 
 
 def peak_bytes() -> int:

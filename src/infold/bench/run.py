@@ -77,7 +77,7 @@ def measure_models(
     notes = []
     if modes and "PEFT" not in models:
         notes.append("PEFT is not installed, so its adapter mode is not here")
-    top = _vocabulary(folder)
+    top = _vocabulary(folder, prompt_tokens + new_tokens + 1)
     given = [
         {"kind": kind, "folder": str(path), "adapter": adapted}
         | {"device": device, "dtype": dtype, "top": top}
@@ -139,6 +139,8 @@ class _Run:
         """Launch the models, warm them up, and time them in turns."""
         with ExitStack() as stack:
             workers = {name: stack.enter_context(_worker(name)) for name in loads}
+            for worker in workers.values():  # else the first would load while the others import
+                worker.ask("ready")
             for name in _turned(list(loads), start):
                 loaded = workers[name].ask("load", **loads[name])
                 facts = {k: loaded.pop(k) for k in ("dtype", "threads", "device")}
@@ -279,12 +281,19 @@ def _check(
         raise Refusal(wrong)
 
 
-def _vocabulary(folder: Path) -> int:
+def _vocabulary(folder: Path, tokens: int) -> int:
+    """How many tokens the model knows. Raises Refusal where it does not take that many in a row."""
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        return int(config.get_text_config().vocab_size)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
+        longest = getattr(config, "max_position_embeddings", None)
+        if isinstance(longest, int) and 0 < longest < tokens:
+            raise Refusal(
+                f"{folder}: takes {longest:,} tokens; --prompt-tokens and --new-tokens make "
+                f"{tokens:,} with the first one"
+            )
+        return int(config.vocab_size)
     except (ValueError, OSError, KeyError, ImportError, TypeError, AttributeError) as error:
         raise Refusal(f"{folder}: transformers cannot read the config: {error}") from None
 

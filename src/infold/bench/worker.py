@@ -2,8 +2,8 @@
 
     python -m infold.bench.worker
 
-Reads one JSON object a line from standard input and answers each with one: first what to load,
-then what to time. It ends when standard input closes, however its parent ended.
+Reads one JSON object a line from standard input and answers each with one: whether it is ready,
+what to load, then what to time. It ends when standard input closes, however its parent ended.
 """
 
 from __future__ import annotations
@@ -14,12 +14,11 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from infold.errors import InfoldError
-from infold.machine import resident_bytes
+from infold.machine import import_model_code, resident_bytes
 
 __all__: list[str] = []
 
@@ -34,7 +33,7 @@ class _Model:
 
         from infold.tuners.loading import attach_all, device_of, load_model
 
-        _import_all(Path(folder))
+        import_model_code(folder)
         if kind == "peft":
             import peft
 
@@ -132,20 +131,6 @@ class _Model:
         return time.perf_counter()
 
 
-def _import_all(folder: Path) -> None:
-    """Import what loading would, before the clock starts and memory is counted.
-
-    transformers imports the code of a model when it makes one; PEFT has imported most of it before.
-    """
-    import torch
-    import transformers
-
-    model_class: Any = transformers.AutoModelForCausalLM
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    with suppress(ValueError, KeyError, ImportError), torch.device("meta"):  # loading tells of it
-        model_class.from_config(config)
-
-
 def _serve() -> None:
     import torch  # noqa: F401  (before it is asked: several processes start side by side)
     import transformers  # noqa: F401
@@ -158,9 +143,11 @@ def _serve() -> None:
         asked: dict[str, Any] = json.loads(line)
         what = asked.pop("what")
         try:
-            if model is None:
+            if what == "ready":
+                found: dict[str, Any] = {}
+            elif model is None:
                 model = _Model(**asked)
-                found: dict[str, Any] = model.loaded()
+                found = model.loaded()
             else:
                 found = model.swap() if what == "swap" else model.run(**asked)
         except InfoldError as error:

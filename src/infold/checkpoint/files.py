@@ -10,10 +10,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from blake3 import blake3
+
 from infold.checkpoint.safetensors import open_regular, parse_json
 from infold.errors import CorruptFile, Refusal, StorageFailure
 
-__all__ = ["exists", "locate", "read_bytes", "read_json", "read_object", "safe_child"]
+__all__ = [
+    "already_here", "digest_of", "exists", "locate", "read_bytes", "read_json", "read_object",
+    "safe_child",
+]  # fmt: skip
 
 MAX_JSON = 64 << 20  # the largest index in the wild is about 15 MB
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
@@ -140,6 +145,15 @@ def safe_child(root: Path, name: str) -> Path:
     if not any(real.is_relative_to(folder) for folder in allowed):
         raise CorruptFile(f"{path}: a link that leads out of the folder")
     return path
+
+
+def digest_of(path: Path) -> str:
+    """The BLAKE3 of a file, in hex. Raises OSError, and CorruptFile for what is no regular file."""
+    hasher = blake3()
+    with open_regular(path) as file:
+        while piece := file.read(1 << 20):
+            hasher.update(piece)
+    return hasher.hexdigest()
 
 
 def read_bytes(path: Path, limit: int = MAX_JSON) -> bytes:

@@ -25,6 +25,8 @@ __all__ = [
     "Checkpoint",
     "Shard",
     "companion",
+    "is_bundled",
+    "is_loaded",
     "is_lone",
     "kept_name",
     "open_checkpoint",
@@ -52,6 +54,11 @@ _STALE = (
     "pytorch_model*.bin", "pytorch_model*.bin.index.json", "tf_model*.h5", "flax_model*.msgpack",
     "rust_model.ot", "*.gguf", "consolidated*.pth", "consolidated*.safetensors",
     "adapter_config.json", "adapter_model.*", RECEIPT, "infold-undo*",
+)  # fmt: skip
+# What loaders read beside the weights: such a file, added to a merged model, changes it.
+_LOADED = (
+    "*config.json", "*.jinja", "*token*", "vocab.*", "merges.txt", "*.model", "*.safetensors",
+    "adapter_*",
 )  # fmt: skip
 _NOT_CONTENT = (".git", ".cache", "__pycache__")
 # What `infold deploy` and the records of other verbs put beside merged weights.
@@ -315,6 +322,11 @@ def _beside(path: Path, shards: list[Shard]) -> tuple[list[str], list[str]]:
 def is_bundled(name: str) -> bool:
     """Whether a file, by its path in a checkpoint, is of a deployment and not of the model."""
     return _BESIDE.fullmatch(name) is not None
+
+
+def is_loaded(name: str) -> bool:
+    """Whether a file, by its path in a checkpoint, is one that loaders read beside the weights."""
+    return any(fnmatch.fnmatchcase(Path(name).name, pattern) for pattern in _LOADED)
 
 
 def _repeats(file: Path, shards: list[Shard]) -> bool:

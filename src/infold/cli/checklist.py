@@ -7,11 +7,10 @@ from typing import Annotated
 
 import typer
 
-from infold.cli.output import complain, entry
+from infold.cli.output import Failed, complain, entry
 from infold.cli.place import settle_first
 from infold.cli.progress import byte_progress
 from infold.cli.startup import lasting_imports
-from infold.errors import ProofFailed
 
 
 def checklist(
@@ -47,4 +46,4 @@ def checklist(
                 print(entry("", box.command, 38))
     failed = [box.title for box in boxes if box.status == "FAIL"]
     if failed:
-        raise ProofFailed(f"{merged}: failed: {', '.join(failed)}")
+        raise Failed(f"{merged}: failed: {', '.join(failed)}")

@@ -8,11 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
-from infold.cli.output import complain, entry, plural
+from infold.cli.output import Failed, complain, entry, plural
 from infold.cli.place import settle_first
 from infold.cli.progress import step_progress
 from infold.cli.startup import lasting_imports
-from infold.errors import ProofFailed, Refusal
+from infold.errors import Refusal
 from infold.sizes import bytes_text
 
 
@@ -116,4 +116,4 @@ def _smoke(merged: str, settings: dict[str, Any], as_json: bool, quiet: bool) ->
         if not as_json:
             for problem in found["problems"]:
                 complain(f"{merged}: {problem}")
-        raise ProofFailed(f"{merged}: smoke test failed")
+        raise Failed(f"{merged}: smoke test failed")

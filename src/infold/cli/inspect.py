@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Hashable
+from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
 
@@ -119,6 +120,8 @@ def _checkpoint(found: dict[str, Any]) -> None:
 
 
 def _merged(found: dict[str, Any]) -> None:
+    from infold.checkpoint.shards import kept_name
+
     receipt = found["receipt"]
     print(entry("merged", f"{found['path']}, by infold {receipt['infold']}"))
     print(entry("base", receipt["base"]["path"]))
@@ -141,5 +144,10 @@ def _merged(found: dict[str, Any]) -> None:
     print("edits")
     print(edits_text(receipt["edits"], [adapter["path"] for adapter in receipt["adapters"]]))
     print("BLAKE3")
+    sides = receipt.get("side_files")
+    beside = sides if isinstance(sides, dict) else {}  # of an old receipt a list of names
+    folder = Path(found["path"])
     for name, digest in receipt["shards"].items():  # the name last, as b3sum --check reads it
         print(f"{digest}  {name}")
+    for name, digest in beside.items():
+        print(f"{digest}  {kept_name(folder, name)}")

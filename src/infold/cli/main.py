@@ -29,8 +29,8 @@ from infold.cli import (
     undo,
     verify,
 )
-from infold.cli.output import complain, finish, protect_streams
-from infold.errors import InfoldError, ProofFailed, Refusal
+from infold.cli.output import Failed, complain, finish, protect_streams
+from infold.errors import InfoldError, Refusal
 from infold.version import __version__
 
 _CONTINUES: dict[Callable[..., None], str] = {
@@ -86,21 +86,22 @@ def _guarded(verb: Callable[..., None]) -> Callable[..., None]:
 def _told(error: Exception, writes: bool, as_json: bool, less_memory: str = "") -> int:
     """Tell an error. Returns the exit code."""
     reasons: Sequence[str] = (str(error),)
+    kind = type(error).__name__
     if isinstance(error, InfoldError):
         code = error.exit_code
         if isinstance(error, Refusal):
             reasons = error.reasons
     elif isinstance(error, OSError):
-        code = 3
+        code, kind = 3, "StorageFailure"
     elif isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # CUDA's
-        code, reasons = 3, (f"out of memory{less_memory}",)
+        code, kind, reasons = 3, "MemoryError", (f"out of memory{less_memory}",)
     else:
         code = 70
         reasons = (f"a bug in infold {__version__}: {type(error).__name__}: {error}",)
         traceback.print_exception(error)
         complain("this is a bug in infold, not in your input; please report it, with all above")
-    if as_json and not isinstance(error, ProofFailed):  # which has printed its verdict
-        print(json.dumps({"error": type(error).__name__, "reasons": list(reasons)}))
+    if as_json and not isinstance(error, Failed):
+        print(json.dumps({"error": kind, "reasons": list(reasons)}))
     if code == 70:
         return code
     lines = _together(reasons)
@@ -174,18 +175,30 @@ def options(
     """Fold trained adapters into checkpoints."""
 
 
+def _misused(error: Any) -> int:
+    """Tell an unknown option, a missing argument and the like. Returns the exit code.
+
+    Whether the verb would print JSON, nobody has parsed then: the word alone tells.
+    """
+    error.show()
+    if "--json" in sys.argv[1:]:
+        print(json.dumps({"error": "UsageError", "reasons": [error.format_message()]}))
+    return int(error.exit_code)
+
+
 def run() -> None:
     """Entry point of the console script."""
     protect_streams()
     try:
-        app()
-        code: Any = 0
+        code: Any = app(standalone_mode=False) or 0
     except SystemExit as ended:
         code = ended.code
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         code = 130
     except Exception as error:
-        code = _told(error, False, False)
+        # the class of these errors lies elsewhere in each version of typer
+        misused = hasattr(error, "format_message") and hasattr(error, "exit_code")
+        code = _misused(error) if misused else _told(error, False, False)
     if (unwritten := finish()) is not None:
         complain(f"standard output: {unwritten.strerror}")
         code = code or 3

@@ -12,12 +12,18 @@ import textwrap
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TYPE_CHECKING, TextIO, TypeVar
 
+from infold.errors import ProofFailed
+
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer as Buffer
 
-__all__ = ["complain", "entry", "finish", "fold", "plural", "protect_streams", "table"]
+__all__ = ["Failed", "complain", "entry", "finish", "fold", "plural", "protect_streams", "table"]
 
 Row = TypeVar("Row")
+
+
+class Failed(ProofFailed):
+    """A proof or a check that failed; the verb has printed its verdict."""
 
 
 class _Pipe(io.FileIO):

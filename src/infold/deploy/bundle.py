@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,7 @@ def deploy_bundle(
         raise Refusal(f"--context {context}: the model's is {facts.context or 'at least 1'}")
     length = context or min(facts.context or _CONTEXT, _CONTEXT)
     place = facts.folder if out is None else Path(out)
+    facts = replace(facts, called=place.resolve().name)
     _check_place(facts, place)
     check_deployable(facts)
     files = recipes(facts, length)
@@ -81,7 +83,7 @@ def deploy_bundle(
         raise Refusal(problems)
     performance = _performance(facts, measured, progress)
     config = deployment_config(facts, length, performance, example, licence)
-    kept = _kept(facts.folder)
+    kept = _kept(facts)
     files[CARD] = model_card(facts, config, kept is not None or exists(facts.folder / KEPT_CARD))
     config["bundle"] = {name: blake3(text.encode()).hexdigest() for name, text in files.items()}
     files[CONFIG] = json.dumps(config, indent=1, ensure_ascii=False) + "\n"
@@ -148,7 +150,7 @@ def deployment_config(
 def rollback(facts: Facts) -> dict[str, Any]:
     """How the base comes back, and the digests that tell that it is the base."""
     if facts.undo:
-        way = f"infold undo {facts.name} --out base"
+        way = f"infold undo {shlex.quote(facts.called)} --out base"
     elif facts.base_id:
         repo, _, revision = facts.base_id.partition("@")
         at = f" --revision {revision}" if revision else ""
@@ -168,13 +170,14 @@ def _performance(
     if not measured:
         return {"measured": False, "why": "not asked for (--no-measure)"}
     if not facts.generates:
-        return {"measured": False, "why": f"{facts.architecture} does not generate text"}
-    longest = facts.context or 192
-    prompt = max(1, min(128, longest - 34))
+        return {"measured": False, "why": f"{facts.architecture} is no causal language model"}
+    longest = facts.context or 192  # tokens in all: of the prompt, the first one, and the new ones
+    new = max(1, min(32, longest // 2 - 1))
+    prompt = max(1, min(128, longest - new - 1))
     return {
         "measured": True,
         **run_local(
-            "measure", facts.folder, prompt_tokens=prompt, new_tokens=32, progress=progress
+            "measure", facts.folder, prompt_tokens=prompt, new_tokens=new, progress=progress
         ),
     }
 
@@ -199,12 +202,16 @@ def _check_place(facts: Facts, place: Path) -> None:
         raise Refusal(f"{place}: needs {facts.checkpoint.nbytes:,} bytes, only {free:,} are free")
 
 
-def _kept(folder: Path) -> bytes | None:
-    """The README.md that the card would replace, if it is not a card of ours."""
+def _kept(facts: Facts) -> bytes | None:
+    """The README.md that the card would replace, if it is not a card of ours: the base's may be one
+    of ours, too, by an earlier merge."""
+    folder = facts.folder
     if not exists(folder / CARD):
         return None
     content = read_bytes(safe_child(folder, CARD))
-    if MARK.encode() in content:
+    sides = facts.receipt.get("side_files")
+    bases = isinstance(sides, dict) and sides.get(CARD) == blake3(content).hexdigest()
+    if MARK.encode() in content and not bases:
         return None
     if exists(folder / KEPT_CARD) and read_bytes(safe_child(folder, KEPT_CARD)) != content:
         raise Refusal(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,7 +41,7 @@ def model_card(facts: Facts, config: Mapping[str, Any], kept: bool) -> str:
         ("adapters", ", ".join(facts.adapters)),
         ("method", methods),
         ("licence", licence or "not told by the base's card; add it before you publish"),
-        ("parameters", f"{info['parameters']:,}, stored as {info['dtype']}"),
+        ("parameters", f"{_count(info['parameters'])}, stored as {info['dtype']}"),
         ("edited", f"{info['edited_tensors']} of {facts.receipt['tensors']} tensors"),
         ("memory", total),
         ("receipt", f"`infold-receipt.json`, BLAKE3 `{facts.digest}`"),
@@ -61,13 +62,17 @@ def model_card(facts: Facts, config: Mapping[str, Any], kept: bool) -> str:
         "## Serve",
         f"Each script serves the folder that it lies in, on loopback:\n\n{serving}",
         "## Check",
-        f"```bash\ninfold verify {facts.name}\n```",
+        f"```bash\ninfold verify {shlex.quote(facts.called)}\n```",
         "## Rollback",
         _rollback(facts, config["rollback"]),
     ]
     if kept:
         blocks.append(f"The base's own card: [{KEPT_CARD}]({KEPT_CARD}).")
     return "\n\n".join(blocks) + "\n"
+
+
+def _count(parameters: int | None) -> str:
+    return "packed by the quantization" if parameters is None else f"{parameters:,}"
 
 
 def _cell(text: str) -> str:

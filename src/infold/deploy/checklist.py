@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 from collections.abc import Callable, Mapping
@@ -10,13 +11,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from infold.checkpoint.adapter import Adapter, open_adapter
-from infold.checkpoint.files import exists, locate, read_object, safe_child
+from infold.checkpoint.files import digest_of, exists, locate, read_object, safe_child
 from infold.checkpoint.shards import CARD, Checkpoint, open_checkpoint
 from infold.deploy.bundle import bundle_problems, read_config
 from infold.deploy.facts import CONFIG, UNDO, Facts, read_facts, receipt_digest
 from infold.deploy.records import read_records
 from infold.errors import InfoldError
-from infold.verify.reread import digest_of
 from infold.verify.weights import verify_checkpoint
 from infold.version import __version__
 
@@ -24,6 +24,7 @@ __all__ = ["Box", "check_boxes", "checklist_record"]
 
 Status = Literal["PASS", "FAIL", "NOT DONE"]
 _TRAINING = "infold-training.json"
+_TELLING = ("ia3_l", "lora_B", "lora_embedding_B")
 _SLACK = 0.02  # a merged model that is surely slower or larger than this has not become the base
 _WIDE = 0.10  # an interval that reaches further above the base's says nothing
 _SURE = 0.90  # the least probability of an interval of speed; memory does not vary
@@ -114,13 +115,15 @@ def checklist_record(boxes: list[Box], merged: str | os.PathLike[str]) -> dict[s
 
 def _trained(e: _Evidence) -> _Found:
     moved = 0
-    for name in e.adapter.tensors:
+    names = e.adapter.tensors
+    # what tells: other parts are random, or the base's own, from the start
+    telling = [n for n in names if any(part in n for part in _TELLING)] or list(names)
+    for name in names:
         values = e.adapter.read(name).double()
         if not bool(values.isfinite().all()):
             return "FAIL", f"{name} holds values that are not finite"
         start = 1.0 if "ia3_l" in name else 0.0
-        untouched = "lora_A" in name or "lora_embedding_A" in name  # random from the start
-        moved += not untouched and bool((values != start).any())
+        moved += name in telling and bool((values != start).any())
     if not moved:
         return "FAIL", "all tensors are as they were before training: it changes nothing"
     told = f"{len(e.adapter.tensors)} tensors, finite, changed by training"
@@ -143,9 +146,14 @@ def _validated(e: _Evidence) -> _Found:
 
 
 def _baseline(e: _Evidence) -> _Found:
-    return _of_record(
-        e, "bench", lambda r: ("PASS", f"by infold {r['infold']}, in records/bench.json")
-    )
+    def told(record: Mapping[str, Any]) -> _Found:
+        base = record.get("models", {}).get("base")
+        if not base:
+            return "NOT DONE", "records/bench.json has no figures of the base"
+        times = [f"{m.replace('_', ' ')} {base[m]['median']:.4g}" for m in base if "bytes" not in m]
+        return "PASS", "; ".join(times)
+
+    return _of_record(e, "bench", told)
 
 
 def _merged(e: _Evidence) -> _Found:
@@ -164,7 +172,9 @@ def _parameters(e: _Evidence) -> _Found:
     different = [n for n in {*was, *now} if was.get(n) != now.get(n)]
     if different:
         return "FAIL", f"{len(different)} tensors differ in shape or name, as {min(different)}"
-    return "PASS", f"{e.facts.parameters:,} in {len(now)} tensors, each of the base's shape"
+    count = sum(math.prod(shape) for shape in now.values())
+    what = "packed elements" if e.facts.parameters is None else "parameters"
+    return "PASS", f"{count:,} {what} in {len(now)} tensors, each of the base's shape"
 
 
 def _functions(e: _Evidence) -> _Found:

@@ -12,7 +12,14 @@ from typing import Any
 
 from blake3 import blake3
 
-from infold.checkpoint.files import exists, locate, read_bytes, read_object, safe_child
+from infold.checkpoint.files import (
+    digest_of,
+    exists,
+    locate,
+    read_bytes,
+    read_object,
+    safe_child,
+)
 from infold.checkpoint.record import UNDO
 from infold.checkpoint.safetensors import DTYPE_BITS
 from infold.checkpoint.shards import (
@@ -23,6 +30,8 @@ from infold.checkpoint.shards import (
     TOKENIZERS,
     Checkpoint,
     companion,
+    is_bundled,
+    is_loaded,
     is_lone,
     open_checkpoint,
 )
@@ -59,6 +68,8 @@ class KVCache:
 class Facts:
     """A merged folder. Sizes are bytes.
 
+    called: the name of the folder, or of the one that the bundle is written to.
+    parameters is None where they are packed, as quantized ones are.
     dtype: safetensors' name of the dtype that holds most bytes. digest: BLAKE3 of the receipt.
     base: a name of the base that is no path of this machine. base_id: its Hub id, if one is known.
     cache is None where the config does not tell its size; `cacheless` says why.
@@ -66,10 +77,11 @@ class Facts:
     """
 
     checkpoint: Checkpoint
+    called: str
     receipt: Mapping[str, Any]
     digest: str
     config: Mapping[str, Any]
-    parameters: int
+    parameters: int | None
     weight_bytes: int
     dtype: str
     base: str
@@ -81,6 +93,7 @@ class Facts:
     cache: KVCache | None
     cacheless: str
     undo: bool
+    tokenizer: bool
     chat: bool
 
     @property
@@ -90,15 +103,17 @@ class Facts:
     @property
     def name(self) -> str:
         """The folder's name, in characters that every server takes for a model's name."""
-        return re.sub(r"[^\w.-]+", "-", self.folder.resolve().name).strip("-.") or "merged"
+        return re.sub(r"[^\w.-]+", "-", self.called).strip("-.") or "merged"
 
     @property
     def architecture(self) -> str:
         named = self.config.get("architectures")
-        return str(named[0]) if isinstance(named, list) and named else "unknown"
+        first = str(named[0]) if isinstance(named, list) and named else ""
+        return first if first.isidentifier() else "unknown"  # it becomes a word of Python
 
     @property
     def generates(self) -> bool:
+        """Whether it is a causal language model, the kind that is measured and asked here."""
         return self.architecture.endswith(("ForCausalLM", "LMHeadModel"))
 
 
@@ -129,10 +144,13 @@ def read_facts(merged: str | os.PathLike[str]) -> Facts:
     context = config.get("max_position_embeddings", config.get("n_positions"))
     return Facts(
         checkpoint=checkpoint,
+        called=folder.resolve().name,
         receipt=receipt,
         digest=receipt_digest(folder),
         config=checkpoint.config,
-        parameters=sum(math.prod(t.shape) for t in tensors),
+        parameters=None
+        if "quantization_config" in checkpoint.config
+        else sum(math.prod(t.shape) for t in tensors),
         weight_bytes=sum(sizes.values()),
         dtype=dtype,
         base=base_id or _last(receipt["base"]["path"]),
@@ -144,17 +162,18 @@ def read_facts(merged: str | os.PathLike[str]) -> Facts:
         cache=cache,
         cacheless=why,
         undo=exists(folder / UNDO),
+        tokenizer=any(exists(folder / name) for name in TOKENIZERS),
         chat=_has_chat_template(folder),
     )
 
 
 def check_deployable(facts: Facts) -> None:
-    """Read all shards, and refuse what is no longer what was merged, or what no server could serve.
+    """Read all files, and refuse what is no longer what was merged, or what no server could serve.
 
     Raises Refusal with all reasons.
     """
     folder, wrong = facts.folder, []
-    if facts.generates and not any(exists(folder / name) for name in TOKENIZERS):
+    if facts.generates and not facts.tokenizer:
         wrong.append(
             f"{folder}: has no tokenizer, so no server answers; copy the tokenizer files of its "
             "model into the base, and merge again"
@@ -165,7 +184,7 @@ def check_deployable(facts: Facts) -> None:
 
 
 def check_as_merged(merged: str | os.PathLike[str]) -> None:
-    """Read all shards of a merged folder, or a merged GGUF file, and refuse what is no longer what
+    """Read all files of a merged folder, or a merged GGUF file, and refuse what is no longer what
     was merged. One without a receipt tells of nothing."""
     place = locate(merged)
     if exists(companion(place, RECEIPT)):
@@ -185,7 +204,7 @@ def check_for_report(folder: Path) -> str | None:
 
 
 def _changed(folder: Path, checkpoint: Checkpoint, receipt: Mapping[str, Any]) -> list[str]:
-    """The shards that are not those of the receipt."""
+    """The shards and side files that are not those of the receipt."""
     wrong, told = [], receipt["shards"]
     for shard in checkpoint.shards:
         path = safe_child(folder, shard.name)
@@ -197,7 +216,36 @@ def _changed(folder: Path, checkpoint: Checkpoint, receipt: Mapping[str, Any]) -
                 "again (`infold verify` tells which tensors differ)"
             )
     gone = told.keys() - {shard.name for shard in checkpoint.shards}
-    return wrong + [f"{folder / name}: is gone; merge again" for name in sorted(gone)]
+    wrong += [f"{folder / name}: is gone; merge again" for name in sorted(gone)]
+    sides = receipt.get("side_files")
+    return wrong + (_changed_beside(folder, checkpoint, sides) if isinstance(sides, dict) else [])
+
+
+def _changed_beside(folder: Path, checkpoint: Checkpoint, told: Mapping[str, str]) -> list[str]:
+    """Config, tokenizer and all else that the merge put beside its shards, if it is other now, and
+    what came later and changes how the model loads. The model card is for people to read."""
+    wrong = []
+    for name, digest in told.items():
+        path = safe_child(folder, name)
+        if name == CARD:
+            continue
+        if not exists(path):
+            wrong.append(f"{path}: is gone since the merge; put it back, or merge again")
+            continue
+        with storage_errors(path):
+            if digest_of(path) != digest:
+                wrong.append(
+                    f"{path}: was changed after it was merged: its BLAKE3 is not the receipt's; "
+                    "put the old one back, or change the base's and merge again"
+                )
+    for name in (*checkpoint.side_files, *checkpoint.left_out):
+        ours = name.startswith("infold-") or is_bundled(name)
+        if name not in told and not ours and is_loaded(name):
+            wrong.append(
+                f"{folder / name}: came after the merge, and changes how the model is loaded; move "
+                "it elsewhere, or put it into the base and merge again"
+            )
+    return wrong
 
 
 def receipt_digest(folder: Path) -> str:
@@ -214,7 +262,8 @@ def _base_id(receipt: Mapping[str, Any]) -> str | None:
         path = Path(adapter["path"]) / "adapter_config.json"
         if exists(path):
             named = read_object(path).get("base_model_name_or_path")
-            if isinstance(named, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", named):
+            there = isinstance(named, str) and os.path.exists(named)  # a folder of that name
+            if isinstance(named, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", named) and not there:
                 return named
     return None
 
@@ -250,17 +299,34 @@ def _cache(config: Mapping[str, Any], dtype: str) -> tuple[KVCache | None, str]:
 
     if "kv_lora_rank" in config:
         return None, "the attention compresses keys and values in a way of its own (kv_lora_rank)"
+    if config.get("is_encoder_decoder"):
+        return None, "an encoder and a decoder keep them in other ways"
+    if other := _other_states(config):
+        return None, f"some layers keep states of another kind ({other})"
     layers = first("num_hidden_layers", "n_layer", "num_layers")
     heads = first("num_attention_heads", "n_head", "num_heads")
-    groups = first("num_key_value_heads", "num_kv_heads") or heads
+    groups = first("num_key_value_heads", "num_kv_heads", "multi_query_group_num") or heads
+    if config.get("multi_query") is True and not config.get("new_decoder_architecture"):
+        groups = 1  # Falcon, GPT-BigCode
     width = first("hidden_size", "n_embd", "d_model")
     size = first("head_dim", "d_kv") or (width // heads if width and heads else None)
     if layers is None or groups is None or size is None:
         return None, "config.json does not tell layers, heads and their size"
-    stored = _CONFIG_DTYPES.get(str(config.get("dtype", config.get("torch_dtype"))), dtype)
+    usual = dtype if dtype in _CONFIG_DTYPES.values() else "F16"  # of quantized weights
+    stored = _CONFIG_DTYPES.get(str(config.get("dtype", config.get("torch_dtype"))), usual)
     nbytes = DTYPE_BITS[stored] // 8
     formula = (
         f"2 (keys, values) x {layers} layers x {groups} heads x {size} elements x {nbytes} bytes "
         f"({stored})"
     )
     return KVCache(2 * layers * groups * size * nbytes, formula), ""
+
+
+def _other_states(config: Mapping[str, Any]) -> str:
+    """What in the config tells of layers that have no keys and values; empty where nothing does."""
+    kinds = config.get("layer_types")
+    for kind in kinds if isinstance(kinds, list) else ():
+        if "attention" not in str(kind) or "linear" in str(kind):
+            return f"layer_types: {kind}"
+    named = ("hybrid_override_pattern", "block_types", "layers_block_type")
+    return next((n for n in config if n in named or n.startswith(("mamba_", "ssm_"))), "")

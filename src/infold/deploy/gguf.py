@@ -1,14 +1,13 @@
 """A GGUF file served, or asked in process, by llama.cpp through xllamacpp.
 
 python -m infold.deploy.gguf serve FILE PORT
-python -m infold.deploy.gguf answer FILE            (the question as JSON on standard input)
+python -m infold.deploy.gguf answer FILE    (the question as a line of JSON on standard input)
 """
 
 from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 import time
 from importlib.util import find_spec
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from infold.checkpoint.staging import storage_errors
-from infold.deploy.local import LocalFailure
+from infold.deploy.local import LocalFailure, asked, run_child
 from infold.errors import Refusal
 
 __all__ = ["ask_gguf", "gguf_command"]
@@ -37,21 +36,12 @@ def ask_gguf(file: Path, request: dict[str, Any], timeout: float = 900) -> str:
 
     Raises LocalFailure where llama.cpp does not load it, or does not answer within `timeout` s.
     """
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", __name__, "answer", str(file)],
-            input=json.dumps(request),
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=timeout,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise LocalFailure(f"{file}: did not answer within {timeout:.0f} s") from None
-    if done.returncode:
-        raise LocalFailure(f"{file}: llama.cpp cannot run it: {_reason(done.stderr)}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    told = run_child(__name__, ["answer", str(file)], request, timeout=timeout)
+    if told.late:
+        raise LocalFailure(f"{file}: did not answer within {timeout:.0f} s")
+    if told.code:
+        raise LocalFailure(f"{file}: llama.cpp cannot run it: {_reason(told.errors)}")
+    found: dict[str, Any] = json.loads(told.lines[-1])
     return str(found["choices"][0]["message"]["content"])
 
 
@@ -82,7 +72,7 @@ def main() -> None:
         print(f"listening on {server.listening_address}", flush=True)
         while True:
             time.sleep(3600)
-    found = _open(file, 0).handle_chat_completions(json.load(sys.stdin))
+    found = _open(file, 0).handle_chat_completions(asked())
     print(found if isinstance(found, str) else json.dumps(found))
 
 

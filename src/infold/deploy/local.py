@@ -1,7 +1,8 @@
 """A checkpoint loaded by plain transformers in a process of its own, so that its memory is its own.
 
 `run_local` starts this module as a program; the last line that it prints is its result, as JSON.
-Prompts go in by standard input.
+What is asked is a line of its standard input, which stays open: where that closes, the process that
+asked has ended, and so does this one.
 """
 
 from __future__ import annotations
@@ -13,17 +14,18 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from infold.errors import InfoldError, Refusal
-from infold.machine import processor, resident_bytes
+from infold.machine import import_model_code, processor, resident_bytes
 
-__all__ = ["LocalFailure", "run_local"]
+__all__ = ["LocalFailure", "Told", "asked", "run_child", "run_local"]
 
 _STEP = "step "  # begins a line that is no result
 
@@ -32,6 +34,73 @@ class LocalFailure(InfoldError):
     """transformers could not load or run the folder."""
 
     exit_code = 1
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a process said. late: it was ended, since its time was over."""
+
+    lines: list[str]
+    errors: str
+    code: int
+    late: bool
+
+
+def run_child(
+    module: str,
+    words: Sequence[str],
+    given: object,
+    *,
+    timeout: float,
+    progress: Callable[[int, int, float | None], None] | None = None,
+) -> Told:
+    """Run a module of infold as a program that reads `given` by `asked`, to its end.
+
+    It does not outlive this process, however that ends.
+    """
+    with tempfile.TemporaryFile("w+", errors="replace") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", module, *words],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            errors="replace",
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"},
+        )
+        late = threading.Event()
+
+        def stop() -> None:
+            late.set()
+            process.kill()
+
+        timer = threading.Timer(timeout, stop)
+        timer.start()
+        try:
+            lines = _heard(process, json.dumps(given), progress)
+        finally:
+            timer.cancel()
+            process.kill()
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                with suppress(BrokenPipeError):
+                    assert pipe is not None
+                    pipe.close()
+        errors.seek(0)
+        return Told(lines, errors.read().strip(), process.returncode, late.is_set())
+
+
+def asked() -> Any:
+    """What `run_child` gave to this process, which ends from now on with the one that asked."""
+    given = json.loads(sys.stdin.readline())
+
+    def watch() -> None:
+        while os.read(0, 1):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    return given
 
 
 def run_local(
@@ -49,38 +118,13 @@ def run_local(
     """
     if find_spec("transformers") is None:
         raise Refusal("transformers is not installed: pip install 'infold[serve]'")
-    with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(
-            [sys.executable, "-m", __name__, what, str(folder)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"},
-        )
-        late = threading.Event()
-
-        def stop() -> None:
-            late.set()
-            process.kill()
-
-        timer = threading.Timer(timeout, stop)
-        timer.start()
-        try:
-            lines = _heard(process, json.dumps(given), progress)
-        finally:
-            timer.cancel()
-            process.kill()
-            process.wait()
-            if process.stdout is not None:
-                process.stdout.close()
-        if late.is_set():
-            raise LocalFailure(f"{folder}: did not {what} within {timeout:.0f} s")
-        if process.returncode:
-            errors.seek(0)
-            told = errors.read().strip().splitlines() or [f"exit code {process.returncode}"]
-            raise LocalFailure(f"{folder}: transformers cannot run it: {told[-1]}")
-    found: dict[str, Any] = json.loads(lines[-1])
+    told = run_child(__name__, [what, str(folder)], given, timeout=timeout, progress=progress)
+    if told.late:
+        raise LocalFailure(f"{folder}: did not {what} within {timeout:.0f} s")
+    if told.code:
+        last = (told.errors.splitlines() or [f"exit code {told.code}"])[-1]
+        raise LocalFailure(f"{folder}: transformers cannot run it: {last}")
+    found: dict[str, Any] = json.loads(told.lines[-1])
     return found
 
 
@@ -91,8 +135,9 @@ def _heard(
 ) -> list[str]:
     """All lines that the process prints until its end; steps are passed on as they come."""
     assert process.stdin is not None and process.stdout is not None
-    with suppress(BrokenPipeError), process.stdin:  # it died; why stands in its errors
-        process.stdin.write(given)
+    with suppress(BrokenPipeError):  # it died; why stands in its errors
+        process.stdin.write(given + "\n")
+        process.stdin.flush()
     lines = []
     for line in process.stdout:
         if line.startswith(_STEP):
@@ -115,6 +160,7 @@ def measure(
     import torch
     import transformers
 
+    import_model_code(folder)
     before = resident_bytes()
     began = time.perf_counter()
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
@@ -168,8 +214,10 @@ def measure(
 
 def answer(folder: str, prompt: str, new_tokens: int, chat: bool) -> dict[str, Any]:
     """The greedy continuation of a prompt, as text."""
+    import torch
     import transformers
 
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # as the server chooses
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     if chat:
@@ -179,7 +227,8 @@ def answer(folder: str, prompt: str, new_tokens: int, chat: bool) -> dict[str, A
         )
     else:
         inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-    tokens = model.eval().generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
+    inputs = inputs.to(device)
+    tokens = model.to(device).eval().generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
     new = tokens[0, inputs["input_ids"].shape[1] :]
     return {"text": tokenizer.decode(new, skip_special_tokens=True)}
 
@@ -193,7 +242,7 @@ def _spread(values: list[float]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    given = json.load(sys.stdin)
+    given = asked()
     made = (
         measure(sys.argv[2], **given) if sys.argv[1] == "measure" else answer(sys.argv[2], **given)
     )

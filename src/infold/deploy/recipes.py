@@ -66,6 +66,7 @@ _MODELFILE = """# ollama create $name -f Modelfile: the path is relative to this
 FROM ..
 PARAMETER num_ctx $context
 """
+_ANY = ("vllm",)  # serves classifiers and embeddings, too
 _USAGE = {
     True: (
         "prompt = tokenizer.apply_chat_template(\n"
@@ -77,7 +78,8 @@ _USAGE = {
 
 
 def recipes(facts: Facts, context: int) -> dict[str, str]:
-    """File name, below the merged folder -> content, for each server."""
+    """File name, below the merged folder -> content, for each server that takes such a model."""
+    writes = facts.generates or facts.architecture.endswith("ForConditionalGeneration")
     values = {
         "name": shlex.quote(facts.name),
         "dtype": _ENGINE_DTYPES.get(facts.dtype, "auto"),
@@ -88,21 +90,42 @@ def recipes(facts: Facts, context: int) -> dict[str, str]:
     found = {
         f"{FOLDER}/{engine}.sh": Template(_HEAD + body).substitute(values, title=title)
         for engine, (title, body) in _SCRIPTS.items()
+        if writes or engine in _ANY
     }
+    if not writes:
+        return found
     return {**found, f"{FOLDER}/Modelfile": Template(_MODELFILE).substitute(values)}
 
 
 def usage_example(facts: Facts) -> str:
     """Python that loads the folder by plain transformers; to be run beside it."""
+    if not facts.generates:
+        return _other_usage(facts)
     return (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({facts.name!r})\n"
-        f'model = AutoModelForCausalLM.from_pretrained({facts.name!r}, dtype="auto")\n'
+        f"tokenizer = AutoTokenizer.from_pretrained({facts.called!r})\n"
+        f'model = AutoModelForCausalLM.from_pretrained({facts.called!r}, dtype="auto")\n'
         + _USAGE[facts.chat].format()
         + "tokens = model.generate(**prompt, max_new_tokens=64, do_sample=False)\n"
         'answer = tokens[0, prompt["input_ids"].shape[1] :]\n'
         "print(tokenizer.decode(answer, skip_special_tokens=True))\n"
     )
+
+
+def _other_usage(facts: Facts) -> str:
+    """Of a model that is no causal language model: its own class, which the config names."""
+    kind = "AutoModel" if facts.architecture == "unknown" else facts.architecture
+    lines = [f'model = {kind}.from_pretrained({facts.called!r}, dtype="auto")']
+    if facts.tokenizer:
+        kind = f"AutoTokenizer, {kind}"
+        lines.insert(0, f"tokenizer = AutoTokenizer.from_pretrained({facts.called!r})")
+        lines.append('inputs = tokenizer("Hello!", return_tensors="pt")')
+        if facts.architecture.endswith("ForConditionalGeneration"):
+            lines.append("tokens = model.generate(**inputs, max_new_tokens=64, do_sample=False)")
+            lines.append("print(tokenizer.decode(tokens[0], skip_special_tokens=True))")
+        else:
+            lines.append("print(model(**inputs))")
+    return "\n".join([f"from transformers import {kind}", "", *lines, ""])
 
 
 def check_recipes(files: Mapping[str, str]) -> list[str]:

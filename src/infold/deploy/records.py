@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from infold.deploy.facts import receipt_digest
 from infold.errors import StorageFailure
 from infold.version import __version__
 
-__all__ = ["RECORDS", "keep_record", "read_records", "save_record"]
+__all__ = ["RECORDS", "keep_record", "read_records", "save_record", "without_infinity"]
 
 RECORDS = "records"
 
@@ -27,11 +28,22 @@ def save_record(folder: Path, record: Mapping[str, Any]) -> Path:
     with storage_errors(path):
         path.parent.mkdir(exist_ok=True)
         try:
-            draft.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+            text = json.dumps(without_infinity(record), indent=1, ensure_ascii=False)
+            draft.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
             draft.replace(path)
         finally:
             draft.unlink(missing_ok=True)
     return path
+
+
+def without_infinity(value: Any) -> Any:
+    """The same with null for infinity and NaN, which JSON does not have: a wrong merge can be
+    infinitely far from the right one."""
+    if isinstance(value, Mapping):
+        return {name: without_infinity(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_infinity(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def keep_record(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -55,6 +56,8 @@ def smoke_test(
         raise Refusal(f"{', '.join(lacking)} not installed: pip install 'infold[{extra}]'")
     if requests < 6:
         raise Refusal(f"--requests {requests}: at least 6, to compare their first and last thirds")
+    if not (0 <= seconds < math.inf and 0 < timeout < math.inf):
+        raise Refusal(f"--seconds {seconds:g} --timeout {timeout:g}: give numbers above 0")
     port = free_port(port)
     talk: dict[str, Any] = {"max_tokens": _NEW_TOKENS, "temperature": 0}
     digest = None
@@ -66,7 +69,8 @@ def smoke_test(
     else:
         facts = read_facts(place)
         if not facts.generates:
-            raise Refusal(f"{merged}: {facts.architecture} does not generate text; nothing to ask")
+            why = f"{facts.architecture} is no causal language model"
+            raise Refusal(f"{merged}: {why}, and others are not asked here")
         check_deployable(facts)
         chat, name, digest = facts.chat, "transformers serve", facts.digest
         command, model = _transformers(facts.folder, port), str(facts.folder.resolve())

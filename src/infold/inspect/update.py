@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ import torch
 from torch import Tensor
 
 from infold.checkpoint.adapter import open_adapter
+from infold.checkpoint.files import already_here, digest_of
 from infold.checkpoint.inputs import InputFiles
 from infold.checkpoint.safetensors import DTYPE_BITS
 from infold.checkpoint.shards import Checkpoint, open_checkpoint
+from infold.checkpoint.staging import storage_errors
 from infold.dtypes import TORCH_DTYPES
-from infold.errors import InfoldError
+from infold.errors import InfoldError, Refusal
 from infold.inspect.receipt import checked_receipt
 from infold.plan.config import read_config
 from infold.plan.match import group_keys
@@ -31,29 +34,31 @@ def describe_update(merged: str | os.PathLike[str]) -> dict[str, Any]:
     tensors: for each edited one {tensor, dtype, norm, relative, changed}: the Frobenius norm of
     merged - base, the same over the base's, and the share of elements whose bits changed.
     scales: IA³ scales by module {module, mean, least, most}, and their histogram {edges, counts}.
-    Without the base (or an adapter) at the path of the receipt those lists are empty, and `notes`
-    say why.
+    Without the base (or an adapter) at the path of the receipt, or where another one lies there now
+    (after a merge in place the merged one itself), those lists are empty, and `notes` say why.
     """
     folder = Path(merged)
     receipt = checked_receipt(folder)
     found: dict[str, Any] = {"kind": "update", "version": 1, "tensors": [], "notes": []}
     try:
-        base = open_checkpoint(receipt["base"]["path"])
+        base = open_checkpoint(already_here(receipt["base"]["path"]))
+        _check({s.name: s.path for s in base.shards}, receipt["base"]["shards"])
         now = open_checkpoint(folder)
         # what only moves a power of two between two scales changes no weight
         names = [edit["tensor"] for edit in receipt["edits"] if "exponent" not in edit]
         found["tensors"] = [row for n in names if (row := _moved(base, now, n)) is not None]
     except InfoldError as error:
-        found["notes"].append(f"no norms of updates: {error}")
+        found["notes"].append(_left_out("norms of updates", error, receipt["base"]["path"]))
     rows, values = [], []
     for entry in receipt["adapters"]:
         if entry["method"] != "ia3":
             continue
         try:
-            adapter = open_adapter(entry["path"])
+            adapter = open_adapter(already_here(entry["path"]))
+            _check({name: adapter.path / name for name in entry["files"]}, entry["files"])
             read_config(adapter)
         except InfoldError as error:
-            found["notes"].append(f"no scales of {entry['path']}: {error}")
+            found["notes"].append(_left_out("scales", error, entry["path"]))
             continue
         for module, parts in group_keys(adapter.tensors).modules.items():
             if (key := parts.get("ia3_l")) is not None:
@@ -76,6 +81,19 @@ def describe_update(merged: str | os.PathLike[str]) -> dict[str, Any]:
         counts, edges = torch.histogram(every, bins=_BINS)
         found["histogram"] = {"edges": edges.tolist(), "counts": counts.int().tolist()}
     return found
+
+
+def _check(files: Mapping[str, Path], told: Mapping[str, str]) -> None:
+    """Raises Refusal where the files are not those of the receipt."""
+    for name, path in files.items():
+        with storage_errors(path):
+            if digest_of(path) != told.get(name):
+                raise Refusal(f"{path}: is not what was merged, or not any more")
+
+
+def _left_out(what: str, error: InfoldError, path: str) -> str:
+    """A note without the path, which tells of this machine and of nothing else."""
+    return f"no {what}: {str(error).replace(path, Path(path).name)}"
 
 
 def _moved(base: Checkpoint, merged: Checkpoint, name: str) -> dict[str, Any] | None:

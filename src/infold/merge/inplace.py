@@ -405,7 +405,7 @@ class _Edit:
             streamed = self._rehearse(over, prepared, runs, recording)
             if source:
                 source.check(streamed)
-            receipt = make_receipt(prepared, streamed, names, sha256={})
+            receipt = make_receipt(prepared, streamed, names, self.folder, sha256={})
             told = finish_record(recording, receipt, source)
             told["file"] = self._own(UNDO).name
             receipt = replace(

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from blake3 import blake3
 
 from infold.checkpoint.adapter import Adapter, open_adapter
-from infold.checkpoint.files import read_json
+from infold.checkpoint.files import digest_of, read_json
 from infold.checkpoint.record import UNDO
 from infold.checkpoint.shards import (
     CARD,
@@ -148,8 +147,11 @@ def open_device(name: str) -> torch.device:
     return found
 
 
-def check_output(out: Path, plan: Plan, force: bool) -> None:
-    """The output must be a new name, or with force an old output, and not lie in an input."""
+def check_output(out: Path, plan: Plan, force: bool, *, replaces: bool = True) -> None:
+    """The output must be a new name, or with force an old output, and not lie in an input.
+
+    replaces: whether the verb has --force at all.
+    """
     inputs = [plan.base.path, *(adapter.path for adapter in plan.adapters)]
     inputs += [shard.path for shard in plan.base.shards]
     real = out.resolve()
@@ -159,6 +161,8 @@ def check_output(out: Path, plan: Plan, force: bool) -> None:
             raise Refusal(f"{out}: lies in or around the input {given}; choose another place")
     if not os.path.lexists(out):
         return
+    if not replaces:
+        raise Refusal(f"{out}: exists already; choose another name")
     if is_lone(out) and out.is_file() and not out.is_symlink():
         _check_file(out, force)
         return
@@ -325,11 +329,8 @@ def digest_adapter(adapter: Adapter) -> dict[str, str]:
         raise Refusal([*bad, "the training diverged; nothing can be merged from this adapter"])
     digests = {}
     for file in (adapter.path / "adapter_config.json", adapter.weights):
-        hasher = blake3()
-        with storage_errors(file), open(file, "rb") as stream_:
-            while data := stream_.read(1 << 20):
-                hasher.update(data)
-        digests[file.name] = hasher.hexdigest()
+        with storage_errors(file):
+            digests[file.name] = digest_of(file)
     return digests
 
 

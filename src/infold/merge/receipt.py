@@ -20,7 +20,7 @@ class Receipt:
     base: {path, shards: {name: digest}}. adapters: a list of {path, method, files: {name: digest}}.
     Paths are absolute, or Hub ids as they were given.
     shards: digests of the output's shards. sha256: the same as SHA-256, where asked for.
-    side_files: all other files of the output but the receipt.
+    side_files: digests of all its other files but the receipt and the undo record.
     edits: one for each edited tensor: {tensor, dtype, shape, source, operations, unchanged}.
     unchanged is the share of elements that rounding left as they were; None after a resumed run.
     Where float16 or E4M3 scales of quantized weights were edited there is also rounding: {scales,
@@ -46,7 +46,7 @@ class Receipt:
     adapters: list[dict[str, Any]]
     shards: dict[str, str]
     sha256: dict[str, str]
-    side_files: list[str]
+    side_files: dict[str, str]
     edits: list[dict[str, Any]]
     tensors: int
     bytes: int

@@ -7,11 +7,10 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from blake3 import blake3
 from torch import Tensor
 
 from infold.checkpoint.adapter import Adapter
-from infold.checkpoint.files import safe_child
+from infold.checkpoint.files import digest_of, safe_child
 from infold.checkpoint.inputs import InputFiles
 from infold.checkpoint.record import SEEN, RecordWriter
 from infold.checkpoint.shards import Checkpoint
@@ -152,11 +151,9 @@ class Recording:
 
 def digest_file(folder: Checkpoint, name: str) -> str:
     """BLAKE3 of a side file."""
-    hasher, path = blake3(), safe_child(folder.path, name)
-    with storage_errors(path), open(path, "rb") as file:
-        while data := file.read(1 << 20):
-            hasher.update(data)
-    return hasher.hexdigest()
+    path = safe_child(folder.path, name)
+    with storage_errors(path):
+        return digest_of(path)
 
 
 def kept_whole(plan: Plan) -> list[str]:

@@ -81,7 +81,7 @@ def undo_checkpoint(
     merged = open_merged(Path(folder))
     with merged.record, one_torch_thread():
         plan = placed(merged.undo_plan(), path)
-        check_output(path, plan, False)
+        check_output(path, plan, False, replaces=False)
         count = threads if threads is not None else usual_threads()
         if count < 1:
             raise Refusal(f"--threads {count}: at least 1")

@@ -14,7 +14,7 @@ from typing import Any
 from blake3 import blake3
 from torch import Tensor
 
-from infold.checkpoint.files import safe_child
+from infold.checkpoint.files import digest_of, safe_child
 from infold.checkpoint.inputs import InputFiles
 from infold.checkpoint.record import UNDO, RecordWriter
 from infold.checkpoint.shards import (
@@ -135,7 +135,7 @@ def _execute(
             made = {name: digests.output for name, digests in streamed.digests.items()}
             _check_expected(path, prepared.expected, made)
         hashes = _sha256(staging.output, plan) if sha256 else {}
-        receipt = make_receipt(prepared, streamed, names, sha256=hashes)
+        receipt = make_receipt(prepared, streamed, names, staging.output, sha256=hashes)
         if recording is not None:
             told = finish_record(recording, receipt, source)
             told["file"] = companion(path, UNDO).name
@@ -165,9 +165,11 @@ def make_receipt(
     prepared: Prepared,
     streamed: Streamed,
     names: tuple[str, Sequence[str]] | None,
+    place: Path,
     sha256: dict[str, str],
 ) -> Receipt:
-    """The receipt of what was streamed. `names`: base and adapters as the user gave them."""
+    """The receipt of what was streamed. `names`: base and adapters as the user gave them; `place`:
+    the folder that the output's side files lie in."""
     plan, source = prepared.plan, prepared.source
     given = names or (str(plan.base.path), [str(a.path) for a in plan.adapters])
     digests = streamed.digests.items()
@@ -188,7 +190,7 @@ def make_receipt(
         ],
         shards={name: d.output for name, d in digests},
         sha256=sha256,
-        side_files=sorted([*plan.copied, *plan.rewritten]),
+        side_files=_side_files(plan, place),
         edits=_edits(plan, streamed),
         tensors=sum(len(shard.header.tensors) for shard in plan.shards),
         bytes=sum(shard.header.file_size for shard in plan.shards),
@@ -201,6 +203,16 @@ def make_receipt(
         threads=prepared.workers,
         device=str(prepared.device),
     )
+
+
+def _side_files(plan: Plan, place: Path) -> dict[str, str]:
+    """Digests of the side files, by the names that the base has for them."""
+    found = {}
+    for name in sorted([*plan.copied, *plan.rewritten]):
+        path = safe_child(place, kept_name(place, name))
+        with storage_errors(path):
+            found[name] = digest_of(path)
+    return found
 
 
 def finish_record(recording: Recording, receipt: Receipt, source: Merged | None) -> dict[str, Any]:
@@ -224,12 +236,9 @@ def finish_record(recording: Recording, receipt: Receipt, source: Merged | None)
     origin = {"base": receipt.base, "adapters": receipt.adapters, "infold": __version__}
     copied = source.sides_digests(plan) if source else None
     inside = recording.finish(origin, receipt.shards, sides, copied)
-    hasher = blake3()
-    with storage_errors(writer.path), open(writer.path, "rb") as file:
-        while data := file.read(1 << 20):
-            hasher.update(data)
-    told = {"file": UNDO, "bytes": writer.end, "adapters": inside}
-    return told | {"blake3": hasher.hexdigest()}
+    with storage_errors(writer.path):
+        digest = digest_of(writer.path)
+    return {"file": UNDO, "bytes": writer.end, "adapters": inside, "blake3": digest}
 
 
 def _absolute(name: str) -> str:

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from importlib.resources import files
 from importlib.util import find_spec
+from math import prod
 from typing import Any
 
 from infold.errors import CorruptFile, Refusal
 from infold.report.records import Records
 from infold.sizes import bytes_text
 
-__all__ = ["render_html", "render_markdown"]
+__all__ = ["render_html", "render_markdown", "shown"]
 
 Rows = list[tuple[str, ...]]
 _OTHER = "this record tells of another merge than the one that lies here; make it again"
+_BOUNDS = ("measured", "bound")
 _MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError)
 
 
@@ -37,10 +39,12 @@ def render_html(records: Records, others: Collection[str] = ()) -> str:
         drawn["Speed and memory"] = found
     text = files("infold.report").joinpath("page.html.j2").read_text(encoding="utf-8")
     made = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    return made.from_string(text).render(
+    return made.from_string(
+        text
+    ).render(
         title=_title(records),
         digits={*"0123456789"},  # figures do not break within a word
-        sections=sections,
+        sections=[section[1:] for section in sections],
         pictures={name: [(t, Markup(svg)) for t, svg in found] for name, found in drawn.items()},
     )
 
@@ -48,10 +52,19 @@ def render_html(records: Records, others: Collection[str] = ()) -> str:
 def render_markdown(records: Records, others: Collection[str] = ()) -> str:
     """The page as Markdown, without the pictures; as `render_html` else."""
     lines = [f"# {_title(records)}"]
-    for title, heads, rows in _sections(records, others):
+    for _, title, heads, rows in _sections(records, others):
         lines += ["", f"## {title}", "", _row(heads), _row(["---"] * len(heads))]
         lines += [_row(row) for row in rows]
     return "\n".join(lines) + "\n"
+
+
+def shown(records: Records, html: bool) -> list[str]:
+    """The kinds of records that the page tells of, sorted. Only HTML has pictures."""
+    kinds = [kind for kind, *_ in _sections(records)]
+    update = records.get("update", {})
+    if html and (update.get("scales") or update.get("tensors")):
+        kinds.append("update")
+    return sorted({*kinds})
 
 
 def _row(cells: list[str] | tuple[str, ...]) -> str:
@@ -66,10 +79,11 @@ def _title(records: Records) -> str:
 
 def _sections(
     records: Records, others: Collection[str] = ()
-) -> list[tuple[str, tuple[str, ...], Rows]]:
-    """Title, column heads and rows of each table, in the order of the page."""
+) -> list[tuple[str, str, tuple[str, ...], Rows]]:
+    """Kind, title, column heads and rows of each table, in the order of the page."""
     makers: tuple[tuple[str, str, tuple[str, ...], Callable[[Mapping[str, Any]], Rows]], ...] = (
         ("receipt", "What was merged", ("", ""), _receipt),
+        ("update", "Without a picture", ("", ""), _undrawn),
         ("training", "Training", ("", ""), _training),
         ("deployment", "Measured, and needed", ("", ""), _deployment),
         ("bench", "Speed and memory over the base's", _bench_heads(records), _bench),
@@ -82,7 +96,7 @@ def _sections(
         if kind in records and (rows := _checked(records, kind, make)):
             if kind in others:
                 rows = [("FAIL", _OTHER, *[""] * (len(heads) - 2)), *rows]
-            found.append((title, heads, rows))
+            found.append((kind, title, heads, rows))
     return found
 
 
@@ -98,8 +112,10 @@ def _checked(records: Records, kind: str, make: Callable[[Mapping[str, Any]], An
 def _receipt(r: Mapping[str, Any]) -> Rows:
     rows: Rows = [("base", _place(r["base"]["path"]))]
     rows += [("adapter", f"{_place(a['path'])} ({a['method']})") for a in r["adapters"]]
-    unchanged = [e["unchanged"] for e in r["edits"] if e["unchanged"] is not None]
-    survived = f"; {1 - sum(unchanged) / len(unchanged):.1%} of elements moved" if unchanged else ""
+    told = [(e["unchanged"], _elements(e)) for e in r["edits"] if e["unchanged"] is not None]
+    count = sum(elements for _, elements in told)
+    same = sum(share * elements for share, elements in told)
+    survived = f"; {1 - same / count:.1%} of their elements moved" if count else ""
     return [
         *rows,
         ("tensors", f"{r['tensors']:,}, {len(r['edits']):,} edited{survived}"),
@@ -108,6 +124,15 @@ def _receipt(r: Mapping[str, Any]) -> Rows:
         ("infold", r["infold"]),
         *(("note", note) for note in r["notes"]),
     ]
+
+
+def _elements(edit: Mapping[str, Any]) -> int:
+    """What `unchanged` is a share of: of a quantized tensor its scales."""
+    return int(edit["rounding"]["scales"]) if "rounding" in edit else prod(edit["shape"])
+
+
+def _undrawn(r: Mapping[str, Any]) -> Rows:
+    return [("note", note) for note in r["notes"]]
 
 
 def _place(path: str) -> str:
@@ -161,13 +186,13 @@ def _bench(r: Mapping[str, Any]) -> Rows:
 def _outputs(r: Mapping[str, Any]) -> Rows:
     """Each bound of `infold verify --outputs`, and what was found beside them."""
     rows: Rows = [
-        ("PASS" if c["ok"] else "FAIL", c["what"], f"{c['measured']:.2e}", f"{c['bound']:.2e}")
+        ("PASS" if c["ok"] else "FAIL", c["what"], *(_told(c[n], ".2e") for n in _BOUNDS))
         for c in r["checks"]
     ]
     merged, pairs = r["differences"]["merged"], r["continuations"]
     same = sum(pair["differs_at"] is None for pair in pairs)
     shown = ("base", "adapter", "merged")
-    found = ", ".join(f"{name} {r['perplexity'][name]:.4f}" for name in shown)
+    found = ", ".join(f"{name} {_told(r['perplexity'][name], '.4f')}" for name in shown)
     found = f"perplexity over {r['tokens']:,} tokens: {found}"
     return [
         *rows,
@@ -176,6 +201,11 @@ def _outputs(r: Mapping[str, Any]) -> Rows:
         ("", found, "", ""),
         *(("", f"note: {note}", "", "") for note in r["notes"]),
     ]
+
+
+def _told(value: float | None, form: str) -> str:
+    """A number; null, where there was none that JSON has."""
+    return "not finite" if value is None else format(value, form)
 
 
 def _smoke(r: Mapping[str, Any]) -> Rows:

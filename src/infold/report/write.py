@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from infold.errors import Refusal, StorageFailure
-from infold.report.page import render_html, render_markdown
+from infold.report.page import render_html, render_markdown, shown
 from infold.report.records import Records, collect
 
 __all__ = ["write_report"]
@@ -38,12 +38,13 @@ def write_report(
     if "training" not in records and (beside := _beside_adapters(records)):
         records = collect(place, [*beside, *map(Path, more)])
     digest = check(place)
-    if digest is not None and "update" not in records:
+    html = target.suffix == ".html"
+    if digest is not None and "update" not in records and html:  # it is mostly pictures
         # as it would come from a file
         records["update"] = json.loads(json.dumps(describe_update(place)))
     told = {kind: record.get("receipt") for kind, record in records.items()}
     others = [k for k, of in told.items() if digest is not None and of not in (None, digest)]
-    page = (render_html if target.suffix == ".html" else render_markdown)(records, others)
+    page = (render_html if html else render_markdown)(records, others)
     draft = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         draft.write_text(page, encoding="utf-8")
@@ -52,7 +53,7 @@ def write_report(
         raise StorageFailure(f"{target}: {error.strerror}") from error
     finally:
         draft.unlink(missing_ok=True)
-    return target, sorted(records)
+    return target, shown(records, html)
 
 
 def _beside_adapters(records: Records) -> list[Path]:

@@ -17,13 +17,13 @@ import torch
 from blake3 import blake3
 
 from infold.checkpoint.inputs import InputFiles
-from infold.checkpoint.safetensors import Header, open_regular
+from infold.checkpoint.safetensors import Header
 from infold.verify.amended import AmendedCheck
 from infold.verify.parts import PartCheck
 from infold.verify.tensors import COPIED, BaseCheck, EditCheck, Workspace
 from infold.workers import Worker, run_all
 
-__all__ = ["Check", "Found", "digest_of", "reread"]
+__all__ = ["Check", "Found", "reread"]
 
 Check = BaseCheck | EditCheck | PartCheck | AmendedCheck
 
@@ -164,12 +164,3 @@ def reread(
     work = _Reread(shards, files, hashed, progress)
     work.run()
     return work.output, work.base
-
-
-def digest_of(path: Path) -> str:
-    """The BLAKE3 of a file."""
-    hasher = blake3()
-    with open_regular(path) as file:
-        while piece := file.read(1 << 20):
-            hasher.update(piece)
-    return hasher.hexdigest()

@@ -19,11 +19,11 @@ import torch
 
 from infold.adapters import METHODS
 from infold.checkpoint.adapter import Adapter, open_adapter
-from infold.checkpoint.files import safe_child
+from infold.checkpoint.files import digest_of, safe_child
 from infold.checkpoint.inputs import InputFiles
 from infold.checkpoint.record import UNDO
 from infold.checkpoint.safetensors import TensorInfo, read_header
-from infold.checkpoint.shards import RECEIPT, companion, is_lone, open_checkpoint
+from infold.checkpoint.shards import RECEIPT, companion, is_lone, kept_name, open_checkpoint
 from infold.dtypes import BLOCKS
 from infold.errors import InfoldError, Refusal
 from infold.plan.build import plan_merge
@@ -41,11 +41,11 @@ from infold.verify.folder import (
 )
 from infold.verify.hints import Wrong, hints
 from infold.verify.parts import PartCheck, parts_checks
-from infold.verify.reread import Check, Found, digest_of, reread
+from infold.verify.reread import Check, Found, reread
 from infold.verify.tensors import BaseCheck, EditCheck
 from infold.verify.verdict import Offender, Verdict
 
-__all__ = ["other_adapters", "verify_checkpoint"]
+__all__ = ["verify_checkpoint"]
 
 PathLike = str | os.PathLike[str]
 
@@ -89,11 +89,15 @@ def verify_checkpoint(
             unread = {shard.name for shard in plan.shards} - {shard.name for shard in shards}
             claimed = {n: digest for n, digest in claims.shards.items() if n not in unread}
             offenders += _compare_digests("digest", claimed, output, "the output")
+            offenders += _changed_sides(claims, plan, folder)
         if claims is not None and base is None:
             found = {plan.base.shards[s.source].name: sources.get(s.name) for s in plan.shards}
             own = {s.name: found.get(s.name) or digest_of(s.path) for s in plan.base.shards}
             offenders += _compare_digests("base changed", claims.base_shards, own, "the base")
+            offenders += _changed_base_sides(claims, plan)
         offenders += _wrong_tensors(plan, shards, files)
+        if claims is not None and base is not None and offenders:
+            offenders = [*_other_adapters(claims, plan.adapters, folder), *offenders]
     finally:
         files.close()
     checks = [check for shard in shards for check in shard.checks.values()]
@@ -187,22 +191,15 @@ def _changed(claims: Claims, number: int, adapter: Adapter) -> list[Offender]:
     return _compare_digests("adapter changed", claims.adapter_files[number], found, told)
 
 
-def other_adapters(merged: PathLike, adapters: Sequence[PathLike]) -> list[str]:
-    """The adapters that the receipt of `merged` names, where these are not their files.
-
-    For messages: a receipt that cannot be read names none.
-    """
-    try:
-        claims = read_claims(Path(os.path.abspath(merged)))
-        opened = [open_adapter(adapter) for adapter in adapters]
-        if claims is None or not opened:
-            return []
-        same = len(opened) == len(claims.adapters) and not any(
-            _changed(claims, number, adapter) for number, adapter in enumerate(opened)
-        )
-        return [] if same else list(claims.adapters)
-    except (InfoldError, OSError):
+def _other_adapters(claims: Claims, opened: Sequence[Adapter], folder: Path) -> list[Offender]:
+    """Whether the receipt names other adapters than those that were given: the reason for all that
+    differs, most likely. Where nothing differs, files of other bytes hold the same adapters."""
+    if len(opened) == len(claims.adapters) and not any(
+        _changed(claims, number, adapter) for number, adapter in enumerate(opened)
+    ):
         return []
+    told = f"it names others than those given: {', '.join(claims.adapters)}"
+    return [Offender("other adapters", companion(folder, RECEIPT).name, told)]
 
 
 def _record(folder: Path) -> dict[str, str]:
@@ -230,6 +227,35 @@ def _compare_digests(
             continue
         offenders.append(Offender(what, name, told))
     return offenders
+
+
+def _changed_sides(claims: Claims, plan: Plan, folder: Path) -> list[Offender]:
+    """Side files of the output that are not those of the receipt. One that is planned, and cannot
+    be read, is an offender already."""
+    told, planned = claims.side_files, {*plan.copied, *plan.rewritten}
+    if not told:
+        return []
+    found = _digests(folder, {name: kept_name(folder, name) for name in {*told, *planned}})
+    told = {n: digest for n, digest in told.items() if n in found or n not in planned}
+    return _compare_digests("digest", told, found, "the output")
+
+
+def _changed_base_sides(claims: Claims, plan: Plan) -> list[Offender]:
+    """Side files of the base that are not those that were copied, by the receipt."""
+    told = {n: digest for n, digest in claims.side_files.items() if n not in plan.rewritten}
+    if not told:
+        return []
+    found = _digests(plan.base.path, {name: name for name in {*told, *plan.copied}})
+    return _compare_digests("base changed", told, found, "the base")
+
+
+def _digests(folder: Path, names: Mapping[str, str]) -> dict[str, str]:
+    """Of the files that can be read, by their names in the receipt. names: those -> their own."""
+    found = {}
+    for name, own in names.items():
+        with suppress(InfoldError, OSError):
+            found[name] = digest_of(safe_child(folder, own))
+    return found
 
 
 # --- tensors -----------------------------------------------------------------------------------
