@@ -50,8 +50,9 @@ def cut(rows: int, columns: int, limit: int) -> Iterator[Block]:
 
 
 def tiles(block: Block, tile: int, tile_columns: int) -> Iterator[tuple[slice, slice]]:
-    """Pieces of a block of at most `tile` elements, as rows and columns of the tensor."""
-    columns = max(1, min(block.columns, tile_columns))
+    """Pieces of a block of at most `tile` elements, as rows and columns of the tensor. Few rows,
+    such as those of stacked experts, are long, and so are their pieces."""
+    columns = max(1, min(block.columns, max(tile_columns, tile // max(block.rows, 1))))
     return _pieces(block, max(1, tile // columns), columns)
 
 

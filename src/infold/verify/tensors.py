@@ -29,16 +29,16 @@ from infold.dtypes import SCALE_DTYPES
 from infold.plan.edits import BaseTensor, Decoded, Edit, Operation, Original, Replacement
 from infold.verify.blocks import Blocks, blocks_of
 from infold.verify.reference import (
-    STEP,
     LowRank,
     PowerOfTwo,
     Reference,
     Sums,
-    Values,
+    rank_of,
     reference_of,
 )
 from infold.verify.rounding import LINES
 from infold.verify.stored import decode
+from infold.verify.values import STEP, Values
 
 __all__ = ["BaseCheck", "EditCheck", "Tally", "Workspace"]
 
@@ -303,7 +303,8 @@ class EditCheck:
                     parts = {part: adapter.read(key) for part, key in operation.parts.items()}
                     scaling = None
                     if self.scalings is not None and "lora_A" in parts:
-                        scaling = self.scalings(operation, len(parts["lora_A"]))
+                        rank = rank_of(operation, len(parts["lora_A"]))
+                        scaling = self.scalings(operation, rank)
                     reference = reference_of(operation, adapter.config, parts, self.dtype, scaling)
                     if isinstance(reference, LowRank) and reference.magnitude is not None:
                         self._norms(number, [*found, reference], workspace)
@@ -495,8 +496,9 @@ def _pieces(doubts: list[_Doubt]) -> Iterator[_Doubt]:
 
 
 def _tiles(rows: int, columns: int, size: int, width: int) -> Iterator[tuple[slice, slice]]:
-    """A block of whole rows in tiles of at most `size` elements and `width` columns."""
-    width = max(1, min(columns, width))
+    """A block of whole rows in tiles of at most `size` elements, and `width` columns or as many as
+    make them no smaller."""
+    width = max(1, min(columns, max(width, size // max(rows, 1))))
     height = max(1, size // width)
     for row in range(0, rows, height):
         for column in range(0, columns, width):
