@@ -24,6 +24,7 @@ from infold.errors import Refusal
 from infold.tuners import LoraConfig, attach, load
 from peft_oracle import Bench, assert_close, assert_differs, read_tensors, shuffle
 from tiny_models import GROUPED, TOKENS, token_ids
+from training import SIZE, save_base, sums, write_jsonl
 
 pytestmark = [  # PEFT's, of which the second is not true of parameters
     pytest.mark.filterwarnings("ignore:.*target_parameters.*:UserWarning"),
@@ -453,3 +454,31 @@ def test_inspect_tells_which_tensors_an_update_of_experts_edits(bench: Bench) ->
     assert sorted(edits["model.layers.1.mlp.experts.base_layer"]) == gates
     downs = [f"{own}.{n}.w2.weight" for n in range(4)]
     assert sorted(edits["model.layers.1.mlp.experts"]) == downs
+
+
+def test_experts_are_trained_and_the_training_resumes(tmp_path: Path, calm: None) -> None:
+    base = save_base(tmp_path / "base")  # for its tokenizer
+    torch.manual_seed(0)
+    config = MixtralConfig(**SIZE, num_key_value_heads=2, num_local_experts=4)
+    AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    data = write_jsonl(tmp_path / "data.jsonl", sums(12))
+    options = dict(batch_size=4, lr=1e-2, save_every=2, parameters=BOTH, rank=2)
+
+    def interrupt(done: int, steps: int, loss: float | None) -> None:
+        if done == 3:
+            raise KeyboardInterrupt
+
+    record = infold.train(base, data, tmp_path / "whole", steps=6, **options)
+    with pytest.raises(KeyboardInterrupt):
+        infold.train(base, data, tmp_path / "other", steps=6, progress=interrupt, **options)
+    again = infold.train(base, data, tmp_path / "other", steps=6, resume=True, **options)
+
+    assert again.resumed_step == 2 and record.targets == sorted([*BOTH, "q_proj", "v_proj"])
+    files = [tmp_path / name / "adapter_model.safetensors" for name in ("whole", "other")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    updates = [v for k, v in load_file(files[0]).items() if "experts" in k and "lora_B" in k]
+    assert len(updates) == 4 and all(update.abs().max() > 0 for update in updates)
+    infold.merge(base, tmp_path / "whole", tmp_path / "merged")
+    assert infold.verify(base, [tmp_path / "whole"], tmp_path / "merged").ok
+    with pytest.raises(Refusal, match="--parameters: is a setting of --method lora"):
+        infold.train(base, data, tmp_path / "no", method="ia3", parameters=BOTH)

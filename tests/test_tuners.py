@@ -917,8 +917,13 @@ def test_combining_in_memory_is_combining_files_lora(bench: Bench, kind: str) ->
     assert_same_bits(read_tensors(folder / "sum"), read_tensors(bench.folder / "wanted"))
 
 
-@pytest.mark.parametrize("kind", ["linear", "cat", "svd"])
-def test_combining_in_memory_is_what_peft_does_lora(calm: None, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("linear", {}), ("cat", {}), ("svd", {}), ("svd", {"svd_rank": 3, "svd_clamp": 0.9})],
+)
+def test_combining_in_memory_is_what_peft_does_lora(
+    calm: None, kind: str, options: dict[str, Any]
+) -> None:
     import peft
 
     configs = [dict(r=4, lora_alpha=a, target_modules=["q_proj", "v_proj"]) for a in (8, 3)]
@@ -936,7 +941,8 @@ def test_combining_in_memory_is_what_peft_does_lora(calm: None, kind: str) -> No
                 parameter.copy_(ours[f"{path}.adapters.{adapter}.lora_{part}"])
 
     for one in (model, theirs):
-        one.add_weighted_adapter(["default", "other"], [0.7, 0.4], "sum", combination_type=kind)
+        given = (["default", "other"], [0.7, 0.4], "sum", kind)
+        one.add_weighted_adapter(*given, **options)
         one.set_adapter("sum")
 
     inputs = model_inputs("llama")

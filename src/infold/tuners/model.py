@@ -329,6 +329,7 @@ class AdaptedModel(nn.Module):
         adapter_name: str,
         combination_type: str | None = None,
         svd_rank: int | None = None,
+        svd_clamp: float | None = None,
         density: float | None = None,
         majority_sign_method: str = "total",
         seed: int = 0,
@@ -336,16 +337,17 @@ class AdaptedModel(nn.Module):
         """Combine adapters, each with its weight, into a new one, which is not active yet.
 
         It has the tensors that `infold combine` writes (docs/combine.md), which also tells the
-        types; default: svd for LoRA, linear for IA³. svd_rank: default the largest rank. density:
-        the share of elements that pruning keeps, in (0, 1]. seed: for DARE. What was no sum, such
-        as a saved module that is carried over, is told in a warning.
+        types; default: svd for LoRA, linear for IA³. svd_rank: default the largest rank.
+        svd_clamp: cuts both factors at this quantile of their elements. density: the share of
+        elements that pruning keeps, in (0, 1]. seed: for DARE. What was no sum, such as a saved
+        module that is carried over, is told in a warning.
         Raises Refusal with all reasons; the model is unchanged then.
         """
         self._known(adapters)
         _check_name(self._attached, adapter_name)
         options = {
-            "svd_rank": svd_rank, "density": density, "majority_sign": majority_sign_method,
-            "seed": seed,
+            "svd_rank": svd_rank, "svd_clamp": svd_clamp, "density": density,
+            "majority_sign": majority_sign_method, "seed": seed,
         }  # fmt: skip
         add_weighted(self, adapters, weights, adapter_name, combination_type, options)
 

@@ -151,7 +151,8 @@ def _with_targets(
         ]
         config = replace(config, target_modules=_shortest(paths, modules))
         if sentence := fused_experts(modules):
-            warnings.warn(f"all-linear: {sentence}", UserWarning, stacklevel=2)
+            way = "; target_parameters names them" if isinstance(config, LoraConfig) else ""
+            warnings.warn(f"all-linear: {sentence}{way}", UserWarning, stacklevel=2)
     if isinstance(config, IA3Config) and config.feedforward_modules is None:
         found = find_targets(model, config.METHOD)
         inner = [
