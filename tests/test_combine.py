@@ -538,6 +538,8 @@ def test_a_negative_scale_is_named_with_its_module(tmp_path: Path) -> None:
         ("linear", {"density": 0.5}, "no use for a density"),
         ("linear", {"majority_sign": "frequency"}, "no use for a majority sign"),
         ("ties", {"density": 0.5, "svd_rank": 4}, "no use for an SVD rank"),
+        ("cat", {"svd_clamp": 0.9}, "no use for an SVD clamp"),
+        ("svd", {"svd_clamp": 0.4}, "SVD clamp 0.4 must be a quantile"),
         ("ties", {}, "needs a density"),
     ],
 )

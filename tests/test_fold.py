@@ -10,7 +10,8 @@ import torch
 from infold.adapters import METHODS, Settings
 from infold.plan.edits import Operation
 from infold.plan.fold import Part, Place, Unfoldable, fold
-from infold.verify.reference import Values, reference_of
+from infold.verify.reference import reference_of
+from infold.verify.values import Values
 
 MAPS = {
     "plain": Settings(),

@@ -107,14 +107,9 @@ MADE_BY_PEFT: dict[str, tuple[Callable[[], PeftConfig], tuple[str, ...]]] = {
         lambda: LoraConfig(target_modules=["q_proj"], init_lora_weights="olora"),
         ("init_lora_weights = 'olora'",),
     ),
-    "target_parameters": (
-        lambda: LoraConfig(target_modules=[], target_parameters=["q_proj.weight"]),
-        ("target_parameters: adapters on fused expert tensors",),
-    ),
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*target_parameters.*:UserWarning")
 @pytest.mark.parametrize("name", MADE_BY_PEFT)
 def test_methods_without_a_right_merge_are_refused(
     bench: Bench, refused: Refused, name: str

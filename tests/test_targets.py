@@ -409,7 +409,7 @@ def test_fused_experts_are_never_missed_in_silence() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("target_parameters", ["experts.down_proj"]), ("ensure_weight_tying", True)],
+    [("ensure_weight_tying", True)],
 )
 def test_files_for_what_the_tuners_do_not_have_are_refused_by_name(
     tmp_path: Path, field: str, value: Any

@@ -899,7 +899,9 @@ def with_two(config: Any, other: Any) -> Any:
     "kind", ["svd", "linear", "cat", "ties", "dare_linear", "magnitude_prune_svd"]
 )
 def test_combining_in_memory_is_combining_files_lora(bench: Bench, kind: str) -> None:
-    pruned = {} if kind in ("svd", "linear", "cat") else {"density": 0.5}
+    pruned: dict[str, Any] = {} if kind in ("svd", "linear", "cat") else {"density": 0.5}
+    if kind == "svd":
+        pruned |= {"svd_rank": 3, "svd_clamp": 0.9}
     model = with_two(LoraConfig(r=4), LoraConfig(r=4, lora_alpha=3))
     folder = bench.place("both")
     model.save_pretrained(folder)

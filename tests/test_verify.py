@@ -24,8 +24,9 @@ import handmade
 import infold
 from infold.adapters import Settings, merge
 from infold.errors import CorruptFile, Refusal
-from infold.verify.reference import LowRank, Values
+from infold.verify.reference import LowRank
 from infold.verify.rounding import LINES
+from infold.verify.values import Values
 from peft_oracle import Bench
 
 weights = import_module("infold.verify.weights")

@@ -275,14 +275,14 @@ def _settle(folder: PathLike | None, *, refuse: bool = False) -> None:
 @overload
 def combine(
     adapters: PathLike | Sequence[PathLike], out: PathLike, *, weights: Sequence[float], kind: str,
-    density: float | None = ..., majority_sign: str = ..., svd_rank: int | None = ...,
-    seed: int = ..., force: bool = ..., dry_run: Literal[False] = ...,
+    density: float | None = ..., majority_sign: str = ..., seed: int = ..., force: bool = ...,
+    svd_rank: int | None = ..., svd_clamp: float | None = ..., dry_run: Literal[False] = ...,
 ) -> Combined: ...
 @overload
 def combine(
     adapters: PathLike | Sequence[PathLike], out: PathLike, *, weights: Sequence[float], kind: str,
-    density: float | None = ..., majority_sign: str = ..., svd_rank: int | None = ...,
-    seed: int = ..., force: bool = ..., dry_run: Literal[True],
+    density: float | None = ..., majority_sign: str = ..., seed: int = ..., force: bool = ...,
+    svd_rank: int | None = ..., svd_clamp: float | None = ..., dry_run: Literal[True],
 ) -> dict[str, Any]: ...
 # fmt: on
 def combine(
@@ -294,6 +294,7 @@ def combine(
     density: float | None = None,
     majority_sign: str = "total",
     svd_rank: int | None = None,
+    svd_clamp: float | None = None,
     seed: int = 0,
     force: bool = False,
     dry_run: bool = False,
@@ -302,16 +303,15 @@ def combine(
 
     adapters: PEFT folders or Hub ids. weights: one finite number for each; they are not normalised.
     kind: the command line's --type. density: the share of elements that pruning keeps, in (0, 1].
-    svd_rank: the rank of the svd kinds; default: the adapters' largest. seed: for DARE.
-    dry_run: check everything, write nothing, and return the plan as JSON-ready values.
-    The new tensors are float32 (float64 where an adapter's are).
+    svd_rank (default: the largest), svd_clamp (a quantile of the factors): of svd kinds. seed: for
+    DARE. dry_run: only return the plan, JSON-ready. New tensors are float32, or float64 as one's.
     Raises Refusal (bad input; lists all offenders; nothing is written) or StorageFailure.
     """
     from infold.tuners.combine import check_output, plan_combination, write_combination
 
     plan = plan_combination(
         _listed(adapters), weights, kind, density=density, majority_sign=majority_sign,
-        svd_rank=svd_rank, seed=seed,
+        svd_rank=svd_rank, svd_clamp=svd_clamp, seed=seed,
     )  # fmt: skip
     if dry_run:
         check_output(plan, out, force)

@@ -5,7 +5,8 @@
 
 `lora_A` (r, in[, kernel...]), `lora_B` (out, r[, 1...]), for embeddings `lora_embedding_A` (r, in)
 and `lora_embedding_B` (out, r) of the transposed table. A grouped convolution has `lora_B` of
-(out, r / groups): each group of outputs uses its own rows of A.
+(out, r / groups): each group of outputs uses its own rows of A. Factors of several experts are told
+in `experts.py`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from infold.adapters import experts
 from infold.adapters.exact import Factors, Index
 from infold.adapters.layer import Base, Dropout, Geometry
 from infold.adapters.settings import Settings
@@ -35,7 +37,7 @@ KEYS: Mapping[str, str] = {
 PEFT_TYPES: Mapping[str, frozenset[str]] = {
     "LORA": frozenset(
         "r lora_alpha use_rslora rank_pattern alpha_pattern use_dora lora_bias bias "
-        "init_lora_weights ensure_weight_tying".split()
+        "init_lora_weights ensure_weight_tying target_parameters".split()
     )
 }
 REFUSED: Mapping[str, str] = {
@@ -44,7 +46,6 @@ REFUSED: Mapping[str, str] = {
     "arrow_config": "Arrow routes between adapters at run time, so it has no merged weight",
     "layer_replication": "the adapter runs on a model with repeated layers; PEFT merges it wrongly",
     "kasa_config": "KaSA truncates the base weight by SVD when it is loaded",
-    "target_parameters": "adapters on fused expert tensors are not supported yet",
     "use_bdlora": "block-diagonal LoRA is not supported",
     "velora_config": "VeLoRA is not supported",
     "monteclora_config": "MonteCLoRA is not supported",
@@ -60,7 +61,11 @@ def owns(parts: Collection[str], fields: Mapping[str, Any]) -> bool:
 
 
 def describe(settings: Settings) -> dict[str, Any]:
-    return {"scaling": settings.scaling}
+    told: dict[str, Any] = {"scaling": settings.scaling}
+    if settings.experts:
+        number = settings.expert
+        told |= {"experts": settings.experts} if number < 0 else {"expert": number}
+    return told
 
 
 class LowRank:
@@ -119,12 +124,27 @@ def factors(
     return groups, settings.out // settings.groups, bias
 
 
-def prepare(parts: Mapping[str, Tensor], settings: Settings) -> LowRank:
-    return LowRank(*factors(parts, settings))
+def prepare(parts: Mapping[str, Tensor], settings: Settings) -> LowRank | experts.Stacked:
+    if not settings.experts:
+        return LowRank(*factors(parts, settings))
+
+    def low_rank(a: Tensor, b: Tensor) -> LowRank:
+        one = Factors(a, b, settings.scaling, settings.slices)
+        return LowRank([one], len(b), None)
+
+    a, b = experts.apart(parts, settings)
+    if settings.expert < 0:
+        return experts.Stacked(a, b, settings, low_rank)
+    rows = slice(settings.first, settings.first + settings.out)
+    return low_rank(a[settings.expert], b[settings.expert, rows])
 
 
 def bound(peak: float, parts: Mapping[str, Tensor], settings: Settings) -> float:
     """The sum over the rank of what the largest elements of both factors make."""
+    if settings.experts:
+        one, two = (part.detach().abs().double() for part in experts.apart(parts, settings))
+        added = (one.amax(dim=2) * two.amax(dim=1)).sum(dim=1).max()
+        return peak + abs(settings.scaling) * added.item()
     a = parts["lora_A"].detach().flatten(1).abs().amax(dim=1).double()
     b = parts["lora_B"].detach().flatten(1).abs().amax(dim=0).double()
     added = a @ b.repeat(settings.groups)
@@ -138,7 +158,7 @@ def init(geometry: Geometry, settings: Settings, base: Base) -> dict[str, Tensor
     start=True: A is Kaiming-uniform (a = sqrt 5), as PEFT's and Microsoft's; "gaussian": normal of
     deviation 1 / r. Embeddings: B is standard normal. start=False: no factor is 0 (for tests).
     """
-    rank, start = settings.rank, settings.start
+    rank, start = settings.rank * max(settings.experts, 1), settings.start
     a = torch.empty(rank, geometry.inputs, *geometry.kernel)
     b = torch.zeros(geometry.outputs, rank, *(1 for _ in geometry.kernel))
     if geometry.table:
@@ -146,7 +166,7 @@ def init(geometry: Geometry, settings: Settings, base: Base) -> dict[str, Tensor
         b.normal_()
     else:
         if start == "gaussian":
-            a.normal_(std=1 / rank)
+            a.normal_(std=1 / settings.rank)
         else:
             torch.nn.init.kaiming_uniform_(a, a=math.sqrt(5))
         if not start:

@@ -33,6 +33,10 @@ class Settings:
     rows: int = 0  # 0: as many as the vector has elements
     repeat: int = 1  # consecutive stored rows that share one of these elements
     width: int = 0  # elements of an output, where a stored row holds `out` of them: one expert's
+    # LoRA on experts that share their factors' tensors; see adapters/experts.py
+    experts: int = 0
+    expert: int = -1  # the one that this weight is of, its outputs from `first` on; -1: of all
+    flipped: bool = False  # of all: each is stored as (in, out); `width` is the length of its rows
 
     def arranged(self, x: Tensor) -> Tensor:
         """Outputs (out, ...) in the order of the stored rows, by `view` and `order`."""

@@ -50,6 +50,10 @@ def combine(
         int | None,
         typer.Option(help="The rank of the svd types. Default: the adapters' largest."),
     ] = None,
+    svd_clamp: Annotated[
+        float | None,
+        typer.Option(help="Cut the factors of the svd types at this quantile, such as 0.99."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="For dare: which elements are dropped.")] = 0,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be combined and write nothing.")
@@ -77,6 +81,7 @@ def combine(
         density=density,
         majority_sign=majority_sign,
         svd_rank=svd_rank,
+        svd_clamp=svd_clamp,
         seed=seed,
     )
     if dry_run:

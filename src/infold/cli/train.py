@@ -65,6 +65,10 @@ def train(
         str | None,
         typer.Option(help="For ia3: the targets whose inputs are scaled, as down_proj."),
     ] = None,
+    parameters: Annotated[
+        str | None,
+        typer.Option(help="For lora: parameters too, as experts.gate_up_proj,experts.down_proj."),
+    ] = None,
     tokens: Annotated[
         str | None,
         typer.Option(
@@ -152,6 +156,7 @@ def train(
                 alpha=alpha,
                 dropout=dropout,
                 targets=_list(targets),
+                parameters=_list(parameters),
                 feedforward=_list(feedforward),
                 tokens=_list(tokens),
                 max_length=max_length,

@@ -28,6 +28,7 @@ from infold.formats import NoFold, floats_of
 from infold.inspect.receipt import checked_receipt
 from infold.plan.build import plan_merge
 from infold.plan.config import read_config
+from infold.plan.edits import Replacement
 from infold.plan.gguf import GgufModules
 from infold.plan.match import Names, group_keys
 from infold.plan.quantized import StoredModules, words_of
@@ -93,10 +94,11 @@ def _adapter(adapter: Adapter, base: Checkpoint | None) -> dict[str, Any]:
     if base is not None:
         plan = plan_merge(base, [adapter])
         for edit in plan.edits.values():
-            for op in edit.operations:
-                targets[op.module].append(edit.tensor)
-            if not edit.operations:
-                targets[edit.tensor].append(edit.tensor)
+            keys = {key for op in edit.operations for key in op.parts.values()}
+            if isinstance(edit.source, Replacement):
+                keys.add(edit.source.key)
+            for key in keys:
+                targets[key].append(edit.tensor)
         notes += plan.notes
         found["base"] = str(base.path)
     parameters = sum(math.prod(t.shape) for t in adapter.tensors.values())
@@ -106,7 +108,7 @@ def _adapter(adapter: Adapter, base: Checkpoint | None) -> dict[str, Any]:
         {
             "module": module,
             "parts": [_part(adapter, part, key) for part, key in parts.items()],
-            **({"edits": targets[module]} if base is not None else {}),
+            **({"edits": targets[next(iter(parts.values()))]} if base is not None else {}),
         }
         for module, parts in grouped.modules.items()
     ]
@@ -114,7 +116,7 @@ def _adapter(adapter: Adapter, base: Checkpoint | None) -> dict[str, Any]:
         {
             "module": parameter,
             "parts": [_part(adapter, "value", key)],
-            **({"edits": targets[parameter]} if base is not None else {}),
+            **({"edits": targets[key]} if base is not None else {}),
         }
         for parameter, key in grouped.plain.items()
     ]

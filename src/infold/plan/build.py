@@ -29,6 +29,7 @@ from infold.plan.convert import (
 )
 from infold.plan.draft import Draft
 from infold.plan.edits import Amended, BaseTensor, Edit, Plan
+from infold.plan.experts import consume_parameters
 from infold.plan.gguf_consume import GgufConsumer
 from infold.plan.match import group_keys
 from infold.plan.origin import is_called, origin_notes
@@ -177,8 +178,10 @@ def _add(draft: Draft, number: int, adapter: Adapter) -> None:
     before, elements = len(draft.reasons), len(draft.elements)
     for parameter, key in keys.plain.items():
         consumer.replacement(parameter, key, keys.copies.get(parameter))
+    on_parameters = consume_parameters(consumer, keys.modules)
+    others = [item for item in keys.modules.items() if item[0] not in on_parameters]
     # where a tied head has an update of its own, PEFT adds it to the trained tokens
-    tokens_first = sorted(keys.modules.items(), key=lambda m: "trainable_tokens_delta" not in m[1])
+    tokens_first = sorted(others, key=lambda m: "trainable_tokens_delta" not in m[1])
     for module, parts in tokens_first:
         consumer.operation(module, parts)
     if consumer.measured:
@@ -189,8 +192,8 @@ def _add(draft: Draft, number: int, adapter: Adapter) -> None:
         )
     if len(draft.reasons) > before:
         summary = []
-        if keys.modules and not any(consumer.finds(module) for module in keys.modules):
-            count = len(keys.modules)
+        if others and not any(consumer.finds(module) for module, _ in others):
+            count = len(others)
             summary.append(
                 f"{adapter.path}: none of its {count} modules is in {draft.base.path}"
                 if count > 1

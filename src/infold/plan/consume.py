@@ -39,7 +39,7 @@ class Consumer:
     def shape(self, key: str) -> tuple[int, ...]:
         return self.adapter.tensors[key].shape
 
-    def _twice(self, name: str, method: str, key: str) -> bool:
+    def twice(self, name: str, method: str, key: str) -> bool:
         """Whether another key of this adapter came to the same tensor; then it is refused."""
         first = self.used.setdefault((name, method), key)
         if first != key:
@@ -81,7 +81,7 @@ class Consumer:
         if name is None:
             self._new(parameter, module, key)
             return
-        if self._twice(name, "replacement", key):
+        if self.twice(name, "replacement", key):
             return
         saved = self.config.saves(module)
         tied = self.config.ties and not self._has_other_end(name)
@@ -120,7 +120,7 @@ class Consumer:
     def finds(self, module: str) -> bool:
         """Whether the base has a weight for a module of the adapter."""
         path = module.replace(".base_layer", "")
-        if self._quantized(path) is not None:
+        if self.quantized(path) is not None:
             return True
         return any(self._quietly(f"{path}.{name}") for name in ("weight", "in_proj_weight"))
 
@@ -184,8 +184,8 @@ class Consumer:
     def _update(self, module: str, method: str, parts: dict[str, str], table: bool) -> None:
         key, before = next(iter(parts.values())), len(self.draft.reasons)
         path = module.replace(".base_layer", "")  # the output projection of MultiheadAttention
-        if (quantized := self._quantized(path)) is not None:
-            self._into_scales(method, module, path, parts, *quantized)
+        if (quantized := self.quantized(path)) is not None:
+            self.into_scales(method, module, path, parts, *quantized)
             return
         name = self.find(f"{path}.weight", key)
         if name is None and method == "lora" and len(self.draft.reasons) == before:
@@ -200,7 +200,7 @@ class Consumer:
             for part in parts.values():
                 self.refuse(part, why)
             return
-        if self._twice(name, method, key):
+        if self.twice(name, method, key):
             return
         make = {"ia3": self._ia3, "trainable_tokens": self._tokens}.get(method)
         made = make(module, parts, name) if make else self._lora(method, module, parts, name, table)
@@ -209,14 +209,14 @@ class Consumer:
         for end in self.ends(name, both=self._ties(method, name)):
             self.draft.state(end).operations.append(made)
 
-    def _quantized(self, path: str) -> tuple[Stored, Quantized] | None:
+    def quantized(self, path: str) -> tuple[Stored, Quantized] | None:
         """A quantized module; None where there is no such one, or where `find` will refuse it."""
         try:
             return self.draft.modules.find(path)
         except LookupError:
             return None
 
-    def _into_scales(
+    def into_scales(
         self,
         method: str,
         module: str,
@@ -235,7 +235,7 @@ class Consumer:
                 f"single elements, which its scales cannot tell{self._ways(stored.name)}",
             )
             return
-        if self._twice(stored.name, method, key):
+        if self.twice(stored.name, method, key):
             return
         if self._fold(self.draft.modules, module, path, parts, stored.name):
             self.measured += self.draft.modules.measured(path)
@@ -402,12 +402,8 @@ class Consumer:
             )
             return None
         rank = a[0]
-        ranks, scalings = self.config.ranks(module), self.config.scalings(module, rank or 1)
-        if not rank or rank not in ranks:
-            self.refuse(key, f"rank {rank} in the file, {ranks[0]} by the config")
-            return None
-        if len(scalings) > 1:
-            self.refuse(key, "several of alpha_pattern match; PEFT lost their order on saving")
+        scaling = self.scaling(module, key, rank)
+        if scaling is None:
             return None
         groups = rank // b[1] if b[1] and rank % b[1] == 0 else 0
         out, inner = b[0], math.prod(a[1:])
@@ -449,7 +445,7 @@ class Consumer:
             self.refuse(parts["lora_magnitude_vector"], "a DoRA magnitude, but use_dora is false")
             return None
         settings = Settings(
-            scaling=scalings[0],
+            scaling=scaling,
             slices=slices_for(state.dtype, b[1]),
             groups=groups,
             out=out,
@@ -468,6 +464,17 @@ class Consumer:
         if "lora_bias" in parts and not self._lora_bias(operation, name, out):
             return None
         return operation
+
+    def scaling(self, module: str, key: str, rank: int) -> float | None:
+        """The scaling of a LoRA whose file has this rank."""
+        ranks, scalings = self.config.ranks(module), self.config.scalings(module, rank or 1)
+        if not rank or rank not in ranks:
+            self.refuse(key, f"rank {rank} in the file, {ranks[0]} by the config")
+            return None
+        if len(scalings) > 1:
+            self.refuse(key, "several of alpha_pattern match; PEFT lost their order on saving")
+            return None
+        return scalings[0]
 
     def _ordered(self, settings: Settings, module: str) -> Settings:
         """The settings with the order of the stored rows, where that is not the module's own."""

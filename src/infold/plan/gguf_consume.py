@@ -58,7 +58,7 @@ class GgufConsumer(Consumer):
             for part in parts.values():
                 self.refuse(part, why)
             return
-        if self._twice(path, method, key):
+        if self.twice(path, method, key):
             return
         home = self.gguf.homes[path]
         dense = format_of(self.draft.base.info(home.weight).dtype) is not None

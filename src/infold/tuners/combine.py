@@ -152,6 +152,7 @@ def plan_combination(
     density: float | None = None,
     majority_sign: str = "total",
     svd_rank: int | None = None,
+    svd_clamp: float | None = None,
     seed: int = 0,
 ) -> Combination:
     """Open the adapters and decide everything. Raises Refusal with all reasons at once."""
@@ -177,7 +178,8 @@ def plan_combination(
         raise Refusal(reasons)
     method = types.pop().lower()
     options: dict[str, Any] = {
-        "density": density, "majority_sign": majority_sign, "svd_rank": svd_rank
+        "density": density, "majority_sign": majority_sign, "svd_rank": svd_rank,
+        "svd_clamp": svd_clamp,
     }  # fmt: skip
     reasons = check_options(method, kind, weights, **options) or _idle(kind, **options)
     if reasons:
@@ -188,12 +190,19 @@ def plan_combination(
         return _Planner(opened, method, kind).plan(weights, options, seed)
 
 
-def _idle(kind: str, density: float | None, majority_sign: str, svd_rank: int | None) -> list[str]:
+def _idle(
+    kind: str,
+    density: float | None,
+    majority_sign: str,
+    svd_rank: int | None,
+    svd_clamp: float | None,
+) -> list[str]:
     """Options that were given and would do nothing."""
     idle = {
         "a density": density is not None and not prunes(kind),
         "a majority sign": majority_sign != "total" and "ties" not in kind,
         "an SVD rank": svd_rank is not None and not kind.endswith("svd"),
+        "an SVD clamp": svd_clamp is not None and not kind.endswith("svd"),
     }
     return [f"{kind} has no use for {name}; leave it out" for name, given in idle.items() if given]
 

@@ -62,7 +62,8 @@ class TunerConfig:
     fan_in_fan_out: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("target_modules", "exclude_modules", "modules_to_save", "feedforward_modules"):
+        names = ("target_modules", "exclude_modules", "modules_to_save", "feedforward_modules")
+        for name in (*names, "target_parameters"):
             value = getattr(self, name, None)
             if isinstance(value, set | tuple):  # PEFT's configs hold sets
                 setattr(self, name, sorted(value) if isinstance(value, set) else list(value))
@@ -163,6 +164,8 @@ class LoraConfig(TunerConfig):
     bias: "none", or train the biases of the targets ("lora_only") or of all modules ("all").
     lora_bias: give B a bias of its own.
     init_lora_weights: True, "gaussian", or False (no factor is 0: the model changes at once).
+    target_parameters: parameters that get an adapter, such as the experts of a layer, by endings of
+      their paths; target_modules=None then means no modules.
     trainable_token_indices: tokens whose rows of the input embedding are trained as well, and with
       them those of a head that is tied to it; or {name of an embedding or a head: its tokens}.
     """
@@ -183,6 +186,7 @@ class LoraConfig(TunerConfig):
     use_dora: bool = False
     lora_bias: bool = False
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    target_parameters: list[str] | None = None
 
     def _problems(self) -> list[str]:
         problems = super()._problems()
@@ -209,6 +213,13 @@ class LoraConfig(TunerConfig):
         if self.use_dora and self.lora_bias:
             problems.append("lora_bias together with use_dora has no defined meaning")
         problems += _bad_tokens(self.trainable_token_indices)
+        if self.target_parameters is not None and not _strings(self.target_parameters):
+            problems.append("target_parameters must be a list of names")
+        if self.target_parameters:
+            others = ("lora_dropout", "use_dora", "lora_bias")
+            taken = [name for name in others if getattr(self, name)]
+            taken += ["bias"] if self.bias != "none" else []
+            problems += [f"{name} does not go together with target_parameters" for name in taken]
         if self.layers_pattern and self.layers_to_transform is None:
             problems.append("layers_pattern without layers_to_transform")
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):

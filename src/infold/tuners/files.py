@@ -22,6 +22,14 @@ from infold.patience import patience
 from infold.tuners.config import IA3Config, LoraConfig, TunerConfig, matches, read_config
 from infold.tuners.embeddings import brought, embedding_of, embeddings, untrained
 from infold.tuners.layers import Adapted, AdaptedEmbedding, Adapter, kind_of
+from infold.tuners.parameters import (
+    Parameter,
+    depth,
+    find_parameters,
+    misfit,
+    named,
+    places_of,
+)
 from infold.tuners.select import Selection, modules_of
 from infold.tuners.vocabulary import (
     FIELD,
@@ -88,7 +96,7 @@ def tensors_of(
         table = isinstance(layer, AdaptedEmbedding)
         for part, value in adapter.parts.items():
             put(
-                key_path(attached.layers, path) + _ending(adapter.method, part, table),
+                key_path(attached.layers, path, name) + _ending(adapter.method, part, table),
                 f"{path}.adapters.{name}.{part}",
                 value,
             )
@@ -116,8 +124,11 @@ def _ending(method: str, part: str, table: bool) -> str:
     return min((key for key, name in facts.KEYS.items() if name == wanted), key=len)
 
 
-def key_path(layers: Mapping[str, nn.Module], path: str) -> str:
-    """A layer's path as PEFT writes it."""
+def key_path(layers: Mapping[str, nn.Module], path: str, name: str) -> str:
+    """A layer's path as PEFT writes it for an adapter."""
+    layer = layers[path]
+    if isinstance(layer, Parameter):
+        return path.rpartition(".adapters.")[0] + ".base_layer" * depth(layer, name)
     parent, _, last = path.rpartition(".")
     inner = last == "out_proj" and isinstance(layers.get(parent), nn.MultiheadAttention)
     return parent + _INSIDE if inner else path
@@ -167,13 +178,25 @@ def _load(model: AdaptedModel, file: AdapterFile, name: str, trainable: bool) ->
     config = read_config(file.config, f"{file.path}/adapter_config.json")
     config = replace(config, inference_mode=not trainable)
     modules = modules_of(model)
-    parts, plain = _group(file)
+    wrapped = find_parameters(modules, config)
+    parts, plain = _group(file, places_of(wrapped))
     rows, strangers = find_rows(model, modules, config)
     problems = [f"{file.path}: {FIELD}: the model has no module {name}" for name in strangers]
     layers: dict[str, nn.Module] = {}
     inner: set[str] = set()
     problems += _missing(rows, parts, file)
+    for place, (module, name_there) in wrapped.items():
+        if place not in parts:
+            problems.append(f"{file.path}: holds no update of {named(place)}")
+            continue
+        keys = parts[place]
+        shapes = {part: file.tensors[key].shape for part, key in keys.items()}
+        assert isinstance(config, LoraConfig)
+        if told := misfit(place, module, name_there, shapes, config.rank(named(place))):
+            problems.append(f"{file.path}: {next(iter(keys.values()))}: {told}")
     for place, keys in parts.items():
+        if place in wrapped:
+            continue
         problem = _misfit(place, keys, modules, file, config, rows)
         if problem:
             problems.append(f"{file.path}: {next(iter(keys.values()))}: {problem}")
@@ -220,6 +243,7 @@ def _load(model: AdaptedModel, file: AdapterFile, name: str, trainable: bool) ->
         whole,
         rows,
         tables,
+        wrapped,
     )
     loaded = {
         place: {part: file.read(key) for part, key in keys.items()} for place, keys in parts.items()
@@ -256,8 +280,11 @@ def _fill(
             record.values()[target].copy_(file.read(key))
 
 
-def _group(file: AdapterFile) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """The keys of a file: {module path: {part: key}}, and those of plain tensors."""
+def _group(
+    file: AdapterFile, wrappers: Mapping[str, str]
+) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """The keys of a file: {module path: {part: key}}, and those of plain tensors. wrappers: those
+    of parameters, by the paths in the file."""
     parts: dict[str, dict[str, str]] = {}
     plain: list[str] = []
     endings = {
@@ -271,7 +298,8 @@ def _group(file: AdapterFile) -> tuple[dict[str, dict[str, str]], list[str]]:
         if ending is None or not key.startswith(PREFIX):
             plain.append(key)
             continue
-        place = key.removeprefix(PREFIX).removesuffix(ending).replace(".base_layer", "")
+        place = key.removeprefix(PREFIX).removesuffix(ending)
+        place = wrappers.get(place, place.replace(".base_layer", ""))
         parts.setdefault(place, {})[endings[ending]] = key
     return parts, plain
 

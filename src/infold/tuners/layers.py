@@ -19,7 +19,7 @@ from infold.adapters import METHODS, Geometry, Settings, lora, merge
 from infold.errors import Refusal
 from infold.tuners.quantized import dequantized, is_bitsandbytes
 
-__all__ = ["KINDS", "Adapted", "Adapter", "Rows", "adapt", "kind_of", "plain_class", "restore"]
+__all__ = ["DENSE", "KINDS", "Adapted", "Adapter", "Rows", "adapt", "kind_of", "plain_class"]
 
 
 _GATHERED = 4  # rows for each adapter of a batch, up to which a table of all rows is kept
@@ -45,6 +45,12 @@ class Adapter(nn.Module):
     def is_table(self) -> bool:
         """Whether the method's matrix is the transposed table of an embedding or a head."""
         return self.method == "trainable_tokens"
+
+    @property
+    def on_bias(self) -> bool:
+        """Whether it changes the bias; one that scales inputs leaves it."""
+        changing = METHODS[self.method].ON_BIAS
+        return self.settings.side == "out" and not self.parts.keys().isdisjoint(changing)
 
     def extra_repr(self) -> str:
         shapes = ", ".join(f"{name} {list(part.shape)}" for name, part in self.parts.items())
@@ -178,8 +184,22 @@ class Adapted(nn.Module):
     transposed = False  # whether the weight is stored as (in, out[, ...])
 
     adapters: nn.ModuleDict
+    weight_name = "weight"  # of the parameter that the adapters change
     _runs: tuple[Adapter, ...]  # those in force, in order; empty: as the base
     _rows: Rows
+
+    @property
+    def holder(self) -> nn.Module:
+        """The module that has the parameters."""
+        return self
+
+    def leave(self) -> None:
+        """Make the module what it was before `adapt`."""
+        plain = plain_class(self)
+        del self.adapters
+        for name in ("_runs", "_rows"):
+            self.__dict__.pop(name, None)
+        self.__class__ = plain  # type: ignore[assignment]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self._rows.index is not None:
@@ -395,6 +415,7 @@ class AdaptedAttention(Adapted):
     """
 
     METHODS = ("lora",)
+    weight_name = "in_proj_weight"
 
     def geometry(self) -> Geometry:
         width = int(self.embed_dim)  # type: ignore[arg-type]
@@ -428,7 +449,7 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 def _is_dense(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
-    return isinstance(weight, Tensor) and weight.dtype in _DENSE
+    return isinstance(weight, Tensor) and weight.dtype in DENSE
 
 
 def _features(module: nn.Module) -> tuple[int, ...]:
@@ -440,7 +461,7 @@ def _features(module: nn.Module) -> tuple[int, ...]:
     return ()
 
 
-_DENSE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+DENSE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 # The first that accepts a module is its kind.
 KINDS: tuple[tuple[type[Adapted], Callable[[nn.Module], bool]], ...] = (
@@ -462,7 +483,7 @@ KINDS: tuple[tuple[type[Adapted], Callable[[nn.Module], bool]], ...] = (
 def kind_of(module: nn.Module) -> type[Adapted] | None:
     """The kind of layer that a module is, or None."""
     if isinstance(module, Adapted):
-        return next(kind for kind, _ in KINDS if isinstance(module, kind))
+        return next((kind for kind, _ in KINDS if isinstance(module, kind)), None)
     return next((kind for kind, accepts in KINDS if accepts(module)), None)
 
 
@@ -495,16 +516,6 @@ def adapt(module: nn.Module, rows: Rows) -> Adapted:
     layer = cast(Adapted, module)
     layer.adapters = nn.ModuleDict()
     layer._runs, layer._rows = (), rows
-    return layer
-
-
-def restore(layer: Adapted) -> nn.Module:
-    """The module as it was before `adapt`."""
-    plain = plain_class(layer)
-    del layer.adapters
-    for name in ("_runs", "_rows"):
-        layer.__dict__.pop(name, None)
-    layer.__class__ = plain  # type: ignore[assignment]
     return layer
 
 

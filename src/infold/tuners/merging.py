@@ -26,7 +26,6 @@ from infold.errors import Refusal
 from infold.tuners.embeddings import bring, unrounded
 from infold.tuners.layers import (
     Adapted,
-    AdaptedAttention,
     AdaptedOpaque,
     Adapter,
     kind_of,
@@ -123,14 +122,16 @@ def merged(
     """
     if names == current.names:
         return current
-    embeddings = model._attached.embeddings
-    before = [name for name, swapped in embeddings.items() if swapped.on]
+    swaps = (model._attached.embeddings, model._attached.biases)
+    before = [[name for name, swapped in own.items() if swapped.on] for own in swaps]
     current.show(False)
     try:
-        bring(embeddings, names)  # what is merged is merged into the adapter's own
+        for own in swaps:
+            bring(own, names)  # what is merged is merged into the adapter's own
         result = _merge(model, names, keep, dequantize)
     except BaseException:
-        bring(embeddings, before)
+        for own, on in zip(swaps, before, strict=True):
+            bring(own, on)
         current.show(model._attached.enabled)
         raise
     result.show(True)
@@ -182,11 +183,10 @@ class _Change:
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter, list[Adapter]]]:
         """Those that change, each with the adapters that change it."""
-        attention = isinstance(self.layer, AdaptedAttention)
-        name = "in_proj_weight" if attention else "weight"
-        yield name, cast(nn.Parameter, self.layer._parameters[name]), self.adapters
-        bias = self.layer._parameters.get("bias")
-        on_bias = [a for a in self.adapters if _is_on_bias(a)]
+        own, name = self.layer.holder._parameters, self.layer.weight_name
+        yield name, cast(nn.Parameter, own[name]), self.adapters
+        bias = own.get("bias")
+        on_bias = [a for a in self.adapters if a.on_bias]
         if bias is not None and on_bias:
             yield "bias", bias, on_bias
 
@@ -195,14 +195,14 @@ class _Change:
             TensorEdit(
                 self.wide.get(id(parameter), parameter).to(parameter.device),
                 partial(self._steps, name, on),
-                f"{self.path}.{name}",
+                f"{self.path.rpartition('.adapters.')[0] or self.path}.{name}",
                 parameter.dtype,
             )
             for name, parameter, on in self.parameters()
         ]
 
     def _steps(self, name: str, adapters: Iterable[Adapter]) -> list[Step]:
-        stored = cast(Tensor, self.layer._parameters[name])
+        stored = cast(Tensor, self.layer.holder._parameters[name])
         if name == "bias":
             return [_step(a, stored, on_bias=True) for a in adapters]
         return [_step(a, stored, self.layer.transposed or a.is_table) for a in adapters]
@@ -212,7 +212,7 @@ class _Change:
         for (name, parameter, _), value in zip(self.parameters(), values, strict=True):
             new = nn.Parameter(value, requires_grad=parameter.requires_grad)
             for layer in (self.layer, *self.tied):
-                result.places.append(_Place(layer, name, parameter, new))
+                result.places.append(_Place(layer.holder, name, parameter, new))
 
     def write(self, names: Iterable[str], values: list[Tensor]) -> None:
         """Write the merged values into the base's memory; the adapters leave the layer."""
@@ -326,12 +326,6 @@ def _check_storage(
         )
 
 
-def _is_on_bias(adapter: Adapter) -> bool:
-    """Whether an adapter changes the bias; one that scales inputs leaves it."""
-    parts = METHODS[adapter.method].ON_BIAS
-    return adapter.settings.side == "out" and not adapter.parts.keys().isdisjoint(parts)
-
-
 def _step(
     adapter: Adapter,
     stored: Tensor,
@@ -341,7 +335,7 @@ def _step(
 ) -> Step:
     settings: Settings = adapter.settings
     if "lora_A" in adapter.parts:
-        rank = adapter.parts["lora_A"].shape[0]
+        rank = adapter.parts["lora_A"].shape[0] // max(settings.experts, 1)
         slices = slices_for(NAMES.get(dtype or stored.dtype, "F32"), rank)
         settings = replace(settings, slices=slices)
     parts = {name: part.detach().to(stored.device) for name, part in adapter.parts.items()}
@@ -360,7 +354,7 @@ def _dense(path: str, layer: AdaptedOpaque, adapters: list[Adapter], dtype: torc
     merged = edit_tensor(weight, steps, f"{path}.weight", dtype=dtype)
     linear.weight = nn.Parameter(merged, requires_grad=False)
     if old is not None:
-        steps = [_step(a, old, on_bias=True, dtype=dtype) for a in adapters if _is_on_bias(a)]
+        steps = [_step(a, old, on_bias=True, dtype=dtype) for a in adapters if a.on_bias]
         merged = edit_tensor(old, steps, f"{path}.bias", dtype=dtype)
         linear.bias = nn.Parameter(merged, requires_grad=False)
     return linear.train(layer.training)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -20,7 +21,8 @@ from infold.errors import Refusal
 from infold.tuners import files, merging
 from infold.tuners.config import LoraConfig, TunerConfig
 from infold.tuners.embeddings import Swapped, bring
-from infold.tuners.layers import Adapted, Adapter, Rows, adapt, restore
+from infold.tuners.layers import Adapted, Adapter, Rows, adapt
+from infold.tuners.parameters import adapt_parameter
 from infold.tuners.parts import layers_of, new_adapter
 from infold.tuners.quantized import keep_gradients
 from infold.tuners.select import Selection, select
@@ -49,6 +51,7 @@ class Attached:
     rows: Rows = field(default_factory=Rows)
     merged: merging.Merged = field(default_factory=lambda: merging.Merged())
     slow: list[nn.Module] = field(default_factory=list)  # 4-bit layers kept off a kernel
+    hooked: bool = False  # whether inputs require gradients because of us
 
 
 def attach(model: nn.Module, config: TunerConfig, name: str = "default") -> Any:
@@ -151,8 +154,9 @@ def _become(model: nn.Module) -> None:
     if getattr(model, "is_quantized", False):
         # transformers' word for it: its Trainer takes no quantized model without adapters
         model._hf_peft_config_loaded = True  # type: ignore[assignment]
-    if _checkpoints(model):
+    if _checkpoints(model) and not model.__dict__.get("_require_grads_hooks"):
         model.enable_input_require_grads()  # type: ignore[operator]
+        cast(AdaptedModel, model)._attached.hooked = True
 
 
 def _checkpoints(model: nn.Module) -> bool:
@@ -175,7 +179,8 @@ def insert(
     attached, config, rows = model._attached, selection.config, selection.rows
     layers = layers_of(selection)
     tied = {path: model.get_submodule(path) for path in rows.tied}
-    if problems := clashes(layers | tied, selection.whole, attached.whole):
+    parameters = {path: module for path, (module, _) in selection.parameters.items()}
+    if problems := clashes(layers | tied | parameters, selection.whole, attached.whole):
         raise Refusal(problems)
     if isinstance(config, LoraConfig) and config.bias != "none" and attached.biases:
         other = next(iter(attached.biases))
@@ -189,13 +194,17 @@ def insert(
         attached.slow += keep_gradients(model)
     if rows.tokens:
         attached.tokens[name] = rows
-    for path, module in layers.items():
-        layer = adapt(module, attached.rows)
+    adapted: dict[str, Callable[[Rows], Adapted]] = {
+        path: partial(adapt, module) for path, module in layers.items()
+    }
+    adapted |= {path: partial(adapt_parameter, *p) for path, p in selection.parameters.items()}
+    for path, make in adapted.items():
+        layer = make(attached.rows)
         attached.layers[path] = layer
         layer.adapters[name] = new_adapter(
             selection, path, layer, None if loaded is None else loaded[path]
         )
-        _keep_off_fast_path(model, path, layer)
+        _keep_off_fast_path(model, path, layer.holder)
     for path, module in tied.items():
         attached.layers[path] = layer = adapt(module, attached.rows)
         layer.adapters[name] = attached.layers[rows.tied[path]].adapters[name]
@@ -224,9 +233,10 @@ def _take_hook(layer: nn.Module) -> None:
             del layer._forward_pre_hooks[key]
 
 
-def _biases(model: nn.Module, config: LoraConfig, selection: Selection) -> Swapped:
+def _biases(model: AdaptedModel, config: LoraConfig, selection: Selection) -> Swapped:
+    bases = {id(place.merged): place.base for place in model._attached.merged.places}
     own = {
-        path: parameter
+        path: bases.get(id(parameter), parameter)
         for path, parameter in model.named_parameters()
         if path.endswith("bias")
         and ".adapters." not in path
@@ -258,9 +268,10 @@ class AdaptedModel(nn.Module):
 
     def add_adapter(self, adapter_name: str, peft_config: TunerConfig) -> None:
         """Add an adapter without making it active."""
-        active = self.active_adapters
-        attach(self, peft_config, adapter_name)
-        self.set_adapter(active or adapter_name)
+        selection = select(self, peft_config)
+        with _adding(self, adapter_name):
+            insert(self, adapter_name, selection)
+            self.set_adapter(self.active_adapters or adapter_name)
 
     def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
         """Put these adapters in force, in this order, and make them the ones that are trained."""
@@ -297,8 +308,8 @@ class AdaptedModel(nn.Module):
             if adapter_name in layer.adapters:
                 del layer.adapters[adapter_name]
             if not len(layer.adapters):
-                _take_hook(layer)
-                restore(layer)
+                _take_hook(layer.holder)
+                layer.leave()
                 del attached.layers[path]
         for path, module in list(attached.whole.items()):
             if adapter_name in module.adapters:
@@ -318,6 +329,7 @@ class AdaptedModel(nn.Module):
         adapter_name: str,
         combination_type: str | None = None,
         svd_rank: int | None = None,
+        svd_clamp: float | None = None,
         density: float | None = None,
         majority_sign_method: str = "total",
         seed: int = 0,
@@ -325,16 +337,17 @@ class AdaptedModel(nn.Module):
         """Combine adapters, each with its weight, into a new one, which is not active yet.
 
         It has the tensors that `infold combine` writes (docs/combine.md), which also tells the
-        types; default: svd for LoRA, linear for IA³. svd_rank: default the largest rank. density:
-        the share of elements that pruning keeps, in (0, 1]. seed: for DARE. What was no sum, such
-        as a saved module that is carried over, is told in a warning.
+        types; default: svd for LoRA, linear for IA³. svd_rank: default the largest rank.
+        svd_clamp: cuts both factors at this quantile of their elements. density: the share of
+        elements that pruning keeps, in (0, 1]. seed: for DARE. What was no sum, such as a saved
+        module that is carried over, is told in a warning.
         Raises Refusal with all reasons; the model is unchanged then.
         """
         self._known(adapters)
         _check_name(self._attached, adapter_name)
         options = {
-            "svd_rank": svd_rank, "density": density, "majority_sign": majority_sign_method,
-            "seed": seed,
+            "svd_rank": svd_rank, "svd_clamp": svd_clamp, "density": density,
+            "majority_sign": majority_sign_method, "seed": seed,
         }  # fmt: skip
         add_weighted(self, adapters, weights, adapter_name, combination_type, options)
 
@@ -362,8 +375,8 @@ class AdaptedModel(nn.Module):
             for name in module.adapters:
                 module.adapters[name].requires_grad_(self._trains(name))
         bring(attached.embeddings, used)
+        bring(attached.biases, used)
         for name, biases in attached.biases.items():
-            biases.switch(name in used)
             for parameter in biases.parameters.values():
                 parameter.requires_grad_(self._trains(name))
 
@@ -450,15 +463,16 @@ class AdaptedModel(nn.Module):
         adapter_names: Sequence[str] | None = None,
         dequantize: torch.dtype | None = None,
     ) -> Any:
-        """Merge adapters (default: the active ones) for good: the plain model, in its own class.
+        """Merge adapters (default: the active ones) for good, after those that are merged already:
+        the plain model, in its own class.
 
         dequantize: a dtype for 4 and 8 bit layers that an adapter changes; without it a Refusal.
         The result has the bytes that `infold merge` writes. Raises Refusal as merge_adapter.
         """
-        chosen = self.active_adapters if adapter_names is None else adapter_names
-        names = tuple(dict.fromkeys(chosen))
-        self._known(names)
         attached = self._attached
+        chosen = self.active_adapters if adapter_names is None else adapter_names
+        names = tuple(dict.fromkeys((*attached.merged.names, *chosen)))
+        self._known(names)
         check_order(attached, names)
         attached.merged = merging.merged(
             self, attached.merged, names, keep=False, dequantize=dequantize
@@ -467,8 +481,7 @@ class AdaptedModel(nn.Module):
             own = [n for n in names if n in module.adapters]
             module._in_force = own[-1] if own else None
         bring(attached.embeddings, names)
-        for name, biases in attached.biases.items():
-            biases.switch(name in names)
+        bring(attached.biases, names)
         return self._plain_again(keep=True)
 
     def unload(self) -> Any:
@@ -485,13 +498,15 @@ class AdaptedModel(nn.Module):
         attached, shared = self._attached, merging.shared_parameters(self)
         attached.merged.commit(self)
         for layer in attached.layers.values():
-            _take_hook(layer)
-            restore(layer)
+            _take_hook(layer.holder)
+            layer.leave()
         for module in attached.whole.values():
             restore_whole(module, keep)
         merging.untie(self, shared)
         del self._attached
         self.__dict__.pop("_hf_peft_config_loaded", None)
+        if attached.hooked:
+            self.disable_input_require_grads()  # type: ignore[operator]
         self.__class__ = type(self)._plain  # type: ignore[attr-defined]
         for slow in attached.slow:
             slow.support_avx512bf16_for_cpu = True  # type: ignore[assignment]

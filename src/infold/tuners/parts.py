@@ -13,6 +13,8 @@ from infold.adapters.exact import slices_for
 from infold.dtypes import NAMES
 from infold.tuners.config import IA3Config, LoraConfig, TunerConfig
 from infold.tuners.layers import Adapted, Adapter, Stage
+from infold.tuners.parameters import Parameter
+from infold.tuners.parameters import named as parameter_name
 from infold.tuners.select import Selection
 
 __all__ = ["layers_of", "new_adapter"]
@@ -57,6 +59,20 @@ def settings_of(
 ) -> tuple[Settings, str]:
     """The settings and the method of one layer, the same as the merge of checkpoints takes."""
     geometry = layer.geometry()
+    if isinstance(layer, Parameter):
+        assert isinstance(config, LoraConfig)
+        rank, shape = config.rank(parameter_name(path)), layer.weight.shape
+        settings = Settings(
+            scaling=config.scaling(parameter_name(path)),
+            slices=slices_for(NAMES[layer.weight.dtype], rank),
+            out=shape[-2],
+            rank=rank,
+            start=config.init_lora_weights,
+            experts=layer.experts,
+            width=shape[-1] if layer.experts else 0,
+            flipped=layer.flipped,
+        )
+        return settings, "lora"
     if isinstance(config, IA3Config):
         side = "in" if feedforward else "out"
         settings = Settings(

@@ -23,6 +23,7 @@ from infold.tuners.config import (
     within,
 )
 from infold.tuners.layers import KINDS, Adapted, AdaptedOpaque, kind_of
+from infold.tuners.parameters import Holder, find_parameters, named, unfit
 from infold.tuners.quantized import is_readable
 from infold.tuners.targets import find_targets, fused_experts
 from infold.tuners.vocabulary import FIELD, TokenRows, find_rows, misfits
@@ -45,6 +46,7 @@ class Selection:
     whole: dict[str, nn.Module]  # modules_to_save
     rows: TokenRows = field(default_factory=TokenRows)
     tables: dict[str, nn.Module] = field(default_factory=dict)  # the modules of `rows.tokens`
+    parameters: dict[str, tuple[nn.Module, str]] = field(default_factory=dict)
 
 
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -52,7 +54,7 @@ def modules_of(model: nn.Module) -> dict[str, nn.Module]:
     own: dict[str, nn.Module] = {}
     inside: list[str] = []
     for path, module in model.named_modules():
-        if isinstance(module, Adapted | Whole):
+        if isinstance(module, Adapted | Holder | Whole):
             inside.append(f"{path}.adapters" if path else "adapters")
         if not any(path == i or path.startswith(f"{i}.") for i in inside[-2:]) and path:
             own[path] = module
@@ -84,7 +86,16 @@ def select(model: nn.Module, config: TunerConfig) -> Selection:
     layers = {p: m for p, m in layers.items() if not within(p, whole)}
     for path, module in layers.items():
         problems += _unfit(model, path, module, config)
-    if not layers and not problems:
+    parameters = find_parameters(modules, config)
+    problems += _unmatched_parameters(config, modules, parameters)
+    for path, (module, name) in parameters.items():
+        owner = path.rpartition(".adapters.")[0]
+        if owner in layers or within(owner, whole):
+            field_name = "target_modules" if owner in layers else "modules_to_save"
+            problems.append(f"{named(path)}: its module is one of {field_name}, too")
+        elif problem := unfit(path, module, name):
+            problems.append(problem)
+    if not layers and not parameters and not problems:
         problems.append("no module is left: every target is excluded, or in no wanted layer")
     rows, strangers = find_rows(model, modules, config)
     problems += _unmatched(FIELD, strangers, modules) + misfits(rows, modules, layers, whole)
@@ -103,7 +114,8 @@ def select(model: nn.Module, config: TunerConfig) -> Selection:
     if problems:
         raise Refusal(f"{type(config).__name__}: {problem}" for problem in problems)
     tables = {path: modules[path] for path in rows.tokens}
-    return Selection(_by_layout(config, layers), layers, feedforward, whole, rows, tables)
+    config = _by_layout(config, layers)
+    return Selection(config, layers, feedforward, whole, rows, tables, parameters)
 
 
 def _with_targets(
@@ -114,6 +126,8 @@ def _with_targets(
         heads = [h for h in _HEADS if any(matches([h], path) for path in modules)]
         saved = list(config.modules_to_save or [])
         config = replace(config, modules_to_save=[*saved, *(h for h in heads if h not in saved)])
+    if config.target_modules is None and getattr(config, "target_parameters", None):
+        return replace(config, target_modules=[])
     if config.target_modules is None:
         found = find_targets(model, config.METHOD)
         config = replace(config, target_modules=list(found.modules))
@@ -137,7 +151,8 @@ def _with_targets(
         ]
         config = replace(config, target_modules=_shortest(paths, modules))
         if sentence := fused_experts(modules):
-            warnings.warn(f"all-linear: {sentence}", UserWarning, stacklevel=2)
+            way = "; target_parameters names them" if isinstance(config, LoraConfig) else ""
+            warnings.warn(f"all-linear: {sentence}{way}", UserWarning, stacklevel=2)
     if isinstance(config, IA3Config) and config.feedforward_modules is None:
         found = find_targets(model, config.METHOD)
         inner = [
@@ -223,8 +238,8 @@ def _unmatched(field: str, names: Names, modules: Iterable[str]) -> list[str]:
         holder = _holder(name, modules)
         if holder:
             problems.append(
-                f"{field}: {name!r} is a parameter of {holder}, not a module; experts that are "
-                "fused into one parameter take no adapter here"
+                f"{field}: {name!r} is a parameter of {holder}, not a module; LoRA takes it in "
+                "target_parameters"
             )
             continue
         kind = "the pattern" if isinstance(names, str) else "the name"
@@ -232,6 +247,27 @@ def _unmatched(field: str, names: Names, modules: Iterable[str]) -> list[str]:
         near = difflib.get_close_matches(name.rpartition(".")[2], leaves, n=4, cutoff=0.5)
         hint = f"near it: {', '.join(near)}" if near else f"there are: {', '.join(leaves[:20])}"
         problems.append(f"{field}: {kind} {name!r} means no module of the model; {hint}")
+    return problems
+
+
+def _unmatched_parameters(
+    config: TunerConfig, modules: dict[str, nn.Module], found: Iterable[str]
+) -> list[str]:
+    """The names that mean no parameter, with those that look like them."""
+    there = {named(path) for path in found}
+    problems = []
+    for name in getattr(config, "target_parameters", None) or ():
+        if any(matches([name], path) for path in there):
+            continue
+        known = {
+            own
+            for module in modules.values()
+            for own, p in module.named_parameters(recurse=False)
+            if p.dim() > 1
+        }
+        near = difflib.get_close_matches(name.rpartition(".")[2], known, n=4, cutoff=0.5)
+        hint = f"near it: {', '.join(near)}" if near else f"there are: {', '.join(sorted(known))}"
+        problems.append(f"target_parameters: {name!r} means no parameter of the model; {hint}")
     return problems
 
 

@@ -27,8 +27,9 @@ class TrainSettings:
     lr: None: 2e-4, for ia3 3e-3. schedule: linear, cosine or constant, after `warmup` (a fraction
     of all steps). rank, alpha (None: twice the rank), dropout: of LoRA and DoRA.
     targets: endings of module paths; None: found from the model's structure. feedforward: for
-    ia3, those of the targets whose inputs are scaled. tokens: of LoRA and DoRA: tokens, as the
-    tokenizer writes them, whose embeddings are trained too.
+    ia3, those of the targets whose inputs are scaled. parameters: for lora, endings of the paths of
+    parameters that get an adapter too, such as the experts of a layer. tokens: of LoRA and DoRA:
+    tokens, as the tokenizer writes them, whose embeddings are trained too.
     max_length: None: what the model takes, with packing at most 2,048. too_long: what happens to
     longer rows: refuse, cut (at the end) or drop.
     eval_split: a fraction of the rows, or a file. eval_every: steps; None: after each epoch.
@@ -51,6 +52,7 @@ class TrainSettings:
     dropout: float = 0.0
     targets: tuple[str, ...] | None = None
     feedforward: tuple[str, ...] | None = None
+    parameters: tuple[str, ...] | None = None
     tokens: tuple[str, ...] | None = None
     max_length: int | None = None
     too_long: str = "refuse"
@@ -67,7 +69,7 @@ class TrainSettings:
     save_every: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("targets", "feedforward", "tokens", "labels"):
+        for name in ("targets", "feedforward", "parameters", "tokens", "labels"):
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, tuple(value))
@@ -109,6 +111,10 @@ class TrainSettings:
             wrong.append(("template", "must hold {text}, where the row's text goes"))
         if self.feedforward and self.method != "ia3":
             wrong.append(("feedforward", "is a setting of --method ia3"))
+        if self.parameters and self.method != "lora":
+            wrong.append(("parameters", "is a setting of --method lora"))
+        if self.parameters and self.dropout:
+            wrong.append(("dropout", "does not go together with --parameters"))
         if self.tokens and self.method == "ia3":
             wrong.append(("tokens", "is a setting of --method lora and dora"))
         if self.tokens and len(set(self.tokens)) < len(self.tokens):
@@ -125,7 +131,7 @@ class TrainSettings:
         """JSON-ready, with the defaults filled in."""
         found = asdict(self) | {"lr": self.learning_rate}
         if self.method == "ia3":
-            lora = ("rank", "alpha", "dropout", "tokens")
+            lora = ("rank", "alpha", "dropout", "parameters", "tokens")
             found = {k: v for k, v in found.items() if k not in lora}
         elif self.alpha is None:
             found["alpha"] = 2 * self.rank

@@ -275,6 +275,7 @@ def _train(
         trainer.save_model(str(run / "adapter"))
         trainer.accelerator.wait_for_everyone()
     names = model.peft_config["default"].target_modules
+    names = [names] if isinstance(names, str) else [*names, *(settings.parameters or ())]
     record = replace(
         draft,
         parameters=trainable,
@@ -283,7 +284,7 @@ def _train(
         epochs=round(float(trainer.state.epoch or 0), 4),
         losses=_losses(history),
         device=args.device.type,
-        targets=sorted([names] if isinstance(names, str) else names),
+        targets=sorted(names),
         resumed_step=int(checkpoint.name.rpartition("-")[2]) if checkpoint else None,
         seconds=round(time.monotonic() - started, 3),
     )
@@ -400,6 +401,7 @@ def _model(
         lora_dropout=settings.dropout,
         use_dora=settings.method == "dora",
         trainable_token_indices=ready.trained or None,
+        target_parameters=list(settings.parameters) if settings.parameters else None,
         **common,
     )
     return attach(model, config)

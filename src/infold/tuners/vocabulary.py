@@ -97,9 +97,10 @@ def misfits(
 
 
 def check_order(attached: Attached, names: Sequence[str]) -> None:
-    """Raise Refusal where trained rows, a module of modules_to_save, or an embedding that an
-    adapter brings would overwrite what an adapter before it did."""
-    problems, names = [], tuple(dict.fromkeys(names))
+    """Raise Refusal where trained rows or biases, a module of modules_to_save, or an embedding that
+    an adapter brings would overwrite what an adapter before it did."""
+    names = tuple(dict.fromkeys(names))
+    problems = _biases_out_of_order(attached, names)
     replaced = {name: _replaced(attached, name) for name in names}
     for number, name in enumerate(names):
         for path, what in replaced[name].items():
@@ -120,6 +121,22 @@ def check_order(attached: Attached, names: Sequence[str]) -> None:
                 )
     if problems:
         raise Refusal(problems)
+
+
+def _biases_out_of_order(attached: Attached, names: Sequence[str]) -> list[str]:
+    """An adapter that trains biases puts its own in their place."""
+    problems = []
+    for number, name in enumerate(names):
+        own = attached.biases[name].parameters if name in attached.biases else {}
+        for layer, bias in ((attached.layers.get(path.rpartition(".")[0]), path) for path in own):
+            adapters = {} if layer is None else dict(layer.adapters.items())
+            earlier = [n for n in names[:number] if n in adapters and adapters[n].on_bias]
+            if earlier:
+                problems.append(
+                    f"{name} replaces {bias}, which {', '.join(earlier)} changes before it: that "
+                    f"work would be lost; put {name} first, or use one of them"
+                )
+    return problems
 
 
 def _replaced(attached: Attached, name: str) -> dict[str, str]:

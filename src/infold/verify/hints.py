@@ -14,7 +14,7 @@ from infold.checkpoint.safetensors import TensorInfo
 from infold.plan.edits import Operation, Plan
 from infold.verify.amended import AmendedCheck
 from infold.verify.parts import PartCheck
-from infold.verify.reference import alpha_of, scaling_of
+from infold.verify.reference import alpha_of, rank_of, scaling_of
 from infold.verify.tensors import BaseCheck, EditCheck, Workspace
 
 __all__ = ["Wrong", "hints"]
@@ -96,7 +96,8 @@ def _scaling(
         return plan.adapters[op.adapter].config
 
     def rank(op: Operation) -> int:
-        return plan.adapters[op.adapter].tensors[op.parts["lora_A"]].shape[0]
+        rows = plan.adapters[op.adapter].tensors[op.parts["lora_A"]].shape[0]
+        return rank_of(op, rows)
 
     def without(*fields: str) -> Callable[[Operation, int], float]:
         return lambda op, r: scaling_of({**config(op), **dict.fromkeys(fields)}, op.module, r)

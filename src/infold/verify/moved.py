@@ -23,8 +23,9 @@ from infold.checkpoint.staging import storage_errors
 from infold.errors import Refusal
 from infold.formats.floats import Floats, floats_of
 from infold.plan.edits import Edit
-from infold.verify.reference import Values, reference_of
+from infold.verify.reference import reference_of
 from infold.verify.rounding import LINES, Line
+from infold.verify.values import Values
 
 __all__ = ["PRECISION", "factors_of", "write_moved"]
 

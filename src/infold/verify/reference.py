@@ -15,6 +15,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,98 +25,18 @@ from torch import Tensor
 from infold.adapters import Settings
 from infold.errors import Refusal
 from infold.plan.edits import Operation
+from infold.verify.experts import Experts, factors_of
+from infold.verify.values import STEP, Values
 
 __all__ = [
-    "STEP",
     "LowRank",
     "Reference",
     "Sums",
-    "Values",
     "alpha_of",
+    "rank_of",
     "reference_of",
     "scaling_of",
 ]
-
-STEP = 2.0**-52  # two float64 roundings, one on either side
-
-
-class Values:
-    """float64 `x`, where the merge's value m of each element is within
-
-    |m - x| <= error + relative * |x|,    error a tensor of x's shape or None for zero.
-
-    Every bound is first order in float64's roundings; whoever uses it widens it by 2^-10.
-    """
-
-    __slots__ = ("error", "relative", "spare", "x")
-
-    def __init__(self, x: Tensor, spare: Tensor | None = None) -> None:
-        self.x = x
-        self.error: Tensor | None = None
-        self.relative = 0.0
-        self.spare = spare  # memory for `error`, of x's shape, float32 or float64
-
-    @property
-    def exact(self) -> bool:
-        return self.error is None and self.relative == 0.0
-
-    def t(self) -> Values:
-        """The same elements, transposed. Its bounds are its own until `share` takes them over."""
-        view = Values(self.x.t(), None if self.spare is None else self.spare.t())
-        view.error = None if self.error is None else self.error.t()
-        view.relative = self.relative
-        return view
-
-    def share(self, view: Values) -> None:
-        """Take over the bounds of a transposed view."""
-        self.error = None if view.error is None else view.error.t()
-        self.relative = view.relative
-
-    def fix(self) -> None:
-        """Make the relative bound absolute, before x changes other than by a factor."""
-        if self.relative:
-            self.widen(self.x.abs() * self.relative)
-            self.relative = 0.0
-
-    def widen(self, error: Tensor) -> None:
-        if self.error is not None:
-            self.error.add_(error)
-        elif self.spare is not None:
-            self.error = self.spare.copy_(error)
-        else:
-            self.error = error.expand_as(self.x).clone()
-        _above_zero(self.error)
-
-    def widen_by_product(self, rows: Tensor, columns: Tensor) -> None:
-        """error += rows * columns', as an outer product."""
-        if self.error is None and self.spare is not None:
-            kind = self.spare.dtype
-            self.error = torch.mul(rows[:, None].to(kind), columns.to(kind), out=self.spare)
-            _above_zero(self.error)
-        else:
-            self.widen(rows[:, None] * columns)
-
-    def add(self, delta: Tensor) -> None:
-        """x += delta, where delta is the merge's own float64 value."""
-        inexact = not self.exact
-        self.fix()
-        self.x.add_(delta)
-        self.relative = STEP if inexact else 0.0
-
-    def multiply(self, factor: Tensor, doubt: float = 0.0) -> None:
-        """x *= factor, where the merge's factor is known but for `doubt`, relative."""
-        inexact = doubt > 0 or not self.exact
-        self.x.mul_(factor)
-        if self.error is not None:
-            _above_zero(self.error.mul_(factor.abs()))
-        if inexact:
-            self.relative += doubt + STEP
-
-
-def _above_zero(error: Tensor) -> None:
-    """A bound that is too small for its dtype is not zero: zero would mean that x is known, and so
-    the sign of a zero that it is rounded to."""
-    error.clamp_(min=torch.finfo(error.dtype).tiny)
 
 
 class Sums:
@@ -359,8 +280,8 @@ class LowRank:
         b: Tensor,
         scaling: float,
         dtype: str,
-        groups: int,
-        magnitude: Tensor | None,
+        groups: int = 1,
+        magnitude: Tensor | None = None,
     ) -> None:
         self.rank = b.shape[1]  # of one group
         self.bits = (53 - math.ceil(math.log2(self.rank))) // 2
@@ -440,13 +361,14 @@ class LowRank:
     # --- single elements, by the contract
 
     def settle(self, values: Values, i: Tensor, j: Tensor) -> None:
-        delta = torch.zeros_like(values.x)
-        step = max(1, _AT_ONCE // self.rank)
-        for start in range(0, len(i), step):
-            piece = slice(start, start + step)
-            delta[piece] = self._delta(i[piece], j[piece])
-        values.add(delta)  # an update of zero is +0, from the integer
+        values.add(self.update(i, j))
         self._direct(values, i)
+
+    def update(self, i: Tensor, j: Tensor) -> Tensor:
+        """What is added to single elements. An update of zero is +0, from the integer."""
+        step = max(1, _AT_ONCE // self.rank)
+        pieces = [slice(start, start + step) for start in range(0, len(i), step)]
+        return torch.cat([i.new_zeros(0).double(), *(self._delta(i[p], j[p]) for p in pieces)])
 
     def _delta(self, i: Tensor, j: Tensor) -> Tensor:
         a = self.a[0].pick(j)
@@ -521,6 +443,11 @@ def _matching(config: Mapping[str, Any], patterns: str, default: str, module: st
     return found or [config.get(default, 8)]
 
 
+def rank_of(operation: Operation, rows: int) -> int:
+    """The rank of a LoRA whose lora_A has so many rows."""
+    return rows // max(operation.settings.experts, 1)
+
+
 def reference_of(
     operation: Operation,
     config: Mapping[str, Any],
@@ -543,12 +470,20 @@ def reference_of(
         return _InputScale(vector, settings.kernel, settings.groups, settings.out)
     if operation.method == "trainable_tokens":
         return _Tokens(parts["trainable_tokens_delta"], settings.tokens)
-    rank, ranks = len(parts["lora_A"]), _matching(config, "rank_pattern", "r", operation.module)
+    rank = rank_of(operation, len(parts["lora_A"]))
+    ranks = _matching(config, "rank_pattern", "r", operation.module)
     if rank not in ranks:
         raise Refusal(f"{operation.module}: rank {rank} in the adapter, {ranks[0]} by its config")
     if scaling is None:
         scaling = scaling_of(config, operation.module, rank)
     a, b = parts["lora_A"].flatten(1), parts["lora_B"].flatten(1)
+    if settings.experts:
+        if settings.expert < 0:
+            make = partial(LowRank, scaling=scaling, dtype=dtype)
+            return Experts(a, b, rank, settings, make)
+        a, b = factors_of(settings.expert, a, b, rank)
+        b = b[settings.first : settings.first + settings.out]
+        return LowRank(a, b, scaling, dtype)
     outputs = _elements(torch.arange(len(b)), settings)
     if operation.on_bias:
         return _LowRankBias(parts["lora_bias"].double().flatten()[outputs], scaling)

@@ -29,16 +29,16 @@ from infold.dtypes import SCALE_DTYPES
 from infold.plan.edits import BaseTensor, Decoded, Edit, Operation, Original, Replacement
 from infold.verify.blocks import Blocks, blocks_of
 from infold.verify.reference import (
-    STEP,
     LowRank,
     PowerOfTwo,
     Reference,
     Sums,
-    Values,
+    rank_of,
     reference_of,
 )
 from infold.verify.rounding import LINES
 from infold.verify.stored import decode
+from infold.verify.values import STEP, Values
 
 __all__ = ["BaseCheck", "EditCheck", "Tally", "Workspace"]
 
@@ -303,7 +303,8 @@ class EditCheck:
                     parts = {part: adapter.read(key) for part, key in operation.parts.items()}
                     scaling = None
                     if self.scalings is not None and "lora_A" in parts:
-                        scaling = self.scalings(operation, len(parts["lora_A"]))
+                        rank = rank_of(operation, len(parts["lora_A"]))
+                        scaling = self.scalings(operation, rank)
                     reference = reference_of(operation, adapter.config, parts, self.dtype, scaling)
                     if isinstance(reference, LowRank) and reference.magnitude is not None:
                         self._norms(number, [*found, reference], workspace)
