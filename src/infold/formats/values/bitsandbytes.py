@@ -28,11 +28,7 @@ from infold.formats.values.scheme import (
 
 __all__ = ["PARTS", "absmax_of", "decode", "encode", "encoded", "scheme"]
 
-PARTS: tuple[str, ...] = (
-    "weight", "SCB", "weight_format", "weight.absmax", "weight.quant_map", "weight.nested_absmax",
-    "weight.nested_quant_map", "weight.quant_state.bitsandbytes__nf4",
-    "weight.quant_state.bitsandbytes__fp4",
-)  # fmt: skip
+PARTS = bitsandbytes.PARTS
 
 _ALL = slice(None)
 
@@ -41,7 +37,7 @@ def scheme(stored: Stored) -> Scheme:
     """Raises NoValues where quant_state does not tell what is needed."""
     try:
         outputs, inputs = bitsandbytes.shape(stored)
-        if stored.dtype("weight") == "I8":
+        if not bitsandbytes.is_4bit(stored):
             need(stored, "SCB", ("F32",), (outputs,), (outputs, 1))
             return Scheme((outputs, inputs))
         told = bitsandbytes.state(stored)
@@ -74,7 +70,7 @@ def scheme(stored: Stored) -> Scheme:
 def encoded(stored: Stored) -> dict[str, Field | None]:
     """The tensors that `encode` writes anew. Scales that are quantized themselves become plain: the
     tensors of their quantization are dropped, and loaders go by which of them are there."""
-    if stored.dtype("weight") == "I8":
+    if not bitsandbytes.is_4bit(stored):
         return {part: stored.tensors[part] for part in ("weight", "SCB")}
     how = scheme(stored)
     if how.shape[1] % how.group:
