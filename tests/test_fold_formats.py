@@ -648,10 +648,9 @@ def test_codes_that_are_called_floats(tmp_path: Path, kind: str) -> None:
 
     def encode(weight: Tensor) -> Module:
         made = quantized_bases.bitsandbytes(weight, kind)
-        codes = made.tensors["weight"]
-        made.tensors["weight"] = codes.view(torch.bfloat16)
+        made.tensors["weight"] = made.tensors["weight"].view(-1).view(torch.bfloat16)[:, None]
         values = made.values
-        made.values = lambda p: values({**p, "weight": p["weight"].view(torch.uint8)})
+        made.values = lambda p: values({**p, "weight": p["weight"].view(torch.uint8).view(-1, 1)})
         return made
 
     base = make_base(tmp_path / "base", "", encode)
@@ -671,5 +670,14 @@ def test_codes_that_are_called_floats(tmp_path: Path, kind: str) -> None:
     back, was = (f / "model.safetensors" for f in (tmp_path / "back", base.path))
     assert back.read_bytes() == was.read_bytes()
     assert "bitsandbytes, " in CliRunner().invoke(app, ["inspect", str(base.path)]).output
-    with pytest.raises(infold.Refusal, match="its weight is BF16"):
-        infold.merge(base.path, adapter, tmp_path / "no", dequantize=True)
+    name = "mlp.gate_proj"
+    low_rank = handmade.lora(tmp_path / "lora", {f"{LAYER}.{name}": SIZES[name]})
+    for mode, most in (("dequantize", 2.0**-8), ("requantize", 0.15)):
+        infold.merge(base.path, low_rank, tmp_path / mode, **{mode: True})
+        assert infold.verify(base.path, low_rank, tmp_path / mode).ok
+        parts = load_file(low_rank / "adapter_model.safetensors")
+        a, b = (parts[f"base_model.model.{LAYER}.{name}.lora_{n}.weight"].double() for n in "AB")
+        exact = base.values(base.path, name) + 2 * b @ a
+        dense = base.parts(tmp_path / mode, name)["weight"].double()
+        found = dense if mode == "dequantize" else base.values(tmp_path / mode, name)
+        assert (found - exact).norm() < most * exact.norm()

@@ -1,7 +1,8 @@
 """bitsandbytes: int8 rows, and NF4 or FP4 in blocks.
 
 int8      weight I8 (out, in), SCB F32 (out): W = weight * SCB / 127
-NF4, FP4  weight U8, two codes a byte, the first in the high half; quant_map F32 (16)
+NF4, FP4  weight U8, two codes a byte, the first in the high half; quant_map F32 (16). The same
+          bytes may be called floats (bnb_4bit_quant_storage)
           W.flatten()[n] = quant_map[code[n]] * absmax[n // blocksize]
 
 absmax is F32, or doubly quantized: U8 codes of nested_quant_map, times nested_absmax of every
@@ -10,6 +11,7 @@ nested_block blocks, plus nested_offset; in float32, as bitsandbytes computes it
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -19,6 +21,7 @@ from infold.formats import bitsandbytes
 from infold.formats.stored import Field, NoFold, Stored
 from infold.formats.values import integers
 from infold.formats.values.scheme import (
+    Matrix,
     NoValues,
     Parts,
     Scheme,
@@ -31,6 +34,7 @@ __all__ = ["PARTS", "absmax_of", "decode", "encode", "encoded", "scheme"]
 PARTS = bitsandbytes.PARTS
 
 _ALL = slice(None)
+_STORAGE = {"U8": 1, "I8": 1, "BF16": 2, "F16": 2, "F32": 4}  # bytes of what holds the codes
 
 
 def scheme(stored: Stored) -> Scheme:
@@ -49,7 +53,10 @@ def scheme(stored: Stored) -> Scheme:
         raise NoValues("its quant_state tells no blocksize or no type that is known here")
     if stored.shape("weight.quant_map") != (16,) or absmax != (-(-count // block),):
         raise NoValues("its quant_map or absmax does not suit its weight")
-    need(stored, "weight", ("U8",), (-(-count // 2), 1), (-(-count // 2),))
+    size = -(-count // 2) / _STORAGE.get(stored.dtype("weight") or "", 1)
+    if not size.is_integer():
+        raise NoValues(f"its weight is {stored.dtype('weight')}, which {count} codes do not fill")
+    need(stored, "weight", _STORAGE, (int(size), 1), (int(size),))
     need(stored, "weight.quant_map", ("F32",), (16,))
     offset, nested = 0.0, 256
     if stored.dtype("weight.absmax") == "U8":
@@ -90,7 +97,7 @@ def decode(parts: Parts, scheme: Scheme, rows: slice) -> Tensor:
         return integers.decode(parts["weight"][rows, _ALL], parts["SCB"][rows, _ALL], None, 0, 127)
     inputs = scheme.shape[1]
     first, last = rows.start * inputs, rows.stop * inputs
-    packed = parts["weight"][slice(first // 2, -(-last // 2)), _ALL].flatten()
+    packed = _codes(parts["weight"], scheme, first // 2, -(-last // 2))
     codes = torch.stack((packed >> 4, packed & 15), 1).flatten()
     codes = codes[first % 2 : first % 2 + last - first].to(torch.int64)
     table = parts["weight.quant_map"][_ALL, _ALL].flatten().to(torch.float64)
@@ -100,6 +107,13 @@ def decode(parts: Parts, scheme: Scheme, rows: slice) -> Tensor:
     values = table[codes]
     values *= absmax.repeat_interleave(size)[first - top * size : last - top * size]
     return values.view(rows.stop - rows.start, inputs)
+
+
+def _codes(stored: Matrix, scheme: Scheme, first: int, last: int) -> Tensor:
+    """Some bytes of the codes, whatever the elements that hold them are called."""
+    width = -(-math.prod(scheme.shape) // 2) // max(1, math.prod(stored.shape))
+    held = stored[slice(first // width, -(-last // width)), _ALL].contiguous().view(torch.uint8)
+    return held.flatten()[first % width : first % width + last - first]
 
 
 def absmax_of(parts: Parts, scheme: Scheme, blocks: slice) -> Tensor:
@@ -134,6 +148,7 @@ def encode(
     levels, order = table.sort()
     middles = (levels[1:] + levels[:-1]) / 2
     codes = order[torch.bucketize(blocks / absmax[:, None], middles)].flatten().to(torch.uint8)
-    out["weight"].view(-1)[first // 2 : last // 2] = codes[0::2] << 4 | codes[1::2]
+    packed = out["weight"].view(-1).view(torch.uint8)
+    packed[first // 2 : last // 2] = codes[0::2] << 4 | codes[1::2]
     start = first // scheme.group
     out["weight.absmax"].view(-1)[start : start + len(absmax)] = absmax.float()
