@@ -7,8 +7,7 @@ python benchmarks/loop.py speed     # 6 iterations: stacked adapters, PEFT's mer
 
 import argparse
 import math
-import os
-import platform
+import shlex
 import shutil
 import statistics
 import sys
@@ -26,11 +25,13 @@ import infold
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent / "examples" / name) for name in ("", "self_improvement")]
 from drift import distance, tensors, updates  # noqa: E402
+from parts import machine, told  # noqa: E402
 from reviews import load_reviews  # noqa: E402
 from smollm2 import NAME, default_cache, make_base  # noqa: E402
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RANK = 8
+PACKAGES = ("infold", "torch", "transformers", "peft")
 warnings.filterwarnings("ignore", message="Already found a `peft_config`")
 warnings.filterwarnings("ignore", message="You are trying to modify a model with PEFT")
 
@@ -224,9 +225,9 @@ def main() -> None:
     base = make_base(default_cache())
     with tempfile.TemporaryDirectory(dir=default_cache()) as work:
         found = {"drift": drift, "disk": disk, "speed": speed}[args.what](base, Path(work))
-    head = [f"# {TITLES[args.what]}", "", f"    python benchmarks/loop.py {args.what}", "",
-            f"{NAME}, bf16. {platform.machine()}, {os.cpu_count()} cores, torch "
-            f"{torch.__version__.split('+')[0]}.", ""]  # fmt: skip
+    head = [f"# {TITLES[args.what]}", "",
+            f"    {shlex.join(['python', 'benchmarks/loop.py', *sys.argv[1:]])}", "",
+            f"{NAME}, bf16. {told(machine(PACKAGES))}", ""]  # fmt: skip
     path = args.results / f"loop-{args.what}.md"
     path.write_text("\n".join([*head, *found, ""]))
     print(path)

@@ -49,7 +49,8 @@ def machine(packages: Sequence[str]) -> dict[str, Any]:
 def commit() -> str | None:
     """That of the code which is measured; None outside of a checkout."""
     found = _git("rev-parse", "--short=12", "HEAD")
-    changed = _git("status", "--porcelain", "--", "../src", ".", ":!results")
+    pages = (":!results", ":!../examples/*.md")  # what benchmarks and examples write
+    changed = _git("status", "--porcelain", "--", "../src", "../examples", ".", *pages)
     return f"{found} with changes" if found and changed else found or None
 
 
@@ -80,18 +81,22 @@ def told_of(record: Mapping[str, Any], part: str) -> list[str]:
     }
     lines = []
     for what, where in mine.items():
-        versions = ", ".join(
-            f"{name} {value}"
-            for name, value in where.items()
-            if value and name not in ("cpu", "processors", "load", "system", "commit", "date")
-        )
-        lines += [
-            f"Measured{f' ({what})' if what else ''} on {where['cpu']}, {where['processors']} "
-            f"processors, load {where['load']}, {where['system']}: {versions}; commit "
-            f"{where['commit'] or 'unknown'}, {where['date']}.",
-            "",
-        ]
+        lines += [told(where, what), ""]
     return lines
+
+
+def told(where: Mapping[str, Any], what: str = "") -> str:
+    """What `machine` found, in a sentence. what: of the measurement was made there."""
+    versions = ", ".join(
+        f"{name} {value}"
+        for name, value in where.items()
+        if value and name not in ("cpu", "processors", "load", "system", "commit", "date")
+    )
+    return (
+        f"Measured{f' ({what})' if what else ''} on {where['cpu']}, {where['processors']} "
+        f"processors, load {where['load']}, {where['system']}: {versions}; commit "
+        f"{where['commit'] or 'unknown'}, {where['date']}."
+    )
 
 
 def told_of_older(record: Mapping[str, Any], parts: Sequence[str]) -> list[str]:

@@ -2,11 +2,13 @@
 
     python benchmarks/quantized.py errors   # each format on real weights, against requantizing
     python benchmarks/quantized.py models   # SmolLM2-135M in bitsandbytes int8 and NF4, on the CPU
+    python benchmarks/quantized.py speed    # the same: tokens a second of base and folded
     python benchmarks/quantized.py report   # results/quantized.json -> results/quantized.md
 
-Both parts add to `results/quantized.json`. Needs the `dev` extra; `errors` takes the formats from
+All parts add to `results/quantized.json`. Needs the `dev` extra; `errors` takes the formats from
 `tests/quantized_bases.py`, which writes them with the packages that define them, where those run on
-a CPU. `models` makes its bases once, in `quantized` of the cache (benchmarks/README.md).
+a CPU. `models` and `speed` make their bases once, in `quantized` of the cache
+(benchmarks/README.md).
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import argparse
 import functools
 import json
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -298,6 +301,38 @@ def model_case(base: Path, cache: Path, work: Path, kind: str) -> dict[str, Any]
     return row
 
 
+PROMPT, NEW, TURNS = 128, 32, 9  # tokens, tokens, and how often each model is timed
+
+
+@torch.inference_mode()
+def speed_case(base: Path, cache: Path, work: Path, kind: str) -> dict[str, Any]:
+    """Tokens a second of the base, the folded base and, as control, the base loaded again.
+
+    All three are loaded, and timed in turns that each begin with another of them.
+    """
+    folder, out = quantized_base(base, cache, kind), work / f"{kind}-folded"
+    shutil.rmtree(out, ignore_errors=True)
+    timed([sys.executable, "-m", "infold", "merge", str(folder), str(ADAPTER), "--out", str(out)])
+    models = {"base": load(folder), "folded": load(out), "base again": load(folder)}
+    prompt = torch.randint(1000, 40_000, (1, PROMPT), generator=torch.Generator().manual_seed(0))
+    names = list(models)
+    rates: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    for turn in range(TURNS + 1):
+        for name in names[turn % 3 :] + names[: turn % 3]:
+            began = time.perf_counter()
+            models[name](prompt, logits_to_keep=1)
+            first = time.perf_counter() - began
+            began = time.perf_counter()
+            models[name].generate(
+                prompt, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, pad_token_id=0
+            )
+            rest = time.perf_counter() - began - first
+            if turn:  # the first warms up
+                rates[name].append({"prompt": PROMPT / first, "decode": (NEW - 1) / rest})
+    print(kind, {n: statistics.median(r["decode"] for r in rates[n]) for n in names}, flush=True)
+    return {"kind": kind, "rates": rates}
+
+
 def size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
@@ -312,6 +347,7 @@ def report(record: dict[str, Any]) -> str:
         "",
         "    python benchmarks/quantized.py errors",
         "    python benchmarks/quantized.py models",
+        "    python benchmarks/quantized.py speed",
         "",
         *told_of_older(record, ["errors", "models"]),
         "## Each format, on real weights",
@@ -347,8 +383,8 @@ def report(record: dict[str, Any]) -> str:
         "Saved by transformers, folded by `infold merge --undo`, and loaded again. *adapter*: the "
         "same base with the adapter attached by PEFT. The runtime rounds by itself: activations to "
         "eight bits in int8, and on some processors NF4's scales to bfloat16; so the same pair is "
-        "also compared on weights that are dequantized to float32. Times are those of a busy "
-        "machine, and mostly the import of PyTorch.",
+        "also compared on weights that are dequantized to float32. Times are mostly the import of "
+        "PyTorch.",
         "",
     ]
     models = record.get("models", [])
@@ -386,30 +422,53 @@ def report(record: dict[str, Any]) -> str:
     line("standard deviation of a logit", [f"{row['std']:.2f}" for row in models])
     if where := told_of(record, "models"):
         lines += ["", *where[:-1]]
+    if speeds := record.get("speed"):
+        lines += ["", *speed_table(speeds), "", *told_of(record, "speed")[:-1]]
     return "\n".join(lines) + "\n"
+
+
+def speed_table(speeds: list[dict[str, Any]]) -> list[str]:
+    """Medians, and the median, least and greatest quotient of the turns' pairs."""
+    lines = [
+        f"Tokens a second, {PROMPT} of the prompt and {NEW} greedy ones, medians of {TURNS} turns; "
+        "quotients turn by turn: median (least to greatest).",
+        "",
+        "| | base | folded | folded / base | the base again / base |",
+        "|---|--:|--:|---|---|",
+    ]
+    for row in speeds:
+        for part, told in (("prompt", "the prompt"), ("decode", "one by one")):
+            rates = {name: [turn[part] for turn in turns] for name, turns in row["rates"].items()}
+            cells = [f"{statistics.median(rates[name]):.1f}" for name in ("base", "folded")]
+            for name in ("folded", "base again"):
+                over = [a / b for a, b in zip(rates[name], rates["base"], strict=True)]
+                cells.append(f"{statistics.median(over):.3f} ({min(over):.3f} to {max(over):.3f})")
+            lines.append(f"| {row['kind']}, {told} | {' | '.join(cells)} |")
+    return lines
 
 
 def main() -> None:
     warnings.simplefilter("ignore")
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("part", choices=["errors", "models", "report"])
-    parser.add_argument("--kinds", default="int8,nf4", help="models: int8, nf4, nf4-nested")
+    parser.add_argument("part", choices=["errors", "models", "speed", "report"])
+    parser.add_argument("--kinds", default="int8,nf4", help="models, speed: int8, nf4, nf4-nested")
     options = parser.parse_args()
     cache = smollm2.default_cache()
     work = cache / "quantized" / f"work-{options.part}"
     work.mkdir(parents=True, exist_ok=True)
     if options.part == "errors":
         add("errors", errors(smollm2.make_base(cache), work))
-    elif options.part == "models":
+    elif options.part in ("models", "speed"):
         from transformers.utils import logging
 
         logging.disable_progress_bar()
         kinds = options.kinds.split(",")
-        known = json.loads(RECORD.read_text()).get("models", []) if RECORD.exists() else []
+        case = model_case if options.part == "models" else speed_case
+        known = json.loads(RECORD.read_text()).get(options.part, []) if RECORD.exists() else []
         rows = {row["kind"]: row for row in known}
         for kind in kinds:
-            rows[kind] = model_case(smollm2.make_base(cache), cache, work, kind)
-            add("models", list(rows.values()), kind)
+            rows[kind] = case(smollm2.make_base(cache), cache, work, kind)
+            add(options.part, list(rows.values()), kind)
     shutil.rmtree(work, ignore_errors=True)
     (HERE / "results" / "quantized.md").write_text(report(json.loads(RECORD.read_text())))
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,10 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import inputs
-from merge import COPY, Bench, Case, figures, in_rounds, machine
+from merge import COPY, Bench, Case, figures, in_rounds
+from parts import machine, told
 
 HERE = Path(__file__).resolve().parent
 SIDE = 2048
+PACKAGES = ("infold", "torch", "numpy", "zstandard")
 UPDATES = (0.001, 0.005, 0.02, 0.08, 0.16, 0.5, 1.0, 4.0)
 
 
@@ -172,7 +175,8 @@ def timed(size: str, rounds: int, folder: Path, touch: int) -> dict[str, Any]:
         finally:
             for method in ("lora", "ia3"):
                 shutil.rmtree(folder / f"undo-{size}-{method}", ignore_errors=True)
-    return {"records": records, "cases": {n: figures(r) for n, r in runs.items()}}
+    copy = sum(file.stat().st_size for file in (folder / name["base"]).iterdir())
+    return {"copy": copy, "records": records, "cases": {n: figures(r) for n, r in runs.items()}}
 
 
 def _infold(*words: str | Path) -> str:
@@ -198,7 +202,11 @@ def time_table(found: dict[str, Any]) -> str:
             f"| {name} | {wall:.1f} s | {wall / copy:.1f} | {own} | {dearer} | {cpu:.1f} s "
             f"| {memory / 1e6:.0f} MB |"
         )
-    rows.append("")
+    rows += [
+        "",
+        f"A copy of the base, which would do in place of a record: {found['copy']:,} bytes.",
+        "",
+    ]
     for method, record in found["records"].items():
         own = f"{record['share']:.2%} of the {record['edited_bytes']:,} edited bytes"
         rows.append(
@@ -217,20 +225,19 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=HERE / "results")
     options = parser.parse_args()
     folder = inputs.cache()
-    where = machine(folder if folder.exists() else Path.cwd())
+    found: dict[str, Any]
     if options.what == "curve":
-        found: dict[str, Any] = {"machine": where, "curve": curve()}
+        found = {"curve": curve()}
         text, name = curve_table(found["curve"]), "undo-curve"
     else:
-        found = {
-            "machine": where,
-            **timed(options.size, options.rounds, folder, options.touch),
-        }
+        found = timed(options.size, options.rounds, folder, options.touch)
         text, name = time_table(found), f"undo-{options.size}"
+    found["machine"] = machine(PACKAGES)  # last: it imports, and this process must stay small
     options.results.mkdir(exist_ok=True)
     (options.results / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
-    command = " ".join(["python", "benchmarks/undo.py", *sys.argv[1:]])
-    (options.results / f"{name}.md").write_text(f"`{command}`\n\n{text}\n")
+    command = shlex.join(["python", "benchmarks/undo.py", *sys.argv[1:]])
+    text = f"`{command}`\n\n{told(found['machine'])}\n\n{text}\n"
+    (options.results / f"{name}.md").write_text(text)
     print(text)
 
 

@@ -27,7 +27,10 @@ from transformers.utils import logging
 
 import infold
 
-STEPS, BATCH = 100, 4
+sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+from parts import machine, told
+
+STEPS, BATCH = 100, 8
 OPTIONS = {
     "ia3": "--lr 8e-3",
     "lora": "--lr 5e-4 --rank 8 --alpha 16 --targets q_proj,k_proj,v_proj,o_proj",
@@ -138,7 +141,9 @@ def page(scores: list[Score], before: float, rows: int, minutes: float) -> str:
 {NAME} (the weights of the Q4_1 file in `{PACKAGE}`, widened to bf16); Rotten Tomatoes sentences of
 `{REVIEWS}`; {STEPS} steps of {BATCH} rows; {rows:,} rows that no training saw; the likelier of the
 two answers counts. Adapters run beside the base in float32; merged models are stored in bf16.
-torch {torch.__version__}, infold {infold.__version__}; {minutes:.0f} minutes in all.
+{minutes:.0f} minutes in all.
+
+{told(machine(("infold", "torch", "transformers", "peft")))}
 
 {table(scores, before, rows)}
 

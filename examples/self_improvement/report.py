@@ -6,8 +6,7 @@ A run that is there is continued; one that is complete costs seconds.
 """
 
 import argparse
-import os
-import platform
+import sys
 import tempfile
 from pathlib import Path
 
@@ -18,6 +17,9 @@ import infold
 from infold.loop.run import lineage
 
 HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent.parent / "benchmarks"))
+from parts import machine, told  # noqa: E402
+
 PHASES = ("collect", "train", "merge", "evaluate")
 
 
@@ -81,6 +83,16 @@ def times(runs: dict[int, tuple[dict, dict]]) -> list[str]:
     return lines
 
 
+def minutes(runs: dict[int, tuple[dict, dict]]) -> str:
+    """What the phases of a run took together, of the quickest and the slowest run."""
+    took = [
+        sum(it[phase]["seconds"] for it in run["iterations"] for phase in PHASES if it[phase]) / 60
+        for arms in runs.values()
+        for run in arms
+    ]
+    return f"{min(took):.1f} to {max(took):.1f} minutes"
+
+
 def drifts(base: Path, runs: dict[int, Path]) -> list[str]:
     """Ours, rebuilt for each iteration, and the same adapters merged one onto the other.
 
@@ -140,9 +152,11 @@ def main() -> None:
         "",
         f"    python examples/self_improvement/report.py --seeds {args.seeds}",
         "",
-        f"{platform.machine()}, {os.cpu_count()} cores, no GPU. [config.toml](config.toml) has the "
-        "settings. Both arms begin with the same model, problems and answers, and take as many "
-        "training steps; later each asks the model that it has become.",
+        "[config.toml](config.toml) has the settings. Both arms begin with the same model, "
+        "problems and answers, and take as many training steps; later each asks the model that it "
+        f"has become. All phases of one run, of one arm: {minutes(runs)}.",
+        "",
+        told(machine(("infold", "torch", "transformers"))),
         "",
         *gains(runs),
         "",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
+import sys
 from pathlib import Path
 
-__all__ = ["processor", "resident_bytes"]
+__all__ = ["peak_bytes", "processor", "resident_bytes"]
 
 
 def processor() -> str:
@@ -31,3 +33,16 @@ def resident_bytes() -> int:
     except ImportError:
         return 0
     return int(psutil.Process().memory_info().rss)
+
+
+def peak_bytes() -> int:
+    """The most bytes of this process that were in memory at once."""
+    try:
+        # getrusage on Linux begins with what the process that started this one had at the fork
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:  # not Linux
+        pass
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

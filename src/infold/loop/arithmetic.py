@@ -3,8 +3,9 @@
     1  one sum or difference of numbers to 9       3  two steps
     2  one sum, difference or product, larger      4  three steps
 
-Options: levels, a list of these. A problem belongs to the split that a digest of its text says, so
-the splits cannot overlap, whatever the seed and the count.
+Options: levels, a list of these. A problem belongs to the split that a digest of its computation
+says: the splits cannot overlap, whatever the seed and the count, and no sum that is learnt from is
+held out with other names, other things, or its terms in another order.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ def task(options: Mapping[str, Any]) -> Task:
             if len(found) == count:
                 break
             level = levels[len(found) % len(levels)]
-            question, answer = _problem(level, chance)
-            if _split(question) == split:
+            question, answer, computation = _problem(level, chance)
+            if _split(computation) == split:
                 found.setdefault(question, dict(question=question, answer=answer, level=level))
             elif attempt == 200 * count - 1:
                 break
@@ -65,11 +66,12 @@ def verify(problem: Mapping[str, Any], answer: str) -> bool:
     return bool(numbers) and float(numbers[-1].replace(",", "")) == problem["answer"]
 
 
-def _split(question: str) -> str:
-    return "evaluate" if sha256(question.encode()).digest()[0] < 64 else "collect"
+def _split(computation: str) -> str:
+    return "evaluate" if sha256(computation.encode()).digest()[0] < 64 else "collect"
 
 
-def _problem(level: int, chance: random.Random) -> tuple[str, int]:
+def _problem(level: int, chance: random.Random) -> tuple[str, int, str]:
+    """The question, its answer, and what is computed, however it is told."""
     name, thing = chance.choice(_NAMES), chance.choice(_THINGS)
     top = 9 if level == 1 else 30
     count = chance.randint(2, top)
@@ -77,17 +79,21 @@ def _problem(level: int, chance: random.Random) -> tuple[str, int]:
         each = chance.randint(2, 9)
         count = chance.randint(2, 9)
         text = f"{name} has {count} boxes with {each} {thing} in each."
-        return f"{text} How many {thing} does {name} have?", count * each
-    steps = []
+        computation = f"product {sorted((count, each))}"
+        return f"{text} How many {thing} does {name} have?", count * each, computation
+    steps, terms = [], [count]
     start = count
     for _ in range(max(1, level - 1)):
         if count > 1 and chance.random() < 0.5:
             number = chance.randint(1, min(top, count - 1))
             steps.append(chance.choice(_LESS).format(n=number))
             count -= number
+            terms.append(-number)
         else:
             number = chance.randint(1, top)
             steps.append(chance.choice(_MORE).format(n=number))
             count += number
+            terms.append(number)
     story = ", then ".join(steps)
-    return f"{name} has {start} {thing} and {story}. How many {thing} does {name} have now?", count
+    question = f"{name} has {start} {thing} and {story}. How many {thing} does {name} have now?"
+    return question, count, f"sum {sorted(terms)}"

@@ -42,6 +42,7 @@ from infold.checkpoint.shards import (
 from infold.checkpoint.staging import Progress, storage_errors, sync_data, sync_folder
 from infold.edit.threads import one_torch_thread, usual_threads
 from infold.errors import Refusal
+from infold.machine import peak_bytes
 from infold.merge.apply import Run
 from infold.merge.inplace_journal import read_journal
 from infold.merge.inplace_steps import (
@@ -64,7 +65,7 @@ from infold.merge.prepare import (
 from infold.merge.receipt import Receipt
 from infold.merge.recording import Recording
 from infold.merge.restore import Undone, check_restored, undone
-from infold.merge.run import finish_record, make_receipt, peak_memory
+from infold.merge.run import finish_record, make_receipt
 from infold.merge.stream import Streamed, stream
 from infold.merge.undo import Merged, open_merged
 from infold.plan.build import plan_edit
@@ -409,7 +410,7 @@ class _Edit:
                 undo=told,
                 out=str(self.folder),
                 seconds=round(time.perf_counter() - started, 3),
-                peak_memory=peak_memory(),
+                peak_memory=peak_bytes(),
             )
             writer.close()
             self._write(asdict(receipt), prepared.workers)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import resource
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -29,6 +27,7 @@ from infold.checkpoint.staging import Staging, storage_errors
 from infold.edit.blocks import Block
 from infold.edit.threads import one_torch_thread
 from infold.errors import ProofFailed
+from infold.machine import peak_bytes
 from infold.merge.convert import lost_updates, measured_error
 from infold.merge.losses import loss_of, rounding_notes
 from infold.merge.prepare import DEFAULT_MEMORY, Prepared, check_output, prepare
@@ -44,7 +43,6 @@ __all__ = [
     "finish_record",
     "make_receipt",
     "merge_checkpoint",
-    "peak_memory",
 ]
 
 PathLike = str | os.PathLike[str]
@@ -146,7 +144,7 @@ def _execute(
         receipt = replace(
             receipt,
             seconds=round(time.perf_counter() - started, 3),
-            peak_memory=peak_memory(),
+            peak_memory=peak_bytes(),
         )
         staging.write_bytes(companion(path, RECEIPT).name, receipt.to_file())
         if prepared.force:
@@ -284,8 +282,3 @@ def _sha256(folder: Path, plan: Plan) -> dict[str, str]:
                 hasher.update(piece)
         result[shard.name] = hasher.hexdigest()
     return result
-
-
-def peak_memory() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
