@@ -53,10 +53,10 @@ def scheme(stored: Stored) -> Scheme:
         raise NoValues("its quant_state tells no blocksize or no type that is known here")
     if stored.shape("weight.quant_map") != (16,) or absmax != (-(-count // block),):
         raise NoValues("its quant_map or absmax does not suit its weight")
-    size = -(-count // 2) / _STORAGE.get(stored.dtype("weight") or "", 1)
-    if not size.is_integer():
+    held, rest = divmod(-(-count // 2), _STORAGE.get(stored.dtype("weight") or "", 1))
+    if rest:
         raise NoValues(f"its weight is {stored.dtype('weight')}, which {count} codes do not fill")
-    need(stored, "weight", _STORAGE, (int(size), 1), (int(size),))
+    need(stored, "weight", _STORAGE, (held, 1), (held,))
     need(stored, "weight.quant_map", ("F32",), (16,))
     offset, nested = 0.0, 256
     if stored.dtype("weight.absmax") == "U8":
@@ -111,7 +111,7 @@ def decode(parts: Parts, scheme: Scheme, rows: slice) -> Tensor:
 
 def _codes(stored: Matrix, scheme: Scheme, first: int, last: int) -> Tensor:
     """Some bytes of the codes, whatever the elements that hold them are called."""
-    width = -(-math.prod(scheme.shape) // 2) // max(1, math.prod(stored.shape))
+    width = max(1, -(-math.prod(scheme.shape) // 2) // max(1, math.prod(stored.shape)))
     held = stored[slice(first // width, -(-last // width)), _ALL].contiguous().view(torch.uint8)
     return held.flatten()[first % width : first % width + last - first]
 
