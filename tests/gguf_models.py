@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -125,9 +126,14 @@ def norm(name: str, size: int, model: Model) -> dict[str, Stored]:
 
 
 def base_file(
-    folder: Path, model: Model, dtype: str = "Q8_0", vocabulary: int = VOCABULARY, **more: Any
+    folder: Path,
+    model: Model,
+    dtype: str = "Q8_0",
+    vocabulary: int = VOCABULARY,
+    instead: Mapping[str, Stored] | None = None,
+    **more: Any,
 ) -> Path:
-    """more: metadata, dots as two underscores."""
+    """instead: of tensors of these names. more: metadata, dots as two underscores."""
     heads = HEADS if "attn_qkv" in model.matrices and model.arch != "phi3" else GROUPS
     metadata = {
         "block_count": LAYERS, "context_length": 32, "embedding_length": WIDE,
@@ -140,9 +146,8 @@ def base_file(
         "tokenizer.ggml.padding_token_id": 0, **model.metadata,
         **{key.replace("__", "."): value for key, value in more.items()},
     }  # fmt: skip
-    return ggufs.write(
-        folder / "model.gguf", model.arch, tensors(model, dtype, vocabulary=vocabulary), metadata
-    )
+    made = tensors(model, dtype, vocabulary=vocabulary) | dict(instead or {})
+    return ggufs.write(folder / "model.gguf", model.arch, made, metadata)
 
 
 def load(file: Path) -> Any:

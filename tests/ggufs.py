@@ -62,7 +62,8 @@ def drawn(rows: int, columns: int, dtype: str, seed: int = 0) -> Stored:
         words |= ((scale.view(np.uint16) >> np.array([0, 4, 8, 12], np.uint16)) & 0xF) << 12
         blocks[:, 48:] = words.view(np.uint8)
     else:
-        blocks[:, :2] = scale.view(np.uint8)
+        place = 52 if dtype == "TQ1_0" else 0
+        blocks[:, place : place + 2] = scale.view(np.uint8)
     return dtype, blocks.reshape(rows, -1)
 
 
@@ -71,8 +72,14 @@ def decode(stored: Stored) -> np.ndarray:
     dtype, data = stored
     if dtype != "Q1_0":
         return gguf.quants.dequantize(data, GGMLQuantizationType[dtype])
-    values = np.empty((*data.shape[:-1], data.shape[-1] // 18 * 128), np.float32)
-    ggml().dequantize_row_q1_0(
+    return by_ggml(dtype, data)
+
+
+def by_ggml(dtype: str, data: np.ndarray) -> np.ndarray:
+    """float32 values, by ggml's own code."""
+    elements, size = GGML_QUANT_SIZES[GGMLQuantizationType[dtype]]
+    values = np.empty((*data.shape[:-1], data.shape[-1] // size * elements), np.float32)
+    getattr(ggml(), f"dequantize_row_{dtype.lower()}")(
         np.ascontiguousarray(data).ctypes.data_as(ctypes.c_void_p),
         values.ctypes.data_as(ctypes.c_void_p),
         ctypes.c_int64(values.size),

@@ -17,6 +17,7 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFWriter
 from safetensors.torch import load_file
 
+import ggufs
 import infold
 import test_gguf_models as models
 from handmade import ia3, lora
@@ -44,7 +45,10 @@ def stored(kind: str, rows: int, columns: int, seed: int) -> np.ndarray:
     elements, size = GGML_QUANT_SIZES[number]
     blocks = random.integers(0, 256, (rows * columns // elements, size), np.uint8)
     places = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
-    for place in places.get(kind, (64,) if kind == "TQ2_0" else (0,)):
+    places |= {"TQ1_0": (52,), "TQ2_0": (64,)}
+    if kind == "IQ1_M":
+        return ggufs.drawn(rows, columns, kind, seed)[1]
+    for place in places.get(kind, (0,)):
         scale = (1e-3 * (1 + random.random((len(blocks), 1)))).astype(np.float16)
         blocks[:, place : place + 2] = scale.view(np.uint8)
     return blocks.reshape(rows, -1)
@@ -80,10 +84,7 @@ def read(path: Path) -> dict[str, tuple[str, np.ndarray]]:
 
 
 def values(tensors: dict[str, tuple[str, np.ndarray]], name: str) -> torch.Tensor:
-    kind, data = tensors[name]
-    return torch.from_numpy(
-        gguf.quants.dequantize(data, GGMLQuantizationType[kind]).astype(np.float64)
-    )
+    return torch.from_numpy(ggufs.decode(tensors[name]).astype(np.float64))
 
 
 def low_rank(path: Path, *names: str) -> Path:

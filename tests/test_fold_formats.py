@@ -567,3 +567,117 @@ def test_broken_modules_are_refused(tmp_path: Path, kind: str, part: str, value:
 
     assert not (tmp_path / "out").exists()
     infold.inspect(base.path)
+
+
+def amended(base: Base, more: dict[str, Tensor], **config: object) -> Base:
+    """The base with more tensors, and other fields of its quantization_config."""
+    path = base.path / "model.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    save_file({**load_file(path), **more}, path, metadata)
+    told = json.loads((base.path / "config.json").read_text())
+    told["quantization_config"] |= config
+    (base.path / "config.json").write_text(json.dumps(told))
+    return base
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_correction_beside_the_codes_is_no_scale(tmp_path: Path, kind: str) -> None:
+    """What a module adds to its outputs from other tensors would stay unscaled."""
+    part = f"{LAYER}.self_attn.k_proj.lora_B"
+    base = amended(make_base(tmp_path / "base", kind), {part: torch.ones(64, 4)})
+    adapter = make_adapter(tmp_path / "adapter", vectors())
+
+    with pytest.raises(infold.Refusal, match="it also has lora_B, which may have a share") as told:
+        infold.merge(base.path, adapter, tmp_path / "out")
+    assert len(told.value.reasons) == 1 and "--promote" not in str(told.value)
+    with pytest.raises(infold.Refusal, match=r"lora_B|not known|cannot be decoded"):
+        infold.merge(base.path, adapter, tmp_path / "out", dequantize=True)
+
+
+def test_scales_of_inputs_are_no_matter_to_rows(tmp_path: Path) -> None:
+    part = f"{LAYER}.self_attn.k_proj.pre_quant_scale"
+    base = amended(make_base(tmp_path / "base", "fbgemm"), {part: torch.rand(128)})
+    adapter = make_adapter(tmp_path / "adapter", vectors())
+
+    infold.merge(base.path, adapter, tmp_path / "out")
+
+    assert infold.verify(base.path, adapter, tmp_path / "out").ok
+    low_rank = handmade.lora(tmp_path / "lora", {f"{LAYER}.self_attn.k_proj": (64, 128)})
+    for mode in ("dequantize", "requantize"):
+        with pytest.raises(infold.Refusal, match="it also has pre_quant_scale"):
+            infold.merge(base.path, low_rank, tmp_path / "no", **{mode: True})
+
+
+ROTATIONS = {
+    "none": ({}, True),
+    "no groups": ({"config_groups": {}}, True),
+    "in the weights": ({"config_groups": {"R1": {"type": "hadamard", "apply": [
+        {"targets": ["Linear"], "location": "weight_input"},
+        {"targets": ["v_proj"], "location": "weight_output"},
+    ]}}}, True),
+    "on inputs": ({"config_groups": {"R4": {"type": "hadamard", "apply": [
+        {"targets": ["down_proj"], "location": "input"},
+        {"targets": ["down_proj"], "location": "weight_input", "inverse": True},
+    ]}}}, False),
+    "on outputs": ({"config_groups": {"u": {"type": "hadamard", "apply": [
+        {"targets": ["Linear"], "location": "output", "inverse": True},
+    ]}}}, False),
+    "not to be read": ({"config_groups": {"u": {"apply": 5}}}, False),
+    "nor this": ([1], False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ROTATIONS)
+def test_rotations_while_the_model_runs_are_refused(tmp_path: Path, name: str) -> None:
+    told, harmless = ROTATIONS[name]
+    base = amended(make_base(tmp_path / "base", "ct-int8"), {}, transform_config=told)
+    adapter = make_adapter(tmp_path / "adapter", vectors())
+
+    for mode in ({}, {"dequantize": True}, {"requantize": True}):
+        if harmless:
+            infold.merge(base.path, adapter, tmp_path / f"out{len(mode)}{list(mode)}", **mode)
+            continue
+        with pytest.raises(infold.Refusal, match="transform_config rotates"):
+            infold.merge(base.path, adapter, tmp_path / "out", **mode)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4-nested"])
+def test_codes_that_are_called_floats(tmp_path: Path, kind: str) -> None:
+    """bnb_4bit_quant_storage: FSDP shards floats only, so codes are called bfloat16."""
+
+    def encode(weight: Tensor) -> Module:
+        made = quantized_bases.bitsandbytes(weight, kind)
+        made.tensors["weight"] = made.tensors["weight"].view(-1).view(torch.bfloat16)[:, None]
+        values = made.values
+        made.values = lambda p: values({**p, "weight": p["weight"].view(torch.uint8).view(-1, 1)})
+        return made
+
+    base = make_base(tmp_path / "base", "", encode)
+    adapter = make_adapter(tmp_path / "adapter", vectors())
+
+    infold.merge(base.path, adapter, tmp_path / "out", undo=True)
+
+    for name, origin in SCALED.items():
+        factor = vectors()[f"{LAYER}.{origin}"].double().view(-1, 1)
+        exact = factor * base.values(base.path, name)
+        found = base.values(tmp_path / "out", name)
+        assert ((found - exact).abs() <= exact.abs() * 2.0**-24).all()
+        codes = [base.parts(p, name)["weight"] for p in (base.path, tmp_path / "out")]
+        assert torch.equal(codes[0].view(torch.uint8), codes[1].view(torch.uint8))
+    assert infold.verify(base.path, adapter, tmp_path / "out").ok
+    infold.undo(tmp_path / "out", tmp_path / "back")
+    back, was = (f / "model.safetensors" for f in (tmp_path / "back", base.path))
+    assert back.read_bytes() == was.read_bytes()
+    assert "bitsandbytes, " in CliRunner().invoke(app, ["inspect", str(base.path)]).output
+    name = "mlp.gate_proj"
+    low_rank = handmade.lora(tmp_path / "lora", {f"{LAYER}.{name}": SIZES[name]})
+    for mode, most in (("dequantize", 2.0**-8), ("requantize", 0.15)):
+        infold.merge(base.path, low_rank, tmp_path / mode, **{mode: True})
+        assert infold.verify(base.path, low_rank, tmp_path / mode).ok
+        parts = load_file(low_rank / "adapter_model.safetensors")
+        a, b = (parts[f"base_model.model.{LAYER}.{name}.lora_{n}.weight"].double() for n in "AB")
+        exact = base.values(base.path, name) + 2 * b @ a
+        dense = base.parts(tmp_path / mode, name)["weight"].double()
+        found = dense if mode == "dequantize" else base.values(tmp_path / mode, name)
+        assert (found - exact).norm() < most * exact.norm()

@@ -22,6 +22,7 @@ from ggufs import Stored
 from infold.checkpoint.gguf import read_gguf_header
 from infold.edit.scales import MOST
 from infold.formats.gguf import PACKINGS
+from infold.formats.values import ggml as ggml_values
 from infold.merge import stream
 from infold.plan.gguf import ARCHITECTURES
 
@@ -124,18 +125,44 @@ def test_types_without_floats_are_refused(dtype: str, tmp_path: Path) -> None:
         infold.merge(file, adapter, tmp_path / "m.gguf", promote=True)
 
 
-def test_low_rank_updates_of_quantized_tensors_are_refused(tmp_path: Path) -> None:
+def test_low_rank_updates_of_quantized_tensors_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = one_layer(tmp_path, {"blk.0.attn_v.weight": ggufs.encode(matrix(ROWS), "Q4_K")})
     adapter = handmade.lora(tmp_path / "a", {"model.layers.0.self_attn.v_proj": (ROWS, WIDE)})
 
     with pytest.raises(infold.Refusal, match=r"quantized \(Q4_K\).* --dequantize .* --requantize"):
         infold.merge(file, adapter, tmp_path / "m.gguf")
-    searched = one_layer(
-        tmp_path / "iq", {"blk.0.attn_v.weight": ggufs.encode(matrix(ROWS), "IQ3_S")}
+    powers = one_layer(
+        tmp_path / "mx", {"blk.0.attn_v.weight": ggufs.encode(matrix(ROWS), "MXFP4")}
     )
-    with pytest.raises(infold.Refusal, match=r"IQ3_S are not known here; merge into") as caught:
-        infold.merge(searched, adapter, tmp_path / "m.gguf")
+    with pytest.raises(infold.Refusal, match=r"MXFP4 are not known here; merge into") as caught:
+        infold.merge(powers, adapter, tmp_path / "m.gguf")
     assert "--dequantize" not in str(caught.value)
+    tables = one_layer(tmp_path / "iq", {"blk.0.attn_v.weight": ggufs.drawn(ROWS, WIDE, "IQ3_S")})
+    with pytest.raises(infold.Refusal, match=r"quantized \(IQ3_S\).* --dequantize"):
+        infold.merge(tables, adapter, tmp_path / "m.gguf")
+    monkeypatch.setattr(ggml_values, "find_spec", lambda name: None)
+    with pytest.raises(infold.Refusal, match=r"IQ3_S are read by the gguf package.*pip install"):
+        infold.merge(tables, adapter, tmp_path / "m.gguf", dequantize=True)
+
+
+def test_a_factor_of_all_outputs_is_no_matter_to_rows(tmp_path: Path) -> None:
+    """llama.cpp multiplies what a tensor gives by NAME.scale, where that is there."""
+    stored = {
+        "blk.0.attn_v.weight": ggufs.encode(matrix(ROWS), "Q8_0"),
+        "blk.0.attn_v.scale": ggufs.encode(np.full(1, 0.5), "F32"),
+    }
+    file, module = one_layer(tmp_path, stored), "model.layers.0.self_attn.v_proj"
+    vector = vectors(1, True, **{module.replace(".", "__"): ROWS})
+    scales = handmade.ia3(tmp_path / "ia3", vector)
+    low_rank = handmade.lora(tmp_path / "lora", {module: (ROWS, WIDE)})
+
+    infold.merge(file, scales, tmp_path / "m.gguf")
+
+    assert infold.verify(file, scales, tmp_path / "m.gguf").ok
+    with pytest.raises(infold.Refusal, match=r"attn_v\.scale is a factor of all that .* gives"):
+        infold.merge(file, low_rank, tmp_path / "no.gguf", dequantize=True)
 
 
 def test_several_vectors_on_one_row_are_rounded_once(tmp_path: Path) -> None:

@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
+import ggufs
 from infold.dtypes import BLOCKS
 from infold.errors import Refusal
+from infold.formats.gguf import PACKINGS
 from infold.formats.values import (
     awq,
     bitsandbytes,
@@ -25,6 +27,7 @@ from infold.formats.values import (
 )
 from infold.formats.values.bits import pack, unpack
 from infold.formats.values.scheme import Scheme, e8m0, to_e4m3
+from infold.verify.ggml import values_of
 
 RANDOM = torch.Generator().manual_seed(3)
 PIECES = (slice(0, 40), slice(0, 1), slice(5, 23), slice(37, 40))
@@ -364,8 +367,10 @@ def test_hqq(bits: int, axis: int) -> None:
 
 # --- GGUF -----------------------------------------------------------------------------------------
 
+BY_GGML = (*ggml.BORROWED, "Q1_0")  # types that the gguf package has not, or has for infold too
 
-@pytest.mark.parametrize("kind", ggml.TYPES)
+
+@pytest.mark.parametrize("kind", [kind for kind in ggml.TYPES if kind not in BY_GGML])
 def test_gguf_blocks_of_any_bytes(kind: str) -> None:
     gguf = pytest.importorskip("gguf")
     size = BLOCKS[kind][1]
@@ -381,6 +386,25 @@ def test_gguf_blocks_of_any_bytes(kind: str) -> None:
     assert (
         np.abs(found - theirs)[finite] <= (2.0**-22 * largest.repeat(found.shape[1], 1))[finite]
     ).all()
+
+
+@pytest.mark.parametrize("kind", BY_GGML)
+def test_gguf_values_are_those_of_ggml_and_exact(kind: str) -> None:
+    """float32 holds them without rounding, so that the values of a block are its float times what
+    they are where that float is 1."""
+    data = ggufs.drawn(5, 1024, kind, seed=3)[1]
+    raw = torch.from_numpy(data)
+    packing = PACKINGS[kind]
+    floats = packing.take(raw.view(-1))
+    ones = raw.clone()
+    packing.put(torch.ones_like(floats), ones.view(-1))
+
+    found = ggml.decode_rows(kind, raw)
+
+    exact = ggml.decode_rows(kind, ones).view(len(floats), -1) * floats.double()
+    assert torch.equal(found, exact.view_as(found))
+    assert np.array_equal(found.numpy(), ggufs.by_ggml(kind, data))
+    assert np.array_equal(values_of(kind, data.reshape(len(floats), -1)).ravel(), found.ravel())
 
 
 @pytest.mark.parametrize("kind", ggml.ENCODES)

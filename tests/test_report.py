@@ -175,6 +175,31 @@ def test_a_merged_gguf_folder_that_was_edited_afterwards_is_refused(tmp_path: Pa
         infold.report(tmp_path / "merged", tmp_path / "page.md")
 
 
+def test_a_merged_gguf_file(tmp_path: Path) -> None:
+    """It has no folder of its own: its receipt lies beside it, where other files' do too."""
+    values = np.random.default_rng(0).standard_normal((64, 64))
+    stored = {"blk.0.attn_v.weight": ggufs.encode(values, "Q8_0")}
+    heads = {"attention.head_count": 4, "attention.head_count_kv": 4}
+    base = ggufs.write(tmp_path / "model.gguf", "llama", stored, heads)
+    for name, factor in (("one", 0.5), ("two", 2.0)):
+        scales = {"model.layers.0.self_attn.v_proj": torch.full((64, 1), factor)}
+        adapter = handmade.ia3(tmp_path / f"adapter-{name}", scales)
+        infold.merge(base, adapter, tmp_path / f"{name}.gguf")
+
+    infold.report(tmp_path / "one.gguf", tmp_path / "page.md")
+
+    page = (tmp_path / "page.md").read_text()
+    assert "What was merged" in page and "adapter-one" in page and "adapter-two" not in page
+    with pytest.raises(Refusal, match=r"model\.gguf: has no model\.gguf\.infold-receipt\.json"):
+        infold.report(base, tmp_path / "page.md")
+    with pytest.raises(Refusal, match="holds no records"):
+        infold.report(tmp_path, tmp_path / "page.md")
+    data = (tmp_path / "one.gguf").read_bytes()
+    (tmp_path / "one.gguf").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(Refusal, match=r"one\.gguf: was changed after it was merged"):
+        infold.report(tmp_path / "one.gguf", tmp_path / "page.md")
+
+
 def test_a_record_of_another_merge_is_a_fail_that_is_shown(merged: Path, tmp_path: Path) -> None:
     folder = tmp_path / "merged"
     shutil.copytree(merged, folder)

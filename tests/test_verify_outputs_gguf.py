@@ -43,8 +43,8 @@ def tokenizer_metadata() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def new_base(folder: Path, dtype: str) -> Path:
-    return base_file(folder, MODELS["llama"], dtype, 320, **tokenizer_metadata())
+def new_base(folder: Path, dtype: str, instead: Any = None) -> Path:
+    return base_file(folder, MODELS["llama"], dtype, 320, instead, **tokenizer_metadata())
 
 
 def ia3(folder: Path) -> Path:
@@ -90,6 +90,26 @@ def test_a_right_merge_passes(dtype: str, tmp_path: Path) -> None:
     effect, merged = found.differences["effect"], found.differences["merged"]
     assert merged.mean < effect.mean / 20 and merged.positions > 20
     assert "control" not in found.differences and not found.notes
+
+
+@pytest.mark.parametrize("dtype", ["IQ1_M", "IQ2_XS", "IQ3_S", "TQ1_0"])
+def test_types_that_consist_of_tables(dtype: str, tmp_path: Path) -> None:
+    """A vector goes into their scales, or with --dequantize a LoRA beside their values."""
+    names = [f"blk.{layer}.ffn_down.weight" for layer in range(LAYERS)]
+    drawn = {name: ggufs.drawn(WIDE, INNER, dtype, seed) for seed, name in enumerate(names)}
+    base = new_base(tmp_path / "base", "Q8_0", drawn)
+    rows = {"target_modules": ["down_proj"], "feedforward_modules": []}
+    vector = 0.5 + torch.rand(WIDE, 1, generator=torch.Generator().manual_seed(1))
+    modules = {f"model.layers.{n}.mlp.down_proj": vector for n in range(LAYERS)}
+    scales = handmade.ia3(tmp_path / "ia3", modules, **rows)
+    infold.merge(base, scales, tmp_path / "scales.gguf")
+    low_rank = lora(tmp_path / "lora")
+    infold.merge(base, low_rank, tmp_path / "dense.gguf", dequantize=True)
+
+    for adapter, merged in ((scales, "scales.gguf"), (low_rank, "dense.gguf")):
+        found = prove(base, adapter, tmp_path / merged)
+        assert found.ok, failed(found)
+        assert infold.verify(base, adapter, tmp_path / merged).ok
 
 
 def test_a_right_merge_into_subnormal_scales_passes(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -34,7 +35,15 @@ from infold.checkpoint.safetensors import (
 from infold.dtypes import BLOCKS
 from infold.errors import CorruptFile, Refusal, StorageFailure
 
-__all__ = ["MAGIC", "Array", "part_of", "parts_beside", "read_gguf_header", "with_types"]
+__all__ = [
+    "MAGIC",
+    "Array",
+    "gguf_header_of",
+    "part_of",
+    "parts_beside",
+    "read_gguf_header",
+    "with_types",
+]
 
 MAGIC = b"GGUF"
 MAX_DIMENSIONS = 4  # ggml's
@@ -64,9 +73,9 @@ class Array:
 class _Header:
     """The bytes of a file from its start, as far as they were asked for."""
 
-    def __init__(self, file: BinaryIO, path: Path) -> None:
+    def __init__(self, file: BinaryIO, path: Path, size: int) -> None:
         self.file, self.path, self.data, self.at = file, path, bytearray(), 0
-        self.size = os.fstat(file.fileno()).st_size
+        self.size = size
 
     def skip(self, count: int) -> int:
         """Pass over bytes, which are there afterwards; returns where they begin."""
@@ -156,9 +165,17 @@ def read_gguf_header(path: Path) -> Header:
     """
     try:
         with open_regular(path) as file:
-            return _parse(_Header(file, path))
+            return _parse(_Header(file, path, os.fstat(file.fileno()).st_size))
     except OSError as error:
         raise StorageFailure(f"{path}: {error.strerror}") from error
+
+
+def gguf_header_of(raw: bytes, size: int, where: str) -> Header:
+    """The header that a file of this size begins with, where the file itself is not at hand.
+
+    Raises CorruptFile and Refusal as `read_gguf_header` does.
+    """
+    return _parse(_Header(BytesIO(raw), Path(where), size))
 
 
 def _parse(header: _Header) -> Header:

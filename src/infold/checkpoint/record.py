@@ -183,6 +183,21 @@ class Record:
         """A small frame of FILE as a whole."""
         return self.payload(FILE, number)[1]
 
+    def length(self, number: int) -> int:
+        """Bytes of a frame of FILE. Raises CorruptFile where there is none."""
+        if (frame := self.frames.get((FILE, number))) is None:
+            raise CorruptFile(f"{self.path}: its file {number} is missing")
+        return frame.length
+
+    def piece(self, number: int, first: int, count: int) -> bytes:
+        """Some bytes of a frame of FILE, however long it is."""
+        if not 0 <= first <= first + count <= self.length(number):
+            raise CorruptFile(f"{self.path}: its file {number} is too short")
+        data = bytearray(count)
+        begin = self.frames[FILE, number].begin + first
+        read_exactly(self.fd, memoryview(data), begin, self.path)
+        return bytes(data)
+
     def close(self) -> None:
         if self.fd >= 0:
             os.close(self.fd)

@@ -11,7 +11,10 @@ from infold.cli.output import entry
 
 def report(
     folder: Annotated[
-        str, typer.Argument(metavar="DIR", help="A merged folder, or a folder of JSON records.")
+        str,
+        typer.Argument(
+            metavar="DIR", help="A merged folder or GGUF file, or a folder of JSON records."
+        ),
     ],
     out: Annotated[
         str | None,

@@ -195,10 +195,11 @@ def check_as_merged(merged: str | os.PathLike[str]) -> None:
 
 def check_for_report(folder: Path) -> str | None:
     """As `check_as_merged`, for a folder that may hold records alone: a receipt without any shard
-    beside it is one. Returns the digest of the receipt, None where there is none."""
-    if not exists(folder / RECEIPT):
+    beside it is one. A GGUF file is checked, too. Returns the digest of the receipt, None where
+    there is none."""
+    if not exists(companion(folder, RECEIPT)):
         return None
-    if any(any(folder.glob(kind)) for kind in ("*.safetensors*", f"*{GGUF}")):
+    if is_lone(folder) or any(any(folder.glob(kind)) for kind in ("*.safetensors*", f"*{GGUF}")):
         check_as_merged(folder)
     return receipt_digest(folder)
 
@@ -250,7 +251,8 @@ def _changed_beside(folder: Path, checkpoint: Checkpoint, told: Mapping[str, str
 
 def receipt_digest(folder: Path) -> str:
     """BLAKE3 of the receipt's bytes: records carry it, so that those of another merge are told."""
-    return blake3(read_bytes(safe_child(folder, RECEIPT))).hexdigest()
+    path = companion(folder, RECEIPT)
+    return blake3(read_bytes(safe_child(path.parent, path.name))).hexdigest()
 
 
 def _base_id(receipt: Mapping[str, Any]) -> str | None:

@@ -30,9 +30,10 @@ from infold.formats import (
 )
 from infold.formats.floats import Floats, floats_of
 from infold.formats.gguf import Packing
-from infold.formats.stored import Field, NoFold, Scale, Stored, Unnested
+from infold.formats.stored import BESIDE, Field, NoFold, Scale, Stored, Unnested
 
 __all__ = [
+    "BESIDE",
     "FORMATS",
     "QUANTIZED",
     "SCALES",
@@ -90,6 +91,7 @@ class Quantized(Protocol):
 
     NAME: str  # what people call it
     CORE: tuple[str, ...]  # what every module of it has one of, by its name below the module
+    PARTS: tuple[str, ...]  # all that it stores below a module; what else lies there is not its own
 
     def accepts(self, stored: Stored) -> bool:
         """Whether the module is of this format."""

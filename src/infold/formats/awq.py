@@ -14,6 +14,7 @@ from infold.formats.stored import NoFold, Scale, Stored
 
 NAME = "AWQ"
 CORE: tuple[str, ...] = ("qweight",)
+PARTS: tuple[str, ...] = ("qweight", "qzeros", "scales")
 _CODES = 8  # in 32 bits
 
 

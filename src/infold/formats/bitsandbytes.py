@@ -3,7 +3,8 @@
 int8      weight I8 [out, in], SCB F32 [out], weight_format U8 []
           W[o, i] = weight[o, i] * SCB[o] / 127
 
-NF4, FP4  weight U8 [out * in / 2, 1], two codes a byte, the first in the high half
+NF4, FP4  weight U8 [out * in / 2, 1], two codes a byte, the first in the high half; the same bytes
+          may be called another dtype (bnb_4bit_quant_storage, as FSDP wants it)
           weight.absmax F32 [out * in / blocksize]; weight.quant_map F32 [16]
           weight.quant_state.bitsandbytes__nf4 (or __fp4) U8: JSON with shape, blocksize, dtype
           W.flatten()[n] = quant_map[code[n]] * absmax[n // blocksize]
@@ -24,21 +25,26 @@ from infold.formats.stored import NoFold, Scale, Stored, Unnested
 NAME = "bitsandbytes"
 CORE: tuple[str, ...] = ("weight",)
 _STATE = "weight.quant_state.bitsandbytes__"
+STATES = (f"{_STATE}nf4", f"{_STATE}fp4")
+PARTS: tuple[str, ...] = (
+    "weight", "SCB", "weight_format", "weight.absmax", "weight.quant_map", "weight.nested_absmax",
+    "weight.nested_quant_map", *STATES,
+)  # fmt: skip
 
 
 def accepts(stored: Stored) -> bool:
     weight = stored.tensors.get("weight")
     if weight is None:
         return False
-    if weight.dtype == "I8" and len(weight.shape) == 2:
-        return "SCB" in stored.tensors
-    return weight.dtype == "U8" and _state_name(stored) is not None
+    if _state_name(stored) is not None:
+        return True
+    return weight.dtype == "I8" and len(weight.shape) == 2 and "SCB" in stored.tensors
 
 
 def shape(stored: Stored) -> tuple[int, int]:
-    weight = stored.tensors["weight"]
-    if weight.dtype == "I8":
-        return weight.shape[0], weight.shape[1]
+    if not is_4bit(stored):
+        out, inputs = stored.tensors["weight"].shape
+        return out, inputs
     told = state(stored).get("shape")
     if not (isinstance(told, list) and len(told) == 2 and all(type(n) is int for n in told)):
         raise NoFold("its quant_state tells no shape of a matrix")
@@ -46,7 +52,7 @@ def shape(stored: Stored) -> tuple[int, int]:
 
 
 def words(stored: Stored) -> str:
-    if stored.tensors["weight"].dtype == "I8":
+    if not is_4bit(stored):
         return "bitsandbytes, int8"
     name = _state_name(stored)
     assert name is not None
@@ -55,7 +61,7 @@ def words(stored: Stored) -> str:
 
 
 def scales(stored: Stored) -> tuple[Scale, ...]:
-    if stored.tensors["weight"].dtype == "I8":
+    if not is_4bit(stored):
         return (Scale("SCB"),)
     block, (out, inputs) = state(stored).get("blocksize"), shape(stored)
     absmax = stored.tensors.get("weight.absmax")
@@ -88,6 +94,11 @@ def state(stored: Stored) -> dict[str, Any]:
     if not isinstance(told, dict):
         raise NoFold("its quant_state is no JSON object")
     return told
+
+
+def is_4bit(stored: Stored) -> bool:
+    """Whether a module is NF4 or FP4, and not int8."""
+    return _state_name(stored) is not None
 
 
 def _state_name(stored: Stored) -> str | None:

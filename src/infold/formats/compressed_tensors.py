@@ -16,6 +16,10 @@ from infold.formats.stored import NoFold, Scale, Stored
 
 NAME = "compressed-tensors"
 CORE: tuple[str, ...] = ("weight_packed", "weight")
+PARTS: tuple[str, ...] = (
+    "weight_packed", "weight", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx",
+    "weight_global_scale", "input_scale", "input_zero_point", "input_global_scale",
+)  # fmt: skip
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 

@@ -13,6 +13,7 @@ from infold.formats.stored import Scale, Stored
 
 NAME = "EETQ"
 CORE: tuple[str, ...] = ("weight",)
+PARTS: tuple[str, ...] = ("weight", "weight_scales")
 
 
 def accepts(stored: Stored) -> bool:

@@ -14,6 +14,10 @@ from infold.formats.stored import NoFold, Scale, Stored
 
 NAME = "FP8"
 CORE: tuple[str, ...] = ("weight",)
+PARTS: tuple[str, ...] = (
+    "weight", "weight_scale_inv", "weight_scale", "activation_scale", "input_scale",
+    "input_scale_ub",
+)  # fmt: skip
 _SCALES = ("weight_scale_inv", "weight_scale")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 

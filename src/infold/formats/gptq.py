@@ -16,6 +16,7 @@ from infold.formats.stored import NoFold, Scale, Stored
 
 NAME = "GPTQ"
 CORE: tuple[str, ...] = ("qweight",)
+PARTS: tuple[str, ...] = ("qweight", "qzeros", "scales", "g_idx")
 
 
 def accepts(stored: Stored) -> bool:

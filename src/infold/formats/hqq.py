@@ -14,6 +14,11 @@ from infold.formats.stored import NoFold, Scale, Stored
 
 NAME = "HQQ"
 CORE: tuple[str, ...] = ("W_q",)
+PARTS: tuple[str, ...] = (
+    "W_q", "nbits", "group_size", "shape", "scale", "zero", "axis", "packing", "unpack_view_dtype",
+    "view_as_float", "quant_scale", "quant_zero", "compute_dtype", "offload_meta",
+    "encoded_state_dict", "stores_quant_config", "channel_wise", "optimize", "round_zero",
+)  # fmt: skip
 
 
 def accepts(stored: Stored) -> bool:

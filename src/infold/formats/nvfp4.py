@@ -20,6 +20,10 @@ from infold.formats.stored import NoFold, Scale, Stored
 
 NAME = "NVFP4"
 CORE: tuple[str, ...] = ("weight_packed", "weight")
+PARTS: tuple[str, ...] = (
+    "weight_packed", "weight", "weight_scale", "weight_global_scale", "weight_scale_2",
+    "input_scale", "input_global_scale",
+)  # fmt: skip
 _WHOLE = {"weight_packed": "weight_global_scale", "weight": "weight_scale_2"}
 _DIVIDES = "weight_global_scale"
 _BLOCK = 16  # elements of a block

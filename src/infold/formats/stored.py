@@ -8,7 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["Field", "NoFold", "Scale", "Stored", "Unnested"]
+__all__ = ["BESIDE", "Field", "NoFold", "Scale", "Stored", "Unnested"]
+
+# Tensors below a module that are no part of its weight, whatever its format: the bias, and static
+# scales of activations and of the cache.
+BESIDE = (
+    "bias", "input_scale", "input_zero_point", "input_global_scale", "output_scale",
+    "output_zero_point", "q_scale", "k_scale", "v_scale",
+)  # fmt: skip
 
 
 class NoFold(ValueError):

@@ -23,6 +23,10 @@ from infold.formats.stored import NoFold, Scale, Stored
 
 NAME = "torchao"
 CORE: tuple[str, ...] = ("_weight_qdata",)
+PARTS: tuple[str, ...] = (
+    "_weight_qdata", "_weight_scale", "_weight_zero_point", "_weight_scale_and_zero",
+    "_weight_act_pre_scale",
+)  # fmt: skip
 _SCALE, _ZERO, _BOTH = "_weight_scale", "_weight_zero_point", "_weight_scale_and_zero"
 _BY_ROWS = ("Int8Tensor", "Float8Tensor", "IntxUnpackedToInt8Tensor")
 _BY_COLUMNS = ("Int4PlainInt32Tensor", "Int4Tensor")

@@ -21,10 +21,11 @@ _NAMES = {
 }
 NAME = "a format without scales by rows"
 CORE: tuple[str, ...] = (*_NAMES, "weight")
+PARTS: tuple[str, ...] = ()  # it is refused whatever it stores
 
 
 def accepts(stored: Stored) -> bool:
-    if "weight" in stored.tensors:  # ModelOpt's, two codes a byte
+    if "weight" in stored.tensors:  # several codes a byte
         return stored.dtype("weight") == "U8" and "weight_scale" in stored.tensors
     return any(part in stored.tensors for part in _NAMES)
 
@@ -34,8 +35,9 @@ def shape(stored: Stored) -> tuple[int, int]:
 
 
 def words(stored: Stored) -> str:
-    if "weight" in stored.tensors:
-        return "MXFP4"
+    if "weight" in stored.tensors:  # under floats: BitNet's, ModelOpt's integers
+        mx = stored.dtype("weight_scale") in ("U8", "F8_E8M0")
+        return "MXFP4" if mx else "packed codes under a weight_scale"
     return next(name for part, name in _NAMES.items() if part in stored.tensors)
 
 

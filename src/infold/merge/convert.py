@@ -11,8 +11,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import ChainMap
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -274,12 +273,16 @@ def converted_runs(plan: Plan, device: torch.device) -> dict[str, Run]:
                 modules[weight] = _Module(source, plan.adapters, device)
             runs[name] = PartRun(edit, modules[weight])
         elif isinstance(source, Amended):
-            runs[name] = WholeRun(edit, len(source.data), partial(bytes, source.data))
+            runs[name] = WholeRun(edit, len(source.data), _pieces_of(source.data))
         elif isinstance(source, Decoded | Original):
             runs[name] = ConvertedRun(edit, plan.adapters, device)
         else:
             runs[name] = EditRun(edit, plan.adapters, device)
     return runs
+
+
+def _pieces_of(data: bytes) -> Callable[[int, int], bytes]:
+    return lambda first, count: data[first : first + count]
 
 
 def measured_error(run: Run) -> dict[str, float] | None:

@@ -71,7 +71,7 @@ from infold.merge.restore import Undone, check_restored, undone
 from infold.merge.run import finish_record, make_receipt
 from infold.merge.stream import Streamed, stream
 from infold.merge.undo import Merged, open_merged
-from infold.plan.build import plan_merge
+from infold.plan.build import plan_edit
 from infold.plan.edits import OutputShard, Plan
 from infold.sizes import parse_bytes
 
@@ -125,7 +125,7 @@ def merge_in_place(
         if files == [digest_adapter(adapter) for adapter in opened]:
             return Receipt(**settled.result)
     checkpoint = open_checkpoint(folder)
-    plan = plan_merge(checkpoint, opened, lossy=lossy)
+    plan = plan_edit(checkpoint, opened, lossy)
     _refuse([*_merged_already(checkpoint), *_obstacles(checkpoint, plan)])
     prepared = _prepare(plan, folder, max_memory, device, threads, None)
     if dry_run:
@@ -159,7 +159,7 @@ def swap_in_place(
     source = open_merged(folder)
     with source.record:
         source.check_swap()
-        plan = plan_merge(source.base, opened, lossy=lossy)
+        plan = plan_edit(source.base, opened, lossy, source.instead)
         over = source.swap_plan(plan)
         _refuse([*_obstacles(source.checkpoint, over), *_removed(source)])
         prepared = _prepare(plan, folder, max_memory, device, threads, source)

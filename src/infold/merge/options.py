@@ -24,12 +24,15 @@ class Options:
     lossy: bool = False  # whether scales of four bits may be rounded
 
     def check_in_place(self) -> None:
-        """Refuse what changes the layout of the files, which an edit in place cannot."""
+        """Refuse what an edit in place cannot do: it changes no dtypes and no codes."""
         given = [
             f"--{name.replace('_', '-')}" for name in (*MODES, "base_16bit") if getattr(self, name)
         ]
         if given:
-            raise Refusal(f"{', '.join(given)} with --in-place: give --out; the layout changes")
+            raise Refusal(
+                f"{', '.join(given)} with --in-place: give --out, which goes with --undo too; an "
+                "edit in place changes neither dtypes nor codes"
+            )
 
     def choice(self) -> Choice | None:
         """None where nothing was asked for. Raises Refusal for what does not go together."""

@@ -34,6 +34,7 @@ from infold.edit.threads import one_torch_thread, usual_threads
 from infold.errors import InfoldError, Refusal, StorageFailure
 from infold.merge.convert import block_elements, encoded_bytes
 from infold.merge.options import Options
+from infold.merge.recording import kept_whole, unkept
 from infold.merge.undo import Merged
 from infold.plan.build import plan_merge
 from infold.plan.edits import Part, Plan
@@ -105,7 +106,7 @@ def prepare(
     plan = placed(plan, path)
     check_output(path, plan, force)
     where, workers, limit, digests = check(plan, max_memory, device, threads, undo, source)
-    check_space(path, plan)
+    check_space(path, plan, undo)
     return Prepared(plan, path, force, where, workers, limit, digests, undo, source)
 
 
@@ -124,11 +125,8 @@ def check(
     if workers < 1:
         raise Refusal(f"--threads {workers}: at least 1")
     budget = parse_bytes(max_memory)
-    if undo and plan.conversion is not None:
-        raise Refusal(
-            f"--undo does not go with --{plan.conversion['mode']}: the quantized weights that it "
-            "replaces would have to be kept whole; keep the base"
-        )
+    if undo and (reasons := unkept(plan)):
+        raise Refusal(reasons)
     fixed = source.limit if source else None
     workers, limit = block_size(plan, budget, workers, where, threads is None, undo, fixed)
     return where, workers, limit, tuple(digest_adapter(adapter) for adapter in plan.adapters)
@@ -334,7 +332,8 @@ def digest_adapter(adapter: Adapter) -> dict[str, str]:
     return digests
 
 
-def check_space(out: Path, plan: Plan) -> None:
+def check_space(out: Path, plan: Plan, undo: bool = False) -> None:
+    """undo: whether a record is written, which can be large where weights are converted."""
     parent = out.parent
     staged = out.parent / f".{out.name}.infold"
     with storage_errors(parent):
@@ -349,6 +348,8 @@ def check_space(out: Path, plan: Plan) -> None:
         free = shutil.disk_usage(parent).free
         side = sum((plan.base.path / name).stat().st_size for name in plan.copied)
     needed = plan.nbytes + side
+    if undo:
+        needed += sum(plan.base.info(name).nbytes for name in kept_whole(plan))
     with suppress(FileNotFoundError):  # an interrupted run has part of it already
         needed -= sum(f.stat().st_blocks * 512 for f in staged.rglob("*") if f.is_file())
     if needed > free:

@@ -13,17 +13,25 @@ from infold.checkpoint.adapter import Adapter
 from infold.checkpoint.files import digest_of, safe_child
 from infold.checkpoint.inputs import InputFiles
 from infold.checkpoint.record import SEEN, RecordWriter
-from infold.checkpoint.shards import Checkpoint
+from infold.checkpoint.shards import Checkpoint, Shard
 from infold.checkpoint.staging import storage_errors
 from infold.dtypes import SCALE_DTYPES
 from infold.edit.blocks import Block, cut
 from infold.edit.residual import content, pack_original, pack_residual
 from infold.edit.steps import Workspace
-from infold.formats import Floats, floats_of
+from infold.formats import Floats, floats_of, format_of
 from infold.merge.apply import Run
-from infold.plan.edits import Amended, BaseTensor, Decoded, Edit, Plan
+from infold.plan.edits import BaseTensor, Edit, Plan, Replacement
 
-__all__ = ["BlockOf", "Recording", "block_of", "digest_file", "undone_by_residual"]
+__all__ = [
+    "BlockOf",
+    "Recording",
+    "block_of",
+    "digest_file",
+    "kept_whole",
+    "undone_by_residual",
+    "unkept",
+]
 
 _PIECE = 1 << 20
 BlockOf = Callable[[str, Block], Tensor]  # stored elements (rows, columns) of a tensor by its name
@@ -142,6 +150,7 @@ class Recording:
                 else {name: digest_file(plan.base, name) for name in plan.copied},
                 "contents": [_describe(adapter) for adapter in plan.adapters],
                 "files": files,
+                "sizes": {s.name: s.header.file_size for s in plan.base.shards},
                 "tensors": list(self.numbers),
                 "edits": {name: asdict(plan.edits[name]) for name in self.numbers},
             }
@@ -157,16 +166,48 @@ def digest_file(folder: Checkpoint, name: str) -> str:
 
 
 def kept_whole(plan: Plan) -> list[str]:
-    """The base's tensors that the output lacks, or has with other bytes that are no floats of
-    theirs: such as nested scales that became plain. They are small."""
+    """The base's tensors that the output lacks, or has with bytes that are made of something else
+    than their floats: codes and scales of converted modules, nested scales that became plain. All
+    of their bytes are kept, since no arithmetic brings codes back."""
     there = {name for shard in plan.shards for name in shard.header.tensors}
+
+    def remade(edit: Edit | None, dtype: str) -> bool:
+        if edit is None or isinstance(edit.source, BaseTensor):
+            return False
+        return not isinstance(edit.source, Replacement) or format_of(dtype) is None
+
     return [
         name
         for shard in plan.base.shards
-        for name in shard.header.tensors
-        if name not in there
-        or (name in plan.edits and isinstance(plan.edits[name].source, Amended | Decoded))
+        for name, info in shard.header.tensors.items()
+        if name not in there or remade(plan.edits.get(name), info.dtype)
     ]
+
+
+def unkept(plan: Plan) -> list[str]:
+    """Reasons why no record brings a base back bit for bit: what lies between the tensors of a GGUF
+    file, which is nothing as a rule, is written as zeros where its layout changes."""
+    files = InputFiles()
+
+    def stray(shard: Shard) -> bool:
+        ends = [len(shard.header.raw), *(t.end for t in shard.header.tensors.values())]
+        begins = [*(t.begin for t in shard.header.tensors.values()), shard.header.file_size]
+        for end, begin in zip(ends, begins, strict=True):
+            gap = bytearray(begin - end)
+            files.read(shard.path, memoryview(gap), end)
+            if any(gap):
+                return True
+        return False
+
+    try:
+        return [
+            f"{shard.path}: has bytes between its tensors that are not zero, and no record brings "
+            "those back; leave --undo out, and keep the base"
+            for shard, output in zip(plan.base.shards, plan.shards, strict=True)
+            if plan.base.is_gguf and not output.same_layout and stray(shard)
+        ]
+    finally:
+        files.close()
 
 
 def _stored(base: Checkpoint, name: str) -> Iterator[bytes]:

@@ -28,7 +28,7 @@ from infold.merge.receipt import Receipt
 from infold.merge.run import execute
 from infold.merge.stream import Streamed, stream
 from infold.merge.undo import Merged, open_merged
-from infold.plan.build import plan_merge
+from infold.plan.build import plan_edit
 from infold.plan.output import placed
 from infold.sizes import parse_bytes
 from infold.version import __version__
@@ -160,7 +160,7 @@ def open_swap(
     try:
         merged.check_swap()
         opened = [open_adapter(adapter) for adapter in adapters]
-        plan = plan_merge(merged.base, opened, lossy=lossy)
+        plan = plan_edit(merged.base, opened, lossy, merged.instead)
         return prepare(
             plan, out, max_memory=max_memory, device=device, threads=threads, force=force,
             undo=True, source=merged,

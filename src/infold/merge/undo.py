@@ -17,6 +17,7 @@ from torch import Tensor
 
 from infold.adapters.exact import LEAF
 from infold.checkpoint.adapter import Adapter
+from infold.checkpoint.gguf import gguf_header_of
 from infold.checkpoint.inputs import InputFiles
 from infold.checkpoint.record import SEEN, UNDO, Record, open_record
 from infold.checkpoint.safetensors import header_of, parse_json
@@ -68,6 +69,11 @@ class Merged:
     def path(self) -> Path:
         return self.checkpoint.path
 
+    @property
+    def instead(self) -> str:
+        """How to do what a swap cannot, for messages."""
+        return f": restore the base (infold undo {self.path} --out BASE), and merge into that"
+
     def number(self, tensor: str) -> int:
         return list(self.edits).index(tensor)
 
@@ -105,7 +111,7 @@ class Merged:
         runs: dict[str, Run] = {name: UndoRun(self, name, device) for name in self.edits}
         for name, number in self.kept.items():
             count = self.base.info(name).nbytes
-            runs[name] = WholeRun(self._kept_edit(name), count, partial(self.record.file, number))
+            runs[name] = WholeRun(self._kept_edit(name), count, partial(self.record.piece, number))
         return runs
 
     def _kept_edit(self, name: str) -> Edit:
@@ -114,12 +120,14 @@ class Merged:
         return Edit(name, Amended(name, b""), info.dtype, info.shape, ())
 
     def check_swap(self, plan: Plan | None = None) -> None:
-        """Refuse where an edit needs parts of the base that are no floats."""
+        """Refuse where an edit needs parts of the base that are no floats, or has replaced them."""
         edits = () if plan is None else plan.edits.values()
         if self.kept or any(isinstance(edit.source, Amended | Decoded) for edit in edits):
+            converted = self.receipt.get("conversion") is not None
+            what = "converted weights" if converted else "scales that are quantized themselves"
             raise Refusal(
-                f"{self.path}: scales that are quantized themselves cannot be swapped; restore the "
-                "base with `infold undo`, and merge the adapters into it"
+                f"{self.path}: {what} cannot be swapped; restore the base with `infold undo`, and "
+                "merge the adapters into it"
             )
 
     def swap_plan(self, plan: Plan) -> Plan:
@@ -258,10 +266,14 @@ def _merged(checkpoint: Checkpoint, record: Record, receipt: Mapping[str, Any]) 
     if [s.name for s in checkpoint.shards] != sorted(told["shards"]):
         raise Refusal(f"{record.path}: belongs to another output: it has other shards")
     names = sorted(told["base"]["shards"])  # which a single file need not have kept
-    for shard in checkpoint.shards:
+    for shard, name in zip(checkpoint.shards, names, strict=True):
         header = shard.header
-        if (label := f"header/{shard.name}") in files:
-            header = header_of(record.file(files[label]), str(record.path))
+        if (label := f"header/{name}") in files:
+            raw = record.file(files[label])
+            if checkpoint.is_gguf:
+                header = gguf_header_of(raw, int(told["sizes"][name]), str(record.path))
+            else:
+                header = header_of(raw, str(record.path))
         shards.append(Shard(shard.name, shard.path, header))
     rewritten = {
         name: record.file(files[f"side/{name}"])
@@ -286,6 +298,13 @@ def _merged(checkpoint: Checkpoint, record: Record, receipt: Mapping[str, Any]) 
     }
     kept = {n.removeprefix("tensor/"): files[n] for n in files if n.startswith("tensor/")}
     lost = [name for name in (*edits, *kept) if name not in where]
+    short = [
+        name
+        for name, number in kept.items()
+        if name in where and record.length(number) != base.info(name).nbytes
+    ]
+    if short:
+        raise CorruptFile(f"{record.path}: keeps other sizes than the base has of: {short}")
     limit = int(told["limit"])
     odd = [
         name

@@ -17,6 +17,7 @@ from infold.patience import patience
 from infold.plan.config import read_config
 from infold.plan.consume import Consumer
 from infold.plan.convert import (
+    MODES,
     WAYS,
     Choice,
     Conversion,
@@ -40,11 +41,12 @@ from infold.plan.output import (
     uneven_vocabulary,
     with_changes,
 )
+from infold.plan.quantized import rotations
 from infold.plan.room import make_room
 from infold.plan.tied import same_ends, tied_pair, unsupported_tie
 from infold.plan.unconverted import unconverted_changes
 
-__all__ = ["plan_merge"]
+__all__ = ["plan_edit", "plan_merge"]
 
 
 def plan_merge(
@@ -75,6 +77,20 @@ def plan_merge(
         return _plan(draft, base, tuple(adapters), Conversion(edits), changes)
 
 
+def plan_edit(
+    base: Checkpoint, adapters: Sequence[Adapter], lossy: bool = False, instead: str = ""
+) -> Plan:
+    """As `plan_merge`, for a verb that converts nothing. instead: what to do where a reason names
+    the options that would, which this verb does not have."""
+    try:
+        return plan_merge(base, adapters, lossy=lossy)
+    except Refusal as error:
+        if not any(f"--{mode}" in reason for reason in error.reasons for mode in MODES):
+            raise
+        told = "--promote, --dequantize and --requantize are options of `infold merge --out`"
+        raise Refusal([*error.reasons, f"{told}{instead}"]) from None
+
+
 def _decide(
     base: Checkpoint,
     adapters: Sequence[Adapter],
@@ -86,6 +102,7 @@ def _decide(
     """(draft, edits, changes of config.json). `seen`: the base as a view, see plan/convert.py."""
     draft = Draft(seen or base, tied_pair(base, adapters), lossy)
     draft.unknown, draft.ways = unknown, ways
+    draft.reasons += rotations(base)
     for number, adapter in enumerate(adapters):
         _add(draft, number, adapter)
     untied = False if draft.reasons else _settle_ties(draft, tuple(adapters))

@@ -26,7 +26,7 @@ from infold.formats.values import VALUES, NoValues, Scheme
 from infold.formats.values.ggml import ENCODES
 from infold.plan.edits import Amended, BaseTensor, Decoded, Edit, Original, Part, Source
 from infold.plan.match import Names
-from infold.plan.quantized import StoredModules, words_of
+from infold.plan.quantized import StoredModules, strangers, words_of
 
 __all__ = [
     "DTYPES",
@@ -124,7 +124,10 @@ def convertible(base: Checkpoint) -> tuple[dict[str, Convertible], dict[str, str
             reasons[stored.name] = f"{words_of(form, stored)} cannot be decoded here"
             continue
         try:
-            found[stored.name] = Convertible(stored, name, VALUES[name].scheme(stored))
+            scheme = VALUES[name].scheme(stored)
+            if told := strangers(stored, form.PARTS):
+                raise NoValues(told)
+            found[stored.name] = Convertible(stored, name, scheme)
         except (NoValues, NoFold) as error:
             reasons[stored.name] = str(error)
     return found, reasons

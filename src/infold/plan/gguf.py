@@ -122,6 +122,11 @@ class Home:
     def bias(self) -> str:
         return self.weight.removesuffix("weight") + "bias"
 
+    @property
+    def scale(self) -> str:
+        """A factor of its outputs, which llama.cpp applies where it is there, before the bias."""
+        return self.weight.removesuffix("weight") + "scale"
+
 
 class GgufModules:
     """What `plan/fold.py` asks of a base, answered from a GGUF file's names and metadata.

@@ -68,6 +68,9 @@ class GgufConsumer(Consumer):
             self.refuse(key, f"{method} on {home.weight}, which may also be the head{_INSTEAD}")
         elif home.expert is not None:
             self.refuse(key, f"{home.weight} holds all experts as one tensor{_INSTEAD}")
+        elif home.scale in self.draft.base.where:
+            # of all its outputs: no matter to rows, but an update of elements would be scaled too
+            self.refuse(key, f"{home.scale} is a factor of all that {home.weight} gives{_INSTEAD}")
         elif not dense:
             dtype = self.draft.base.info(home.weight).dtype
             self.draft.elements.add(home.weight)

@@ -16,6 +16,7 @@ from infold.checkpoint.shards import Checkpoint
 from infold.checkpoint.stored import ELEMENTS, stored_matrix
 from infold.errors import CorruptFile
 from infold.formats import (
+    BESIDE,
     QUANTIZED,
     Field,
     NoFold,
@@ -31,7 +32,7 @@ from infold.plan.fold import Part, Place, Unfoldable
 from infold.plan.layouts import is_conv1d
 from infold.plan.match import Names
 
-__all__ = ["StoredModules", "quantization_of", "words_of"]
+__all__ = ["StoredModules", "quantization_of", "rotations", "strangers", "words_of"]
 
 _DEPTH = 3  # components of a tensor's name below its module, such as `weight.quant_state.nf4`
 _ALL = slice(None)
@@ -40,6 +41,7 @@ _ACTIVATIONS = (
     "hidden_act", "hidden_activation", "activation_function", "mlp_hidden_act", "dense_act_fn",
     "feed_forward_proj", "activation",
 )  # fmt: skip
+_OFFLINE = ("weight_input", "weight_output", "q_attn", "k_cache")
 _LIMITS = ("swiglu_limit", "clip_qkv", "clip_kqv", "activation_limit")
 # Scales of activations that were measured without the adapter.
 _MEASURED = ("input_scale", "output_scale", "input_global_scale", "k_scale", "v_scale")
@@ -48,6 +50,8 @@ _FEW_BITS = (
     "and tells the error, or merge into the unquantized model"
 )
 _CACHE = ("k_scale", "v_scale", "attn.k_scale", "attn.v_scale")
+# Factors of a module's inputs, which are no matter where its rows are scaled.
+_OF_INPUTS = ("pre_quant_scale",)
 
 
 def quantization_of(base: Checkpoint) -> Mapping[str, Any]:
@@ -59,6 +63,41 @@ def quantization_of(base: Checkpoint) -> Mapping[str, Any]:
             if isinstance(told := place.get(name), dict):
                 return told
     return {}
+
+
+def rotations(base: Checkpoint) -> list[str]:
+    """A reason to refuse, where the config tells of matrices that multiply what goes into modules,
+    or comes out of them, while the model runs: an adapter that acts there is no edit of weights.
+    """
+    told = quantization_of(base).get("transform_config")
+    groups = told.get("config_groups") if isinstance(told, dict) else None
+    if not told or (isinstance(groups, dict) and all(map(_is_offline, groups.values()))):
+        return []
+    return [
+        f"{base.path}: quantization_config.transform_config rotates what goes into modules or "
+        "comes out of them while the model runs, so what an adapter does there has no place in "
+        "stored weights; merge into the unquantized model, and quantize the result"
+    ]
+
+
+def _is_offline(group: Any) -> bool:
+    """Whether the matrices of a group are in the weights, or act past the modules."""
+    applied = group.get("apply", []) if isinstance(group, dict) else None
+    return isinstance(applied, list) and all(
+        isinstance(entry, dict) and entry.get("location") in _OFFLINE for entry in applied
+    )
+
+
+def strangers(stored: Stored, parts: Collection[str], more: Collection[str] = ()) -> str:
+    """What else lies below a module than its format's parts, as a sentence; empty where nothing
+    does. It may have a share in the outputs (a low-rank correction, say), so nothing can be done to
+    the weight alone."""
+    known = {*parts, *BESIDE, *more}
+    names = [part for part in stored.tensors if part not in known]
+    if not names:
+        return ""
+    told = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return f"it also has {told}, which may have a share in its outputs and is not known here"
 
 
 def words_of(form: Quantized, stored: Stored) -> str:
@@ -122,13 +161,18 @@ class StoredModules:
             if tensor is None or place is None or place in tried:
                 continue
             tried.add(place)
-            if core == "weight" and format_of(self.base.info(tensor).dtype) is not None:
+            if core == "weight" and self._is_dense(place, tensor):
                 return None
             stored = self._stored(place, tensor)
             form = quantized_of(stored)
             if form is not None:
                 return stored, form
         return None
+
+    def _is_dense(self, place: str, weight: str) -> bool:
+        """Whether a weight is stored as floats. Codes of bitsandbytes may be called floats too."""
+        codes = any(f"{place}.{state}" in self.base.where for state in bitsandbytes.STATES)
+        return format_of(self.base.info(weight).dtype) is not None and not codes
 
     def _stored(self, place: str, core: str) -> Stored:
         below = self._below[place]
@@ -146,7 +190,7 @@ class StoredModules:
         """Every quantized module, in the order of the files."""
         for place, below in self._below.items():
             core = next((part for part in below if part in self._cores), None)
-            if core is None or (core == "weight" and format_of(self.base.info(below[core]).dtype)):
+            if core is None or (core == "weight" and self._is_dense(place, below[core])):
                 continue
             stored = self._stored(place, below[core])
             form = quantized_of(stored)
@@ -231,7 +275,10 @@ class StoredModules:
     ) -> Iterator[Place]:
         """The places of the rows of a quantized module."""
         try:
-            for scale in form.scales(stored):
+            scales = form.scales(stored)
+            if told := strangers(stored, form.PARTS, _OF_INPUTS):
+                raise NoFold(told)
+            for scale in scales:
                 tensor = f"{stored.name}.{scale.part}"
                 if scale.nested:
                     self.nested[tensor] = _nested(stored)

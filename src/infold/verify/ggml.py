@@ -1,6 +1,7 @@
 """The values of ggml's blocks, stated anew: for the number of an element, where its bits lie.
 
-Every function gets blocks of bytes (n, size) and gives the float64 values (n, elements).
+Every function gets blocks of bytes (n, size) and gives the float64 values (n, elements). Types that
+consist of tables are read by the gguf package here too: there is nothing that could be stated anew.
 """
 
 from __future__ import annotations
@@ -26,7 +27,13 @@ _TABLE = np.array(
 
 
 def values_of(kind: str, blocks: Bytes) -> Values:
-    return _VALUES[kind](blocks)
+    if kind in _VALUES:
+        return _VALUES[kind](blocks)
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    values: Values = dequantize(blocks, GGMLQuantizationType[kind]).astype(np.float64)
+    return values
 
 
 def half_at(blocks: Bytes, place: int) -> Values:
@@ -136,9 +143,15 @@ def _tq2_0(blocks: Bytes) -> Values:
     return half_at(blocks, 64) * (_pair(blocks, 0) - 1)
 
 
+def _q1_0(blocks: Bytes) -> Values:
+    e = np.arange(128)
+    positive = _at(blocks, 2 + e // 8) >> e % 8 & 1
+    return half_at(blocks, 0) * np.where(positive, 1, -1)
+
+
 _VALUES: dict[str, Callable[[Bytes], Values]] = {
     **{kind: _plain(kind) for kind in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")},
     "Q2_K": _q2_k, "Q3_K": _q3_k, "Q4_K": _q45_k(16, 0), "Q5_K": _q45_k(48, 16), "Q6_K": _q6_k,
-    "IQ4_NL": _iq4_nl, "IQ4_XS": _iq4_xs, "TQ2_0": _tq2_0,
+    "IQ4_NL": _iq4_nl, "IQ4_XS": _iq4_xs, "TQ2_0": _tq2_0, "Q1_0": _q1_0,
 }  # fmt: skip
 assert _VALUES.keys() <= BLOCKS.keys()

@@ -141,7 +141,11 @@ def _bitsandbytes(parts: Mapping[str, Matrix], scheme: Scheme, rows: slice) -> G
         group = torch.zeros(inputs, dtype=torch.int64)
         return Grid(_int8(parts["weight"][rows, _ALL]), _I8, scale, None, group, "weight", "SCB")
     first, count = rows.start * inputs, (rows.stop - rows.start) * inputs
-    packed = parts["weight"][slice(first // 2, -(-(first + count) // 2)), _ALL].flatten().numpy()
+    stored = parts["weight"]  # its elements may be called floats, of several bytes
+    size = max(1, (scheme.shape[0] * inputs + 1) // 2 // max(1, stored.shape[0] * stored.shape[1]))
+    begin, end = first // 2, -(-(first + count) // 2)
+    held = stored[slice(begin // size, -(-end // size)), _ALL].contiguous()
+    packed = held.view(torch.uint8).flatten().numpy()[begin % size :][: end - begin]
     codes = np.empty(2 * len(packed), dtype=np.int64)
     codes[0::2], codes[1::2] = packed // 16, packed % 16
     there = torch.from_numpy(codes[first % 2 : first % 2 + count]).view(-1, inputs)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from infold.formats import awq
 from infold.formats.stored import Field, Stored
 from infold.formats.values.bits import pack, unpack
 from infold.formats.values.scheme import (
@@ -27,7 +28,7 @@ from infold.formats.values.scheme import (
 
 __all__ = ["PARTS", "decode", "encode", "encoded", "scheme"]
 
-PARTS: tuple[str, ...] = ("qweight", "qzeros", "scales")
+PARTS = awq.PARTS
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _PLACE = torch.tensor([ORDER.index(output) for output in range(8)])  # where each output lies

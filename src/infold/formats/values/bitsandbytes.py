@@ -1,7 +1,8 @@
 """bitsandbytes: int8 rows, and NF4 or FP4 in blocks.
 
 int8      weight I8 (out, in), SCB F32 (out): W = weight * SCB / 127
-NF4, FP4  weight U8, two codes a byte, the first in the high half; quant_map F32 (16)
+NF4, FP4  weight U8, two codes a byte, the first in the high half; quant_map F32 (16). The same
+          bytes may be called floats (bnb_4bit_quant_storage)
           W.flatten()[n] = quant_map[code[n]] * absmax[n // blocksize]
 
 absmax is F32, or doubly quantized: U8 codes of nested_quant_map, times nested_absmax of every
@@ -10,6 +11,7 @@ nested_block blocks, plus nested_offset; in float32, as bitsandbytes computes it
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -19,6 +21,7 @@ from infold.formats import bitsandbytes
 from infold.formats.stored import Field, NoFold, Stored
 from infold.formats.values import integers
 from infold.formats.values.scheme import (
+    Matrix,
     NoValues,
     Parts,
     Scheme,
@@ -28,20 +31,17 @@ from infold.formats.values.scheme import (
 
 __all__ = ["PARTS", "absmax_of", "decode", "encode", "encoded", "scheme"]
 
-PARTS: tuple[str, ...] = (
-    "weight", "SCB", "weight_format", "weight.absmax", "weight.quant_map", "weight.nested_absmax",
-    "weight.nested_quant_map", "weight.quant_state.bitsandbytes__nf4",
-    "weight.quant_state.bitsandbytes__fp4",
-)  # fmt: skip
+PARTS = bitsandbytes.PARTS
 
 _ALL = slice(None)
+_STORAGE = {"U8": 1, "I8": 1, "BF16": 2, "F16": 2, "F32": 4}  # bytes of what holds the codes
 
 
 def scheme(stored: Stored) -> Scheme:
     """Raises NoValues where quant_state does not tell what is needed."""
     try:
         outputs, inputs = bitsandbytes.shape(stored)
-        if stored.dtype("weight") == "I8":
+        if not bitsandbytes.is_4bit(stored):
             need(stored, "SCB", ("F32",), (outputs,), (outputs, 1))
             return Scheme((outputs, inputs))
         told = bitsandbytes.state(stored)
@@ -53,7 +53,10 @@ def scheme(stored: Stored) -> Scheme:
         raise NoValues("its quant_state tells no blocksize or no type that is known here")
     if stored.shape("weight.quant_map") != (16,) or absmax != (-(-count // block),):
         raise NoValues("its quant_map or absmax does not suit its weight")
-    need(stored, "weight", ("U8",), (-(-count // 2), 1), (-(-count // 2),))
+    held, rest = divmod(-(-count // 2), _STORAGE.get(stored.dtype("weight") or "", 1))
+    if rest:
+        raise NoValues(f"its weight is {stored.dtype('weight')}, which {count} codes do not fill")
+    need(stored, "weight", _STORAGE, (held, 1), (held,))
     need(stored, "weight.quant_map", ("F32",), (16,))
     offset, nested = 0.0, 256
     if stored.dtype("weight.absmax") == "U8":
@@ -74,7 +77,7 @@ def scheme(stored: Stored) -> Scheme:
 def encoded(stored: Stored) -> dict[str, Field | None]:
     """The tensors that `encode` writes anew. Scales that are quantized themselves become plain: the
     tensors of their quantization are dropped, and loaders go by which of them are there."""
-    if stored.dtype("weight") == "I8":
+    if not bitsandbytes.is_4bit(stored):
         return {part: stored.tensors[part] for part in ("weight", "SCB")}
     how = scheme(stored)
     if how.shape[1] % how.group:
@@ -94,7 +97,7 @@ def decode(parts: Parts, scheme: Scheme, rows: slice) -> Tensor:
         return integers.decode(parts["weight"][rows, _ALL], parts["SCB"][rows, _ALL], None, 0, 127)
     inputs = scheme.shape[1]
     first, last = rows.start * inputs, rows.stop * inputs
-    packed = parts["weight"][slice(first // 2, -(-last // 2)), _ALL].flatten()
+    packed = _codes(parts["weight"], scheme, first // 2, -(-last // 2))
     codes = torch.stack((packed >> 4, packed & 15), 1).flatten()
     codes = codes[first % 2 : first % 2 + last - first].to(torch.int64)
     table = parts["weight.quant_map"][_ALL, _ALL].flatten().to(torch.float64)
@@ -104,6 +107,13 @@ def decode(parts: Parts, scheme: Scheme, rows: slice) -> Tensor:
     values = table[codes]
     values *= absmax.repeat_interleave(size)[first - top * size : last - top * size]
     return values.view(rows.stop - rows.start, inputs)
+
+
+def _codes(stored: Matrix, scheme: Scheme, first: int, last: int) -> Tensor:
+    """Some bytes of the codes, whatever the elements that hold them are called."""
+    width = max(1, -(-math.prod(scheme.shape) // 2) // max(1, math.prod(stored.shape)))
+    held = stored[slice(first // width, -(-last // width)), _ALL].contiguous().view(torch.uint8)
+    return held.flatten()[first % width : first % width + last - first]
 
 
 def absmax_of(parts: Parts, scheme: Scheme, blocks: slice) -> Tensor:
@@ -138,6 +148,7 @@ def encode(
     levels, order = table.sort()
     middles = (levels[1:] + levels[:-1]) / 2
     codes = order[torch.bucketize(blocks / absmax[:, None], middles)].flatten().to(torch.uint8)
-    out["weight"].view(-1)[first // 2 : last // 2] = codes[0::2] << 4 | codes[1::2]
+    packed = out["weight"].view(-1).view(torch.uint8)
+    packed[first // 2 : last // 2] = codes[0::2] << 4 | codes[1::2]
     start = first // scheme.group
     out["weight.absmax"].view(-1)[start : start + len(absmax)] = absmax.float()

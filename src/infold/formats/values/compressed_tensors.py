@@ -34,10 +34,7 @@ from infold.formats.values.scheme import (
 
 __all__ = ["PARTS", "decode", "encode", "encoded", "scheme"]
 
-PARTS: tuple[str, ...] = (
-    "weight_packed", "weight", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx",
-    "weight_global_scale", "input_scale", "input_zero_point", "input_global_scale",
-)  # fmt: skip
+PARTS = compressed_tensors.PARTS
 
 _ALL = slice(None)
 

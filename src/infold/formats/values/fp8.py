@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from infold.errors import Refusal
+from infold.formats import fp8
 from infold.formats.stored import Field, Stored
 from infold.formats.values.scheme import (
     E4M3_MAX,
@@ -31,10 +32,7 @@ from infold.formats.values.scheme import (
 
 __all__ = ["PARTS", "decode", "encode", "encoded", "scale_part", "scheme"]
 
-PARTS: tuple[str, ...] = (
-    "weight", "weight_scale_inv", "weight_scale", "activation_scale", "input_scale",
-    "input_scale_ub",
-)  # fmt: skip
+PARTS = fp8.PARTS
 
 _ALL = slice(None)
 

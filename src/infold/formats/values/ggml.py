@@ -9,11 +9,18 @@ layouts are those of ggml's block structs; all multi-byte numbers are little-end
     Q3_K, Q6_K         w = d * s * q             256 weights a block, s of 16 weights
     IQ4_NL, IQ4_XS     w = d * s * table[q]      32 and 256 weights a block
     TQ2_0              w = d * q                 256 weights a block, q in -1, 0, 1
+    Q1_0               w = d * q                 128 weights a block, q in -1, 1
+
+The other IQ types look their codes up in tables of hundreds of vectors, and TQ1_0 packs five codes
+into a byte. The gguf package has those (`BORROWED`). It computes in float32, which holds their
+values exactly: a float16 times a scale of five bits times an entry of seven at most.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -24,6 +31,7 @@ from infold.formats.stored import Field, Stored
 from infold.formats.values.scheme import NoValues, Parts, Scheme, stored_scales
 
 __all__ = [
+    "BORROWED",
     "ENCODES",
     "PARTS",
     "TYPES",
@@ -50,6 +58,11 @@ def scheme(stored: Stored) -> Scheme:
     field = stored.tensors[""]
     if field.dtype not in _DECODERS:
         raise NoValues(f"values of the type {field.dtype} are not known here")
+    if field.dtype in BORROWED and find_spec("gguf") is None:
+        raise NoValues(
+            f"values of the type {field.dtype} are read by the gguf package, which is not "
+            "installed: pip install gguf"
+        )
     if len(field.shape) != 2:
         raise NoValues(f"its shape {list(field.shape)} is no matrix")
     return Scheme((field.shape[0], field.shape[1]), kind=field.dtype)
@@ -231,10 +244,25 @@ def _tq2_0(blocks: Tensor) -> Tensor:
     return _half(blocks, 64) * (_pairs(blocks[:, :64]).to(torch.float64) - 1)
 
 
+def _q1_0(blocks: Tensor) -> Tensor:
+    bits = (blocks[:, 2:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
+    return _half(blocks, 0) * (2 * bits.view(len(blocks), 128).to(torch.float64) - 1)
+
+
+def _borrowed(kind: str, blocks: Tensor) -> Tensor:
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    values = dequantize(blocks.contiguous().numpy(), GGMLQuantizationType[kind])
+    return torch.from_numpy(values).to(torch.float64)
+
+
+BORROWED = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "TQ1_0")
 _DECODERS: dict[str, Callable[[Tensor], Tensor]] = {
+    **{kind: partial(_borrowed, kind) for kind in BORROWED},
     "Q4_0": _q4_0, "Q4_1": _q4_1, "Q5_0": _q5_0, "Q5_1": _q5_1, "Q8_0": _q8_0,
     "Q2_K": _q2_k, "Q3_K": _q3_k, "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k,
-    "IQ4_NL": _iq4_nl, "IQ4_XS": _iq4_xs, "TQ2_0": _tq2_0,
+    "IQ4_NL": _iq4_nl, "IQ4_XS": _iq4_xs, "TQ2_0": _tq2_0, "Q1_0": _q1_0,
 }  # fmt: skip
 
 

@@ -31,7 +31,7 @@ from infold.formats.values.scheme import (
 
 __all__ = ["PARTS", "decode", "encode", "encoded", "scheme"]
 
-PARTS: tuple[str, ...] = ("qweight", "qzeros", "scales", "g_idx")
+PARTS = gptq.PARTS
 
 _ALL = slice(None)
 

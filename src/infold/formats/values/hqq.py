@@ -25,11 +25,7 @@ from infold.formats.values.scheme import (
 
 __all__ = ["PARTS", "decode", "encoded", "scheme"]
 
-PARTS: tuple[str, ...] = (
-    "W_q", "nbits", "group_size", "shape", "scale", "zero", "axis", "packing", "unpack_view_dtype",
-    "view_as_float", "quant_scale", "quant_zero", "compute_dtype", "offload_meta",
-    "encoded_state_dict", "stores_quant_config", "channel_wise", "optimize", "round_zero",
-)  # fmt: skip
+PARTS = hqq.PARTS
 
 _ALL = slice(None)
 _PER = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}  # codes in one stored element

@@ -27,12 +27,7 @@ from infold.formats.values.scheme import (
 
 __all__ = ["PARTS", "decode", "encode", "encoded", "scheme"]
 
-PARTS: tuple[str, ...] = (
-    "_weight_qdata",
-    "_weight_scale",
-    "_weight_zero_point",
-    "_weight_act_pre_scale",
-)
+PARTS = torchao.PARTS
 _ALL = slice(None)
 _CODES, _SCALE, _ZERO = PARTS[:3]
 
