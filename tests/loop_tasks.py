@@ -46,6 +46,16 @@ def hanging(problem: str, answer: str) -> bool:
     return False
 
 
+def stubborn(problem: str, answer: str) -> bool:
+    """Goes on after it was interrupted, twice."""
+    for _ in range(3):
+        try:
+            time.sleep(10)
+        except BaseException:
+            pass
+    return False
+
+
 def interrupted(problem: str, answer: str) -> bool:
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(60)

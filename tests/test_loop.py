@@ -15,17 +15,22 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
+from blake3 import blake3
 from safetensors.torch import load_file
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
 
 import infold
 import loop_tasks
 from forked import infold_command, trained
 from handmade import digests
+from infold.cli.main import app
 from infold.errors import Refusal
 from infold.loop import arithmetic
 from infold.loop.config import read_config
@@ -33,6 +38,7 @@ from infold.loop.folder import Journal, Run, write_json, write_lines
 from infold.loop.run import checkout, lineage
 from infold.loop.score import score, wilson
 from infold.loop.task import check_apart, open_task
+from infold.tuners.loading import most_tokens
 from training import save_base
 
 HERE = Path(__file__).parent
@@ -155,9 +161,11 @@ def test_a_changed_adapter_does_not_pass_as_the_iteration(
             again()
     told = run / "iterations/001/train.json"
     record = json.loads(told.read_text())
-    del record["adapter"]  # as runs from before told nothing of it
+    record["adapter"] = Run(run).iteration(1).adapter_digests()  # as if it had been trained so
     told.write_text(json.dumps(record))
-    with pytest.raises(infold.ProofFailed, match="not the bytes of iteration 1"):
+    with pytest.raises(
+        infold.ProofFailed, match=r"not the bytes of iteration 1, .*001/merge\.json"
+    ):
         checkout(run, 1, tmp_path / "out")
     assert not (tmp_path / "out").exists(), "the wrong bytes have no name"
     told = infold_command("loop", "checkout", run, "1", "--out", tmp_path / "out", "--json")
@@ -228,6 +236,55 @@ def test_weights_that_are_not_the_iteration_s_are_made_again(
         infold.Loop(settings(base, run)).run()
 
         assert outcome(run) == outcome(whole)
+    config = run / "model" / "config.json"
+    config.write_bytes(config.read_bytes() + b" ")
+    infold.Loop(settings(base, run)).run()
+    assert config.read_bytes() == (base / "config.json").read_bytes()
+    shard.write_bytes(data)  # with a receipt that agrees: of another iteration, as it were
+    theirs = {"shards": {shard.name: blake3(data).hexdigest()}}
+    receipt.write_text(json.dumps(told | theirs))
+    infold.Loop(settings(base, run)).run()
+    assert outcome(run) == outcome(whole)
+
+
+@pytest.mark.parametrize("name", ["collect.json", "train.json", "merge.json", "scores.json"])
+def test_a_damaged_record_comes_back_as_its_refusal_says(
+    name: str, base: Path, whole: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    record = run / "iterations/001" / name
+    record.write_text("{}")
+    with pytest.raises(infold.CorruptFile, match="the next run makes it anew") as told:
+        infold.Loop(settings(base, run)).run()
+    assert ("it and the scores.json beside it" in str(told.value)) == (name != "scores.json")
+
+    record.unlink()
+    record.with_name("scores.json").unlink(missing_ok=True)
+    infold.Loop(settings(base, run)).run()
+
+    assert outcome(run) == outcome(whole) and record.exists()
+
+
+def test_a_run_belongs_to_what_lies_beside_its_base_s_weights(
+    base: Path, whole: Path, tmp_path: Path
+) -> None:
+    run, other = tmp_path / "run", tmp_path / "base"
+    shutil.copytree(whole, run)
+    shutil.copytree(base, other)
+    (other / "README.md").write_text("for people")
+    infold.Loop(settings(other, run)).run()  # the base has moved; that is all
+    tokenizer = other / "tokenizer_config.json"
+    tokenizer.write_bytes(tokenizer.read_bytes() + b" ")
+    (other / "chat_template.jinja").write_text("{{ messages }}")
+    before = digests(run)
+
+    names = r"chat_template\.jinja, tokenizer_config\.json"
+    with pytest.raises(Refusal, match=f"another base, .*: {names} of .* is not what it was"):
+        infold.Loop(settings(other, run)).run()
+    with pytest.raises(Refusal, match=f"is not the base of .* any more: {names} changed"):
+        checkout(run, 1, tmp_path / "out")
+    assert digests(run) == before and not (tmp_path / "out").exists()
 
 
 def test_more_iterations_continue_a_run(base: Path, whole: Path, tmp_path: Path) -> None:
@@ -374,6 +431,7 @@ def test_a_verifier_that_raises_names_problem_and_answer_and_keeps_the_run(
     [
         ("leaving", r"verify raised SystemExit: 0; problem: .*answer: "),
         ("hanging", r"verify did not end within 0\.2 s \(stop\.verify_seconds\); problem: "),
+        ("stubborn", r"verify did not end within 0\.2 s \(stop\.verify_seconds\); problem: "),
         ("wordy", r"verify raised TypeError: gave 'wrong', which is neither True nor False"),
         ("not_awaited", r"verify raised TypeError: gave <coroutine .*neither True nor False"),
     ],
@@ -384,9 +442,11 @@ def test_a_verifier_that_does_not_judge_ends_the_loop(verifier: str, told: str) 
     task = open_task(names | {"verify": f"loop_tasks:{verifier}"})
     before, left = signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)[0]
 
+    began = time.monotonic()
     with pytest.raises(Refusal, match=told):
         replace(task, seconds=0.2).verify("a problem", "an answer")
 
+    assert time.monotonic() - began < 5
     assert signal.getsignal(signal.SIGALRM) is before, "an alarm of the caller's stays"
     assert left - 10 < signal.getitimer(signal.ITIMER_REAL)[0] <= left
 
@@ -428,12 +488,14 @@ def test_white_space_and_case_do_not_make_another_problem() -> None:
         ("What\u00a0is\u200b two", "What is two?!"),
         ("it\u2019s \u201ctwo\u201d \u2013 or so.", 'It\'s "two" - or so'),
         ("cafe\u0301", "caf\u00e9"),
+        ("two?", "two ?"),
+        (". . .", ". . ."),
     ):
         with pytest.raises(Refusal, match="held out"):
             check_apart([one], [two])
     for one, two in (
         ("What is 5!", "What is 5"), ("2 + 3", "2 - 3"), ("1.5", "15"), ("x[1:]", "x[1]"),
-        ("-3", "3"), ("a != b", "a = b"), ("2\u00b2", "22"),
+        ("-3", "3"), ("a != b", "a = b"), ("2\u00b2", "22"), ("...", "?!"),
     ):  # fmt: skip
         check_apart([one], [two])
 
@@ -571,6 +633,15 @@ def test_what_is_wrong_in_a_configuration_is_told_at_once(tmp_path: Path) -> Non
     with pytest.raises(Refusal, match=r"task\.levels \[\[1\]\]: must be a list"):
         open_task({"name": "arithmetic", "levels": [[1]]})
     whole = {"base": "b", "run": "r", "task": {"name": "arithmetic"}}
+    for changed, told in (
+        ({"stop": {"verify_seconds": 1e10}}, "above 0, 86,400 at the most"),
+        ({"stop": {"verify_seconds": math.inf}}, "above 0, 86,400 at the most"),
+        ({"stop": {"minutes": math.inf}}, "must be finite; leave it out for no limit"),
+        ({"collect": {"temperature": math.inf}}, "must be finite$"),
+        ({"task": {"name": "classify", "data": "~nobody-of-this-name/x"}}, "task.data '~nobody"),
+    ):
+        with pytest.raises(Refusal, match=told):
+            read_config(whole | changed)
     for given in ({"seed": -1}, {"seed": 1 << 40}, {"run": ""}):
         with pytest.raises(Refusal, match=f"{next(iter(given))} .*must be a"):
             infold.Loop(whole, **given)  # type: ignore[arg-type]
@@ -710,6 +781,31 @@ def test_a_server_ends_with_a_loop_that_is_killed(base: Path, tmp_path: Path) ->
     assert not answers, "the server outlived the loop"
 
 
+def test_what_a_server_started_ends_with_it(tmp_path: Path) -> None:
+    """Also where the server itself ends at once, as a shell does, and what it started does not."""
+    pid = tmp_path / "pid"
+    script = f"sleep 600 & echo $! > {pid}.new; mv {pid}.new {pid}; wait"
+    leash = subprocess.Popen(
+        [sys.executable, "-m", "infold.leash", "30", "sh", "-c", script],
+        stdin=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+    assert leash.stdin is not None
+    deadline = time.monotonic() + 60
+    while not pid.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    started = psutil.Process(int(pid.read_text()))
+
+    leash.stdin.close()
+    leash.wait(20)
+
+    try:
+        started.wait(5)
+    except psutil.TimeoutExpired:
+        running = started.status() != psutil.STATUS_ZOMBIE  # which nobody takes away here
+        started.kill()
+        assert not running, "what the server started outlived it"
+
+
 def test_a_command_that_is_not_there_starts_no_server(base: Path, tmp_path: Path) -> None:
     pytest.importorskip("openai")
     config = settings(base, tmp_path / "run", iterations=1)
@@ -723,6 +819,36 @@ def test_a_prompt_that_the_base_cannot_hold_is_refused(base: Path, tmp_path: Pat
     config["collect"] |= {"max_tokens": 1 << 20}
     with pytest.raises(Refusal, match=r"a prompt has [\d,]+ tokens, with collect.max_tokens"):
         infold.Loop(config).run()
+
+
+def test_a_length_that_a_config_does_not_tell_for_certain_refuses_nothing() -> None:
+    def most(**told: Any) -> int | None:
+        return most_tokens(LlamaConfig(**told))
+
+    assert most(max_position_embeddings=64) == 64
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    assert most(max_position_embeddings=64, rope_scaling=yarn) is None
+    usual = {"rope_type": "default", "rope_theta": 1e4}
+    for kind, found in ((usual, 64), (usual | {"rope_type": "linear", "factor": 2.0}, None)):
+        config = LlamaConfig(max_position_embeddings=64)
+        config.rope_parameters = {"full_attention": kind, "sliding_attention": usual}
+        assert most_tokens(config) == found, "one for each kind of layers"
+    for odd in (-1, 0, "64", None):  # of code of the model's own
+        text = SimpleNamespace(max_position_embeddings=odd)
+        assert most_tokens(SimpleNamespace(get_text_config=lambda text=text: text)) is None
+
+
+def test_an_interrupted_look_at_a_run_continues_nothing(
+    whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("infold.loop.run.lineage", interrupted)
+    ran = CliRunner().invoke(app, ["loop", "show", str(whole)])
+
+    assert ran.exit_code == 130 and "interrupted" in ran.output
+    assert "continues" not in ran.output
 
 
 def test_the_command_line_runs_shows_and_checks_out(

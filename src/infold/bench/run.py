@@ -26,7 +26,7 @@ from infold.bench.interval import median_interval, paired_ratio
 from infold.checkpoint.adapter import open_adapter
 from infold.errors import Refusal, StorageFailure
 from infold.machine import processor
-from infold.tuners.loading import device_of, model_folder
+from infold.tuners.loading import device_of, model_folder, most_tokens
 from infold.version import __version__
 
 __all__ = ["Progress", "measure_models"]
@@ -211,7 +211,7 @@ class _Worker:
 @contextmanager
 def _worker(name: str) -> Iterator[_Worker]:
     quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    with tempfile.TemporaryFile("w+") as errors:
+    with tempfile.TemporaryFile("w+", errors="replace") as errors:
         process = subprocess.Popen(
             [sys.executable, "-m", "infold.bench.worker"],
             stdin=subprocess.PIPE,
@@ -287,8 +287,8 @@ def _vocabulary(folder: Path, tokens: int) -> int:
 
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
-        longest = getattr(config, "max_position_embeddings", None)
-        if isinstance(longest, int) and 0 < longest < tokens:
+        longest = most_tokens(config)
+        if longest is not None and longest < tokens:
             raise Refusal(
                 f"{folder}: takes {longest:,} tokens; --prompt-tokens and --new-tokens make "
                 f"{tokens:,} with the first one"

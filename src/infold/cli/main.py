@@ -73,7 +73,8 @@ def _guarded(verb: Callable[..., None]) -> Callable[..., None]:
         try:
             verb(*args, **given)
         except KeyboardInterrupt:
-            again = "" if given.get("dry_run") else _CONTINUES.get(verb, "")
+            runs = verb is not loop.loop or given["words"][0] not in ("show", "checkout")
+            again = _CONTINUES.get(verb, "") if runs and not given.get("dry_run") else ""
             complain(f"interrupted{again}")
             raise typer.Exit(130) from None
         except Exception as error:

@@ -215,6 +215,7 @@ _ABOVE_ZERO = (
     ("collect", "temperature"), ("collect", "top_p"),
     ("stop", "minutes"), ("stop", "verify_seconds"),
 )  # fmt: skip
+_MOST = {"top_p": 1, "verify_seconds": 86_400}  # a day; timers overflow
 
 
 def _value_problems(given: Mapping[str, Any], where: str) -> list[str]:
@@ -231,18 +232,22 @@ def _value_problems(given: Mapping[str, Any], where: str) -> list[str]:
             wrong.append(f"{where}: {section}.{name} {found!r}: must be a whole number, 1 or more")
     for section, name in _ABOVE_ZERO:
         found = value(section, name)
-        most = 1.0 if name == "top_p" else float("inf")
+        most = _MOST.get(name, float("inf"))
         if found is not None and not (number(found, (int, float)) and 0 < found <= most):
-            more = ", 1 at the most" if name == "top_p" else ""
+            more = f", {most:,} at the most" if name in _MOST else ""
             wrong.append(f"{where}: {section}.{name} {found!r}: must be a number above 0{more}")
         elif found == float("inf"):
-            wrong.append(f"{where}: {section}.{name}: must be finite; leave it out for no limit")
+            more = "; leave it out for no limit" if name == "minutes" else ""
+            wrong.append(f"{where}: {section}.{name}: must be finite{more}")
     seed = given.get("seed", 0)
     if not (number(seed, int) and 0 <= seed < 1 << 20):
         wrong.append(f"{where}: seed {seed!r}: must be a whole number from 0 to 2^20 - 1")
     for name in ("base", "run"):
         if name in given and (told := _no_path(given[name])):
             wrong.append(f"{where}: {name} {given[name]!r}: {told}")
+    task = given.get("task", {})
+    if "data" in task and (told := _no_path(task["data"])):
+        wrong.append(f"{where}: task.data {task['data']!r}: {told}")
     for name in ("server", "serve"):
         if (told := value("collect", name)) is not None and not _usable(name, told):
             kind = "a command" if name == "serve" else "an address such as http://localhost:8000/v1"

@@ -25,7 +25,7 @@ from infold.checkpoint.staging import storage_errors
 from infold.errors import Refusal, StorageFailure
 from infold.loop.config import Collect
 from infold.loop.task import Prompt
-from infold.tuners.loading import calm
+from infold.tuners.loading import calm, most_tokens
 from infold.tuners.tokens import special_ids
 
 __all__ = ["Engine", "cut", "open_engine", "prompt_ids"]
@@ -104,7 +104,7 @@ class _Local:
     def answers(self, prompts: Sequence[Prompt], samples: int, seed: int) -> list[list[str]]:
         rows = [prompt_ids(prompt, self.tokenizer) for prompt in prompts]
         width = max(map(len, rows))
-        most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        most = most_tokens(self.model.config)
         if most is not None and width + self.settings.max_tokens > most:
             raise Refusal(
                 f"task: a prompt has {width:,} tokens, with collect.max_tokens "
@@ -214,7 +214,8 @@ def _served(model: Path, settings: Collect, log: Path) -> Iterator[Engine]:
         assert child.stdin is not None
         child.stdin.close()
         try:
-            child.wait(_ENDING + 5)
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(_ENDING + 5)
         finally:
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(child.pid, signal.SIGKILL)

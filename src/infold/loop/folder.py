@@ -26,11 +26,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from blake3 import blake3
-
-from infold.checkpoint.files import exists, read_bytes, read_object
+from infold.checkpoint.files import digest_of, exists, read_bytes, read_object, safe_child
 from infold.checkpoint.safetensors import parse_json
-from infold.checkpoint.shards import RECEIPT, open_checkpoint
+from infold.checkpoint.shards import CARD, INDEX, RECEIPT, open_checkpoint
 from infold.checkpoint.staging import storage_errors
 from infold.errors import CorruptFile, Refusal
 from infold.loop.records import fits, read_record
@@ -39,7 +37,9 @@ __all__ = ["Iteration", "Journal", "Run", "digests_of_base", "write_json", "writ
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _EARLY = frozenset({"lock", "held_out.json", ".held_out.json.new", ".loop.json.new"})
-_RECEIPT = {"base": {"shards": dict}, "adapters": list, "shards": {...: str}}
+_RECEIPT = {
+    "base": {"shards": dict}, "adapters": list, "shards": {...: str}, "side_files": {...: str},
+}  # fmt: skip
 
 
 class Iteration:
@@ -109,8 +109,8 @@ class Run:
         wrong = []
         for n in range(1, number + 1):
             it = self.iteration(n)
-            was = (it.read("train.json") or {}).get("adapter")
-            if was is not None and was != it.adapter_digests():
+            was = it.read("train.json")
+            if was is not None and was["adapter"] != it.adapter_digests():
                 wrong.append(
                     f"{it.adapter}: was changed since it was trained, so iterations {n} and later "
                     "cannot be made from it; put the old files back"
@@ -119,8 +119,8 @@ class Run:
             raise CorruptFile(wrong)
 
     def holds(self, number: int) -> bool:
-        """Whether RUN/model is the base with adapters 1 to `number`: by its receipt, and byte for
-        byte what the receipt tells."""
+        """Whether RUN/model is the base with adapters 1 to `number`: by its receipt, byte for byte
+        what the receipt tells, and what the iteration had."""
         if not exists(self.model / RECEIPT):
             return False
         receipt = read_object(self.model / RECEIPT)
@@ -128,12 +128,13 @@ class Run:
             return False
         made = [a.get("files") if isinstance(a, dict) else None for a in receipt["adapters"]]
         adapters = [self.iteration(n) for n in range(1, number + 1)]
-        shards = [self.model / name for name in receipt["shards"]]
+        was = self.iteration(number).read("merge.json")
+        sides = {name: told for name, told in receipt["side_files"].items() if name != CARD}
         return bool(
             receipt["base"]["shards"] == self.facts["base"]["shards"]
             and made == [it.adapter_digests() for it in adapters if exists(it.adapter)]
-            and all(path.parent == self.model and path.is_file() for path in shards)
-            and _digests(shards) == receipt["shards"]
+            and (was is None or was["shards"] == receipt["shards"])
+            and all(_has(self.model, *told) for told in (receipt["shards"] | sides).items())
         )
 
     @contextmanager
@@ -214,17 +215,32 @@ def _write(path: Path, data: bytes) -> None:
             os.close(fd)
 
 
-def digests_of_base(base: str) -> dict[str, str]:
-    """BLAKE3 of the base's shards by name, as receipts have them."""
-    return _digests([shard.path for shard in open_checkpoint(base).shards])
+def digests_of_base(base: str) -> dict[str, dict[str, str]]:
+    """BLAKE3 of the base's files by name, as receipts have them: shards, and side_files, of which
+    the model card is for people to read."""
+    there = open_checkpoint(base)
+    sides = [*there.side_files, *([INDEX] if there.index else [])]
+    return {
+        "shards": _digests([shard.path for shard in there.shards]),
+        "side_files": {
+            name: _digest(safe_child(there.home, name)) for name in sides if name != CARD
+        },
+    }
 
 
 def _digests(files: Sequence[Path]) -> dict[str, str]:
-    found = {}
-    for path in files:
-        hasher = blake3()
-        with storage_errors(path), open(path, "rb") as file:
-            while piece := file.read(1 << 22):
-                hasher.update(piece)
-        found[path.name] = hasher.hexdigest()
-    return found
+    return {path.name: _digest(path) for path in files}
+
+
+def _digest(path: Path) -> str:
+    with storage_errors(path):
+        return digest_of(path)
+
+
+def _has(folder: Path, name: str, digest: str) -> bool:
+    """Whether a folder has this file, and not another one of its name."""
+    try:
+        path = safe_child(folder, name)
+    except CorruptFile:
+        return False
+    return path.is_file() and _digest(path) == digest

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from infold.checkpoint.files import read_object
+from infold.checkpoint.files import exists, read_object
 from infold.errors import CorruptFile
 
 __all__ = ["check_answers", "fits", "read_record"]
@@ -22,10 +22,13 @@ _TIMED = {
     "memory": [None, {"before": int, "peak": int, "after": int}],
 }
 _SHAPES: dict[str, Shape] = {
-    "loop.json": {"config": dict, "base": {"path": str, "shards": _DIGESTS}},
+    "loop.json": {
+        "config": dict,
+        "base": {"path": str, "shards": _DIGESTS, "side_files": _DIGESTS},
+    },
     "stopped.json": {"stopped": str},
     "collect.json": _TIMED | {"problems": int, "answers": int, "accepted": int, "rows": int},
-    "train.json": _TIMED | {"steps": int},
+    "train.json": _TIMED | {"steps": int, "adapter": _DIGESTS},
     "merge.json": _TIMED | {"shards": _DIGESTS},
     "scores.json": _TIMED | {"score": _SHARE | {"levels": {...: _SHARE}}},
 }
@@ -35,11 +38,12 @@ def read_record(path: Path) -> dict[str, Any]:
     """A record of a run. Raises CorruptFile where it is none that infold writes."""
     found = read_object(path)
     if not fits(found, _SHAPES[path.name]):
-        way = (
-            "put back the old one, or take another run folder"
-            if path.name == "loop.json"
-            else "remove it: the next run makes it anew, from the files beside it"
-        )
+        scored = path.with_name("scores.json")
+        way = "remove it: the next run makes it anew, from the files beside it"
+        if path.name == "loop.json":
+            way = "put back the old one, or take another run folder"
+        elif path != scored and exists(scored):  # which ends the iteration
+            way = way.replace("it:", "it and the scores.json beside it:")
         raise CorruptFile(f"{path}: is none that infold writes; {way}")
     return found
 

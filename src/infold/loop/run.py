@@ -111,14 +111,14 @@ class Loop:
         config, run = self.config, self.folder
         if run.strangers():
             raise Refusal(f"{run.path}: is no run, and not empty: {', '.join(run.strangers())}")
-        shards = digests_of_base(config.base)
+        digests = digests_of_base(config.base)
         held = self.task.problems("evaluate", config.evaluate.problems, config.seed)
         for problem in held:
             self.task.prompt(problem)  # which refuses what is no prompt
         facts = {
             "infold": __version__,
             "config": config.to_dict(),
-            "base": {"path": config.base, "shards": shards},
+            "base": {"path": config.base, **digests},
         }
         return facts, held
 
@@ -128,10 +128,11 @@ class Loop:
         self._current = None
         if exists(run.path / "loop.json"):
             before = run.facts
-            if before["base"]["shards"] != facts["base"]["shards"]:
+            if other := _others(before["base"], facts["base"]):
                 raise Refusal(
-                    f"{run.path}: is a run from another base, {before['base']['path']}; its "
-                    f"weights are not those of {config.base}: give that base, or another run folder"
+                    f"{run.path}: is a run from another base, {before['base']['path']}: {other} of "
+                    f"{config.base} is not what it was; put that back, give the base that it was, "
+                    "or another run folder"
                 )
             _same(run.path, before["config"], config)
             if read_json(run.path / "held_out.json") != held:
@@ -362,8 +363,11 @@ def checkout(run: PathLike, number: int, out: PathLike, *, force: bool = False) 
     if number not in merged:
         there = f"1 to {merged[-1]}" if merged else "none"
         raise Refusal(f"{folder.path}: has no merged iteration {number}; there are {there}")
-    if digests_of_base(base["path"]) != base["shards"]:
-        raise Refusal(f"{base['path']}: is not the base of {folder.path} any more: it changed")
+    if other := _others(base, digests_of_base(base["path"])):
+        raise Refusal(
+            f"{base['path']}: is not the base of {folder.path} any more: {other} changed; put back "
+            "what was there"
+        )
     receipt = _rebuild(folder, base["path"], number, out, force=force)
     return {"iteration": number, "out": receipt.out, "shards": receipt.shards}
 
@@ -385,8 +389,9 @@ def _rebuild(
         return execute(prepared, names=(base, [os.fspath(a) for a in adapters]))
     except ProofFailed as error:
         raise ProofFailed(
-            f"{error}: they are not the bytes of iteration {number}, so an adapter in "
-            f"{folder.path} changed"
+            f"{error}: they are not the bytes of iteration {number}, while its adapters are those "
+            f"that were trained; so {folder.iteration(number) / 'merge.json'} was changed, or "
+            "another infold made it"
         ) from None
 
 
@@ -414,6 +419,17 @@ def _same(path: Path, before: Mapping[str, Any], config: LoopConfig) -> None:
                  "folder (iterations and stop may change)", *other]
             )
         )  # fmt: skip
+
+
+def _others(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The files of a base that changed, came or went; empty where none did."""
+    found = [
+        name
+        for kind in ("shards", "side_files")
+        for name in sorted({*before[kind], *now[kind]})
+        if before[kind].get(name) != now[kind].get(name)
+    ]
+    return ", ".join(found)
 
 
 def _nothing(it: Iteration, counts: Mapping[str, Any]) -> str:

@@ -109,32 +109,40 @@ class _Clock:
 
 @contextmanager
 def _limited(seconds: float) -> Iterator[_Clock]:
-    """Interrupt what takes longer. Only the main thread of a POSIX system can be interrupted, and
-    a verifier that uses the same timer (signal.alarm) looks after itself."""
+    """Interrupt what takes longer, again and again, since a verifier may catch what interrupts it.
+
+    Only the main thread of a POSIX system can be interrupted, and only between instructions of
+    Python; a verifier that uses the same timer (signal.alarm) looks after itself."""
     clock = _Clock()
     main = threading.current_thread() is threading.main_thread()
     if not main or not hasattr(signal, "setitimer"):
         yield clock
         return
-    theirs, began = signal.getitimer(signal.ITIMER_REAL)[0], time.monotonic()
+    (theirs, again), began = signal.getitimer(signal.ITIMER_REAL), time.monotonic()
     if 0 < theirs <= seconds:  # somebody's alarm, which comes first
         yield clock
         return
 
+    watching = True
+
     def ring(number: int, frame: FrameType | None) -> None:
-        clock.over = True
-        raise _TooLong
+        if watching:
+            clock.over = True
+            raise _TooLong
 
     before = signal.signal(signal.SIGALRM, ring)
     try:
-        signal.setitimer(signal.ITIMER_REAL, seconds)
-        yield clock
+        try:
+            signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
+            yield clock
+        finally:
+            watching = False
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, signal.SIG_DFL if before is None else before)
         if theirs:
             left = theirs - (time.monotonic() - began)
-            signal.setitimer(signal.ITIMER_REAL, max(left, 0.001))
+            signal.setitimer(signal.ITIMER_REAL, max(left, 0.001), again)
 
 
 def open_task(options: Mapping[str, Any]) -> Task:
@@ -167,7 +175,9 @@ def key_of(prompt: Prompt) -> str:
     text = unicodedata.normalize("NFC", text).translate(_QUOTES).casefold()
     kinds = ((c, unicodedata.category(c)) for c in text)
     text = "".join("-" if kind == "Pd" else c for c, kind in kinds if kind != "Cf")
-    return " ".join(filter(None, (_ENDS.sub("", word) for word in text.split())))
+    words = text.split()
+    # of punctuation alone nothing would be left, and all of it would be the same
+    return " ".join(filter(None, (_ENDS.sub("", word) for word in words))) or " ".join(words)
 
 
 _QUOTES = {ord(c): "'" for c in "‘’‚‛′`´"} | {ord(c): '"' for c in "“”„‟″«»"} | {0x2212: "-"}

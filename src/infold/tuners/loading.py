@@ -28,6 +28,7 @@ __all__ = [
     "gguf_file",
     "load_model",
     "model_folder",
+    "most_tokens",
     "tokenizer_of",
 ]
 
@@ -52,6 +53,18 @@ def device_of(name: str) -> torch.device:
         if (device.index or 0) >= count:
             raise Refusal(f"{name}: PyTorch sees {count or 'no'} CUDA devices; give cpu")
     return device
+
+
+def most_tokens(config: Any) -> int | None:
+    """Tokens that a model takes in a row; None where its config does not tell, or scales its
+    positions (YaRN and others), which may take it further than that number."""
+    text = config.get_text_config()
+    most = getattr(text, "max_position_embeddings", None)
+    told = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    # one for all layers, or one for each kind of them
+    kinds = [one for one in (told, *told.values()) if isinstance(one, dict)]
+    usual = {kind.get("rope_type", kind.get("type")) for kind in kinds} <= {None, "default"}
+    return most if isinstance(most, int) and most > 0 and usual else None
 
 
 def model_folder(name: PathLike, *, quantized: bool = False) -> Path:
