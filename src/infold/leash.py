@@ -2,7 +2,8 @@
 
     python -m infold.leash SECONDS COMMAND...
 
-SIGTERM first; SIGKILL to the whole process group after SECONDS. Imports nothing of infold.
+SIGTERM first; SIGKILL to the whole process group once the command has ended, at the latest after
+SECONDS. Imports nothing of infold.
 """
 
 from __future__ import annotations
@@ -22,9 +23,12 @@ def main() -> int:
         print(f"{command[0]}: {error.strerror}", file=sys.stderr)
         return 127
 
+    closed = threading.Event()
+
     def watch() -> None:
         while os.read(0, 1):
             pass
+        closed.set()
         child.terminate()
         try:
             child.wait(patience)
@@ -33,7 +37,10 @@ def main() -> int:
         os.killpg(0, signal.SIGKILL)  # whatever the server started; and this process
 
     threading.Thread(target=watch, daemon=True).start()
-    return child.wait()
+    code = child.wait()
+    if closed.is_set():  # what it started is still there, and nobody else ends that
+        os.killpg(0, signal.SIGKILL)
+    return code
 
 
 if __name__ == "__main__":
