@@ -353,14 +353,14 @@ def test_a_config_of_the_base_that_makes_no_sense_does_no_harm(
 def test_an_adapter_that_vanishes_while_the_merge_begins_is_a_storage_failure(
     base: Path, adapter: Path, tmp_path: Path
 ) -> None:
-    from infold.merge.prepare import open_plan
-    from infold.merge.run import merge_checkpoint
+    from infold.merge.prepare import open_plan, prepare
+    from infold.merge.run import execute
 
     plan = open_plan(base, [adapter])
     (adapter / WEIGHTS).unlink()
 
     with pytest.raises(infold.StorageFailure, match=WEIGHTS):
-        merge_checkpoint(plan, tmp_path / "out")
+        execute(prepare(plan, tmp_path / "out"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
 
 

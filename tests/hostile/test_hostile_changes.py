@@ -71,8 +71,8 @@ def test_a_base_that_shrinks_while_it_is_read_ends_in_one_clear_error(
 def test_a_side_file_that_vanishes_is_a_storage_failure(
     large: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    from infold.merge.prepare import open_plan
-    from infold.merge.run import merge_checkpoint
+    from infold.merge.prepare import open_plan, prepare
+    from infold.merge.run import execute
 
     base, adapter = large
     (base / "tokenizer.json").write_text("{}")
@@ -80,20 +80,20 @@ def test_a_side_file_that_vanishes_is_a_storage_failure(
     (base / "tokenizer.json").unlink()
 
     with pytest.raises(infold.StorageFailure, match=r"tokenizer\.json"):
-        merge_checkpoint(plan, tmp_path / "out")
+        execute(prepare(plan, tmp_path / "out"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
 
 
 def test_a_shard_that_vanishes_is_a_storage_failure(
     large: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    from infold.merge.prepare import open_plan
-    from infold.merge.run import merge_checkpoint
+    from infold.merge.prepare import open_plan, prepare
+    from infold.merge.run import execute
 
     base, adapter = large
     plan = open_plan(base, [adapter])
     (base / "model.safetensors").unlink()
 
     with pytest.raises(infold.StorageFailure, match=r"model\.safetensors"):
-        merge_checkpoint(plan, tmp_path / "out")
+        execute(prepare(plan, tmp_path / "out"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]

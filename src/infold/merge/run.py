@@ -30,7 +30,7 @@ from infold.errors import ProofFailed
 from infold.machine import peak_bytes
 from infold.merge.convert import lost_updates, measured_error
 from infold.merge.losses import loss_of, rounding_notes
-from infold.merge.prepare import DEFAULT_MEMORY, Prepared, check_output, prepare
+from infold.merge.prepare import Prepared, check_output
 from infold.merge.receipt import Receipt
 from infold.merge.recording import Recording, block_of
 from infold.merge.stream import Streamed, stream
@@ -42,30 +42,9 @@ __all__ = [
     "execute",
     "finish_record",
     "make_receipt",
-    "merge_checkpoint",
 ]
 
 PathLike = str | os.PathLike[str]
-
-
-def merge_checkpoint(
-    plan: Plan,
-    out: PathLike,
-    *,
-    max_memory: int | str = DEFAULT_MEMORY,
-    device: str = "cpu",
-    threads: int | None = None,
-    force: bool = False,
-    sha256: bool = False,
-    progress: Callable[[int, int], None] | None = None,
-    names: tuple[str, Sequence[str]] | None = None,
-    undo: bool = False,
-) -> Receipt:
-    """`prepare` and `execute`."""
-    prepared = prepare(
-        plan, out, max_memory=max_memory, device=device, threads=threads, force=force, undo=undo
-    )
-    return execute(prepared, sha256=sha256, progress=progress, names=names)
 
 
 def execute(
