@@ -6,6 +6,7 @@ import inspect
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -13,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -306,8 +308,44 @@ def test_the_rollback_command_restores_the_base(made: Any, tmp_path: Path) -> No
     assert contents(tmp_path / "base") == contents(made[0])
     infold.swap(tmp_path / "merged", made[1], tmp_path / "swapped")
     assert (tmp_path / "swapped" / "README.md").read_text().endswith("# the base's own\n")
-    with pytest.raises(Refusal, match=r"deployment_config.json: .*, or use --out"):
-        infold.undo(tmp_path / "merged", in_place=True)
+
+
+@pytest.mark.parametrize("card", [True, False])
+def test_the_base_comes_back_in_place_once_the_bundle_is_gone_as_told(
+    card: bool, made: Any, tmp_path: Path
+) -> None:
+    base, merged = tmp_path / "base", tmp_path / "merged"
+    shutil.copytree(made[0], base)
+    if not card:
+        (base / "README.md").unlink()
+    infold.merge(base, made[1], merged, undo=True)
+    deploy_bundle(merged, measured=False)
+    before = contents(merged)
+
+    for edit in (
+        lambda: infold.undo(merged, in_place=True),
+        lambda: infold.swap(merged, made[1], in_place=True),
+    ):
+        with pytest.raises(Refusal, match="the bundle of `infold deploy`") as told:
+            edit()
+    assert contents(merged) == before and len(told.value.reasons) == 1
+    found = re.search(r"gone; remove (.*?)( and rename .*)?, or use --out", str(told.value))
+    assert found and bool(found[2]) == card
+    for name in found[1].split(", "):
+        (merged / name).unlink()
+    if card:
+        assert found[2] == " and rename README.base.md, the base's, to README.md"
+        (merged / "README.base.md").rename(merged / "README.md")
+    infold.undo(merged, in_place=True)
+
+    assert contents(merged) == contents(base)
+
+
+def test_an_architecture_that_is_no_word_is_unknown(merged: Path) -> None:
+    facts = read_facts(merged)
+    for name in ("class", "None", "a b", ""):
+        assert replace(facts, config={"architectures": [name]}).architecture == "unknown"
+    assert facts.architecture == "LlamaForCausalLM"
 
 
 # --- servers -------------------------------------------------------------------------------------
@@ -597,7 +635,7 @@ def test_an_infinite_difference_is_a_record_all_the_same(made: Any, merged: Path
 def test_times_that_are_none_are_refused(merged: Path) -> None:
     for words in (["--seconds", "nan"], ["--seconds", "-1"], ["--timeout", "0"]):
         ran = CliRunner().invoke(app, ["deploy", str(merged), "--smoke", *words])
-        assert ran.exit_code == 2 and "give numbers above 0" in ran.output
+        assert ran.exit_code == 2 and "must be 0 or more, the second above 0" in ran.output
 
 
 def test_an_adapter_that_was_never_trained_fails(made: Any, tmp_path: Path) -> None:

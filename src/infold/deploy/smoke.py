@@ -57,7 +57,10 @@ def smoke_test(
     if requests < 6:
         raise Refusal(f"--requests {requests}: at least 6, to compare their first and last thirds")
     if not (0 <= seconds < math.inf and 0 < timeout < math.inf):
-        raise Refusal(f"--seconds {seconds:g} --timeout {timeout:g}: give numbers above 0")
+        raise Refusal(
+            f"--seconds {seconds:g} --timeout {timeout:g}: the first must be 0 or more, the second "
+            "above 0, and both finite"
+        )
     port = free_port(port)
     talk: dict[str, Any] = {"max_tokens": _NEW_TOKENS, "temperature": 0}
     digest = None

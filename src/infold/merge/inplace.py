@@ -33,10 +33,13 @@ from infold.checkpoint.adapter import open_adapter
 from infold.checkpoint.inputs import InputFiles
 from infold.checkpoint.record import UNDO, RecordWriter
 from infold.checkpoint.shards import (
+    CARD,
     JOURNAL,
+    KEPT_CARD,
     RECEIPT,
     Checkpoint,
     companion,
+    is_bundled,
     is_lone,
     open_checkpoint,
 )
@@ -237,13 +240,30 @@ def _obstacles(there: Checkpoint, plan: Plan) -> Iterator[str]:
             yield f"{path}: is a link, and what shares it would change too; use --out"
         elif not os.access(path, os.W_OK):
             yield f"{path}: cannot be written"
-    for name in there.left_out:
-        # records tell of which merge they are
-        if not name.startswith(("infold-", ".git", ".cache", "__pycache__", "records/")):
+    # records tell of which merge they are
+    free = ("infold-", ".git", ".cache", "__pycache__", "records/")
+    others = [name for name in there.left_out if not name.startswith(free)]
+    yield from _bundle(there, [name for name in others if is_bundled(name)])
+    for name in others:
+        if not is_bundled(name):
             yield (
                 f"{there.path / name}: repeats or would change the weights, and would not be "
                 "merged; move it elsewhere, or use --out"
             )
+
+
+def _bundle(there: Checkpoint, names: Sequence[str]) -> Iterator[str]:
+    """Of `infold deploy`, whose model card took the place of the base's."""
+    gone = [name for name in names if name != KEPT_CARD]
+    if KEPT_CARD not in names and "deployment_config.json" in names:
+        gone.append(CARD)  # which the base did not have
+    steps = [f"remove {', '.join(gone)}"] if gone else []
+    steps += [f"rename {KEPT_CARD}, the base's, to {CARD}"] if KEPT_CARD in names else []
+    if steps:
+        yield (
+            f"{there.path}: holds the bundle of `infold deploy`, which would tell of weights that "
+            f"are gone; {' and '.join(steps)}, or use --out"
+        )
 
 
 def _merged_already(there: Checkpoint) -> Iterator[str]:
