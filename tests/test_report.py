@@ -97,6 +97,31 @@ def test_the_update_is_what_torch_says(merged: Path) -> None:
     assert sum(found["histogram"]["counts"]) == 3 * (48 + 16)
 
 
+def test_no_folder_of_this_machine_reaches_a_report(merged: Path, tmp_path: Path) -> None:
+    """Also where base and adapter are not what was merged any more."""
+    for name in ("base", "adapter"):
+        shutil.copytree(merged.parent / name, tmp_path / name)
+    base, adapter, out = (tmp_path / name for name in ("base", "adapter", "merged"))
+    infold.merge(base, adapter, out)
+    files = (base / "model.safetensors", adapter / "adapter_model.safetensors")
+    for file in files:
+        data = file.read_bytes()
+        file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    changed = describe_update(out)["notes"]
+    for file in files:
+        file.unlink()
+    lost = describe_update(out)["notes"]
+    for folder in (base, adapter):
+        shutil.rmtree(folder)
+    gone = describe_update(out)["notes"]
+
+    assert changed[0].startswith("no norms of updates: model.safetensors: ")
+    assert changed[1].startswith("no scales: adapter_model.safetensors: ")
+    assert gone[0].startswith("no norms of updates: base: the receipt names it")
+    for note in (*changed, *lost, *gone):
+        assert str(tmp_path) not in note and "/" not in note, note
+
+
 def test_the_page_needs_nothing_but_itself(records: Records) -> None:
     page = render_html(records)
 

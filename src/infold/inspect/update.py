@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ __all__ = ["describe_update"]
 
 _PIECE = 1 << 20  # elements
 _BINS = 41
+_FOLDERS = re.compile(r"(?<![^\s'\"`(])(/|\.{1,2}/|~/)[^\n:]*/")
 
 
 def describe_update(merged: str | os.PathLike[str]) -> dict[str, Any]:
@@ -48,7 +50,7 @@ def describe_update(merged: str | os.PathLike[str]) -> dict[str, Any]:
         names = [edit["tensor"] for edit in receipt["edits"] if "exponent" not in edit]
         found["tensors"] = [row for n in names if (row := _moved(base, now, n)) is not None]
     except InfoldError as error:
-        found["notes"].append(_left_out("norms of updates", error, receipt["base"]["path"]))
+        found["notes"].append(_left_out("norms of updates", error))
     rows, values = [], []
     for entry in receipt["adapters"]:
         if entry["method"] != "ia3":
@@ -58,7 +60,7 @@ def describe_update(merged: str | os.PathLike[str]) -> dict[str, Any]:
             _check({name: adapter.path / name for name in entry["files"]}, entry["files"])
             read_config(adapter)
         except InfoldError as error:
-            found["notes"].append(_left_out("scales", error, entry["path"]))
+            found["notes"].append(_left_out("scales", error))
             continue
         for module, parts in group_keys(adapter.tensors).modules.items():
             if (key := parts.get("ia3_l")) is not None:
@@ -91,9 +93,10 @@ def _check(files: Mapping[str, Path], told: Mapping[str, str]) -> None:
                 raise Refusal(f"{path}: is not what was merged, or not any more")
 
 
-def _left_out(what: str, error: InfoldError, path: str) -> str:
-    """A note without the path, which tells of this machine and of nothing else."""
-    return f"no {what}: {str(error).replace(path, Path(path).name)}"
+def _left_out(what: str, error: InfoldError) -> str:
+    """A note with the names of files alone: their folders tell of this machine and of nothing else,
+    and a report goes to others."""
+    return f"no {what}: {_FOLDERS.sub('', str(error))}"
 
 
 def _moved(base: Checkpoint, merged: Checkpoint, name: str) -> dict[str, Any] | None:
