@@ -151,9 +151,10 @@ def test_refusals_of_verify_and_inspect_speak_of_no_writing(
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({}, "lacks infold, base, adapters"),
+        ({}, "no side_files with the digests"),
+        ({"side_files": {}}, "lacks infold, base, adapters"),
         (None, "must hold a JSON object"),
-        ({"base": {"path": 3}}, "lacks infold"),
+        ({"base": {"path": 3}, "side_files": {}}, "lacks infold"),
         ({"+edits": [{"tensor": "x"}]}, "edits[0]"),
         ({"+adapters": []}, "is made from nothing that it names"),
         ({"+tensors": "many"}, "tensors is 'many'"),

@@ -76,6 +76,10 @@ CHANGES: dict[str, Callable[[Lines], list[Any]]] = {
         lines[0],
         {**lines[1], "result": {**lines[1]["result"], "adapters": [1]}},
     ],
+    "a record of no size": lambda lines: [
+        lines[0],
+        {**lines[1], "result": {**lines[1]["result"], "undo": {"bytes": "1"}}},
+    ],
     "steps of no size": lambda lines: [lines[0], {**lines[1], "step_bytes": 0}],
     "steps of an odd size": lambda lines: [lines[0], {**lines[1], "step_bytes": "x"}],
     "the third step first": lambda lines: [*lines, {"step": 3}],

@@ -57,9 +57,10 @@ _STALE = (
 )  # fmt: skip
 # What loaders read beside the weights: such a file, added to a merged model, changes it.
 _LOADED = (
-    "*config.json", "*.jinja", "*token*", "vocab.*", "merges.txt", "*.model", "*.safetensors",
-    "adapter_*",
+    "*config.json", "*.jinja", "chat_template.json", "*token*", "vocab.*", "merges.txt", "*.model",
+    "*.safetensors", "adapter_*",
 )  # fmt: skip
+_TEMPLATES = "additional_chat_templates"  # the one folder that they look into
 _NOT_CONTENT = (".git", ".cache", "__pycache__")
 # What `infold deploy` and the records of other verbs put beside merged weights.
 _BESIDE = re.compile(
@@ -326,7 +327,10 @@ def is_bundled(name: str) -> bool:
 
 def is_loaded(name: str) -> bool:
     """Whether a file, by its path in a checkpoint, is one that loaders read beside the weights."""
-    return any(fnmatch.fnmatchcase(Path(name).name, pattern) for pattern in _LOADED)
+    folder, _, file = name.rpartition("/")
+    if folder:
+        return folder == _TEMPLATES and file.endswith(".jinja")
+    return any(fnmatch.fnmatchcase(file, pattern) for pattern in _LOADED)
 
 
 def _repeats(file: Path, shards: list[Shard]) -> bool:
@@ -353,5 +357,14 @@ def read_exactly(fd: int, view: memoryview, offset: int, path: Path) -> None:
 
 
 def read_receipt(path: Path) -> dict[str, Any]:
-    """The receipt of a merged folder or GGUF file."""
-    return read_object(companion(path, RECEIPT))
+    """The receipt of a merged folder or GGUF file. Raises CorruptFile for one of another infold,
+    which does not tell the digests of all files."""
+    place = companion(path, RECEIPT)
+    receipt = read_object(place)
+    sides = receipt.get("side_files")
+    if not isinstance(sides, dict) or not all(isinstance(told, str) for told in sides.values()):
+        raise CorruptFile(
+            f"{place}: is not a receipt that this infold writes: no side_files with the digests of "
+            "what lies beside the shards; if another version made it, merge again"
+        )
+    return receipt

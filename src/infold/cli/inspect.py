@@ -144,10 +144,8 @@ def _merged(found: dict[str, Any]) -> None:
     print("edits")
     print(edits_text(receipt["edits"], [adapter["path"] for adapter in receipt["adapters"]]))
     print("BLAKE3")
-    sides = receipt.get("side_files")
-    beside = sides if isinstance(sides, dict) else {}  # of an old receipt a list of names
     folder = Path(found["path"])
     for name, digest in receipt["shards"].items():  # the name last, as b3sum --check reads it
         print(f"{digest}  {name}")
-    for name, digest in beside.items():
+    for name, digest in receipt["side_files"].items():
         print(f"{digest}  {kept_name(folder, name)}")

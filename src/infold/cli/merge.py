@@ -249,7 +249,7 @@ def done_text(receipt: Receipt, out: str, told: Sequence[str] = ()) -> str:
     if receipt.conversion:
         lines.append(entry("converted", _conversion_text(receipt), 11))
     if receipt.undo:
-        inside = receipt.undo.get("adapters", 0)  # an edit that an older infold began tells none
+        inside = receipt.undo["adapters"]
         size = receipt.undo["bytes"] - inside
         share = size / max(1, receipt.edited_bytes)
         told = (

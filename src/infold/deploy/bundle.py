@@ -209,8 +209,7 @@ def _kept(facts: Facts) -> bytes | None:
     if not exists(folder / CARD):
         return None
     content = read_bytes(safe_child(folder, CARD))
-    sides = facts.receipt.get("side_files")
-    bases = isinstance(sides, dict) and sides.get(CARD) == blake3(content).hexdigest()
+    bases = facts.receipt["side_files"].get(CARD) == blake3(content).hexdigest()
     if MARK.encode() in content and not bases:
         return None
     if exists(folder / KEPT_CARD) and read_bytes(safe_child(folder, KEPT_CARD)) != content:

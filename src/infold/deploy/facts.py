@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from keyword import iskeyword
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,8 @@ class Facts:
     def architecture(self) -> str:
         named = self.config.get("architectures")
         first = str(named[0]) if isinstance(named, list) and named else ""
-        return first if first.isidentifier() else "unknown"  # it becomes a word of Python
+        word = first.isidentifier() and not iskeyword(first)  # as which it stands in Python code
+        return first if word else "unknown"
 
     @property
     def generates(self) -> bool:
@@ -218,8 +220,7 @@ def _changed(folder: Path, checkpoint: Checkpoint, receipt: Mapping[str, Any]) -
             )
     gone = told.keys() - {shard.name for shard in checkpoint.shards}
     wrong += [f"{folder / name}: is gone; merge again" for name in sorted(gone)]
-    sides = receipt.get("side_files")
-    return wrong + (_changed_beside(folder, checkpoint, sides) if isinstance(sides, dict) else [])
+    return wrong + _changed_beside(folder, checkpoint, receipt["side_files"])
 
 
 def _changed_beside(folder: Path, checkpoint: Checkpoint, told: Mapping[str, str]) -> list[str]:

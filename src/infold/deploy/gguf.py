@@ -72,7 +72,8 @@ def main() -> None:
         print(f"listening on {server.listening_address}", flush=True)
         while True:
             time.sleep(3600)
-    found = _open(file, 0).handle_chat_completions(asked())
+    question = asked()  # first: from here on this process ends with the one that asked
+    found = _open(file, 0).handle_chat_completions(question)
     print(found if isinstance(found, str) else json.dumps(found))
 
 

@@ -41,8 +41,6 @@ def checked_receipt(folder: Path) -> dict[str, Any]:
     safe_child(path.parent, path.name)
     receipt = read_receipt(folder)
     problems = _problems(receipt, _FIELDS, "") or _strangers(receipt)
-    sides = receipt.get("side_files", [])  # old receipts have none, or names alone
-    problems += _problems(sides, [str] if isinstance(sides, list) else _TEXTS, "side_files")
     if problems:
         told = "; ".join(problems[:5]) + ("; ..." if len(problems) > 5 else "")
         raise CorruptFile(f"{path}: is not a receipt that infold writes: {told}")

@@ -69,7 +69,10 @@ def _is_result(value: Any, kind: type[Receipt | Undone]) -> bool:
         kind(**value)
     except TypeError:  # some are missing
         return False
-    adapters = value.get("adapters", [])
-    return isinstance(adapters, list) and all(
-        isinstance(adapter, dict) and isinstance(adapter.get("files"), dict) for adapter in adapters
+    adapters, record = value.get("adapters", []), value.get("undo")
+    told = record if isinstance(record, dict) else {}
+    return (
+        isinstance(adapters, list)
+        and all(isinstance(a, dict) and isinstance(a.get("files"), dict) for a in adapters)
+        and (kind is Undone or all(type(told.get(n)) is int for n in ("bytes", "adapters")))
     )

@@ -40,7 +40,7 @@ class Claims:
     adapters: tuple[str, ...]
     adapter_files: tuple[Mapping[str, str], ...]
     shards: Mapping[str, str]
-    side_files: Mapping[str, str]  # of all but the receipt; empty where only names are told
+    side_files: Mapping[str, str]  # of all but the receipt and the undo record
     conversion: Mapping[str, Any] | None  # how quantized modules were converted
     undo: str | None  # of the undo record, where the receipt tells of one
 
@@ -69,9 +69,6 @@ def read_claims(folder: Path) -> Claims | None:
     undo = receipt.get("undo")
     if undo is not None and not isinstance(undo, dict):
         raise CorruptFile(f"{path}: not a receipt that infold writes")
-    sides = receipt.get("side_files", [])
-    if isinstance(sides, list):  # before it told digests
-        sides = {}
     conversion = receipt.get("conversion")
     if conversion is not None:
         fields: dict[str, Any] = {"mode": str, "dtype": str, "original": (str, type(None))}
@@ -91,7 +88,7 @@ def read_claims(folder: Path) -> Claims | None:
         tuple(text(adapter.get("path")) for adapter in adapters),
         tuple(digests(adapter.get("files")) for adapter in adapters),
         digests(receipt.get("shards")),
-        digests(sides),
+        digests(receipt["side_files"]),
         conversion,
         None if undo is None else text(undo.get("blake3")),
     )

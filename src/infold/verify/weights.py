@@ -233,8 +233,6 @@ def _changed_sides(claims: Claims, plan: Plan, folder: Path) -> list[Offender]:
     """Side files of the output that are not those of the receipt. One that is planned, and cannot
     be read, is an offender already."""
     told, planned = claims.side_files, {*plan.copied, *plan.rewritten}
-    if not told:
-        return []
     found = _digests(folder, {name: kept_name(folder, name) for name in {*told, *planned}})
     told = {n: digest for n, digest in told.items() if n in found or n not in planned}
     return _compare_digests("digest", told, found, "the output")
@@ -243,8 +241,6 @@ def _changed_sides(claims: Claims, plan: Plan, folder: Path) -> list[Offender]:
 def _changed_base_sides(claims: Claims, plan: Plan) -> list[Offender]:
     """Side files of the base that are not those that were copied, by the receipt."""
     told = {n: digest for n, digest in claims.side_files.items() if n not in plan.rewritten}
-    if not told:
-        return []
     found = _digests(plan.base.path, {name: name for name in {*told, *plan.copied}})
     return _compare_digests("base changed", told, found, "the base")
 
