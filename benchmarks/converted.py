@@ -13,14 +13,12 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 import shutil
 import sys
 import tempfile
 import textwrap
 import warnings
 import zipfile
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +27,10 @@ from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-sys.path[:0] = [str(ROOT / "examples")]
+sys.path[:0] = [str(ROOT / "examples"), str(HERE)]
 
 import smollm2  # noqa: E402
+from parts import machine, told  # noqa: E402
 
 import infold  # noqa: E402
 
@@ -119,10 +118,7 @@ def measure() -> dict[str, Any]:
         "positions": tokens.numel(),
         "deviation": float(wanted.std()),
         "rows": rows,
-        "machine": {
-            "system": f"{platform.system()} {platform.release().split('-')[0]}",
-            **{name: version(name) for name in ("torch", "transformers", "peft", "gguf")},
-        },
+        "machine": machine(("torch", "transformers", "peft", "gguf")),
     }
 
 
@@ -135,7 +131,7 @@ def report(record: dict[str, Any]) -> str:
         f"{record['positions']:,} positions, logits of standard deviation "
         f"{record['deviation']:.1f}. Error: of a weight against the exact merge, relative, the "
         "root mean square over the weights; the adapter's own update of them is "
-        f"{update:.2%}."
+        f"{update:.2%}. {told(record['machine'])}"
     )
     lines = [
         "# LoRA on a Q4_1 file: what each choice costs",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from peft_oracle import Bench
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's jobs begin so
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # What PEFT tells about cases that are here on purpose. Any other warning is an error.
 _EXPECTED = (

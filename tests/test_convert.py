@@ -470,7 +470,6 @@ def test_an_original_of_another_model(tmp_path: Path) -> None:
     ({"dtype": "f16"}, "--dtype goes with"),
     ({"requantize": True, "dtype": "f16"}, "--dtype f16 goes with --dequantize"),
     ({"base_16bit": "somewhere"}, "--base-16bit goes with"),
-    ({"dequantize": True, "undo": True}, "--undo does not go with --dequantize"),
 ])  # fmt: skip
 def test_what_does_not_go_together(options: dict[str, Any], why: str, tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", KINDS["ct-int8"])

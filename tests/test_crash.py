@@ -187,7 +187,7 @@ def test_a_kill_at_any_call_leaves_nothing_or_everything_and_the_next_run_finish
         place.clear()
 
     if step == 1:
-        assert struck == set(PRIMITIVES)
+        assert struck == set(PRIMITIVES) - {"posix_fallocate"}  # which only edits in place do
     assert resumed.count(0) < len(resumed) * 2 / 3, "most runs have something to go on from"
     whole = {0, *sizes, sum(sizes)}
     assert not whole.issuperset(resumed), "runs also go on from the middle of a shard"
