@@ -63,7 +63,7 @@ class Adapter:
         if self._loaded is not None:
             return self._loaded[name].detach()[first : first + count].clone().contiguous()
         info = self.tensors[name]
-        size = (info.end - info.begin) // info.shape[0]
+        size = (info.end - info.begin) // max(info.shape[0], 1)
         begin = info.begin + first * size
         return self._stretch(info, begin, begin + count * size).view(count, *info.shape[1:])
 
