@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import pickle
 import shutil
 from pathlib import Path
@@ -18,9 +19,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig, Qwen3MoeConfig
 
 import infold
+from crash_child import prepare
 from infold.adapters import METHODS, Settings, merge
 from infold.adapters.experts import pieces
+from infold.checkpoint.adapter import Adapter, AdapterTensor
 from infold.errors import Refusal
+from infold.merge.prepare import _part_bytes, _shared_bytes, open_plan
 from infold.tuners import LoraConfig, attach, load
 from peft_oracle import Bench, assert_close, assert_differs, read_tensors, shuffle
 from tiny_models import GROUPED, TOKENS, token_ids
@@ -203,6 +207,66 @@ def test_a_wrong_merge_is_found_and_a_right_one_undone(bench: Bench, kind: str) 
     infold.undo(merged, bench.folder / "back")
     before, after = read_tensors(bench.folder / "base"), read_tensors(bench.folder / "back")
     assert all(torch.equal(before[n], after[n]) for n in before)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_swaps_edits_in_place_and_little_memory_give_the_same_bytes(
+    bench: Bench, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare({"block": 1024}, monkeypatch.setattr)  # and small steps
+    model = new_model(kind).to(torch.bfloat16)
+    base, place = bench.folder / "base", bench.folder / "place"
+    model.save_pretrained(base)
+    one, two = (
+        bench.save(bench.attach(copy.deepcopy(model), PeftLora(**fields_of(name))))
+        for name in ("both", "beside modules")
+    )
+    plain, wanted = read_tensors(base), bench.merge(base, two).tensors
+    shutil.copytree(base, place)
+
+    def holds(expected: dict[str, Tensor]) -> None:
+        found = read_tensors(place)
+        assert found.keys() == expected.keys()
+        assert not [n for n in found if not torch.equal(found[n], expected[n])]
+
+    infold.merge(place, one, in_place=True, max_memory="32MiB", threads=2)
+    holds(bench.merge(base, one).tensors)
+    infold.swap(place, two, in_place=True, max_memory="32MiB", threads=1)
+    holds(wanted)
+    infold.swap(place, one, bench.folder / "other", max_memory="32MiB", threads=1)
+    infold.undo(place, in_place=True)
+    holds(plain)
+    infold.undo(bench.folder / "other", bench.folder / "back")
+    place = bench.folder / "back"
+    holds(plain)
+
+
+def test_of_experts_that_are_alone_each_reads_its_own_part(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of the 3 E weights of a layer needs 1 / E of the adapter's tensors."""
+    new_model("mixtral").save_pretrained(bench.folder / "base")
+    adapter = bench.save(bench.attach(new_model("mixtral"), PeftLora(**fields_of("both"))))
+    size = sum(t.nbytes for t in load_file(adapter / "adapter_model.safetensors").values())
+    read = []
+    real = Adapter._stretch
+
+    def noted(self: Adapter, info: AdapterTensor, begin: int, end: int) -> Tensor:
+        read.append(end - begin)
+        return real(self, info, begin, end)
+
+    monkeypatch.setattr(Adapter, "_stretch", noted)
+    infold.merge(bench.folder / "base", adapter, bench.folder / "out", threads=1)
+    assert sum(read) < 2.6 * size  # once for NaN, and `gate_up_proj`'s lora_A for w1 and for w3
+    read.clear()
+    verdict = infold.verify(bench.folder / "base", [adapter], bench.folder / "out")
+    assert verdict.ok and 0 < sum(read) < 2 * size
+
+    plan = open_plan(bench.folder / "base", [adapter])
+    largest = max(math.prod(t.shape) for n, t in plan.adapters[0].tensors.items() if "lora_B" in n)
+    assert _shared_bytes(plan) == 3 * 4 * largest
+    down = "model.layers.0.block_sparse_moe.experts.3.w2.weight"
+    assert _part_bytes(plan, down) == (3 * 24 + 16 * 3) * (4 + 2 * 8)
 
 
 @pytest.mark.parametrize("flipped", [False, True])
@@ -428,11 +492,18 @@ def test_square_experts_need_to_know_their_outputs(bench: Bench) -> None:
         * 4
     )  # alpha 8, rank 2
 
+    def nested(*kinds: str) -> dict[str, Any]:
+        inner = {f"{kind}_config": {"deeper": {"model_type": kind}} for kind in kinds}
+        return {"model_type": "of_its_own", "text_config": "?", **inner}
+
     for kind, version, turned in (
-        ("qwen3_moe", told, False), ("gpt_oss", told, True), ("gpt_oss", {}, None),
-        ("qwen3_vl_moe", told, None), (None, told, None),
+        ({"model_type": "qwen3_moe"}, told, False), ({"model_type": "gpt_oss"}, told, True),
+        ({"model_type": "gpt_oss"}, {}, None), ({"model_type": "qwen3_vl_moe"}, told, None),
+        (nested("gpt_oss"), told, True), (nested("vision", "deepseek_v3"), told, False),
+        (nested("gpt_oss", "mixtral"), told, None), (nested("unheard_of"), told, None),
+        ({"model_type": ["gpt_oss"]}, told, None), (None, told, None),
     ):  # fmt: skip
-        base = bench.write(weight, None if kind is None else {"model_type": kind})
+        base = bench.write(weight, kind)
         adapter = bench.write_adapter(tensors, **config, **version)
         if turned is None:
             with pytest.raises(Refusal, match="has square experts, and nothing tells"):
@@ -440,6 +511,69 @@ def test_square_experts_need_to_know_their_outputs(bench: Bench) -> None:
             continue
         wanted = weight["layers.0.mlp.experts.down_proj"] + (update.mT if turned else update)
         assert_close(bench.merge(base, adapter).tensors["layers.0.mlp.experts.down_proj"], wanted)
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+def test_other_experts_of_the_module_tell_what_square_ones_do_not(
+    bench: Bench, flipped: bool
+) -> None:
+    where = "layers.0.mlp.experts"
+    factors = {
+        ".base_layer": (torch.randn(6, 4), torch.randn(8, 6)),
+        "": (torch.randn(6, 4), torch.randn(4, 6)),
+    }
+    tensors = {
+        f"base_model.model.{where}{around}.lora_{part}.weight": value
+        for around, pair in factors.items()
+        for part, value in zip("AB", pair, strict=True)
+    }
+    base = bench.write(  # of no model that is known, by an adapter of an unknown PEFT
+        {
+            f"{where}.gate_up_proj": torch.randn(3, *((4, 8) if flipped else (8, 4))),
+            f"{where}.down_proj": torch.randn(3, 4, 4),
+        },
+        {"model_type": "unheard_of"},
+    )
+    adapter = bench.write_adapter(tensors, peft_type="LORA", r=2, target_parameters=BOTH)
+    merged = bench.merge(base, adapter)
+    a, b = factors[""]
+    update = 4 * torch.einsum("ore,eri->eoi", b.view(4, 2, 3), a.view(3, 2, 4))
+    wanted = read_tensors(base)[f"{where}.down_proj"] + (update.mT if flipped else update)
+    assert_close(merged.tensors[f"{where}.down_proj"], wanted)
+
+
+@pytest.mark.parametrize(
+    ("shape", "targets", "message"),
+    [
+        ((3, 4, 4), 5, "target_parameters must be a list of names"),
+        ((3, 4, 4), True, "target_parameters must be a list of names"),
+        ((3, 4, 4), [["down_proj"]], "target_parameters must be a list of names"),
+        ((2, 3, 4, 4), ["down_proj"], "make no update of down_proj"),
+        ((0, 4, 4), ["down_proj"], "make no update of down_proj"),
+        ((4,), ["down_proj"], "make no update of down_proj"),
+    ],
+)
+def test_what_is_no_experts_is_refused(
+    bench: Bench, shape: tuple[int, ...], targets: Any, message: str
+) -> None:
+    base = bench.write({"mlp.experts.down_proj": torch.ones(shape)}, {"model_type": "mixtral"})
+    own = "base_model.model.mlp.experts.lora_{}.weight"
+    tensors = {own.format("A"): torch.randn(6, 4), own.format("B"): torch.randn(4, 6)}
+    adapter = bench.write_adapter(tensors, peft_type="LORA", r=2, target_parameters=targets)
+    with pytest.raises(Refusal, match=message):
+        infold.merge(base, adapter, bench.folder / "out")
+
+
+def test_more_parameters_of_a_module_than_can_be_told_apart_are_refused(bench: Bench) -> None:
+    names = [f"p{number}" for number in range(12)]  # half a billion orders
+    base = bench.write({f"m.{name}": torch.ones(4, 4) for name in names})
+    tensors = {}
+    for around in range(12):
+        own = "base_model.model.m" + ".base_layer" * around + ".lora_{}.weight"
+        tensors |= {own.format("A"): torch.randn(2, 4), own.format("B"): torch.randn(5, 2)}
+    adapter = bench.write_adapter(tensors, peft_type="LORA", r=2, target_parameters=names)
+    with pytest.raises(Refusal, match="12 updates of 12 parameters of m; infold tells apart at mo"):
+        infold.merge(base, adapter, bench.folder / "out")
 
 
 def test_inspect_tells_which_tensors_an_update_of_experts_edits(bench: Bench) -> None:

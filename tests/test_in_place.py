@@ -20,7 +20,8 @@ import infold
 from crash_child import prepare
 from handmade import RECEIPT, digests
 from infold.checkpoint.shards import JOURNAL, open_checkpoint, read_receipt
-from infold.merge import inplace
+from infold.merge import inplace, inplace_steps
+from infold.merge.inplace_steps import reserve
 from test_crash import Runner
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -245,6 +246,30 @@ def test_the_room_of_a_step_is_taken_in_the_rehearsal(
     place.lay_out(verb)
     edit()
     place.check(verb, True)
+
+
+@pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS])
+def test_room_is_taken_on_file_systems_that_cannot_do_it_themselves(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There glibc reads and writes the bytes one by one, and other libraries give up."""
+
+    def by_hand(fd: int, offset: int, length: int) -> None:
+        os.pread(fd, 1, offset)
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "posix_fallocate", by_hand)
+    reserve(tmp_path / "step", 3 << 19)
+    assert (tmp_path / "step").read_bytes() == bytes(3 << 19)
+
+    def as_glibc(fd: int, offset: int, length: int) -> None:
+        os.pread(fd, 1, offset)
+        os.ftruncate(fd, length)
+
+    monkeypatch.setattr(os, "posix_fallocate", as_glibc)
+    monkeypatch.setattr(inplace_steps, "write_fully", None)  # is not needed then
+    reserve(tmp_path / "step", 100)
+    assert (tmp_path / "step").stat().st_size == 100
 
 
 def test_nobody_else_edits_the_folder_meanwhile(place: Place, runner: Runner) -> None:

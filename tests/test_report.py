@@ -341,3 +341,20 @@ def test_what_is_not_what_was_merged_any_more_is_not_drawn(
     assert (found["scales"] == []) == (what == "adapter")
     assert "is not what was merged" in page and "Without a picture" in page
     assert str(tmp_path) not in page, "paths tell of the machine"
+
+
+@pytest.mark.parametrize("name", ["/etc/hostname", "../base/model.safetensors", "a\0b"])
+def test_a_receipt_tells_of_no_file_outside_of_the_adapter(
+    name: str, merged: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "merged"
+    shutil.copytree(merged, folder)
+    receipt = json.loads((folder / "infold-receipt.json").read_text())
+    for adapter in receipt["adapters"]:
+        adapter["files"] = {name: "0" * 64}
+    (folder / "infold-receipt.json").write_text(json.dumps(receipt))
+
+    found = describe_update(folder)
+
+    assert found["scales"] == []
+    assert any("points outside of the folder" in note for note in found["notes"]), found["notes"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,10 @@ from infold.checkpoint.record import FILE, UNDO, RecordWriter, open_record
 Place = tuple[str | int, ...]
 VALUES = (None, -1, 1 << 70, 1.5, "../../x", [], {}, [[-1]], True)
 GONE = object()
+# of an operation and its settings
+OF_EXPERTS = (
+    "experts", "expert", "width", "flipped", "first", "out", "method", "on_bias", "transposed",
+)  # fmt: skip
 
 
 def places(value: Any, at: Place = ()) -> Iterator[Place]:
@@ -116,8 +120,44 @@ def test_an_expert_in_a_layout_that_no_merge_makes_is_refused(
 
 
 def test_a_forged_manifest_ends_in_words_and_leaves_nothing(merged: Path, tmp_path: Path) -> None:
-    folder, out = tmp_path / "model", tmp_path / "out"
+    folder = tmp_path / "model"
     shutil.copytree(merged, folder)
+    # all values at every place would take long; each place gets some of them
+    refused = forge(folder, lambda number, place: (GONE, *VALUES[number % 5 :: 5]))
+
+    assert refused > 100
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_forged_settings_of_experts_end_in_words(tmp_path: Path, alone: bool) -> None:
+    numbers = torch.Generator().manual_seed(5)
+    where = "model.mlp.experts"
+    weights = {f"{where}.down_proj": (3, 6, 4)}
+    if alone:
+        weights = {f"{where}.{number}.down_proj.weight": (6, 4) for number in range(3)}
+    tensors = {n: torch.randn(*s, generator=numbers).bfloat16() for n, s in weights.items()}
+    base = handmade.base_folder(tmp_path / "base", tensors)
+    adapter = handmade.adapter_folder(
+        tmp_path / "adapter",
+        {f"{where}.lora_A.weight": torch.ones(6, 4), f"{where}.lora_B.weight": torch.ones(6, 6)},
+        {"peft_type": "LORA", "r": 2, "target_parameters": ["experts.down_proj"]},
+    )
+    folder = tmp_path / "in" / "model"
+    infold.merge(base, adapter, folder, undo=True)
+
+    def values(_: int, place: Place) -> tuple[Any, ...]:
+        found = (GONE, *VALUES, 0, 1, 2, 3, 5, "lora", "dora", "ia3")
+        return (
+            found if len(place) > 2 and place[:1] == ("edits",) and place[-1] in OF_EXPERTS else ()
+        )
+
+    assert forge(folder, values) > 50
+
+
+def forge(folder: Path, values: Callable[[int, Place], tuple[Any, ...]]) -> int:
+    """Put values into places of a record's manifest, one at a time. Returns how many were refused;
+    nothing may end in another way, or leave anything beside the folder."""
+    out = folder.parent / "out"
     with open_record(folder) as record:
         frames, manifest = {key: record.payload(*key) for key in record.frames}, record.manifest
     rewrite(folder, manifest, frames)
@@ -125,8 +165,7 @@ def test_a_forged_manifest_ends_in_words_and_leaves_nothing(merged: Path, tmp_pa
     shutil.rmtree(out)
     escaped, refused = [], 0
     for number, place in enumerate(places(manifest)):
-        # all values at every place would take long; each place gets some of them
-        for value in (GONE, *VALUES[number % 5 :: 5]):
+        for value in values(number, place):
             rewrite(folder, changed(manifest, place, value), frames)
             try:
                 infold.inspect(folder)
@@ -136,7 +175,7 @@ def test_a_forged_manifest_ends_in_words_and_leaves_nothing(merged: Path, tmp_pa
                 refused += 1
             except Exception as error:
                 escaped.append((place, value, repr(error)))
-            assert sorted(p.name for p in tmp_path.iterdir()) == ["model"], (place, value)
+            assert sorted(p.name for p in folder.parent.iterdir()) == ["model"], (place, value)
 
     assert not escaped, escaped[:5]
-    assert refused > 100
+    return refused

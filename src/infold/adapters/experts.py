@@ -7,7 +7,7 @@ The parameter is (experts, out, in), and the factors of all experts lie in two m
 
 so that  W'_e = W_e + s B_e A_e. Where the model stores (experts, in, out), each W_e is that
 transposed. As a matrix the parameter has a row for each expert. On disk the experts can be weights
-of their own, and parts of the outputs too: gate before up.
+of their own, and parts of the outputs too, gate before up: each of these is like any other weight.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from infold.adapters.settings import Settings
 if TYPE_CHECKING:
     from infold.adapters.lora import LowRank
 
-__all__ = ["Stacked", "apart", "updated"]
+__all__ = ["KEPT", "Stacked", "apart", "updated"]
 
-_KEPT = 8  # experts whose factors are kept on their grid; blocks come in the order of the experts
+KEPT = 8  # experts whose factors are kept on their grid; blocks come in the order of the experts
 
 
 def apart(parts: Mapping[str, Tensor], settings: Settings) -> tuple[Tensor, Tensor]:
@@ -97,7 +97,7 @@ class Stacked:
         with self._lock:
             update = self._made.get(number)
             if update is None:
-                if len(self._made) == _KEPT:
+                if len(self._made) == KEPT:
                     del self._made[next(iter(self._made))]
                 update = self._made[number] = self.make(self.a[number], self.b[number])
         return update if self.sign > 0 else update.inverse()

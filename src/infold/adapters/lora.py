@@ -132,11 +132,7 @@ def prepare(parts: Mapping[str, Tensor], settings: Settings) -> LowRank | expert
         one = Factors(a, b, settings.scaling, settings.slices)
         return LowRank([one], len(b), None)
 
-    a, b = experts.apart(parts, settings)
-    if settings.expert < 0:
-        return experts.Stacked(a, b, settings, low_rank)
-    rows = slice(settings.first, settings.first + settings.out)
-    return low_rank(a[settings.expert], b[settings.expert, rows])
+    return experts.Stacked(*experts.apart(parts, settings), settings, low_rank)
 
 
 def bound(peak: float, parts: Mapping[str, Tensor], settings: Settings) -> float:

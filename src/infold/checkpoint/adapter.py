@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
 import zipfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,11 +18,12 @@ from infold.checkpoint.shards import read_exactly
 from infold.dtypes import NAMES, TORCH_DTYPES
 from infold.errors import CorruptFile, Refusal, StorageFailure
 
-__all__ = ["Adapter", "AdapterTensor", "open_adapter"]
+__all__ = ["KEPT", "Adapter", "AdapterTensor", "open_adapter"]
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
+KEPT = 2  # tensors that an adapter keeps in memory, where many edits share them
 PIECE = 4 << 20  # bytes; a multiple of every element's size
 
 
@@ -44,6 +46,8 @@ class Adapter:
     tensors: Mapping[str, AdapterTensor]
     weights: Path  # the file that holds the tensors
     _loaded: Mapping[str, torch.Tensor] | None = None  # only for .bin
+    _kept: dict[str, torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, compare=False, repr=False)
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor `name`, in its stored dtype and shape, in memory of its own."""
@@ -53,6 +57,27 @@ class Adapter:
         if info.end == info.begin:
             return torch.empty(info.shape, dtype=TORCH_DTYPES[info.dtype])
         return self._stretch(info, info.begin, info.end).view(info.shape)
+
+    def rows(self, name: str, first: int, count: int) -> torch.Tensor:
+        """Some rows of a tensor, as `read` gives all of them."""
+        if self._loaded is not None:
+            return self._loaded[name].detach()[first : first + count].clone().contiguous()
+        info = self.tensors[name]
+        size = (info.end - info.begin) // max(info.shape[0], 1)
+        begin = info.begin + first * size
+        return self._stretch(info, begin, begin + count * size).view(count, *info.shape[1:])
+
+    def kept(self, name: str) -> torch.Tensor:
+        """As `read`, for a tensor that many edits use one after the other: the last KEPT of these
+        stay in memory. It must not be changed."""
+        with self._lock:
+            found = self._kept.pop(name, None)
+            if found is None:
+                if len(self._kept) == KEPT:
+                    del self._kept[next(iter(self._kept))]
+                found = self.read(name)
+            self._kept[name] = found  # the last to go
+            return found
 
     def pieces(self, name: str) -> Iterator[torch.Tensor]:
         """The elements of a tensor in file order, a few megabytes at a time."""

@@ -171,7 +171,7 @@ def compute(
         here = within(block, rows, columns)
         x = _values(steps, raw[here], rows, columns, target, workspace)
         late += _store(x, out[here], target, workspace)
-        if near is not None or sum(one.values.numel() for one in late) > workspace.tile:
+        if near is not None or sum(one.values.numel() for one in late) >= workspace.tile // 4:
             _settle(late, target)
         if near is not None:
             x = _values(back, out[here], rows, columns, target, workspace)

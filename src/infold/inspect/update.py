@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from infold.checkpoint.adapter import open_adapter
-from infold.checkpoint.files import already_here, digest_of
+from infold.checkpoint.files import already_here, digest_of, safe_child
 from infold.checkpoint.inputs import InputFiles
 from infold.checkpoint.safetensors import DTYPE_BITS
 from infold.checkpoint.shards import Checkpoint, open_checkpoint
@@ -57,7 +57,8 @@ def describe_update(merged: str | os.PathLike[str]) -> dict[str, Any]:
             continue
         try:
             adapter = open_adapter(already_here(entry["path"]))
-            _check({name: adapter.path / name for name in entry["files"]}, entry["files"])
+            files = {name: safe_child(adapter.path, name) for name in entry["files"]}
+            _check(files, entry["files"])
             read_config(adapter)
         except InfoldError as error:
             found["notes"].append(_left_out("scales", error))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -27,7 +28,7 @@ from infold.edit.steps import (
     show,
 )
 from infold.formats import Floats, floats_of, format_of
-from infold.plan.edits import Edit
+from infold.plan.edits import Edit, Operation
 
 __all__ = ["EditRun", "Read", "Run", "steps_of"]
 
@@ -71,14 +72,31 @@ def steps_of(edit: Edit, adapters: Sequence[Adapter], device: torch.device) -> l
     """What an edit does, with the parts of its operations loaded."""
     steps = []
     for op in edit.operations:
-        parts = {part: adapters[op.adapter].read(key).to(device) for part, key in op.parts.items()}
-        prepared = METHODS[op.method].prepare(parts, op.settings)
+        parts, settings = _loaded(op, adapters[op.adapter])
+        parts = {part: values.to(device) for part, values in parts.items()}
+        prepared = METHODS[op.method].prepare(parts, settings)
         steps.append(Step(prepared, op.transposed, op.on_bias))
     if edit.exponent:
         rows = edit.shape[0] if edit.shape else 1
         powers = torch.full((rows,), 2.0**edit.exponent, dtype=torch.float64, device=device)
         steps.append(Step(ia3.prepare({"ia3_l": powers}, Settings(side="out", out=rows))))
     return steps
+
+
+def _loaded(op: Operation, adapter: Adapter) -> tuple[dict[str, Tensor], Settings]:
+    """The parts of an operation. Of experts that are weights of their own, and share the adapter's
+    tensors, only those of this one, as of any other weight."""
+    told = op.settings
+    if told.expert < 0:
+        return {part: adapter.read(key) for part, key in op.parts.items()}, told
+    a, b = op.parts["lora_A"], op.parts["lora_B"]
+    rank = adapter.tensors[a].shape[0] // told.experts
+    outputs = slice(told.first, told.first + told.out)
+    parts = {
+        "lora_A": adapter.rows(a, told.expert * rank, rank),
+        "lora_B": adapter.kept(b)[outputs, told.expert :: told.experts].clone(),
+    }
+    return parts, replace(told, experts=0, expert=-1, first=0)
 
 
 class EditRun:

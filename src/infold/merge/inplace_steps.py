@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -43,6 +43,7 @@ __all__ = [
 _CPU = torch.device("cpu")
 _MAGIC = b"infold step 1\n\0\0"
 _STEP = struct.Struct("<16sQQ32s")  # magic, number, bytes that follow, their BLAKE3
+_NO_CALL = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.EBADF)  # of file systems
 _WRITE = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
 _PLACE = struct.Struct("<IQQ")  # number of the shard, offset, bytes
 
@@ -213,11 +214,17 @@ def step_room(plan: Plan, limit: int, size: int) -> int:
 
 def reserve(path: Path, size: int) -> None:
     """Take so much of the disk for a file, so that a full one shows now."""
-    fd = os.open(path, _WRITE | os.O_TRUNC, 0o644)
+    # the C library reads what it makes room for, where the file system does not do it
+    fd = os.open(path, _WRITE & ~os.O_WRONLY | os.O_RDWR | os.O_TRUNC, 0o644)
     try:
-        with suppress(AttributeError):  # macOS has no such call
+        try:
             os.posix_fallocate(fd, 0, size)
             return
+        except AttributeError:  # macOS has no such call
+            pass
+        except OSError as error:
+            if error.errno not in _NO_CALL:
+                raise
         zeros = memoryview(bytes(1 << 20))
         for offset in range(0, size, len(zeros)):
             write_fully(fd, zeros[: size - offset], offset)

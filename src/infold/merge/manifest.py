@@ -20,7 +20,7 @@ __all__ = ["ODD", "as_told", "read_adapter", "read_edit"]
 # What reading values of other kinds than those expected ends in.
 ODD = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError)
 _COUNTS = ("kernel", "groups", "repeat")  # of Settings, from 1 on
-_NUMBERS = ("out", "rank", "first", "rows", "width")  # from 0 on
+_NUMBERS = ("out", "rank", "first", "rows", "width", "experts")  # from 0 on
 _LISTS = ("tokens", "view", "order")
 _LARGEST = 1 << 48
 _POWERS = 1000  # of two, in float64
@@ -64,7 +64,7 @@ def read_edit(name: str, entry: Mapping[str, Any], adapters: Sequence[Adapter]) 
         raise ValueError(f"{name} has the dtype {dtype!r} and the shape {shape!r}")
     if floats_of(dtype, tuple(shape)) is None:
         raise ValueError(f"{name}: {dtype} is never edited")
-    operations = tuple(_operation(name, op, adapters) for op in entry["operations"])
+    operations = tuple(_operation(name, op, shape, adapters) for op in entry["operations"])
     came: BaseTensor | Replacement
     if "name" in source:
         came = BaseTensor(source["name"])
@@ -78,14 +78,16 @@ def read_edit(name: str, entry: Mapping[str, Any], adapters: Sequence[Adapter]) 
     return Edit(name, came, dtype, tuple(shape), operations, scales, exponent)
 
 
-def _operation(name: str, op: Mapping[str, Any], adapters: Sequence[Adapter]) -> Operation:
+def _operation(
+    name: str, op: Mapping[str, Any], shape: Sequence[int], adapters: Sequence[Adapter]
+) -> Operation:
     if op["method"] not in METHODS:
         raise CorruptFile(f"{name}: merged by {op['method']!r}, a method unknown here")
     method = METHODS[op["method"]]
     made = Operation(**{**op, "settings": _settings(op["settings"])})
     if not all(type(flag) is bool for flag in (made.transposed, made.on_bias, made.moved)):
         raise ValueError(f"{name}: {op['method']} in no layout")
-    if made.settings.width and not _of_an_expert(made):
+    if (made.settings.width and not _of_an_expert(made)) or not _of_experts(made, shape):
         raise ValueError(f"{name}: an expert's rows in a layout that no merge makes")
     needed = method.ON_BIAS if made.on_bias else method.REQUIRED
     if not set(needed) <= made.parts.keys() <= set(method.PARTS):
@@ -100,6 +102,20 @@ def _of_an_expert(made: Operation) -> bool:
     told = made.settings
     in_order = not (told.view or told.order) and told.repeat == 1
     return not made.on_bias and told.side == "out" and in_order
+
+
+def _of_experts(made: Operation, shape: Sequence[int]) -> bool:
+    """Whether experts are updated as a plan does it: of LoRA, and all of them a row of the tensor
+    each. True where there are none."""
+    told = made.settings
+    if not told.experts:
+        return not told.flipped
+    if made.method != "lora" or made.on_bias or made.transposed:
+        return False
+    if told.expert >= 0:
+        return not told.width and not told.flipped
+    of_rows = told.width > 0 and math.prod(shape[1:]) % told.width == 0
+    return of_rows and len(shape) == 3 and shape[0] == told.experts
 
 
 def _tensor(adapters: Sequence[Adapter], number: Any, key: str) -> None:
@@ -123,6 +139,9 @@ def _settings(told: Mapping[str, Any]) -> Settings:
         and made.root in (1, 2)
         and made.side in ("out", "in")
         and (not made.width or made.out > 0)
+        and type(made.expert) is int
+        and -1 <= made.expert < made.experts
+        and type(made.flipped) is bool
         and isinstance(made.scaling, int | float)
         and math.isfinite(made.scaling)
     )

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from infold.checkpoint.adapter import Adapter, open_adapter
+from infold.adapters import experts
+from infold.checkpoint.adapter import KEPT, Adapter, open_adapter
 from infold.checkpoint.files import digest_of, read_json
 from infold.checkpoint.record import UNDO
 from infold.checkpoint.shards import (
@@ -261,7 +262,7 @@ def block_size(
     `fewer`: the number of workers is ours to lower. On a GPU the budget is the host's. `undo`: a
     record is written or read; `fixed`: its blocks have this size.
     """
-    sizes = sorted(_held_bytes(plan), reverse=True)
+    sizes, shared = sorted(_held_bytes(plan), reverse=True), _shared_bytes(plan)
     # bytes an element takes at most: stored and computed, twice, and staged
     widest = 48 if undo else 20
     if plan.conversion is not None:
@@ -269,7 +270,8 @@ def block_size(
     needed = 0
     least = max(block_elements(plan), fixed or _SMALLEST_BLOCK)
     for count in range(workers, 0, -1) if fewer else (workers,):
-        parts = sum(sizes[: 2 * count])  # each worker at an edit, one of its own not hashed yet
+        # each worker at an edit, one of its own not hashed yet
+        parts = shared + sum(sizes[: 2 * count])
         room = ((budget - parts) // count - _PER_WORKER) // widest
         if room >= least:
             limit = max(least, min(_BLOCK, room)) if fixed is None else fixed
@@ -306,10 +308,27 @@ def _part_bytes(plan: Plan, name: str) -> int:
     for op in plan.edits[name].operations:
         for key in op.parts.values():
             info = plan.adapters[op.adapter].tensors[key]
-            count = math.prod(info.shape)
-            wide = 8 * op.settings.slices if count * op.settings.slices <= 4 << 20 else 0
-            total += count * (TORCH_DTYPES[info.dtype].itemsize + wide)
+            told, stored = op.settings, math.prod(info.shape)
+            one = stored // max(told.experts, 1)
+            made = one * max(1, min(told.experts, experts.KEPT))
+            if told.expert >= 0:
+                stored = made = one
+            wide = 8 * told.slices if one * told.slices <= 4 << 20 else 0
+            total += stored * TORCH_DTYPES[info.dtype].itemsize + made * wide
     return total
+
+
+def _shared_bytes(plan: Plan) -> int:
+    """Memory of what adapters keep for all experts that are weights of their own; one tensor more
+    while it is read."""
+    largest: dict[int, int] = {}
+    for edit in plan.edits.values():
+        for op in edit.operations:
+            if op.settings.expert >= 0:
+                info = plan.adapters[op.adapter].tensors[op.parts["lora_B"]]
+                size = math.prod(info.shape) * TORCH_DTYPES[info.dtype].itemsize
+                largest[op.adapter] = max(size, largest.get(op.adapter, 0))
+    return (KEPT + 1) * sum(largest.values())
 
 
 def digest_adapter(adapter: Adapter) -> dict[str, str]:

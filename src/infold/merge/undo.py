@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +74,12 @@ class Merged:
         """How to do what a swap cannot, for messages."""
         return f": restore the base (infold undo {self.path} --out BASE), and merge into that"
 
+    @cached_property
+    def _numbers(self) -> Mapping[str, int]:
+        return {name: number for number, name in enumerate(self.edits)}
+
     def number(self, tensor: str) -> int:
-        return list(self.edits).index(tensor)
+        return self._numbers[tensor]
 
     def observed(self, tensor: str) -> Callable[[int], Tensor] | None:
         """What the steps on a tensor had observed of it, by their numbers; None where that is not

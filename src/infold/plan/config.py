@@ -184,6 +184,9 @@ def _invalid(kind: str, fields: Mapping[str, Any]) -> list[str]:
         )
     if fields.get("bias", "none") not in ("none", "all", "lora_only"):
         problems.append(f"bias = {fields['bias']!r} is unknown")
+    targets = fields.get("target_parameters")
+    if targets is not None and not _strings(targets):
+        problems.append("target_parameters must be a list of names")
     if fields.get("use_dora") and fields.get("lora_bias"):
         problems.append("lora_bias together with use_dora has no defined meaning")
     return problems

@@ -14,7 +14,7 @@ import itertools
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from infold.adapters import Settings
 from infold.adapters.exact import slices_for
@@ -35,10 +35,18 @@ _ALONE: dict[str, tuple[tuple[str, ...], ...]] = {
     "down_proj": (("down_proj",), ("w2",)),
 }
 _AROUND = ("mlp", "block_sparse_moe", "feed_forward", "moe")  # what holds experts and a router
-# Models whose experts are (in, out), on disk too; and those that transformers turns on loading.
-_FLIPPED = ("gpt_oss", "openai_privacy_filter", "aria")
-_TURNED = ("qwen3_vl_moe",)
+# Models whose updates are (in, out) to the experts on disk, and those where they are (out, in).
+# Of neither are those whose experts transformers turns on loading, such as qwen3_vl_moe.
+_FLIPPED = frozenset(("gpt_oss", "openai_privacy_filter"))
+_STRAIGHT = frozenset(
+    "mixtral minimax minimax_m2 phimoe jamba qwen2_moe qwen3_moe qwen3_next qwen3_5_moe "
+    "qwen3_5_moe_text qwen3_omni_moe deepseek_v2 deepseek_v3 deepseek_v32 kimi_k2 olmoe flex_olmo "
+    "dots1 glm4_moe glm4_moe_lite glm4v_moe ernie4_5_moe hunyuan_v1_moe lfm2_moe llama4 "
+    "llama4_text solar_open".split()
+)
 _PEFT = 19  # 0.19 is the first that knows which dimension of an expert its outputs are
+_NESTED = 4  # levels of objects within a config.json
+_MOST = 6  # parameters of a module; which update is whose takes all their orders
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,8 @@ class _Parameter:
 
     def ways(self, a: Sequence[int], b: Sequence[int]) -> list[bool]:
         """How factors of these shapes make an update of it: straight, flipped, or both ways."""
+        if len(self.shape) not in (2, 3) or not self.experts:
+            return []
         if len(a) != 2 or len(b) != 2 or a[0] != b[1] or not a[0] or a[0] % self.experts:
             return []
         last = self.shape[-2:]
@@ -71,12 +81,6 @@ def consume_parameters(consumer: Consumer, modules: Mapping[str, dict[str, str]]
     """Edits for what an adapter has on parameters. Returns the keys of `modules` that these are."""
     targets = consumer.config.fields.get("target_parameters") or ()
     if not targets:
-        return set()
-    if isinstance(targets, str) or not all(isinstance(name, str) for name in targets):
-        consumer.draft.reasons.append(
-            f"{consumer.adapter.path}/adapter_config.json: target_parameters must be a list of "
-            "names"
-        )
         return set()
     wrapped: dict[str, list[str]] = {}
     for module in modules:
@@ -204,17 +208,22 @@ def _assign(
     wrapped: Mapping[str, dict[str, str]],
 ) -> None:
     keys = [next(iter(parts.values())) for parts in wrapped.values()]
+    if max(len(found), len(wrapped)) > _MOST:
+        told = f"{len(wrapped)} updates of {len(found)} parameters of {path}"
+        consumer.refuse(keys[0], f"{told}; infold tells apart at most {_MOST}")
+        return
     for parts in wrapped.values():
         if set(parts) != {"lora_A", "lora_B"} or consumer.config.fields.get("use_dora"):
             told = ", ".join(sorted(parts))
             consumer.refuse(keys[0], f"{told} on parameters of {path}: only plain LoRA is known")
             return
     shapes = [(consumer.shape(p["lora_A"]), consumer.shape(p["lora_B"])) for p in wrapped.values()]
-    fitting = [
+    orders = (
         chosen
         for chosen in itertools.permutations(found, len(wrapped))
         if all(p.ways(*shape) for p, shape in zip(chosen, shapes, strict=True))
-    ]
+    )
+    fitting = list(itertools.islice(orders, 2))
     told = " and ".join(f"{p.path.rpartition('.')[2]} {list(p.shape)}" for p in found)
     for key, (a, b) in zip(keys, shapes, strict=True):
         if not fitting:
@@ -224,8 +233,14 @@ def _assign(
         elif len(fitting) > 1:
             consumer.refuse(key, f"could belong to more than one of {told} of {path}")
     if len(fitting) == 1:
+        ways = [p.ways(*shape) for p, shape in zip(fitting[0], shapes, strict=True)]
+        told_by = {
+            way[0]
+            for p, way in zip(fitting[0], ways, strict=True)
+            if len(p.shape) == 3 and len(way) == 1
+        }
         for parameter, parts, shape in zip(fitting[0], wrapped.values(), shapes, strict=True):
-            _update(consumer, parameter, parts, *shape)
+            _update(consumer, parameter, parts, *shape, told_by)
 
 
 def _update(
@@ -234,10 +249,12 @@ def _update(
     parts: dict[str, str],
     a: Sequence[int],
     b: Sequence[int],
+    others: Collection[bool],
 ) -> None:
+    """others: the ways of the module's updates that fit in one way only."""
     key, experts = parts["lora_A"], parameter.experts
     scaling = consumer.scaling(parameter.path, key, a[0] // experts)
-    flipped = _flipped(consumer, parameter, key, parameter.ways(a, b))
+    flipped = _flipped(consumer, parameter, key, parameter.ways(a, b), others)
     if scaling is None or flipped is None:
         return
     own = Settings(scaling=scaling, experts=experts if len(parameter.shape) == 3 else 0)
@@ -273,32 +290,49 @@ def _edit(
 
 
 def _flipped(
-    consumer: Consumer, parameter: _Parameter, key: str, ways: Sequence[bool]
+    consumer: Consumer,
+    parameter: _Parameter,
+    key: str,
+    ways: Sequence[bool],
+    others: Collection[bool],
 ) -> bool | None:
     """Whether the stored matrix of an expert is (in, out). None: it cannot be told, or used."""
-    config = consumer.draft.base.config or {}
-    text = config.get("text_config")
-    kinds = {config.get("model_type"), text.get("model_type") if isinstance(text, dict) else None}
-    way = ways[0]
+    way: bool | None = ways[0]
     if len(ways) == 2:
-        version = re.match(r"0\.(\d+)\b", str(consumer.config.fields.get("peft_version") or "0.0"))
-        if (
-            kinds == {None}
-            or (version and int(version[1]) < _PEFT)
-            or not kinds.isdisjoint(_TURNED)
-        ):
-            consumer.refuse(
-                key,
-                f"{parameter.path} has square experts, and nothing tells which side are their "
-                "outputs: that takes the base's config.json and an adapter of PEFT 0.19 or later",
-            )
-            return None
-        way = not kinds.isdisjoint(_FLIPPED)
-    if way and parameter.alone:
+        way = next(iter(others)) if len(others) == 1 else _way_of_its_kind(consumer)
+    if way is None:
+        consumer.refuse(
+            key,
+            f"{parameter.path} has square experts, and nothing tells which side are their outputs: "
+            "that takes an adapter of PEFT 0.19 or later and a base whose config.json has a "
+            "model_type that infold knows, or an update of another parameter of this module that "
+            "is not square; or merge in memory, by infold.load and merge_and_unload",
+        )
+    elif way and parameter.alone:
         consumer.refuse(
             key,
             f"was trained on experts stored as (in, out), and those of {parameter.path} are "
             "single weights (out, in) here; save it with PEFT 0.19 or later",
         )
-        return None
+        way = None
     return way
+
+
+def _way_of_its_kind(consumer: Consumer) -> bool | None:
+    """What the base's kind of model tells; None: nothing, since a guess could merge wrongly."""
+    version = re.match(r"0\.(\d+)\b", str(consumer.config.fields.get("peft_version") or "0.0"))
+    if version and int(version[1]) < _PEFT:
+        return None
+    kinds = _kinds(consumer.draft.base.config or {}, _NESTED)
+    flipped, straight = not kinds.isdisjoint(_FLIPPED), not kinds.isdisjoint(_STRAIGHT)
+    return flipped if flipped != straight else None
+
+
+def _kinds(config: Mapping[str, Any], depth: int) -> set[str]:
+    """The model types of a config and of those within it, as of a model that sees and reads."""
+    kind = config.get("model_type")
+    found = {kind} if isinstance(kind, str) else set()
+    for inner in config.values():
+        if isinstance(inner, dict) and depth:
+            found |= _kinds(inner, depth - 1)
+    return found

@@ -25,7 +25,7 @@ from torch import Tensor
 from infold.adapters import Settings
 from infold.errors import Refusal
 from infold.plan.edits import Operation
-from infold.verify.experts import Experts, factors_of
+from infold.verify.experts import Experts
 from infold.verify.values import STEP, Values
 
 __all__ = [
@@ -455,7 +455,8 @@ def reference_of(
     dtype: str,
     scaling: float | None = None,
 ) -> Reference:
-    """The formula of one operation on a tensor that is stored as `dtype`.
+    """The formula of one operation on a tensor that is stored as `dtype`. parts: of an expert that
+    is a weight of its own, its own.
 
     Of the plan it takes which tensor, its layout, side, kernel, groups and tokens; the numbers are
     the adapter's own, `scaling` too unless it is given. Raises Refusal where the adapter's file and
@@ -470,20 +471,19 @@ def reference_of(
         return _InputScale(vector, settings.kernel, settings.groups, settings.out)
     if operation.method == "trainable_tokens":
         return _Tokens(parts["trainable_tokens_delta"], settings.tokens)
-    rank = rank_of(operation, len(parts["lora_A"]))
+    alone, rank = settings.expert >= 0, len(parts["lora_A"])
+    if not alone:
+        rank = rank_of(operation, rank)
     ranks = _matching(config, "rank_pattern", "r", operation.module)
     if rank not in ranks:
         raise Refusal(f"{operation.module}: rank {rank} in the adapter, {ranks[0]} by its config")
     if scaling is None:
         scaling = scaling_of(config, operation.module, rank)
     a, b = parts["lora_A"].flatten(1), parts["lora_B"].flatten(1)
-    if settings.experts:
-        if settings.expert < 0:
-            make = partial(LowRank, scaling=scaling, dtype=dtype)
-            return Experts(a, b, rank, settings, make)
-        a, b = factors_of(settings.expert, a, b, rank)
-        b = b[settings.first : settings.first + settings.out]
+    if alone:
         return LowRank(a, b, scaling, dtype)
+    if settings.experts:
+        return Experts(a, b, rank, settings, partial(LowRank, scaling=scaling, dtype=dtype))
     outputs = _elements(torch.arange(len(b)), settings)
     if operation.on_bias:
         return _LowRankBias(parts["lora_bias"].double().flatten()[outputs], scaling)

@@ -28,6 +28,7 @@ from infold.checkpoint.stored import stored_matrix
 from infold.dtypes import SCALE_DTYPES
 from infold.plan.edits import BaseTensor, Decoded, Edit, Operation, Original, Replacement
 from infold.verify.blocks import Blocks, blocks_of
+from infold.verify.experts import parts_of
 from infold.verify.reference import (
     LowRank,
     PowerOfTwo,
@@ -177,6 +178,8 @@ class EditCheck:
             self.row_bytes = blocks.size
         else:
             self.rows, self.columns = (shape[0], math.prod(shape[1:])) if shape else (1, 1)
+            if any(op.settings.experts and op.settings.expert < 0 for op in edit.operations):
+                self.rows, self.columns = math.prod(shape[:-1]), shape[-1]
             self.row_bytes = self.columns * self.line.dtype.itemsize
         self.left = self.rows  # that are not checked yet
         self.loaded: Tensor | None = None
@@ -300,10 +303,11 @@ class EditCheck:
                 found: list[Reference] = []
                 for number, operation in enumerate(self.edit.operations):
                     adapter = self.adapters[operation.adapter]
-                    parts = {part: adapter.read(key) for part, key in operation.parts.items()}
+                    parts = parts_of(operation, adapter)
                     scaling = None
                     if self.scalings is not None and "lora_A" in parts:
-                        rank = rank_of(operation, len(parts["lora_A"]))
+                        rows = adapter.tensors[operation.parts["lora_A"]].shape[0]
+                        rank = rank_of(operation, rows)
                         scaling = self.scalings(operation, rank)
                     reference = reference_of(operation, adapter.config, parts, self.dtype, scaling)
                     if isinstance(reference, LowRank) and reference.magnitude is not None:
