@@ -26,6 +26,7 @@ from infold.adapters import Settings, merge
 from infold.errors import CorruptFile, Refusal
 from infold.verify.reference import LowRank
 from infold.verify.rounding import LINES
+from infold.verify.tensors import EditCheck
 from infold.verify.values import Values
 from peft_oracle import Bench
 
@@ -737,3 +738,28 @@ def test_the_contract_lies_within_the_bound_and_single_elements_follow_it(
     mine.settle(single, i, j)
     assert torch.equal(single.x, theirs.flatten())
     assert single.exact
+
+
+def test_what_went_wrong_is_looked_for_in_a_sample(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where all is wrong, every pair of tensors is tried: with whole ones that took minutes."""
+    shapes = {f"layers.{n}.q": (1024, 64) for n in range(8)}
+    given = {f"{name}.weight": torch.randn(*shape) for name, shape in shapes.items()}
+    base = handmade.base_folder(tmp_path / "base", given)
+    one, other = (handmade.lora(tmp_path / str(n), shapes, seed=n) for n in range(2))
+    infold.merge(base, one, tmp_path / "out")
+    sizes: list[int] = []
+    check = EditCheck.check
+
+    def noted(self: Any, merged: memoryview, *rest: Any) -> None:
+        sizes.append(len(merged))
+        check(self, merged, *rest)
+
+    monkeypatch.setattr(EditCheck, "check", noted)
+    verdict = infold.verify(base, other, tmp_path / "out")
+
+    assert not verdict.ok
+    whole = [size for size in sizes if size >= 1024 * 64 * 4]
+    assert len(whole) == 8 and len(sizes) > 8 + 8 * 7
+    assert all(size <= 4 * (1 << 12) for size in sizes if size not in whole)

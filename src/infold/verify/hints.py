@@ -15,11 +15,12 @@ from infold.plan.edits import Operation, Plan
 from infold.verify.amended import AmendedCheck
 from infold.verify.parts import PartCheck
 from infold.verify.reference import alpha_of, rank_of, scaling_of
-from infold.verify.tensors import BaseCheck, EditCheck, Workspace
+from infold.verify.tensors import BaseCheck, EditCheck, Tally, Workspace
 
 __all__ = ["Wrong", "hints"]
 
 _TRIED = 24  # wrong tensors for which other tensors or scalings are tried
+_SAMPLE = 1 << 12  # elements of one that are tried, in whole rows: nearly all of them will be wrong
 _ENOUGH = 0.9  # of the elements of a sample must fit
 
 
@@ -36,17 +37,21 @@ def hints(plan: Plan, wrong: Mapping[str, Wrong], files: InputFiles) -> dict[str
     """A sentence for each wrong tensor whose pattern is known."""
     workspace = Workspace()
     found: dict[str, str] = {}
+    others: dict[str, BaseCheck | EditCheck] = {}  # with what they read of their adapters
     alike: dict[tuple[str, tuple[int, ...]], list[str]] = defaultdict(list)
     for name, one in wrong.items():
         alike[one.info.dtype, one.info.shape].append(name)
     for name, one in list(wrong.items())[:_TRIED]:
         tally = one.check.tally
-        others = [n for n in alike[one.info.dtype, one.info.shape] if n != name][:_TRIED]
-        if swapped := next(
-            (n for n in others if _fits(_anew(plan, n, files), one, files, workspace)), None
-        ):
-            found[name] = f"it holds what belongs to {swapped}"
-        elif tally.like_base == tally.wrong:
+        for other in [n for n in alike[one.info.dtype, one.info.shape] if n != name][:_TRIED]:
+            if other not in others:
+                others[other] = _anew(plan, other, files)
+            if _fits(others[other], one, files, workspace):
+                found[name] = f"it holds what belongs to {other}"
+                break
+        if name in found:
+            continue
+        if tally.like_base == tally.wrong:
             found[name] = "these are as in the base: the edit is missing"
         elif scaling := _scaling(plan, name, one, files, workspace):
             found[name] = f"the update is scaled by {scaling}"
@@ -77,10 +82,12 @@ def _fits(
         return False
     shape = one.check.grid if isinstance(one.check, EditCheck) else one.info.shape
     width = one.info.nbytes // max(math.prod(shape), 1) or 1
-    offset = first[0] * width // check.step * check.step
-    count = min(check.step, one.info.nbytes - offset)
+    row = check.row_bytes if isinstance(check, EditCheck) else width
+    offset = first[0] * width // row * row
+    count = min(max(row, _SAMPLE * width // row * row), check.step, one.info.nbytes - offset)
     view = workspace.bytes("merged", count)
     files.read(one.path, view, one.info.begin + offset)
+    check.tally = Tally()
     check.check(view, offset, None, workspace)
     return check.tally.wrong <= (1 - _ENOUGH) * count / width
 
