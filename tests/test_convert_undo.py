@@ -198,8 +198,9 @@ def test_a_swap_names_what_can_be_done(tmp_path: Path) -> None:
     infold.merge(base, scales, out, undo=True)
     way = rf"options of `infold merge --out`: restore the base \(infold undo {out} --out BASE\)"
 
-    with pytest.raises(Refusal, match=way):
+    with pytest.raises(Refusal, match=way) as caught:
         infold.swap(out, adapter, tmp_path / "swapped.gguf")
+    assert sum("--dequantize" in reason for reason in caught.value.reasons) == 1
     with pytest.raises(Refusal, match=way):
         infold.swap(out, adapter, in_place=True)
     with pytest.raises(Refusal, match=r"options of `infold merge --out`$"):

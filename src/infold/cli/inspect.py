@@ -143,7 +143,7 @@ def _merged(found: dict[str, Any]) -> None:
         print(entry("", f"{record['share']:.2%} of the edited bytes, without {inside}"))
     print("edits")
     print(edits_text(receipt["edits"], [adapter["path"] for adapter in receipt["adapters"]]))
-    print("BLAKE3")
+    print("BLAKE3, by the receipt (infold verify compares them)")
     folder = Path(found["path"])
     for name, digest in receipt["shards"].items():  # the name last, as b3sum --check reads it
         print(f"{digest}  {name}")

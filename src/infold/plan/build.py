@@ -31,6 +31,7 @@ from infold.plan.convert import (
 from infold.plan.draft import Draft
 from infold.plan.edits import Amended, BaseTensor, Edit, Plan
 from infold.plan.experts import consume_parameters
+from infold.plan.fold import INSTEAD
 from infold.plan.gguf_consume import GgufConsumer
 from infold.plan.match import group_keys
 from infold.plan.origin import is_called, origin_notes
@@ -88,7 +89,8 @@ def plan_edit(
         if not any(f"--{mode}" in reason for reason in error.reasons for mode in MODES):
             raise
         told = "--promote, --dequantize and --requantize are options of `infold merge --out`"
-        raise Refusal([*error.reasons, f"{told}{instead}"]) from None
+        plain = [reason.replace(WAYS, "").replace(INSTEAD, "") for reason in error.reasons]
+        raise Refusal([*plain, f"{told}{instead}"]) from None
 
 
 def _decide(
