@@ -464,6 +464,19 @@ def test_an_adapter_that_is_given_twice_is_noted(inputs: tuple[Path, Path], tmp_
     assert len(plan["notes"]) == 1 and "is given 2 times" in plan["notes"][0]
 
 
+def test_an_adapter_that_the_base_has_already_is_noted(
+    inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    base, adapter = inputs
+    first = infold.merge(base, adapter, tmp_path / "once", undo=True)
+    shutil.copytree(adapter, tmp_path / "copy")
+    again = infold.merge(tmp_path / "once", tmp_path / "copy", tmp_path / "again")
+    swapped = infold.swap(tmp_path / "once", adapter, tmp_path / "swapped")
+
+    assert any("is in the base already" in note for note in again.notes)
+    assert not any("already" in note for note in [*first.notes, *swapped.notes])
+
+
 def test_long_notes_are_wrapped_on_a_terminal_and_whole_in_a_pipe(tmp_path: Path) -> None:
     base = handmade.base_folder(tmp_path / "Llama-7B", {"a.weight": torch.zeros(4, 4)})
     adapter = handmade.lora(tmp_path / "adapter", {"a": (4, 4)}, base_model_name_or_path=SMOL)

@@ -22,11 +22,12 @@ from infold.checkpoint.shards import (
     companion,
     is_lone,
     kept_name,
+    read_receipt,
 )
 from infold.checkpoint.staging import Staging, storage_errors
 from infold.edit.blocks import Block
 from infold.edit.threads import one_torch_thread
-from infold.errors import ProofFailed
+from infold.errors import InfoldError, ProofFailed
 from infold.machine import peak_bytes
 from infold.merge.convert import lost_updates, measured_error
 from infold.merge.losses import loss_of, rounding_notes
@@ -175,7 +176,12 @@ def make_receipt(
         bytes=sum(shard.header.file_size for shard in plan.shards),
         edited_bytes=plan.edited_bytes,
         resumed_bytes=streamed.resumed,
-        notes=[*plan.notes, *rounding_notes(streamed.runs), *lost_updates(streamed.runs)],
+        notes=[
+            *plan.notes,
+            *_there_already(prepared),
+            *rounding_notes(streamed.runs),
+            *lost_updates(streamed.runs),
+        ],
         conversion=None if plan.conversion is None else dict(plan.conversion),
         seconds=0.0,
         peak_memory=0,
@@ -218,6 +224,25 @@ def finish_record(recording: Recording, receipt: Receipt, source: Merged | None)
     with storage_errors(writer.path):
         digest = digest_of(writer.path)
     return {"file": UNDO, "bytes": writer.end, "adapters": inside, "blake3": digest}
+
+
+def _there_already(prepared: Prepared) -> list[str]:
+    """Notes on adapters that the base has already, if it is a merge whose receipt tells so."""
+    if prepared.source is not None:  # a swap takes them out
+        return []
+    try:
+        receipt = read_receipt(prepared.plan.base.path)
+    except InfoldError:  # none, or none that tells
+        return []
+    told = receipt.get("adapters")
+    entries = told if isinstance(told, list) else []
+    had = [entry.get("files") for entry in entries if isinstance(entry, dict)]
+    return [
+        f"{adapter.path} is in the base already, as the base's receipt tells, and its change is "
+        "made once more (infold swap exchanges adapters)"
+        for adapter, files in zip(prepared.plan.adapters, prepared.digests, strict=True)
+        if files in had
+    ]
 
 
 def _absolute(name: str) -> str:
