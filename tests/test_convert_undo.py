@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 import infold
 import test_convert as folders
@@ -15,6 +17,7 @@ import test_convert_gguf as files
 from handmade import RECEIPT, digests, ia3
 from infold.checkpoint.gguf import read_gguf_header
 from infold.checkpoint.record import UNDO
+from infold.cli.main import app
 from infold.errors import CorruptFile, Refusal
 from quantized_bases import KINDS, bitsandbytes
 
@@ -208,3 +211,12 @@ def test_a_swap_names_what_can_be_done(tmp_path: Path) -> None:
     with pytest.raises(Refusal) as caught:
         infold.merge(base, adapter, tmp_path / "other.gguf")
     assert "options of" not in str(caught.value)
+
+
+def test_inspect_tells_what_was_kept_and_how_good_it_is(tmp_path: Path) -> None:
+    base, out = files.make(tmp_path / "base.gguf", "Q4_0"), tmp_path / "merged.gguf"
+    infold.merge(base, files.low_rank(tmp_path / "lora"), out, undo=True, dequantize=True)
+    told = CliRunner().invoke(app, ["inspect", str(out)], env={"COLUMNS": "200"}).stdout
+
+    assert ": what was replaced, whole" in told and "0 blocks" not in told
+    assert re.search(r"F16 \S+ +from ggml, lora .* error \S+, update \S+\n", told)

@@ -34,7 +34,7 @@ def edits_text(edits: Sequence[dict[str, Any]], adapters: Sequence[str]) -> str:
                 f"{len(members)} x" if len(members) > 1 else "",
                 f"{first['dtype']} {'x'.join(map(str, first['shape']))}",
                 _steps(first, adapters),
-                f"{_share(min(kept), max(kept))} unchanged" if kept else "",
+                f"{_share(min(kept), max(kept))} unchanged" if kept else _error(members),
             ]
         )
     return table(rows)
@@ -43,6 +43,17 @@ def edits_text(edits: Sequence[dict[str, Any]], adapters: Sequence[str]) -> str:
 def _share(least: float, most: float) -> str:
     one, two = f"{least:.1%}", f"{most:.1%}"
     return one if one == two else f"{one}-{two}"
+
+
+def _error(edits: Sequence[dict[str, Any]]) -> str:
+    """How far converted weights are from the exact result, at most, and how far the adapters move
+    them; both relative to the weight."""
+    told = [edit for edit in edits if edit.get("error") is not None]
+    if not told:
+        return ""
+    error = max(edit["error"] for edit in told)
+    moved = [edit["update"] for edit in told if edit.get("update") is not None]
+    return f"error {error:.2g}" + (f", update {max(moved):.2g}" if moved else "")
 
 
 def _steps(edit: dict[str, Any], adapters: Sequence[str]) -> str:

@@ -135,9 +135,11 @@ def _merged(found: dict[str, Any]) -> None:
     for note in receipt["notes"]:
         print(entry("note", note))
     if record := found["undo"]:
-        blocks = (
-            f"{plural('block', record['blocks'])}, {record['originals']:,} of them as they were"
-        )
+        blocks = "what was replaced, whole"  # of converted weights
+        if record["blocks"]:
+            blocks = plural("block", record["blocks"])
+            if record["originals"]:
+                blocks += f", {record['originals']:,} of them stored whole"
         print(entry("undo", f"{bytes_text(record['bytes'])}: {blocks}"))
         inside = f"{bytes_text(record['adapters'])} of adapters"
         print(entry("", f"{record['share']:.2%} of the edited bytes, without {inside}"))
