@@ -134,7 +134,9 @@ def infold(*arguments: str | Path) -> tuple[float, float]:
     """Run one command; returns its seconds and those of processors, with the start of Python."""
     began = time.perf_counter()
     command = [sys.executable, "-m", "infold", *map(str, arguments), "--quiet"]
-    process = subprocess.Popen(command)
+    # compiled Python code is kept, as it is of what pip installs
+    kept = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    process = subprocess.Popen(command, env=kept)
     _, status, used = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
