@@ -735,16 +735,27 @@ def test_the_interval_is_where_the_score_is_just_plausible(right: int) -> None:
 # --- a server, the command line -------------------------------------------------------------------
 
 
-def test_a_server_answers_with_the_weights_of_each_iteration(base: Path, tmp_path: Path) -> None:
+def served(base: Path, run: Path) -> tuple[dict[str, Any], int]:
+    """Settings of a run that asks a server of its own, and the server's port."""
     pytest.importorskip("openai")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    config = settings(base, tmp_path / "run", iterations=1)
+    config = settings(base, run, iterations=1)
     config["collect"] |= {
         "server": f"http://127.0.0.1:{port}/v1",
         "serve": f"{sys.executable} {HERE / 'completions_server.py'} {{model}} {port}",
     }
+    return config, port
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as asked:
+        return asked.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_a_server_answers_with_the_weights_of_each_iteration(base: Path, tmp_path: Path) -> None:
+    config, port = served(base, tmp_path / "run")
 
     infold.Loop(config).run()
     infold.Loop(settings(base, tmp_path / "local", iterations=1)).run()
@@ -752,33 +763,22 @@ def test_a_server_answers_with_the_weights_of_each_iteration(base: Path, tmp_pat
     asked = json.loads((tmp_path / "run/iterations/000/scores.json").read_text())
     local = json.loads((tmp_path / "local/iterations/000/scores.json").read_text())
     assert asked["score"] == local["score"]  # greedy answers of the same weights
-    with socket.socket() as gone:
-        assert gone.connect_ex(("127.0.0.1", port)) != 0, "the server outlived the loop"
+    assert not listens(port), "the server outlived the loop"
 
 
 def test_a_server_ends_with_a_loop_that_is_killed(base: Path, tmp_path: Path) -> None:
     """Else the next run would find it on its port, and refuse to ask it."""
-    pytest.importorskip("openai")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    config = settings(base, tmp_path / "run", iterations=1)
-    config["collect"] |= {
-        "server": f"http://127.0.0.1:{port}/v1",
-        "serve": f"{sys.executable} {HERE / 'completions_server.py'} {{model}} {port}",
-    }
+    config, port = served(base, tmp_path / "run")
     (tmp_path / "config.json").write_text(json.dumps(config))
 
     killed = trained(HERE / "loop_child.py", tmp_path / "config.json", "journal:1",
                      tmp_path / "log", cwd=HERE)  # fmt: skip
 
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    answers, deadline = True, time.monotonic() + 30
-    while answers and time.monotonic() < deadline:
-        with socket.socket() as gone:
-            answers = gone.connect_ex(("127.0.0.1", port)) == 0
+    deadline = time.monotonic() + 30
+    while listens(port) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not answers, "the server outlived the loop"
+    assert not listens(port), "the server outlived the loop"
 
 
 def test_what_a_server_started_ends_with_it(tmp_path: Path) -> None:

@@ -739,8 +739,9 @@ def test_the_model_keeps_its_names_and_its_class(calm: None) -> None:
     assert all(p.requires_grad for p in base.parameters())
 
 
-def test_deepcopy_and_pickle_keep_adapters(calm: None) -> None:
-    model = tuned("llama", IA3Config())
+@pytest.mark.parametrize("config", [IA3Config(), LoraConfig(r=2, modules_to_save=["lm_head"])])
+def test_deepcopy_and_pickle_keep_adapters(config: Any, calm: None) -> None:
+    model = tuned("llama", copy.deepcopy(config))
     inputs = model_inputs("llama")
     wanted = model(**inputs).logits
 

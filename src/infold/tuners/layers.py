@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from infold.adapters import METHODS, Geometry, Settings, lora, merge
 from infold.errors import Refusal
+from infold.tuners.classes import Front, put_before, take_away
 from infold.tuners.quantized import dequantized, is_bitsandbytes
 
-__all__ = ["DENSE", "KINDS", "Adapted", "Adapter", "Rows", "adapt", "kind_of", "plain_class"]
+__all__ = ["DENSE", "KINDS", "Adapted", "Adapter", "Rows", "adapt", "kind_of"]
 
 
 _GATHERED = 4  # rows for each adapter of a batch, up to which a table of all rows is kept
@@ -177,8 +178,8 @@ class _Known(Stage):
         return self.y if x is self.x else super().__call__(x)
 
 
-class Adapted(nn.Module):
-    """What an adapted layer's class has before the class that it was."""
+class Adapted(Front):
+    """A layer with adapters."""
 
     METHODS: tuple[str, ...] = ("ia3", "lora", "dora")
     transposed = False  # whether the weight is stored as (in, out[, ...])
@@ -195,11 +196,10 @@ class Adapted(nn.Module):
 
     def leave(self) -> None:
         """Make the module what it was before `adapt`."""
-        plain = plain_class(self)
         del self.adapters
         for name in ("_runs", "_rows"):
             self.__dict__.pop(name, None)
-        self.__class__ = plain  # type: ignore[assignment]
+        take_away(self)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self._rows.index is not None:
@@ -302,9 +302,6 @@ class Adapted(nn.Module):
     def row_count(self, x: Tensor) -> int:
         return x.shape[0]
 
-    def __reduce_ex__(self, protocol: Any) -> Any:  # the class is made here, so pickle must too
-        return _rebuild, (plain_class(self), kind_of(self)), self.__dict__
-
 
 class AdaptedLinear(Adapted):
     """torch.nn.Linear."""
@@ -404,7 +401,7 @@ class AdaptedOpaque(Adapted):
     def matrix(self) -> Tensor:
         weight = dequantized(self)
         if weight is None:
-            raise Refusal(f"the weight of a {plain_class(self).__name__} cannot be read as numbers")
+            raise Refusal(f"the weight of a {self._plain.__name__} cannot be read as numbers")
         return weight
 
 
@@ -487,23 +484,6 @@ def kind_of(module: nn.Module) -> type[Adapted] | None:
     return next((kind for kind, accepts in KINDS if accepts(module)), None)
 
 
-_classes: dict[tuple[type, type], type[nn.Module]] = {}
-
-
-def adapted_class(cls: type[nn.Module], kind: type[Adapted]) -> type[nn.Module]:
-    """`cls` with the adapted forward of `kind` before its own."""
-    made = _classes.get((cls, kind))
-    if made is None:
-        namespace = {"__module__": __name__, "_plain": cls}
-        made = _classes[cls, kind] = type(f"Adapted{cls.__name__}", (kind, cls), namespace)
-    return made
-
-
-def plain_class(module: nn.Module) -> type[nn.Module]:
-    """The class that an adapted module had."""
-    return cast("type[nn.Module]", type(module)._plain)  # type: ignore[attr-defined]
-
-
 def adapt(module: nn.Module, rows: Rows) -> Adapted:
     """Make a module an adapted one, without adapters yet. Nothing else of it changes."""
     if isinstance(module, Adapted):
@@ -512,13 +492,8 @@ def adapt(module: nn.Module, rows: Rows) -> Adapted:
     assert kind is not None
     if hasattr(module, "adapters"):
         raise Refusal(f"{type(module).__name__} has an attribute `adapters` of its own")
-    module.__class__ = adapted_class(type(module), kind)
+    put_before(kind, module)
     layer = cast(Adapted, module)
     layer.adapters = nn.ModuleDict()
     layer._runs, layer._rows = (), rows
     return layer
-
-
-def _rebuild(cls: type[nn.Module], kind: type[Adapted]) -> nn.Module:
-    made = adapted_class(cls, kind)
-    return made.__new__(made)

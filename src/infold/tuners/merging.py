@@ -24,13 +24,7 @@ from infold.dtypes import NAMES
 from infold.edit import Step, TensorEdit, edit_tensor, edit_tensors, on_all_cores
 from infold.errors import Refusal
 from infold.tuners.embeddings import bring, unrounded
-from infold.tuners.layers import (
-    Adapted,
-    AdaptedOpaque,
-    Adapter,
-    kind_of,
-    plain_class,
-)
+from infold.tuners.layers import Adapted, AdaptedOpaque, Adapter, kind_of
 from infold.tuners.quantized import exact_values, exclude_from_quantization, is_readable
 from infold.tuners.select import modules_of
 
@@ -288,7 +282,7 @@ def _check_storage(
     for path, layer in layers.items():
         if not isinstance(layer, AdaptedOpaque):
             continue
-        name = plain_class(layer).__name__
+        name = layer._plain.__name__
         if not is_readable(layer):
             problems.append(
                 f"{path}: the weight of a {name} cannot be read as numbers; attach the adapter to "
@@ -346,7 +340,7 @@ def _dense(path: str, layer: AdaptedOpaque, adapters: list[Adapter], dtype: torc
     """A quantized layer as a Linear of `dtype`, merged; nothing is rounded before that."""
     weight = exact_values(layer)
     if weight is None:
-        raise Refusal(f"{path}: the weight of a {plain_class(layer).__name__} cannot be read")
+        raise Refusal(f"{path}: the weight of a {layer._plain.__name__} cannot be read")
     out, inputs = weight.shape
     old = cast("Tensor | None", getattr(layer, "bias", None))
     linear = nn.Linear(inputs, out, bias=old is not None, device="meta", dtype=dtype)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from infold.errors import Refusal
 from infold.tuners import files, merging
+from infold.tuners.classes import Front, put_before, take_away
 from infold.tuners.config import LoraConfig, TunerConfig
 from infold.tuners.embeddings import Swapped, bring
 from infold.tuners.layers import Adapted, Adapter, Rows, adapt
@@ -111,25 +112,6 @@ def _check_name(attached: Attached | None, name: str) -> None:
         raise Refusal(f"there is an adapter {name!r} already; delete_adapter({name!r}) removes it")
 
 
-_classes: dict[type, type[nn.Module]] = {}
-
-
-def _class_for(cls: type[nn.Module]) -> type[nn.Module]:
-    """A subclass of a model's class, of the same name, with the methods of AdaptedModel."""
-    if cls in _classes:
-        return _classes[cls]
-    namespace: dict[str, Any] = {
-        "__module__": cls.__module__,
-        "__qualname__": cls.__qualname__,
-        "_plain": cls,
-    }
-    for name in ("forward", "generate"):
-        if hasattr(cls, name):
-            namespace[name] = _by_rows(cls, name)
-    made = _classes[cls] = type(cls.__name__, (AdaptedModel, cls), namespace)
-    return made
-
-
 def _by_rows(cls: type[nn.Module], name: str) -> Any:
     """A method of a model that also takes `adapter_names`."""
     plain = getattr(cls, name)
@@ -149,7 +131,7 @@ def _become(model: nn.Module) -> None:
     """Make a model an AdaptedModel without adapters."""
     before = {name: p.requires_grad for name, p in model.named_parameters()}
     model.requires_grad_(False)
-    model.__class__ = _class_for(type(model))
+    put_before(AdaptedModel, model)
     cast(AdaptedModel, model)._attached = Attached(before)
     if getattr(model, "is_quantized", False):
         # transformers' word for it: its Trainer takes no quantized model without adapters
@@ -245,10 +227,16 @@ def _biases(model: AdaptedModel, config: LoraConfig, selection: Selection) -> Sw
     return Swapped(own, {name: parameter.detach().clone() for name, parameter in own.items()})
 
 
-class AdaptedModel(nn.Module):
-    """What an adapted model's class has before the class that it was."""
+class AdaptedModel(Front):
+    """A model with adapters, by the name of the class that it had."""
 
     _attached: Attached
+
+    @classmethod
+    def _look(cls, plain: type[nn.Module]) -> tuple[str, dict[str, Any]]:
+        named = {"__module__": plain.__module__, "__qualname__": plain.__qualname__}
+        wrapped = {n: _by_rows(plain, n) for n in ("forward", "generate") if hasattr(plain, n)}
+        return plain.__name__, named | wrapped
 
     # --- which adapters are in force ---------------------------------------------------------
 
@@ -507,7 +495,7 @@ class AdaptedModel(nn.Module):
         self.__dict__.pop("_hf_peft_config_loaded", None)
         if attached.hooked:
             self.disable_input_require_grads()  # type: ignore[operator]
-        self.__class__ = type(self)._plain  # type: ignore[attr-defined]
+        take_away(self)
         for slow in attached.slow:
             slow.support_avx512bf16_for_cpu = True  # type: ignore[assignment]
         for name, parameter in self.named_parameters():
@@ -565,11 +553,3 @@ class AdaptedModel(nn.Module):
         print(
             f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}"
         )
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (type(self)._plain,), self.__dict__  # type: ignore[attr-defined]
-
-
-def _rebuild(cls: type[nn.Module]) -> nn.Module:
-    made = _class_for(cls)
-    return made.__new__(made)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from infold.adapters import Geometry, experts
 from infold.errors import Refusal
+from infold.tuners.classes import Front, put_before, take_away
 from infold.tuners.config import LoraConfig, TunerConfig, matches
 from infold.tuners.layers import DENSE, Adapted, Rows
 
@@ -118,14 +119,15 @@ class Parameter(Adapted):
         holder = cast(Holder, self.holder)
         del holder.adapters[self.weight_name]
         if not len(holder.adapters):
-            _release(holder)
+            del holder.adapters
+            take_away(holder)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return object.__reduce_ex__(self, protocol)
 
 
-class Holder(nn.Module):
-    """What the class of a module with adapted parameters has before the class that it was."""
+class Holder(Front):
+    """A module with adapted parameters."""
 
     adapters: nn.ModuleDict
 
@@ -149,43 +151,18 @@ class Holder(nn.Module):
             for layer in running:
                 self.__dict__.pop(layer.weight_name, None)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:  # the class is made here, so pickle must too
-        return _rebuild, (type(self)._plain,), self.__dict__  # type: ignore[attr-defined]
-
-
-_classes: dict[type, type[nn.Module]] = {}
-
-
-def _class_for(cls: type[nn.Module]) -> type[nn.Module]:
-    made = _classes.get(cls)
-    if made is None:
-        namespace = {"__module__": __name__, "_plain": cls}
-        made = _classes[cls] = type(f"Adapted{cls.__name__}", (Holder, cls), namespace)
-    return made
-
-
-def _rebuild(cls: type[nn.Module]) -> nn.Module:
-    made = _class_for(cls)
-    return made.__new__(made)
-
 
 def adapt_parameter(module: nn.Module, name: str, rows: Rows) -> Parameter:
     """The layer of a parameter, without adapters where it is new."""
     if not isinstance(module, Holder):
         if hasattr(module, "adapters"):
             raise Refusal(f"{type(module).__name__} has adapters, or an attribute of that name")
-        module.__class__ = _class_for(type(module))
+        put_before(Holder, module)
         cast(Holder, module).adapters = nn.ModuleDict()
     holder = cast(Holder, module)
     if name not in holder.adapters:
         holder.adapters[name] = Parameter(holder, name, rows)
     return cast(Parameter, holder.adapters[name])
-
-
-def _release(holder: Holder) -> None:
-    """The module as it was."""
-    del holder.adapters
-    holder.__class__ = type(holder)._plain  # type: ignore[attr-defined]
 
 
 def depth(layer: Parameter, name: str) -> int:

@@ -13,14 +13,15 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from infold.errors import Refusal
+from infold.tuners.classes import Front, put_before, take_away
 from infold.tuners.config import within
 from infold.tuners.layers import Adapted, Rows
 
 __all__ = ["Whole", "add_whole", "clashes", "restore_whole"]
 
 
-class Whole(nn.Module):
-    """What such a module's class has before the class that it was."""
+class Whole(Front):
+    """A module that adapters train whole."""
 
     adapters: nn.ModuleDict
     _in_force: str | None  # the adapter whose copy runs
@@ -42,25 +43,6 @@ class Whole(nn.Module):
                 rows = (index == number).nonzero().flatten()
                 y = y.index_copy(0, rows, self.adapters[name](x[rows], *args, **kwargs))
         return y
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (type(self)._plain,), self.__dict__  # type: ignore[attr-defined]
-
-
-_classes: dict[type, type[nn.Module]] = {}
-
-
-def _class_for(cls: type[nn.Module]) -> type[nn.Module]:
-    made = _classes.get(cls)
-    if made is None:
-        namespace = {"__module__": __name__, "_plain": cls}
-        made = _classes[cls] = type(f"Whole{cls.__name__}", (Whole, cls), namespace)
-    return made
-
-
-def _rebuild(cls: type[nn.Module]) -> nn.Module:
-    made = _class_for(cls)
-    return made.__new__(made)
 
 
 def clashes(
@@ -100,7 +82,7 @@ def add_whole(module: nn.Module, name: str, rows: Rows) -> Whole:
             name = type(module).__name__
             raise Refusal(f"modules_to_save: a {name} has an attribute `adapters` of its own")
         own = copy.deepcopy(module)
-        module.__class__ = _class_for(type(module))
+        put_before(Whole, module)
         whole = cast(Whole, module)
         whole.adapters, whole._in_force, whole._rows = nn.ModuleDict(), None, rows
     else:
@@ -121,10 +103,9 @@ def _base_of(module: Whole) -> nn.Module:
 def restore_whole(module: Whole, keep: bool = False) -> nn.Module:
     """The module as it was; with `keep`, with the parameters of the copy in force."""
     inner = module.adapters[module._in_force] if keep and module._in_force else None
-    plain = type(module)._plain  # type: ignore[attr-defined]
     del module.adapters
     del module._in_force, module._rows
-    module.__class__ = plain
+    take_away(module)
     if inner is not None:
         module._parameters, module._buffers = inner._parameters, inner._buffers
         module._modules = inner._modules
