@@ -8,12 +8,14 @@ from __future__ import annotations
 import gc
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 if TYPE_CHECKING:
+    from crash_child import Runner
     from peft_oracle import Bench
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -63,3 +65,12 @@ def bench(tmp_path: Path, calm: None) -> Bench:
     from peft_oracle import Bench
 
     return Bench(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def runner() -> Iterator[Runner]:
+    from crash_child import Runner
+
+    made = Runner()
+    yield made
+    made.close()

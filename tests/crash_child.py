@@ -12,6 +12,7 @@ import mmap
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -190,6 +191,31 @@ class Server:
             else:
                 pid = self.start(request)
             print(json.dumps(self.wait(pid)), flush=True)
+
+
+class Runner:
+    """Asks a process of this for merges."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write(json.dumps(request, default=str) + "\n")
+        self.process.stdin.flush()
+        answer: dict[str, Any] = json.loads(self.process.stdout.readline())
+        return answer
+
+    def close(self) -> None:
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.close()
+        self.process.wait(30)
+        self.process.stdout.close()
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 import handmade
 import infold
-from crash_child import PRIMITIVES, prepare
+from crash_child import PRIMITIVES, Runner, prepare
 from handmade import RECEIPT, digests
 from infold.merge import chain
 from infold.merge.receipt import Receipt
@@ -34,38 +34,6 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 EDITED = {"b.q_proj": (128, 128), "c.k_proj": (128, 128)}
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 KILLS = ("kill before", "kill in the middle")
-
-
-class Runner:
-    """Asks crash_child.py for merges."""
-
-    def __init__(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", str(Path(__file__).with_name("crash_child.py"))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def ask(self, **request: Any) -> dict[str, Any]:
-        assert self.process.stdin and self.process.stdout
-        self.process.stdin.write(json.dumps(request, default=str) + "\n")
-        self.process.stdin.flush()
-        answer: dict[str, Any] = json.loads(self.process.stdout.readline())
-        return answer
-
-    def close(self) -> None:
-        assert self.process.stdin and self.process.stdout
-        self.process.stdin.close()
-        self.process.wait(30)
-        self.process.stdout.close()
-
-
-@pytest.fixture(scope="module")
-def runner() -> Iterator[Runner]:
-    made = Runner()
-    yield made
-    made.close()
 
 
 class Place:

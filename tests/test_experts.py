@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig, Qwen3MoeConfig
 
 import infold
-from crash_child import prepare
+from crash_child import Runner, prepare
+from handmade import RECEIPT, digests
 from infold.adapters import METHODS, Settings, merge
 from infold.adapters.experts import pieces
 from infold.checkpoint.adapter import Adapter, AdapterTensor
@@ -239,6 +240,46 @@ def test_swaps_edits_in_place_and_little_memory_give_the_same_bytes(
     infold.undo(bench.folder / "other", bench.folder / "back")
     place = bench.folder / "back"
     holds(plain)
+
+
+@pytest.mark.parametrize(("kind", "block"), [("mixtral", 128), ("gpt_oss", 512)])
+def test_a_killed_merge_of_experts_goes_on_in_the_middle_of_them(
+    bench: Bench, kind: str, block: int, runner: Runner
+) -> None:
+    """On disk a weight for each expert, or one tensor of all; cut into blocks, and more threads."""
+    model = new_model(kind).to(torch.bfloat16)
+    base, out = bench.folder / "base", bench.folder / "out"
+    model.save_pretrained(base)
+    adapter = bench.save(bench.attach(model, PeftLora(**fields_of("both"))))
+    infold.merge(base, adapter, bench.folder / "expected")
+    expected = digests(bench.folder / "expected")
+    edited = edited_ranges(base / "model.safetensors", bench.folder / "expected" / RECEIPT)
+    merge = {"base": base, "adapter": adapter, "keep": 512, "block": block}
+    calls = runner.ask(**merge, out=bench.folder / "calls")["calls"]
+    resumed = set()
+    for at in range(4, calls, 7):
+        killed = runner.ask(**merge, out=out, at=at, how="kill in the middle")
+        assert killed["status"] == "killed", killed
+        if not out.exists():
+            done = runner.ask(**merge, threads=3, out=out)
+            assert done["status"] == "done", done
+            resumed.add(done["resumed"])
+        assert digests(out) == expected, f"killed at call {at}"
+        shutil.rmtree(out)
+
+    assert sum(begin < at < end for at in resumed for begin, end in edited) > 4
+
+
+def edited_ranges(shard: Path, receipt: Path) -> list[tuple[int, int]]:
+    """Begin and end, in a shard, of the tensors that a merge edited."""
+    names = {edit["tensor"] for edit in json.loads(receipt.read_text())["edits"]}
+    data = shard.read_bytes()
+    header = json.loads(data[8 : (start := 8 + int.from_bytes(data[:8], "little"))])
+    return [
+        (start + begin, start + end)
+        for name in names
+        for begin, end in [header[name]["data_offsets"]]
+    ]
 
 
 def test_of_experts_that_are_alone_each_reads_its_own_part(

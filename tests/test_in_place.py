@@ -7,7 +7,6 @@ import logging
 import os
 import random
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +16,17 @@ from blake3 import blake3
 
 import handmade
 import infold
-from crash_child import prepare
+from crash_child import Runner, prepare
 from handmade import RECEIPT, digests
 from infold.checkpoint.shards import JOURNAL, open_checkpoint, read_receipt
 from infold.merge import inplace, inplace_steps
 from infold.merge.inplace_steps import reserve
-from test_crash import Runner
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 ALL = bool(os.environ.get("INFOLD_ALL_KILLS"))  # every call, and 200 random kills
 VERBS = ("merge", "undo", "swap")
 EDITED = {"b.q_proj": (128, 128), "c.k_proj": (128, 96)}
-
-
-@pytest.fixture(scope="module")
-def runner() -> Iterator[Runner]:
-    made = Runner()
-    yield made
-    made.close()
 
 
 class Place:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import handmade
 import infold
+from crash_child import Runner
 from forked import infold_command as ran
 from handmade import digests
 from infold.checkpoint.record import UNDO, open_record
@@ -394,42 +395,36 @@ def test_the_kinds_of_blocks_have_one_number() -> None:
     assert (record.RESIDUAL, record.ORIGINAL) == (residual.RESIDUAL, residual.ORIGINAL)
 
 
-def test_an_undo_that_was_killed_continues(tmp_path: Path) -> None:
+def test_an_undo_that_was_killed_continues(tmp_path: Path, runner: Runner) -> None:
     """And a merge with --undo that was killed has the same record's worth in the end."""
-    from test_crash import Runner
-
     base = new_base(tmp_path / "base")
     adapter = make(tmp_path, "dora")[0]
-    runner = Runner()
-    try:
-        for verb, source in (("merge", base), ("undo", tmp_path / "made")):
-            request = {
-                "verb": verb, "base": source, "adapter": adapter, "undo": verb == "merge",
-                "block": 512, "keep": 1 << 10,
-            }  # fmt: skip
-            calls = runner.ask(**request, out=tmp_path / "calls")["calls"]
-            shutil.rmtree(tmp_path / "calls")
-            if verb == "undo":
-                expected = digests(base)
-            resumed = 0
-            for at in range(4, calls, 9):
-                out = tmp_path / f"{verb}-{at}"
-                killed = runner.ask(**request, out=out, at=at, how="kill in the middle")
-                assert killed["status"] == "killed" or out.exists()
-                if not out.exists():
-                    done = runner.ask(**request, out=out)
-                    assert done["status"] == "done", done
-                    resumed += done["resumed"]
-                if verb == "merge":
-                    infold.undo(out, tmp_path / f"restored-{at}")
-                    assert digests(base) == digests(tmp_path / f"restored-{at}")
-                else:
-                    assert expected == digests(out)
-            assert resumed > 0
+    for verb, source in (("merge", base), ("undo", tmp_path / "made")):
+        request = {
+            "verb": verb, "base": source, "adapter": adapter, "undo": verb == "merge",
+            "block": 512, "keep": 1 << 10,
+        }  # fmt: skip
+        calls = runner.ask(**request, out=tmp_path / "calls")["calls"]
+        shutil.rmtree(tmp_path / "calls")
+        if verb == "undo":
+            expected = digests(base)
+        resumed = 0
+        for at in range(4, calls, 9):
+            out = tmp_path / f"{verb}-{at}"
+            killed = runner.ask(**request, out=out, at=at, how="kill in the middle")
+            assert killed["status"] == "killed" or out.exists()
+            if not out.exists():
+                done = runner.ask(**request, out=out)
+                assert done["status"] == "done", done
+                resumed += done["resumed"]
             if verb == "merge":
-                out.rename(tmp_path / "made")
-    finally:
-        runner.close()
+                infold.undo(out, tmp_path / f"restored-{at}")
+                assert digests(base) == digests(tmp_path / f"restored-{at}")
+            else:
+                assert expected == digests(out)
+        assert resumed > 0
+        if verb == "merge":
+            out.rename(tmp_path / "made")
 
 
 @pytest.mark.parametrize(
