@@ -27,6 +27,11 @@ LIST = dict(r=3, lora_alpha=5, trainable_token_indices=[9, 4, 15, 0])
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "llama": ("llama", {}, LIST),
     "llama tied": ("llama", {"tie_word_embeddings": True}, LIST),
+    "a tie asked for": (
+        "llama",
+        {"tie_word_embeddings": True},
+        LIST | {"ensure_weight_tying": True},
+    ),
     "by name, tied": (
         "llama",
         {"tie_word_embeddings": True},
@@ -121,6 +126,40 @@ def test_trained_tokens_from_here_load_in_peft(bench: Bench, name: str) -> None:
     assert_differs(base(**inputs).logits, model(**inputs).logits)
     own = load_file(ours / "adapter_model.safetensors")
     assert own.keys() == load_file(bench.save(theirs) / "adapter_model.safetensors").keys()
+
+
+TIES = {
+    f"model.{EMBEDDING} shares its weight with {HEAD}": dict(target_modules=["q_proj", EMBEDDING]),
+    f"{HEAD} shares its weight with model.{EMBEDDING}": dict(target_modules=["q_proj", HEAD]),
+    f"model.{EMBEDDING} shares": dict(target_modules=["q_proj"], modules_to_save=[EMBEDDING]),
+}
+
+
+@pytest.mark.parametrize("told", TIES)
+def test_a_tie_that_is_asked_for_is_refused_where_there_is_one(bench: Bench, told: str) -> None:
+    fields = dict(r=3, ensure_weight_tying=True) | TIES[told]
+    tied, apart = (new_model("llama", tie_word_embeddings=tie).eval() for tie in (True, False))
+    theirs = bench.attach(copy.deepcopy(tied), PeftLora(**copy.deepcopy(fields)))
+    folder, kept = bench.save(theirs), weights(tied)
+
+    for attempt in (lambda: attach(tied, LoraConfig(**fields)), lambda: load(tied, folder)):
+        with pytest.raises(Refusal, match=f"ensure_weight_tying: {told}"):
+            attempt()
+    assert not hasattr(tied, "peft_config")
+    assert_same(weights(tied), kept)
+    folder = bench.save(bench.attach(copy.deepcopy(apart), PeftLora(**copy.deepcopy(fields))))
+    again = PeftModel.from_pretrained(copy.deepcopy(apart), folder).eval()
+    inputs = model_inputs("llama")
+    assert_close(load(apart, folder)(**inputs).logits, again(**inputs).logits, 1e-6)
+
+
+def test_tied_ends_of_which_other_tokens_are_to_be_trained_cannot_stay_tied(calm: None) -> None:
+    fields = dict(trainable_token_indices={EMBEDDING: [9, 4], HEAD: [9, 8]})
+    base = new_model("llama", tie_word_embeddings=True)
+
+    with pytest.raises(Refusal, match=f"other tokens for model.{EMBEDDING} than for {HEAD}"):
+        attach(base, LoraConfig(**fields, ensure_weight_tying=True))
+    assert attach(base, LoraConfig(**fields)) is base
 
 
 @pytest.mark.parametrize("name", CASES)

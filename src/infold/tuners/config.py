@@ -168,6 +168,8 @@ class LoraConfig(TunerConfig):
       their paths; target_modules=None then means no modules.
     trainable_token_indices: tokens whose rows of the input embedding are trained as well, and with
       them those of a head that is tied to it; or {name of an embedding or a head: its tokens}.
+    ensure_weight_tying: ends of the model that share a weight also share their adapter; refused
+      where one of them would get another adapter than trained tokens, which are shared anyway.
     """
 
     METHOD: ClassVar[str] = "lora"
@@ -187,6 +189,7 @@ class LoraConfig(TunerConfig):
     lora_bias: bool = False
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     target_parameters: list[str] | None = None
+    ensure_weight_tying: bool = False
 
     def _problems(self) -> list[str]:
         problems = super()._problems()

@@ -39,6 +39,7 @@ from infold.tuners.vocabulary import (
     end_of,
     find_rows,
     misfits,
+    untied,
 )
 
 if TYPE_CHECKING:
@@ -234,6 +235,7 @@ def _load(model: AdaptedModel, file: AdapterFile, name: str, trainable: bool) ->
         raise Refusal(problems)
     tables = {path: layers.pop(path) for path in rows.tokens}
     wrong = misfits(rows, modules, layers, whole)
+    wrong += untied(model, modules, config, rows, (*layers, *whole))
     if wrong:
         raise Refusal(f"{file.path}: {problem}" for problem in wrong)
     selection = Selection(

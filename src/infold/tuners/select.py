@@ -26,7 +26,7 @@ from infold.tuners.layers import KINDS, Adapted, AdaptedOpaque, kind_of
 from infold.tuners.parameters import Holder, find_parameters, named, unfit
 from infold.tuners.quantized import is_readable
 from infold.tuners.targets import find_targets, fused_experts
-from infold.tuners.vocabulary import FIELD, TokenRows, find_rows, misfits
+from infold.tuners.vocabulary import FIELD, TokenRows, find_rows, misfits, untied
 from infold.tuners.whole import Whole
 
 __all__ = ["Selection", "modules_of", "select"]
@@ -99,6 +99,7 @@ def select(model: nn.Module, config: TunerConfig) -> Selection:
         problems.append("no module is left: every target is excluded, or in no wanted layer")
     rows, strangers = find_rows(model, modules, config)
     problems += _unmatched(FIELD, strangers, modules) + misfits(rows, modules, layers, whole)
+    problems += untied(model, modules, config, rows, (*layers, *whole))
     feedforward: frozenset[str] = frozenset()
     if isinstance(config, IA3Config):
         feedforward = frozenset(p for p in layers if matches(config.feedforward_modules, p))

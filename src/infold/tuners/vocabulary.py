@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from infold.errors import Refusal
-from infold.tuners.config import TunerConfig, matches
+from infold.tuners.config import TunerConfig, matches, within
 from infold.tuners.layers import kind_of
 
 if TYPE_CHECKING:
     from infold.tuners.model import Attached
 
-__all__ = ["TokenRows", "check_order", "end_of", "find_rows", "misfits"]
+__all__ = ["TokenRows", "check_order", "end_of", "find_rows", "misfits", "untied"]
 
 FIELD = "trainable_token_indices"
 INPUT, OUTPUT = "get_input_embeddings", "get_output_embeddings"
@@ -61,10 +61,9 @@ def find_rows(
         for path in paths:
             if tokens.setdefault(path, tuple(wanted[name])) != tuple(wanted[name]):
                 raise Refusal(f"{FIELD}: {path} has two names there, with different tokens")
-    if embedding is None or embedding not in tokens or not _says_tied(model):
+    if embedding is None or embedding not in tokens:
         return TokenRows(tokens), strangers
-    shared = _weight(modules[embedding])
-    tied = [p for p, m in modules.items() if p != embedding and _weight(m) is shared is not None]
+    tied = _tied_to(embedding, model, modules)
     if any(tokens.get(path, tokens[embedding]) != tokens[embedding] for path in tied):
         return TokenRows(tokens), strangers  # each end its own, as PEFT takes it
     alone = {path: rows for path, rows in tokens.items() if path not in tied}
@@ -159,6 +158,40 @@ def end_of(model: nn.Module, modules: Mapping[str, nn.Module], get: str) -> str 
     except (AttributeError, NotImplementedError):
         return None
     return next((path for path, own in modules.items() if own is module), None)
+
+
+def untied(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    config: TunerConfig,
+    rows: TokenRows,
+    changed: Iterable[str],
+) -> list[str]:
+    """Where ensure_weight_tying asks for more than trained tokens have anyway. changed: the modules
+    that get another adapter, or are trained whole."""
+    field, embedding = "ensure_weight_tying", end_of(model, modules, INPUT)
+    if not getattr(config, field, False) or embedding is None:
+        return []
+    changed = list(changed)
+    ends = [embedding, *_tied_to(embedding, model, modules)]
+    if len(ends) == 1:
+        return []
+    problems = [
+        f"{field}: {path} shares its weight with {' and '.join(e for e in ends if e != path)}, and "
+        "here each trains an adapter of its own; leave the field out, or train tokens of it "
+        f"({FIELD}), which are shared; `infold merge` takes what PEFT has trained so"
+        for path in ends
+        if within(path, changed)
+    ]
+    if sum(path in rows.tokens for path in ends) > 1:
+        problems.append(f"{field}: {FIELD} names other tokens for {' than for '.join(ends)}")
+    return problems
+
+
+def _tied_to(embedding: str, model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:
+    """The other modules whose weight is the embedding's, where the config tells so too."""
+    shared = _weight(modules[embedding]) if _says_tied(model) else None
+    return [p for p, m in modules.items() if p != embedding and _weight(m) is shared is not None]
 
 
 def _weight(module: nn.Module) -> Tensor | None:
