@@ -2,6 +2,8 @@
 
     accelerate launch ... fsdp_on_cpu.py PORT infold train ... , PORT train_child.py ... , ...
 
+With a port like "ddp:PORT" it is DDP that the processes of a training do.
+
 There accelerate falls back to DDP, and says nothing; here it does not. What was sharded is told on
 stderr, so that a test can ask for it. Each training runs in a fork, so that it may be killed, and
 its processes meet at a port of their own; the libraries are loaded once. At the end each process
@@ -52,6 +54,9 @@ accelerate.accelerator.fsdp2_prepare_model = prepare
 def train(port: str, what: str, *words: str) -> int:
     """Run it in a fork. Returns the exit code."""
     if (pid := os.fork()) == 0:
+        kind, _, port = port.rpartition(":")
+        if kind == "ddp":
+            del os.environ["ACCELERATE_USE_FSDP"]
         os.environ.update(MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE="False")
         run_main(what, list(words))
         sys.exit()

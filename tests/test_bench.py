@@ -130,9 +130,13 @@ def test_each_model_loads_first_in_turn(
 
     module = sys.modules[measure_models.__module__]
     monkeypatch.setattr(module, "_worker", lambda name: nullcontext(Model(name)))
-    measure_models(*made, batches=(1,), rounds=1, starts=2, modes=False)
+    found = measure_models(*made, batches=(1,), rounds=3, starts=2, modes=False)
 
     assert loaded == ["ready", "ready", "base", "merged", "ready", "ready", "merged", "base"]
+    for one in found["models"].values():  # all starts count, and of each all rounds but the first
+        counts = {name: metric["count"] for name, metric in one.items()}
+        rounds = dict.fromkeys(("prefill_seconds", "decode_tokens_per_second"), 6)
+        assert counts == {"load_seconds": 2} | {f"{n}, batch 1": c for n, c in rounds.items()}
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +147,7 @@ def measured(
     folder = tmp_path_factory.mktemp("measured")
     shutil.copytree(made[2], folder / "merged")
     arguments = ["bench", *map(str, (*made[:2], folder / "merged")), "--batch", "1", "--batch", "2"]
-    arguments += ["--rounds", "2", "--starts", "2", "--prompt-tokens", "8", "--new-tokens", "4"]
+    arguments += ["--rounds", "2", "--starts", "1", "--prompt-tokens", "8", "--new-tokens", "4"]
     steps: list[tuple[int, int]] = []
 
     def counted(*inputs: Any, **given: Any) -> dict[str, Any]:
@@ -162,7 +166,7 @@ def test_it_measures_every_model(measured: Any) -> None:
     _, record, steps = measured
 
     assert list(record["models"]) == ["base", "infold", "PEFT", "merged"]
-    assert steps[-1] == (24, 24) and [done for done, _ in steps] == list(range(1, 25))
+    assert steps == [(done, 12) for done in range(1, 13)]
     assert not workers()
     for name, found in record["models"].items():
         shared = {"load_seconds", "resident_bytes"}
@@ -172,7 +176,7 @@ def test_it_measures_every_model(measured: Any) -> None:
         assert all(one["low"] <= one["median"] <= one["high"] for one in found.values())
         assert all(one["median"] > 0 for m, one in found.items() if m != "resident_bytes")
         assert (
-            found["prefill_seconds, batch 1"]["count"] == 4 and found["load_seconds"]["count"] == 2
+            found["prefill_seconds, batch 1"]["count"] == 2 and found["load_seconds"]["count"] == 1
         )
     compared = {(c["model"], c["what"]) for c in record["comparisons"]}
     assert compared == {(m, w) for m in ("infold", "PEFT", "merged") for w in (
@@ -275,14 +279,18 @@ def test_a_folder_that_was_changed_is_not_measured(
     assert done.exit_code == 2 and not (folder / "records").exists()
 
 
-def test_what_cannot_be_run_is_refused(made: tuple[Path, Path, Path], tmp_path: Path) -> None:
+def test_what_cannot_be_run_is_refused(
+    made: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base, adapter, merged = made
     other = LlamaForCausalLM(LlamaConfig(
         vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
         num_attention_heads=2, bos_token_id=0, eos_token_id=1))  # fmt: skip
     other.save_pretrained(tmp_path / "other")
 
-    with pytest.raises(Refusal, match=r"infold: .*"):
+    module = sys.modules[measure_models.__module__]
+    with monkeypatch.context() as patch, pytest.raises(Refusal, match=r"infold: .*"):
+        patch.setattr(module, "find_spec", lambda name: None if name == "peft" else True)
         measure_models(tmp_path / "other", adapter, **QUICK)
     assert not workers()
     with pytest.raises(Refusal, match="no folder with a config"):
@@ -291,8 +299,8 @@ def test_what_cannot_be_run_is_refused(made: tuple[Path, Path, Path], tmp_path: 
         measure_models(base, adapter, tmp_path / "nothing", **QUICK)
     (tmp_path / "weightless").mkdir()
     (tmp_path / "weightless" / "config.json").write_bytes((merged / "config.json").read_bytes())
-    with pytest.raises(Refusal, match="merged: "):
-        measure_models(base, adapter, tmp_path / "weightless", **QUICK, modes=False)
+    with pytest.raises(Refusal, match="base: "):
+        measure_models(tmp_path / "weightless", adapter, **QUICK, modes=False)
     if not torch.cuda.is_available():
         with pytest.raises(Refusal, match="no CUDA devices"):
             measure_models(base, adapter, **{**QUICK, "device": "cuda"})
@@ -304,13 +312,13 @@ def test_what_cannot_be_run_is_refused(made: tuple[Path, Path, Path], tmp_path: 
 def test_a_model_whose_process_dies_ends_the_run_and_leaves_none(
     made: tuple[Path, Path, Path],
 ) -> None:
-    base, adapter, merged = made
+    base, adapter, _ = made
 
     def kill(done: int, of: int, _: float | None) -> None:
         workers()[0].send_signal(signal.SIGKILL)
 
     with pytest.raises(StorageFailure, match="was killed"):
-        measure_models(base, adapter, merged, **QUICK, modes=False, progress=kill)
+        measure_models(base, adapter, **QUICK, modes=False, progress=kill)
     assert not workers()
 
 

@@ -37,6 +37,7 @@ from transformers import (
 from typer.testing import CliRunner
 
 import infold
+from forked import infold_command, trained
 from infold.cli.main import app
 from infold.deploy import smoke
 from infold.deploy.bundle import bundle_problems, deploy_bundle, read_config
@@ -89,6 +90,12 @@ def merged(made: tuple[Path, Path, Path], tmp_path: Path) -> Path:
     return tmp_path / "merged"
 
 
+def used(code: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run the code of a bundle's example beside the folder that it names."""
+    (cwd / "usage.py").write_text(code)
+    return trained(cwd / "usage.py", cwd=cwd)
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     files = [p for p in folder.rglob("*") if p.is_file()]
     return {str(p.relative_to(folder)): p.read_bytes() for p in files}
@@ -121,9 +128,7 @@ def test_a_bundle_names_the_folder_that_it_lies_in(made: Any, tmp_path: Path) ->
         assert (tool, words[:2]) == ("infold", ["undo", folder.name])
         usage = config["usage_example"]
         assert usage.count(repr(folder.name)) == 2
-        ran = subprocess.run(
-            [sys.executable, "-c", usage], cwd=folder.parent, capture_output=True, text=True
-        )
+        ran = used(usage, tmp_path)
         assert ran.returncode == 0, ran.stderr
         assert config["model_info"]["name"] == folder.name.replace("'", "-").replace(" ", "-")
 
@@ -182,10 +187,7 @@ def test_the_figures_are_those_of_transformers(merged: Path) -> None:
     rate = figures["decode_tokens_per_second"]
     assert 0 < rate["least"] <= rate["median"] <= rate["most"]
     assert config["deployment_requirements"]["packages"]["torch"] == torch.__version__
-    ran = subprocess.run(
-        [sys.executable, "-c", config["usage_example"]],
-        cwd=merged.parent, capture_output=True, text=True,
-    )  # fmt: skip
+    ran = used(config["usage_example"], merged.parent)
     assert ran.returncode == 0, ran.stderr
 
 
@@ -209,10 +211,7 @@ def test_a_classifier_is_loaded_as_what_it_is(made: Any, tmp_path: Path) -> None
 
     assert done.config["serving"] == ["serving/vllm.sh"], "others do not take it"
     assert "no causal language model" in done.config["performance_metrics"]["why"]
-    usage = done.config["usage_example"]
-    ran = subprocess.run(
-        [sys.executable, "-c", usage], cwd=tmp_path, capture_output=True, text=True
-    )
+    ran = used(done.config["usage_example"], tmp_path)
     assert ran.returncode == 0 and "logits=tensor" in ran.stdout, ran.stderr
     assert "newly initialized" not in ran.stderr, "of another class"
     assert infold.verify(tmp_path / "merged").ok
@@ -304,7 +303,7 @@ def test_the_rollback_command_restores_the_base(made: Any, tmp_path: Path) -> No
     assert plan["exact"] and plan["command"] in (tmp_path / "merged" / "README.md").read_text()
     tool, *words = plan["command"].split()
     assert tool == "infold"
-    subprocess.run([sys.executable, "-m", "infold", *words], cwd=tmp_path, check=True)
+    assert infold_command(*words, cwd=tmp_path).returncode == 0
     assert contents(tmp_path / "base") == contents(made[0])
     infold.swap(tmp_path / "merged", made[1], tmp_path / "swapped")
     assert (tmp_path / "swapped" / "README.md").read_text().endswith("# the base's own\n")

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import handmade
 
-SHARDS = 1_200
+SHARDS = 400
 CODE = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))

@@ -530,26 +530,22 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_base(tmp_path_factory.mktemp("tied"), tie_word_embeddings=True)
 
 
-@pytest.mark.parametrize("tokens", [None, TOKEN], ids=["", "tokens"])
-def test_two_processes_train_what_one_does(
-    tokens: str | None, base: Path, tied: Path, tmp_path: Path
-) -> None:
-    base = tied if tokens else base  # the head shares them
-    words = two_processes(base, tmp_path, tokens)
+def test_two_processes_train_what_one_does(base: Path, tmp_path: Path) -> None:
+    words = two_processes(base, tmp_path)
     ran = run(*words, launch=(*parallel("ddp"), "-m", "infold"))
 
     assert ran.returncode == 0, ran.stderr[-3000:]
     assert "sharded by FSDP2" not in ran.stderr
     (record,) = records(ran.stdout)
-    check_against_one_process(record, base, tmp_path, tokens)
+    check_against_one_process(record, base, tmp_path)
 
 
 @pytest.fixture(scope="module")
 def sharded(
     base: Path, tied: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, str, list[list[int]]]:
-    """Five trainings in two processes under one launch: a folder with what they made, what they
-    printed, and the exit codes of each process. The third training was killed, and the fourth
+    """Six trainings in two processes under one launch: a folder with what they made, what they
+    printed, and the exit codes of each process. The fourth training was killed, and the fifth
     continued it."""
     folder = tmp_path_factory.mktemp("sharded")
     options = {"steps": 6, "batch_size": 2, "save_every": 2, "dropout": 0.2}
@@ -560,34 +556,36 @@ def sharded(
 
     trainings: list[list[str | Path]] = [
         ["infold", *two_processes(base, folder)],
-        ["infold", *two_processes(tied, folder / "tokens", TOKEN)],
+        ["infold", *two_processes(tied, folder / "tokens", TOKEN)],  # which its head shares
+        ["infold", *two_processes(tied, folder / "ddp", TOKEN)],
         child("out", killed=5),
         child("out", killed=0, resume=True),
         child("whole", killed=0),
     ]
     words: list[str | Path] = []
     for training in trainings:
-        words += [str(free_port(0)), *training, ","]
+        kind = "ddp:" if folder / "ddp" / "two" in training else ""
+        words += [f"{kind}{free_port(0)}", *training, ","]
     ran = run(HERE / "fsdp_on_cpu.py", *words, launch=parallel("fsdp"), patience=240)
     assert ran.returncode == 0, ran.stderr[-3000:]
     told = ran.stderr.count("sharded by FSDP2, but for []")
-    assert told == 2 * len(trainings), ran.stderr[-3000:]
+    assert told == 2 * (len(trainings) - 1), ran.stderr[-3000:]
     codes = [json.loads(found) for found in re.findall("exit codes (.*)", ran.stdout)]
     return folder, ran.stdout, codes
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("tokens", [None, TOKEN], ids=["", "tokens"])
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["", "tokens", "tokens of replicas"])
 def test_two_processes_with_a_sharded_model_train_what_one_does(
-    tokens: str | None, sharded: Any, base: Path, tied: Path
+    which: int, sharded: Any, base: Path, tied: Path
 ) -> None:
+    """And with one that each process has whole, where both ends of a tie share what is trained."""
     folder, stdout, codes = sharded
-    which = 1 if tokens else 0
 
     assert [process[which] for process in codes] == [0, 0]
     record = records(stdout)[which]
-    if tokens:
-        check_against_one_process(record, tied, folder / "tokens", tokens)
+    if which:
+        check_against_one_process(record, tied, folder / ("tokens", "ddp")[which - 1], TOKEN)
     else:
         check_against_one_process(record, base, folder)
 
@@ -596,7 +594,7 @@ def test_two_processes_with_a_sharded_model_train_what_one_does(
 def test_a_sharded_training_that_was_killed_continues_to_the_same_bytes(sharded: Any) -> None:
     folder, _, codes = sharded
 
-    killed, continued, whole = zip(*(process[2:] for process in codes), strict=True)
+    killed, continued, whole = zip(*(process[3:] for process in codes), strict=True)
     assert -signal.SIGKILL in killed and 0 not in killed, "the other notices, and ends too"
     assert continued == whole == (0, 0)
     record = json.loads((folder / "out" / "infold-training.json").read_text())

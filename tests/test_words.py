@@ -220,11 +220,13 @@ def test_a_reader_that_leaves_changes_nothing(
         return subprocess.run([INFOLD, *map(str, words)], **streams).returncode
 
     try:
-        assert code("inspect", folder / "merged") == 0
-        assert code("--help") == 0
-        assert code("verify", folder / "merged") == 0
+        if "1" in closed:  # what they print
+            assert code("inspect", folder / "merged") == 0
+            assert code("--help") == 0
+            assert code("verify", folder / "merged") == 0
         assert code("merge", *inputs, "--out", tmp_path / "out") == 0
-        assert code("merge", *inputs, "--out", tmp_path / "out") == 2
+        if "2" in closed:  # what they complain of
+            assert code("merge", *inputs, "--out", tmp_path / "out") == 2
     finally:
         os.close(pipe)
     assert infold.verify(tmp_path / "out").ok
@@ -241,8 +243,7 @@ def test_an_output_that_cannot_be_printed_is_told(folder: Path) -> None:
     assert ran.stderr == "infold: standard output: No space left on device\n"
 
 
-@pytest.mark.parametrize("verb", ["merge", "verify"])
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("verb", "threads"), [("merge", 1), ("merge", 2), ("verify", 0)])
 def test_an_interrupt_in_a_worker_ends_with_130(
     inputs: tuple[Path, Path], folder: Path, tmp_path: Path, verb: str, threads: int
 ) -> None:
@@ -252,7 +253,7 @@ def test_an_interrupt_in_a_worker_ends_with_130(
         "import time, torch\n"
         "from infold.merge import stream as m\n"
         "from infold.verify import reread as v\n"
-        "big = torch.randn(1500, 1500)\n"
+        "big = torch.randn(1000, 1000)\n"
         "def slow(whole):\n"
         "    def call(*a):\n"
         "        print('working', flush=True)\n"
