@@ -23,6 +23,7 @@ FREE = {
     "machine",
     "patience",
     "leash",
+    "conversion",
 }  # every room may import these
 LEAVES = {"adapters", "formats", "checkpoint"}
 MAY_IMPORT = {
@@ -32,6 +33,7 @@ MAY_IMPORT = {
     "workers": set(),
     "patience": set(),
     "leash": set(),
+    "conversion": set(),
     "machine": set(),
     "dtypes": set(),
     "adapters": set(),

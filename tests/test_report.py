@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import re
@@ -18,7 +19,9 @@ from typer.testing import CliRunner
 import ggufs
 import handmade
 import infold
+import test_convert as converted
 from infold.cli.main import app
+from infold.deploy.bundle import deploy_bundle
 from infold.deploy.facts import check_for_report
 from infold.errors import Refusal
 from infold.inspect.update import describe_update
@@ -294,6 +297,49 @@ def test_the_browser_would_tell(records: Records, tmp_path: Path) -> None:
     wide, said = in_browser(render_html(records).replace("</main>", bad + "</main>"), tmp_path, 360)
 
     assert "P" in wide and said, "a wide element, and a script that the policy forbids"
+
+
+@pytest.mark.parametrize("mode", ["dequantize", "requantize", "promote"])
+def test_what_a_conversion_cost_is_told_wherever_the_merge_is(mode: str, tmp_path: Path) -> None:
+    """In the page, the card, the configuration and by inspect: the receipt's own figures."""
+    base = converted.make_base(tmp_path / "base", converted.FORMATS["ct-fp8"]).path
+    adapter = converted.low_rank(tmp_path / "adapter")
+    if mode == "promote":
+        adapter = handmade.ia3(
+            tmp_path / "ia3", converted.vectors(), feedforward_modules=["down_proj"]
+        )
+        base = converted.make_base(tmp_path / "whole", converted.FORMATS["ct-tensor"]).path
+    receipt = infold.merge(base, adapter, tmp_path / "merged", **{mode: True})
+    worst = max(e["error"] for e in receipt.edits if "error" in e)
+    least = min(e["update"] for e in receipt.edits if e.get("update"))
+    assert 0 < worst < 0.1 and 0 < least < 1
+
+    done = deploy_bundle(tmp_path / "merged", measured=False)
+    page = infold.report(tmp_path / "merged", tmp_path / "page.html").read_text()
+    card = (tmp_path / "merged" / "README.md").read_text()
+    shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "merged")]).output
+
+    words = "quantized again" if mode == "requantize" else "written as BF16"
+    for text in (html.unescape(page), card, " ".join(shown.split())):
+        assert re.search(rf"converted.*{words}; relative error against the exact merge", text)
+        assert f"at most {worst:.2g}, the adapters' own updates {least:.2g} and more" in text
+    figures = done.config["model_info"]["conversion"]
+    assert figures["mode"] == mode and figures["largest_error"] == worst
+    assert "<h2>Converted weights</h2>" in page and page.count("<svg") >= 2
+    assert "Norm of the update" not in page or mode == "promote", "codes are not subtracted"
+
+
+def test_a_conversion_that_was_resumed_has_no_figures_and_says_so(tmp_path: Path) -> None:
+    base = converted.make_base(tmp_path / "base", converted.FORMATS["ct-fp8"]).path
+    infold.merge(base, converted.low_rank(tmp_path / "lora"), tmp_path / "merged", dequantize=True)
+    receipt = json.loads((tmp_path / "merged" / "infold-receipt.json").read_text())
+    for edit in receipt["edits"]:
+        edit |= {"error": None, "update": None}  # as test_convert sees it after an interruption
+
+    text = render_markdown({"receipt": receipt})
+
+    assert "written as BF16; how far they are from the exact merge is not known" in text
+    assert "Converted weights" not in render_html({"receipt": receipt})
 
 
 def test_the_command_names_what_its_page_shows(merged: Path, tmp_path: Path) -> None:

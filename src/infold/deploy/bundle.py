@@ -24,6 +24,7 @@ from blake3 import blake3
 from infold.checkpoint.files import exists, read_bytes, read_object, safe_child
 from infold.checkpoint.shards import CARD, INDEX, KEPT_CARD, RECEIPT
 from infold.checkpoint.staging import Staging, storage_errors
+from infold.conversion import conversion_figures
 from infold.deploy.card import MARK, model_card
 from infold.deploy.facts import CONFIG, UNDO, Facts, check_deployable, read_facts
 from infold.deploy.local import run_local
@@ -132,6 +133,7 @@ def deployment_config(
             "context": facts.context,
             "licence": licence or facts.licence,
             "edited_tensors": len(facts.receipt["edits"]),
+            "conversion": conversion_figures(facts.receipt),
         },
         "performance_metrics": dict(performance),
         "deployment_requirements": {

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from infold.checkpoint.shards import KEPT_CARD
+from infold.conversion import conversion_text
 from infold.deploy.facts import UNDO, Facts
 from infold.sizes import bytes_text
 
@@ -27,6 +28,7 @@ def model_card(facts: Facts, config: Mapping[str, Any], kept: bool) -> str:
     front = [f"base_model: {json.dumps(facts.base)}", "base_model_relation: finetune"]
     front += [f"license: {json.dumps(licence)}"] if licence else []
     front += ["library_name: transformers", f"tags: [{', '.join(['merged', *facts.methods])}]"]
+    converted = conversion_text(facts.receipt)
     cache = memory["kv_cache_bytes"]
     total = (
         f"{bytes_text(memory['total_bytes'])}: weights {bytes_text(memory['weights_bytes'])} and "
@@ -43,6 +45,7 @@ def model_card(facts: Facts, config: Mapping[str, Any], kept: bool) -> str:
         ("licence", licence or "not told by the base's card; add it before you publish"),
         ("parameters", f"{_count(info['parameters'])}, stored as {info['dtype']}"),
         ("edited", f"{info['edited_tensors']} of {facts.receipt['tensors']} tensors"),
+        *([("converted", converted)] if converted else []),
         ("memory", total),
         ("receipt", f"`infold-receipt.json`, BLAKE3 `{facts.digest}`"),
     ]

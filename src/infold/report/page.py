@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from math import prod
 from typing import Any
 
+from infold.conversion import conversion_text
 from infold.errors import CorruptFile, Refusal
 from infold.report.records import Records
 from infold.sizes import bytes_text
@@ -31,10 +32,11 @@ def render_html(records: Records, others: Collection[str] = ()) -> str:
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
-    from infold.report.pictures import bars, pictures
+    from infold.report.pictures import bars, conversion_pictures, pictures
 
     sections = _sections(records, others)
     drawn = _checked(records, "update", pictures)
+    drawn |= _checked(records, "receipt", conversion_pictures)
     if found := "bench" not in others and _checked(records, "bench", bars):
         drawn["Speed and memory"] = found
     text = files("infold.report").joinpath("page.html.j2").read_text(encoding="utf-8")
@@ -116,10 +118,12 @@ def _receipt(r: Mapping[str, Any]) -> Rows:
     count = sum(elements for _, elements in told)
     same = sum(share * elements for share, elements in told)
     survived = f"; {1 - same / count:.1%} of their elements moved" if count else ""
+    converted = conversion_text(r)
     return [
         *rows,
         ("tensors", f"{r['tensors']:,}, {len(r['edits']):,} edited{survived}"),
         ("size", f"{bytes_text(r['bytes'])}, {bytes_text(r['edited_bytes'])} edited"),
+        *([("converted", converted)] if converted else []),
         ("run", f"{r['seconds']:.1f} s, {bytes_text(r['peak_memory'])}, {r['device']}"),
         ("infold", r["infold"]),
         *(("note", note) for note in r["notes"]),

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from infold.report.bars import bar_figure
 
-__all__ = ["bars", "pictures"]
+__all__ = ["bars", "conversion_pictures", "pictures"]
 
 _INK = "#010203"  # becomes currentColor
 _STYLE: Any = {
@@ -61,6 +61,28 @@ def pictures(update: Mapping[str, Any]) -> dict[str, list[tuple[str, str]]]:
                 ("Share of elements that are others after rounding.", _heat(changed, None)),
             ]
     return found
+
+
+def conversion_pictures(receipt: Mapping[str, Any]) -> dict[str, list[tuple[str, str]]]:
+    """Heading -> (caption, SVG): what each converted weight lost, beside what the adapters do."""
+    found: dict[str, dict[str, float]] = {"error": {}, "update": {}}
+    for edit in receipt.get("edits", []):
+        source = edit["source"]  # the parts of a weight that is quantized again tell of it all
+        name = source.get("decoded", source.get("original", edit["tensor"]))
+        for what, values in found.items():
+            if edit.get(what) is not None:
+                values[name] = edit[what]
+    if not found["error"]:
+        return {}
+    with rc_context(_STYLE):
+        return {
+            "Converted weights": [
+                ("Error of each weight against the exact merge, over the weight's norm.",
+                 _heat(found["error"], None)),
+                ("The adapters' own update of it, over the same. Where the error is as large, "
+                 "much of the update is lost.", _heat(found["update"], None)),
+            ]
+        }  # fmt: skip
 
 
 def grid(values: Mapping[str, float]) -> tuple[list[str], list[int], list[list[float]]]:
