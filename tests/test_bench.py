@@ -23,11 +23,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import infold
-from infold.bench.interval import median_interval, paired_ratio
 from infold.bench.run import measure_models
 from infold.cli.main import app
 from infold.deploy.checklist import check_boxes
 from infold.errors import Refusal, StorageFailure
+from infold.interval import median_interval, paired_ratio
 from infold.report.page import render_markdown
 from infold.report.records import collect
 

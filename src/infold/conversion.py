@@ -9,11 +9,11 @@ __all__ = ["conversion_figures", "conversion_text"]
 
 
 def conversion_figures(receipt: Mapping[str, Any]) -> dict[str, Any] | None:
-    """{mode, dtype, touched, beside, original, largest_error, least_update} of a receipt; None where
-    nothing was converted. touched and beside count weights; original: whether values came from it.
+    """{mode, dtype, touched, beside, original, largest_error, least_update} of a receipt, or None
+    where nothing was converted. touched, beside: numbers of weights. original: whether it was read.
 
     The shares are relative to the weights, in the Frobenius norm: the largest error against the
-    exact merge, the least of the adapters' own updates. None after a resumed run, which has not all.
+    exact merge, the least of the adapters' own updates. None after a resumed run, which lacks some.
     """
     told = receipt.get("conversion")
     if told is None:

@@ -150,7 +150,10 @@ def deployment_config(
 
 
 def rollback(facts: Facts) -> dict[str, Any]:
-    """How the base comes back, and the digests that tell that it is the base."""
+    """How the base comes back, and the digests that tell that it is the base.
+
+    exact: from the undo record. from_adapter: the base's name is the adapter's word.
+    """
     if facts.undo:
         way = f"infold undo {shlex.quote(facts.called)} --out base"
     elif facts.base_id:
@@ -162,6 +165,7 @@ def rollback(facts: Facts) -> dict[str, Any]:
     return {
         "command": way,
         "exact": facts.undo,
+        "from_adapter": facts.base_id is not None and not facts.base_given,
         "base_shards_blake3": dict(facts.receipt["base"]["shards"]),
     }
 

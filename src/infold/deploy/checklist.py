@@ -237,8 +237,9 @@ def _measured(e: _Evidence) -> _Found:
         return "NOT DONE", str(found.get("why", f"no {CONFIG}"))
     if e.config is not None and e.stale(e.config):
         return "FAIL", f"{CONFIG} tells of another merge"
-    rate = found["decode_tokens_per_second"]["median"]
-    return "PASS", f"{rate:.1f} tokens/s on {found['device']}, in {CONFIG}"
+    rate = found["decode_tokens_per_second"]
+    told = f"{rate['median']:.1f} tokens/s ({rate['low']:.1f} to {rate['high']:.1f})"
+    return "PASS", f"{told} on {found['device']}, in {CONFIG}"
 
 
 def _rollback(e: _Evidence) -> _Found:

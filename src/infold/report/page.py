@@ -156,10 +156,10 @@ def _deployment(r: Mapping[str, Any]) -> Rows:
         rate, first = figures["decode_tokens_per_second"], figures["first_token_seconds"]
         rows += [
             ("device", figures["device"]),
-            ("decoding", f"{rate['median']:.1f} tokens/s ({rate['least']:.1f} to "
-             f"{rate['most']:.1f})"),
-            ("first token", f"{first['median']:.3f} s ({first['least']:.3f} to "
-             f"{first['most']:.3f})"),
+            ("decoding", f"{rate['median']:.1f} tokens/s ({rate['low']:.1f} to "
+             f"{rate['high']:.1f})"),
+            ("first token", f"{first['median']:.3f} s ({first['low']:.3f} to "
+             f"{first['high']:.3f})"),
             ("loading", f"{figures['load_seconds']:.2f} s"),
         ]  # fmt: skip
     else:
