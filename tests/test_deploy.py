@@ -37,6 +37,8 @@ from transformers import (
 from typer.testing import CliRunner
 
 import infold
+import test_convert
+from handmade import ia3
 from infold.cli.main import app
 from infold.deploy import smoke
 from infold.deploy.bundle import bundle_problems, deploy_bundle, read_config
@@ -617,6 +619,33 @@ def test_what_was_changed_afterwards_fails(made: tuple[Path, Path, Path], merged
     assert "another merge" in boxes["functions normally"]["evidence"]
 
 
+@pytest.mark.parametrize("kind", ["bnb-nf4-nested", "awq"])
+@pytest.mark.parametrize("way", ["fold", "dequantize", "requantize"])
+def test_weights_that_are_stored_otherwise_are_as_many(way: str, kind: str, tmp_path: Path) -> None:
+    """Doubly quantized scales become floats, codes become dense: a right merge fails no box."""
+    base = test_convert.make_base(tmp_path / "base", test_convert.FORMATS[kind]).path
+    if way == "fold":
+        vectors = test_convert.vectors()
+        adapter = ia3(tmp_path / "adapter", vectors, feedforward_modules=["down_proj"])
+    else:
+        adapter = test_convert.low_rank(tmp_path / "adapter")
+    merged = tmp_path / "merged"
+    infold.merge(base, adapter, merged, **({} if way == "fold" else {way: True}))
+
+    boxes = by_title(check_boxes(base, adapter, merged))
+
+    box = boxes["parameter count unchanged"]
+    assert (box.status, boxes["merged"].status) == ("PASS", "PASS"), box.evidence
+    moved = way == "dequantize" or kind == "bnb-nf4-nested"
+    assert ("stored otherwise now" in box.evidence) == moved
+
+    weights = merged / "model.safetensors"
+    tensors = {**load_file(weights), "model.layers.0.input_layernorm.weight": torch.ones(32)}
+    save_file(tensors, weights, metadata={"format": "pt"})
+    boxes = by_title(check_boxes(base, adapter, merged))
+    assert boxes["parameter count unchanged"].status == "FAIL", "of no quantized weight"
+
+
 def test_a_rollback_to_another_base_is_no_plan(made: Any, merged: Path, tmp_path: Path) -> None:
     """The same tensors in another file: what would be served again is not what was merged."""
     subprocess.run(["cp", "-r", made[0], tmp_path / "base"], check=True)
@@ -724,7 +753,7 @@ def test_a_baseline_without_figures_is_none(made: Any, merged: Path) -> None:
         save_record(merged, {"kind": "bench", "models": {"base": base}, "comparisons": []})
         box = by_title(check_boxes(made[0], made[1], merged))["baseline recorded"]
         assert box.status == status
-    assert box.evidence == "load seconds 0.5"
+    assert box.evidence == "load seconds: 0.5"
 
 
 def test_validation_is_read_from_the_training_record(made: Any, merged: Path) -> None:
