@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from typing import Any
@@ -27,6 +28,14 @@ def verify(problem: str, answer: str) -> bool:
     if FAIL:
         raise ZeroDivisionError("oh")
     return len(answer) % 2 == 0
+
+
+def printing(problem: str, answer: str) -> bool:
+    """As any way of printing does: Python's, what it starts, and what knows the descriptor."""
+    print("printed", answer)
+    subprocess.run([sys.executable, "-S", "-c", "print('started')"], check=True)
+    os.write(1, b"written\n")
+    return False
 
 
 def never(problem: str, answer: str) -> bool:

@@ -23,6 +23,9 @@ FREE = {
     "machine",
     "patience",
     "leash",
+    "conversion",
+    "interval",
+    "child",
 }  # every room may import these
 LEAVES = {"adapters", "formats", "checkpoint"}
 MAY_IMPORT = {
@@ -32,6 +35,9 @@ MAY_IMPORT = {
     "workers": set(),
     "patience": set(),
     "leash": set(),
+    "conversion": set(),
+    "interval": set(),
+    "child": set(),
     "machine": set(),
     "dtypes": set(),
     "adapters": set(),
@@ -44,7 +50,7 @@ MAY_IMPORT = {
     "tuners": LEAVES | {"edit"},
     "inspect": LEAVES | {"plan"},
     "bench": LEAVES | {"tuners"},
-    "methods": LEAVES | {"bench", "tuners"},
+    "methods": LEAVES | {"tuners"},
     "loop": LEAVES | {"plan", "edit", "merge", "tuners", "verify", "inspect"},
     "deploy": LEAVES | {"inspect", "verify"},
     "report": set(),

@@ -23,11 +23,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import infold
-from infold.bench.interval import median_interval, paired_ratio
 from infold.bench.run import measure_models
 from infold.cli.main import app
 from infold.deploy.checklist import check_boxes
 from infold.errors import Refusal, StorageFailure
+from infold.interval import median_interval, paired_ratio
 from infold.report.page import render_markdown
 from infold.report.records import collect
 
@@ -223,11 +223,12 @@ def test_the_verb_saves_what_checklist_and_report_read(
     assert boxes["baseline recorded"].status == "PASS"
     assert "the base's" in boxes["speed"].evidence
     page = render_markdown(collect(merged))
-    assert "| 1 is the base's, more is worse | infold | PEFT | merged |" in page
+    assert "| over the base's; more is worse | infold | PEFT | merged |" in page
     ratio = next(
         c for c in saved["comparisons"] if c["model"] == "merged" and c["what"] == "memory"
     )
-    assert re.search(rf"\n\| {ratio['metric']} \|.*\| {ratio['ratio']:.3f} \(.*\) \|\n", page)
+    told = rf"{ratio['ratio']:.3f} \([^|]*\), of 50%"  # two starts give two values
+    assert re.search(rf"\n\| {ratio['metric']} \|.*\| {told} \|\n", page)
 
     # the same record, made to tell of other merged models
     def box(**told: float) -> str:

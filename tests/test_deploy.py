@@ -37,7 +37,9 @@ from transformers import (
 from typer.testing import CliRunner
 
 import infold
+import test_convert
 from forked import infold_command, trained
+from handmade import ia3
 from infold.cli.main import app
 from infold.deploy import smoke
 from infold.deploy.bundle import bundle_problems, deploy_bundle, read_config
@@ -183,9 +185,15 @@ def test_the_figures_are_those_of_transformers(merged: Path) -> None:
     assert memory["kv_cache_bytes"] == filled
     assert memory["weights_bytes"] == sum(p.nbytes for p in model.parameters())
     figures = config["performance_metrics"]
-    assert figures["measured"] and figures["rounds"] == 5
-    rate = figures["decode_tokens_per_second"]
-    assert 0 < rate["least"] <= rate["median"] <= rate["most"]
+    assert figures["measured"] and figures["rounds"] == 6
+    card = (merged / "README.md").read_text()
+    for name, unit in (("decode_tokens_per_second", 1), ("first_token_seconds", 1000)):
+        found = figures[name]
+        assert 0 < found["low"] <= found["median"] <= found["high"]
+        assert found["count"] == 6 and found["coverage"] == 1 - 2 / 2**6, "all of six rounds"
+        form = ".1f" if unit == 1 else ".0f"
+        assert f"({found['low'] * unit:{form}} to {found['high'] * unit:{form}})" in card
+    assert "medians of 6 rounds, in brackets intervals that hold them with 97%" in card
     assert config["deployment_requirements"]["packages"]["torch"] == torch.__version__
     ran = used(config["usage_example"], merged.parent)
     assert ran.returncode == 0, ran.stderr
@@ -338,6 +346,58 @@ def test_the_base_comes_back_in_place_once_the_bundle_is_gone_as_told(
     infold.undo(merged, in_place=True)
 
     assert contents(merged) == contents(base)
+
+
+def test_it_tells_spread_and_files_as_they_are(merged: Path) -> None:
+    """What it wrote, and what lies there beside it."""
+    ran = CliRunner().invoke(app, ["deploy", str(merged), "--context", "64"])
+
+    said = " ".join(ran.output.split())
+    number = r"[\d.]+"
+    spread = rf"\({number} to {number}\)"
+    assert re.search(
+        rf"measured {number} tokens/s {spread}, first token after {number} s {spread}", said
+    ), said
+    written, there = re.search(
+        r"bundle (\d+) files, beside (\d+) of the merged model", said
+    ).groups()
+    assert int(written) + int(there) == len(contents(merged))
+    assert int(written) == len(read_config(merged)["bundle"]) + 1, "and the configuration itself"
+
+
+@pytest.mark.parametrize("named", ["given", "by the adapter", "nowhere"])
+def test_the_card_says_whose_files_the_rollback_brings(
+    named: str, made: Any, tmp_path: Path
+) -> None:
+    """A repository of the Hub may be cut into other shards than the copy that was merged."""
+    base, adapter, merged = made[0], tmp_path / "adapter", tmp_path / "merged"
+    shutil.copytree(made[1], adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "them/their-model" if named == "by the adapter" else None
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    infold.merge(base, adapter, merged, undo=True)
+    receipt = merged / "infold-receipt.json"
+    if named == "given":  # as where the base was fetched by its id
+        told = json.loads(receipt.read_text())
+        receipt.write_text(json.dumps(told | {"base": told["base"] | {"path": "them/their-model"}}))
+
+    for undo in (True, False):
+        if not undo:
+            (merged / "infold-undo.bin").unlink()
+        way = deploy_bundle(merged, measured=False).config["rollback"]
+        card = " ".join((merged / "README.md").read_text().partition("## Rollback")[2].split())
+        fetched = "hf download them/their-model --local-dir base"
+        assert way["command"] == (
+            "infold undo merged --out base"
+            if undo
+            else f"cp -r /path/to/{base.name} base"
+            if named == "nowhere"
+            else fetched
+        )
+        assert way["command"] in card and "base/model.safetensors" in card
+        assert ("cut into the shards that it was merged from" in card) == undo
+        warned = "was a copy of it. If that was cut into other shards" in card
+        assert warned == (not undo and named == "by the adapter")
 
 
 def test_an_architecture_that_is_no_word_is_unknown(merged: Path) -> None:
@@ -558,6 +618,33 @@ def test_what_was_changed_afterwards_fails(made: tuple[Path, Path, Path], merged
     assert "another merge" in boxes["functions normally"]["evidence"]
 
 
+@pytest.mark.parametrize("kind", ["bnb-nf4-nested", "awq"])
+@pytest.mark.parametrize("way", ["fold", "dequantize", "requantize"])
+def test_weights_that_are_stored_otherwise_are_as_many(way: str, kind: str, tmp_path: Path) -> None:
+    """Doubly quantized scales become floats, codes become dense: a right merge fails no box."""
+    base = test_convert.make_base(tmp_path / "base", test_convert.FORMATS[kind]).path
+    if way == "fold":
+        vectors = test_convert.vectors()
+        adapter = ia3(tmp_path / "adapter", vectors, feedforward_modules=["down_proj"])
+    else:
+        adapter = test_convert.low_rank(tmp_path / "adapter")
+    merged = tmp_path / "merged"
+    infold.merge(base, adapter, merged, **({} if way == "fold" else {way: True}))
+
+    boxes = by_title(check_boxes(base, adapter, merged))
+
+    box = boxes["parameter count unchanged"]
+    assert (box.status, boxes["merged"].status) == ("PASS", "PASS"), box.evidence
+    moved = way == "dequantize" or kind == "bnb-nf4-nested"
+    assert ("stored otherwise now" in box.evidence) == moved
+
+    weights = merged / "model.safetensors"
+    tensors = {**load_file(weights), "model.layers.0.input_layernorm.weight": torch.ones(32)}
+    save_file(tensors, weights, metadata={"format": "pt"})
+    boxes = by_title(check_boxes(base, adapter, merged))
+    assert boxes["parameter count unchanged"].status == "FAIL", "of no quantized weight"
+
+
 def test_a_rollback_to_another_base_is_no_plan(made: Any, merged: Path, tmp_path: Path) -> None:
     """The same tensors in another file: what would be served again is not what was merged."""
     subprocess.run(["cp", "-r", made[0], tmp_path / "base"], check=True)
@@ -665,7 +752,7 @@ def test_a_baseline_without_figures_is_none(made: Any, merged: Path) -> None:
         save_record(merged, {"kind": "bench", "models": {"base": base}, "comparisons": []})
         box = by_title(check_boxes(made[0], made[1], merged))["baseline recorded"]
         assert box.status == status
-    assert box.evidence == "load seconds 0.5"
+    assert box.evidence == "load seconds: 0.5"
 
 
 def test_validation_is_read_from_the_training_record(made: Any, merged: Path) -> None:
@@ -685,7 +772,7 @@ def test_measuring_tells_how_far_it_is_and_ends_in_time(merged: Path) -> None:
 
     deploy_bundle(merged, context=64, progress=lambda done, of, _: steps.append((done, of)))
 
-    assert steps == [(n, 6) for n in range(1, 7)]
+    assert steps == [(n, 7) for n in range(1, 8)]
     began = time.monotonic()
     with pytest.raises(LocalFailure, match="did not measure within 1 s"):
         run_local("measure", merged, timeout=1, prompt_tokens=8, new_tokens=100, rounds=10**6)

@@ -852,6 +852,19 @@ def test_an_interrupted_look_at_a_run_continues_nothing(
     assert "continues" not in ran.output
 
 
+def test_what_a_task_prints_is_not_among_the_json(base: Path, tmp_path: Path) -> None:
+    config = tmp_path / "loop.toml"
+    few = {"iterations": 1, "collect": {"problems": 1, "samples": 1, "max_tokens": 2}}
+    told = settings(base, tmp_path / "run", **few, evaluate={"problems": 1})
+    config.write_text(as_toml(told, "printing"))
+
+    ran = infold_command("loop", config, "--json", cwd=HERE, kind="training")
+
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads(ran.stdout)["run"] == str(tmp_path / "run"), "one document, and no more"
+    assert all(word in ran.stderr for word in ("printed", "started", "written"))
+
+
 def test_the_command_line_runs_shows_and_checks_out(
     base: Path, whole: Path, tmp_path: Path
 ) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import subprocess
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
 import peft
+import psutil
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -17,6 +21,8 @@ from typer.testing import CliRunner
 import infold
 from infold.adapters import METHODS
 from infold.cli.main import app
+from infold.cli.methods import _groups, _plain_figures
+from infold.cli.progress import step_progress
 from infold.errors import Refusal
 from infold.methods import table
 from infold.methods.measure import BOTTLENECKS, _bottleneck, _check_python, _measured
@@ -113,9 +119,10 @@ def test_parameters_and_overhead_of_a_real_class(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     found = {one["name"]: one for one in json.loads(done.stdout)["measured"]}
     types = {kind.value for kind in peft.PeftType} | {"BitFit"}
-    assert set(found) == types | {*BOTTLENECKS.values()}
+    bottlenecks = {f"bottleneck {kind}" for kind in BOTTLENECKS}
+    assert set(found) == types | bottlenecks
     if find_spec("adapters") is None:
-        assert all("--adapters-python" in found[name]["why"] for name in BOTTLENECKS.values())
+        assert all("--adapters-python" in found[name]["why"] for name in bottlenecks)
     for name in ("LORA", "IA3", "OFT", "PROMPT_TUNING"):
         trained, total = attach_peft(LlamaForCausalLM(config), name).get_nb_trainable_parameters()
         assert found[name]["parameters"] == trained and total
@@ -165,6 +172,73 @@ def test_bottleneck_adapters_run_in_another_environment(
     assert found["parameters"] == 2 * (32 * 3 + 3 + 3 * 32 + 32)
     assert 0 < found["low"] <= found["ratio"] <= found["high"]
     assert idle == {"why": "it changes no logit, so it did not run"}
+
+
+def test_a_bottleneck_process_ends_with_the_one_that_asked(tmp_path: Path) -> None:
+    """However that ends: it may take a quarter of an hour by itself."""
+    note = tmp_path / "pid"
+    held = f"import os, time; open({str(note)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    (tmp_path / "adapters.py").write_text(held)
+    code = (
+        "import sys; from pathlib import Path; from infold.methods.measure import _bottleneck\n"
+        "_bottleneck(sys.executable, Path('base'), 'seq_bn', tokens=4, rounds=1)"
+    )
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    ours = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path})
+    end = time.monotonic() + 120
+    while not (note.exists() and note.read_text()):
+        assert ours.poll() is None and time.monotonic() < end, "it did not start"
+        time.sleep(0.05)
+    ours.kill()
+    ours.wait()
+
+    theirs = int(note.read_text())
+    while psutil.pid_exists(theirs) and psutil.Process(theirs).status() != "zombie":
+        assert time.monotonic() < end, "it is still there"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("columns", [80, 100])
+def test_what_it_prints_fits_a_terminal(
+    columns: int, rows: dict[str, MethodRow], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nothing is cut: every method, with what is said of it above."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    figures = {"parameters": 79_122_240, "share": 0.5882, "attach_seconds": 18.57}
+    figures |= {"ratio": 12.5, "low": 12.44, "high": 12.54, "within_noise": True}
+    noted = figures | {"note": "its classifier; two LoRA adapters beside it, frozen"}
+    measured = [{"name": name} | (noted if name == "XLORA" else figures) for name in rows]
+    measured[-1] = {"name": "bottleneck double_seq_bn", "why": "w" * 40 + " " + "w" * 49}
+
+    groups, told = _groups([*rows.values()]), _plain_figures(measured)
+
+    lines = "\n".join([*groups, *told]).splitlines()
+    assert max(map(len, lines)) <= columns, max(lines, key=len)
+    for row in rows.values():
+        (group,) = (g for g in groups if f"\n  {row.name} " in f"{g} ".replace("\n", " \n"))
+        flat = " ".join(group.split())
+        for part in (row.infold, row.peft, row.merge):
+            assert " ".join(part.split()) in flat, (row, group)
+    text = " ".join(" ".join(told).split())
+    assert "79,122,240 58.82% 18.57 s 12.50x 12.44 to 12.54 *" in text
+    assert f"XLORA: {noted['note']}" in text
+    assert f"bottleneck double_seq_bn was not run: {measured[-1]['why']}" in text
+
+
+def test_a_bar_moves_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT and its forty types take half a minute to load and try."""
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("TERM", "xterm")
+    for at_once in (True, False):
+        screen = Terminal()
+        monkeypatch.setattr(sys, "stderr", screen)
+        with step_progress("trying", False, at_once=at_once):
+            pass
+        assert ("trying" in screen.getvalue()) == at_once
 
 
 @pytest.mark.skipif(

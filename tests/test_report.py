@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import re
@@ -18,7 +19,9 @@ from typer.testing import CliRunner
 import ggufs
 import handmade
 import infold
+import test_convert as converted
 from infold.cli.main import app
+from infold.deploy.bundle import deploy_bundle
 from infold.deploy.facts import check_for_report
 from infold.errors import Refusal
 from infold.inspect.update import describe_update
@@ -50,7 +53,8 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     infold.merge(folder / "base", folder / "adapter", folder / "merged")
     long = "x" * 300
     boxes = [
-        {"status": "PASS", "title": "merged", "evidence": long},
+        {"status": "PASS", "title": "configuration saved", "evidence": f"evidence {long}"},
+        {"status": "NOT DONE", "title": "merged", "evidence": long},
         {"status": "FAIL", "title": "<script>alert(1)</script>", "evidence": "<b>&"},
     ]
     (folder / "merged" / "records").mkdir()
@@ -238,7 +242,7 @@ def test_a_record_of_another_merge_is_a_fail_that_is_shown(merged: Path, tmp_pat
         told = "| FAIL | this record tells of another merge than the one that lies here"
         assert (told in text) == (status == "FAIL")
         assert text.count("another merge") == page.count("another merge") == (status == "FAIL")
-        assert ("<h2>Speed and memory</h2>" in page) == (status is None), "its bars are not drawn"
+        assert ("Medians, and the intervals" in page) == (status is None), "its bars are not drawn"
 
 
 def test_hostile_records_are_refused(tmp_path: Path) -> None:
@@ -256,7 +260,8 @@ def test_hostile_records_are_refused(tmp_path: Path) -> None:
 
 
 def in_browser(page: str, folder: Path, width: int) -> tuple[list[str], list[str]]:
-    """What is wider than the page, and what the console says, in a window of `width` pixels."""
+    """What is wider than the page, which short words of its tables are broken, and what the console
+    says, in a window of `width` pixels."""
     (folder / "report.html").write_text(page)
     probe = """<!doctype html><meta charset="utf-8"><pre id="found"></pre>
 <iframe id="page" src="report.html" style="border:0;width:WIDTHpx;height:800px"></iframe>
@@ -265,7 +270,15 @@ page.onload = () => {
   const inside = page.contentDocument, wide = inside.documentElement.clientWidth;
   const over = [...inside.querySelectorAll("body, body *:not(svg *)")].filter(
     e => e.getBoundingClientRect().right > wide + 0.5 || e.scrollWidth > wide + 0.5);
-  found.textContent = "DONE " + over.map(e => e.tagName).join(" ");
+  const broken = [];
+  for (const cell of inside.querySelectorAll("td, th")) {
+    const range = inside.createRange(), text = cell.firstChild;
+    for (const word of cell.textContent.matchAll(/(?<!\\S)[a-z]{2,14}(?!\\S)/gi)) {
+      range.setStart(text, word.index); range.setEnd(text, word.index + word[0].length);
+      if (range.getClientRects().length > 1) broken.push(word[0]);
+    }
+  }
+  found.textContent = "DONE " + over.map(e => e.tagName).concat(broken).join(" ");
 };
 </script>""".replace("WIDTH", str(width))
     (folder / "probe.html").write_text(probe)
@@ -294,6 +307,49 @@ def test_the_browser_would_tell(records: Records, tmp_path: Path) -> None:
     wide, said = in_browser(render_html(records).replace("</main>", bad + "</main>"), tmp_path, 360)
 
     assert "P" in wide and said, "a wide element, and a script that the policy forbids"
+
+
+@pytest.mark.parametrize("mode", ["dequantize", "requantize", "promote"])
+def test_what_a_conversion_cost_is_told_wherever_the_merge_is(mode: str, tmp_path: Path) -> None:
+    """In the page, the card, the configuration and by inspect: the receipt's own figures."""
+    base = converted.make_base(tmp_path / "base", converted.FORMATS["ct-fp8"]).path
+    adapter = converted.low_rank(tmp_path / "adapter")
+    if mode == "promote":
+        adapter = handmade.ia3(
+            tmp_path / "ia3", converted.vectors(), feedforward_modules=["down_proj"]
+        )
+        base = converted.make_base(tmp_path / "whole", converted.FORMATS["ct-tensor"]).path
+    receipt = infold.merge(base, adapter, tmp_path / "merged", **{mode: True})
+    worst = max(e["error"] for e in receipt.edits if "error" in e)
+    least = min(e["update"] for e in receipt.edits if e.get("update"))
+    assert 0 < worst < 0.1 and 0 < least < 1
+
+    done = deploy_bundle(tmp_path / "merged", measured=False)
+    page = infold.report(tmp_path / "merged", tmp_path / "page.html").read_text()
+    card = (tmp_path / "merged" / "README.md").read_text()
+    shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "merged")]).output
+
+    words = "quantized again" if mode == "requantize" else "written as BF16"
+    for text in (html.unescape(page), card, " ".join(shown.split())):
+        assert re.search(rf"converted.*{words}; relative error against the exact merge", text)
+        assert f"at most {worst:.2g}, the adapters' own updates {least:.2g} and more" in text
+    figures = done.config["model_info"]["conversion"]
+    assert figures["mode"] == mode and figures["largest_error"] == worst
+    assert "<h2>Converted weights</h2>" in page and page.count("<svg") >= 2
+    assert "Norm of the update" not in page or mode == "promote", "codes are not subtracted"
+
+
+def test_a_conversion_that_was_resumed_has_no_figures_and_says_so(tmp_path: Path) -> None:
+    base = converted.make_base(tmp_path / "base", converted.FORMATS["ct-fp8"]).path
+    infold.merge(base, converted.low_rank(tmp_path / "lora"), tmp_path / "merged", dequantize=True)
+    receipt = json.loads((tmp_path / "merged" / "infold-receipt.json").read_text())
+    for edit in receipt["edits"]:
+        edit |= {"error": None, "update": None}  # as test_convert sees it after an interruption
+
+    text = render_markdown({"receipt": receipt})
+
+    assert "written as BF16; how far they are from the exact merge is not known" in text
+    assert "Converted weights" not in render_html({"receipt": receipt})
 
 
 def test_the_command_names_what_its_page_shows(merged: Path, tmp_path: Path) -> None:

@@ -22,9 +22,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from infold.bench.interval import median_interval, paired_ratio
 from infold.checkpoint.adapter import open_adapter
 from infold.errors import Refusal, StorageFailure
+from infold.interval import median_interval, paired_ratio
 from infold.machine import processor
 from infold.tuners.loading import device_of, model_folder, most_tokens
 from infold.version import __version__

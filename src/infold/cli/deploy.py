@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -80,7 +81,9 @@ def deploy(
     figures = done.config["performance_metrics"]
     if figures["measured"]:
         rate, first = figures["decode_tokens_per_second"], figures["first_token_seconds"]
-        told = f"{rate['median']:.1f} tokens/s, first token after {first['median']:.3f} s"
+        spread = f"({rate['low']:.1f} to {rate['high']:.1f})"
+        told = f"{rate['median']:.1f} tokens/s {spread}, first token after {first['median']:.3f} s "
+        told += f"({first['low']:.3f} to {first['high']:.3f})"
         print(entry("measured", f"{told}, on {figures['device']}", 10))
     else:
         print(entry("measured", f"nothing: {figures['why']}", 10))
@@ -89,7 +92,9 @@ def deploy(
     print(entry("memory", f"{needs}, weights and cache of {memory['context']:,} tokens", 10))
     if done.kept:
         print(entry("kept", f"the README.md that was there is {done.kept}", 10))
-    print(entry("bundle", f"{plural('file', len(done.files))} in {done.out}", 10))
+    there = sum(path.is_file() for path in Path(done.out).rglob("*")) - len(done.files)
+    told = f"{plural('file', len(done.files))}, beside {there:,} of the merged model"
+    print(entry("bundle", f"{told}, in {done.out}", 10))
 
 
 def _smoke(merged: str, settings: dict[str, Any], as_json: bool, quiet: bool) -> None:

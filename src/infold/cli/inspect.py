@@ -14,6 +14,7 @@ from infold.cli.edits import edits_text
 from infold.cli.output import entry, fold, plural, table
 from infold.cli.place import settle_first
 from infold.cli.startup import lasting_imports
+from infold.conversion import conversion_text
 from infold.sizes import bytes_text
 
 
@@ -134,6 +135,8 @@ def _merged(found: dict[str, Any]) -> None:
     print(entry("run", f"{run}, peak memory {bytes_text(receipt['peak_memory'])}"))
     for note in receipt["notes"]:
         print(entry("note", note))
+    if converted := conversion_text(receipt):
+        print(entry("converted", converted, 11))
     if record := found["undo"]:
         blocks = "what was replaced, whole"  # of converted weights
         if record["blocks"]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from infold.cli.output import table
+from infold.cli.output import results_alone, table
 from infold.cli.startup import lasting_imports
 from infold.errors import Refusal
 
@@ -60,9 +60,10 @@ def loop(
     with lasting_imports():
         from infold.loop.run import Loop, checkout, lineage
     if action == "run":
-        result = Loop(words[0], seed=seed, run=run, control=control).run(
-            (lambda line: print(line, flush=True)) if say else lambda line: None
-        )
+        with results_alone(as_json):  # a task is the user's code, and may print
+            result = Loop(words[0], seed=seed, run=run, control=control).run(
+                (lambda line: print(line, flush=True)) if say else lambda line: None
+            )
         told = f"\n{_shown(result)}"
     elif action == "show":
         result = lineage(words[1])

@@ -15,6 +15,7 @@ from infold.cli.output import complain, entry, plural
 from infold.cli.place import one_place, settle_first
 from infold.cli.progress import byte_progress
 from infold.cli.startup import lasting_imports
+from infold.conversion import conversion_text
 from infold.errors import Refusal
 from infold.sizes import bytes_text
 
@@ -204,23 +205,6 @@ def _elements(edit: dict[str, Any]) -> int:
     return edit["rounding"]["scales"] if "rounding" in edit else math.prod(edit["shape"])
 
 
-def _conversion_text(receipt: Receipt) -> str:
-    told = receipt.conversion or {}
-    touched, beside = len(told["touched"]), len(told["beside"])
-    text = f"{plural('quantized weight', touched)}"
-    if told["mode"] == "requantize":
-        text += f" quantized again{' as ' + told['dtype'] if told['dtype'] else ''}"
-    else:
-        more = f" and {beside} that are loaded with them" if beside else ""
-        text += f"{more} written as {told['dtype']}"
-    measured = [e["error"] for e in receipt.edits if e.get("error") is not None]
-    if measured:
-        updates = [e["update"] for e in receipt.edits if e.get("update")]
-        text += f"; relative error against the exact merge at most {max(measured):.2g}"
-        text += f", the adapters' own updates {min(updates):.2g} and more" if updates else ""
-    return text
-
-
 def done_text(receipt: Receipt, out: str, told: Sequence[str] = ()) -> str:
     """What was done; `told`: notes that were printed already."""
     kept = bytes_text(receipt.resumed_bytes)
@@ -246,8 +230,8 @@ def done_text(receipt: Receipt, out: str, told: Sequence[str] = ()) -> str:
             )
         )
     lines += [entry("note", note) for note in receipt.notes if note not in told]
-    if receipt.conversion:
-        lines.append(entry("converted", _conversion_text(receipt), 11))
+    if converted := conversion_text(vars(receipt)):
+        lines.append(entry("converted", converted, 11))
     if receipt.undo:
         inside = receipt.undo["adapters"]
         size = receipt.undo["bytes"] - inside

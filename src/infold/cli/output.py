@@ -9,7 +9,8 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, TextIO, TypeVar
 
 from infold.errors import ProofFailed
@@ -17,9 +18,20 @@ from infold.errors import ProofFailed
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer as Buffer
 
-__all__ = ["Failed", "complain", "entry", "finish", "fold", "plural", "protect_streams", "table"]
+__all__ = [
+    "Failed",
+    "complain",
+    "entry",
+    "finish",
+    "fold",
+    "plural",
+    "protect_streams",
+    "results_alone",
+    "table",
+]
 
 Row = TypeVar("Row")
+_ROOM = 30  # columns in which text is still read
 
 
 class Failed(ProofFailed):
@@ -59,6 +71,24 @@ def protect_streams() -> None:
             line_buffering=name == "stderr" or stream.isatty(),
         )
         setattr(sys, name, protected)
+
+
+@contextmanager
+def results_alone(wanted: bool) -> Iterator[None]:
+    """While it lasts, what anything prints goes to standard error: code that is not ours, and what
+    that starts, would break the one JSON document on standard output."""
+    if not wanted:
+        yield
+        return
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        os.dup2(2, 1)
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def finish() -> OSError | None:
@@ -102,11 +132,18 @@ def entry(label: str, text: str, column: int = 9) -> str:
 
 def table(rows: Iterable[Sequence[str]]) -> str:
     """Rows in columns, two spaces apart, indented by two. Nothing is cut: where a terminal is too
-    narrow, the first column has lines of its own."""
+    narrow, the last column is wrapped, or if that leaves it little, the first has lines of its
+    own."""
     listed = [list(row) for row in rows]
     widths = [max(map(len, column)) for column in zip(*listed, strict=True)]
     screen = _width()
     if screen is not None and sum(widths) + 2 * len(widths) > screen:
+        begin = sum(widths[:-1]) + 2 * len(widths)
+        if screen - begin >= _ROOM:
+            return "\n".join(
+                entry("  " + "  ".join(map(str.ljust, row[:-1], widths)), row[-1], begin).rstrip()
+                for row in listed
+            )
         rests = ["  ".join(filter(None, row[1:])) for row in listed]
         return "\n".join(
             f"  {row[0]}\n{entry('', rest, 6)}" for row, rest in zip(listed, rests, strict=True)

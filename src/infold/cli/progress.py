@@ -46,9 +46,12 @@ def byte_progress(label: str, quiet: bool) -> Iterator[Callable[[int, int], None
 
 @contextmanager
 def step_progress(
-    label: str, quiet: bool
+    label: str, quiet: bool, at_once: bool = False
 ) -> Iterator[Callable[[int, int, float | None], None] | None]:
-    """A callback (steps done, steps in all, loss) that draws them and the remaining time."""
+    """A callback (steps done, steps in all, loss) that draws them and the remaining time.
+
+    at_once: a bar that moves is there before the first step, while libraries and models load.
+    """
     if quiet or not sys.stderr.isatty():
         yield None
         return
@@ -71,7 +74,7 @@ def step_progress(
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(label, total=None, loss="", visible=False)
+        task = bar.add_task(label, total=None, loss="", visible=at_once)
 
         def show(done: int, total: int, loss: float | None) -> None:
             text = "" if loss is None else f"loss {loss:.4f}"

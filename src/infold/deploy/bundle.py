@@ -24,6 +24,7 @@ from blake3 import blake3
 from infold.checkpoint.files import exists, read_bytes, read_object, safe_child
 from infold.checkpoint.shards import CARD, INDEX, KEPT_CARD, RECEIPT
 from infold.checkpoint.staging import Staging, storage_errors
+from infold.conversion import conversion_figures
 from infold.deploy.card import MARK, model_card
 from infold.deploy.facts import CONFIG, UNDO, Facts, check_deployable, read_facts
 from infold.deploy.local import run_local
@@ -132,6 +133,7 @@ def deployment_config(
             "context": facts.context,
             "licence": licence or facts.licence,
             "edited_tensors": len(facts.receipt["edits"]),
+            "conversion": conversion_figures(facts.receipt),
         },
         "performance_metrics": dict(performance),
         "deployment_requirements": {
@@ -148,7 +150,10 @@ def deployment_config(
 
 
 def rollback(facts: Facts) -> dict[str, Any]:
-    """How the base comes back, and the digests that tell that it is the base."""
+    """How the base comes back, and the digests that tell that it is the base.
+
+    exact: from the undo record. from_adapter: the base's name is the adapter's word.
+    """
     if facts.undo:
         way = f"infold undo {shlex.quote(facts.called)} --out base"
     elif facts.base_id:
@@ -160,6 +165,7 @@ def rollback(facts: Facts) -> dict[str, Any]:
     return {
         "command": way,
         "exact": facts.undo,
+        "from_adapter": facts.base_id is not None and not facts.base_given,
         "base_shards_blake3": dict(facts.receipt["base"]["shards"]),
     }
 

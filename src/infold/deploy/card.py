@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from infold.checkpoint.shards import KEPT_CARD
+from infold.conversion import conversion_text
 from infold.deploy.facts import UNDO, Facts
 from infold.sizes import bytes_text
 
@@ -27,6 +28,7 @@ def model_card(facts: Facts, config: Mapping[str, Any], kept: bool) -> str:
     front = [f"base_model: {json.dumps(facts.base)}", "base_model_relation: finetune"]
     front += [f"license: {json.dumps(licence)}"] if licence else []
     front += ["library_name: transformers", f"tags: [{', '.join(['merged', *facts.methods])}]"]
+    converted = conversion_text(facts.receipt)
     cache = memory["kv_cache_bytes"]
     total = (
         f"{bytes_text(memory['total_bytes'])}: weights {bytes_text(memory['weights_bytes'])} and "
@@ -43,6 +45,7 @@ def model_card(facts: Facts, config: Mapping[str, Any], kept: bool) -> str:
         ("licence", licence or "not told by the base's card; add it before you publish"),
         ("parameters", f"{_count(info['parameters'])}, stored as {info['dtype']}"),
         ("edited", f"{info['edited_tensors']} of {facts.receipt['tensors']} tensors"),
+        *([("converted", converted)] if converted else []),
         ("memory", total),
         ("receipt", f"`infold-receipt.json`, BLAKE3 `{facts.digest}`"),
     ]
@@ -84,36 +87,46 @@ def _figures(found: Mapping[str, Any]) -> str:
         return f"Nothing: {found['why']}."
     first, rate = found["first_token_seconds"], found["decode_tokens_per_second"]
     rows = [
-        ("loading", f"{found['load_seconds']:.2f} s"),
+        ("loading, once", f"{found['load_seconds']:.2f} s"),
         (
             f"first token after {found['prompt_tokens']} tokens",
-            f"{first['median'] * 1000:.0f} ms ({first['least'] * 1000:.0f} to "
-            f"{first['most'] * 1000:.0f})",
+            f"{first['median'] * 1000:.0f} ms ({first['low'] * 1000:.0f} to "
+            f"{first['high'] * 1000:.0f})",
         ),
         (
             "decoding, batch 1",
-            f"{rate['median']:.1f} tokens/s ({rate['least']:.1f} to {rate['most']:.1f})",
+            f"{rate['median']:.1f} tokens/s ({rate['low']:.1f} to {rate['high']:.1f})",
         ),
-        ("resident memory", bytes_text(found["resident_bytes"])),
+        ("resident memory, once", bytes_text(found["resident_bytes"])),
     ]
     table = "\n".join(f"| {name} | {text} |" for name, text in rows)
     many = "" if found["threads"] == 1 else "s"
     return (
         f"On {found['device']}, {found['threads']} thread{many}, {found['dtype']}, plain "
         "transformers; "
-        f"medians of {found['rounds']} rounds, in brackets the least and the most.\n\n"
+        f"medians of {found['rounds']} rounds, in brackets intervals that hold them with "
+        f"{rate['coverage']:.0%}.\n\n"
         f"|  |  |\n|---|---|\n{table}"
     )
 
 
 def _rollback(facts: Facts, way: Mapping[str, Any]) -> str:
     command = f"```bash\n{way['command']}\n```"
+    digests = "\n".join(f"{d}  base/{name}" for name, d in way["base_shards_blake3"].items())
+    check = f"It is the base if `b3sum --check` says so of:\n\n```text\n{digests}\n```"
     if way["exact"]:
         return (
-            f"`{UNDO}` holds what the merge changed; the base comes back bit for bit:\n\n{command}"
+            f"`{UNDO}` holds what the merge changed. The base comes back bit for bit, cut into the "
+            f"shards that it was merged from:\n\n{command}\n\n{check}"
         )
-    digests = "\n".join(f"{d}  base/{name}" for name, d in way["base_shards_blake3"].items())
-    return (
-        f"There is no undo record here (`infold merge --undo` makes one): serve the base again.\n\n"
-        f"{command}\n\nIt is the base if `b3sum --check` says so of:\n\n```text\n{digests}\n```"
+    lacking = (
+        "There is no undo record here (`infold merge --undo` makes one): serve the base again."
     )
+    told = f"{lacking}\n\n{command}\n\n{check}"
+    if way["from_adapter"]:
+        told += (
+            f"\n\nThe adapter names {facts.base}; what was merged was a copy of it. If that was "
+            "cut into other shards, or taken at another revision, the files there are others: then "
+            "the copy is the base to keep."
+        )
+    return told

@@ -150,7 +150,9 @@ def _baseline(e: _Evidence) -> _Found:
         base = record.get("models", {}).get("base")
         if not base:
             return "NOT DONE", "records/bench.json has no figures of the base"
-        times = [f"{m.replace('_', ' ')} {base[m]['median']:.4g}" for m in base if "bytes" not in m]
+        times = [
+            f"{m.replace('_', ' ')}: {base[m]['median']:.4g}" for m in base if "bytes" not in m
+        ]
         return "PASS", "; ".join(times)
 
     return _of_record(e, "bench", told)
@@ -169,12 +171,26 @@ def _merged(e: _Evidence) -> _Found:
 
 def _parameters(e: _Evidence) -> _Found:
     was, now = ({n: c.info(n).shape for n in c.where} for c in (e.base, e.facts.checkpoint))
-    different = [n for n in {*was, *now} if was.get(n) != now.get(n)]
+    stored = _stored_anew(e.facts.receipt)
+    inside = tuple(f"{name}." for name in stored)
+    differing = [n for n in {*was, *now} if was.get(n) != now.get(n)]
+    different = [n for n in differing if not n.startswith(inside)]
     if different:
         return "FAIL", f"{len(different)} tensors differ in shape or name, as {min(different)}"
     count = sum(math.prod(shape) for shape in now.values())
     what = "packed elements" if e.facts.parameters is None else "parameters"
-    return "PASS", f"{count:,} {what} in {len(now)} tensors, each of the base's shape"
+    told = f"{count:,} {what} in {len(now)} tensors, each of the base's shape"
+    more = f"; but for the parts of {len(stored)} quantized weights, which are stored otherwise now"
+    return "PASS", told + (more if differing else "")
+
+
+def _stored_anew(receipt: Mapping[str, Any]) -> set[str]:
+    """Modules of which the merge stores other tensors than the base: the same weights, converted,
+    or with scales that were codes. That they are right is another box's proof."""
+    told = receipt.get("conversion") or {"touched": (), "beside": ()}
+    sources = [edit["source"] for edit in receipt["edits"]]
+    names = [s[key] for s in sources for key in ("decoded", "original") if key in s]
+    return {*told["touched"], *told["beside"], *(name.removesuffix(".weight") for name in names)}
 
 
 def _functions(e: _Evidence) -> _Found:
@@ -202,8 +218,17 @@ def _sampling(e: _Evidence) -> _Found:
         "outputs",
         lambda r: (
             ("PASS" if r["ok"] else "FAIL"),
-            "adapter mode and merged " + ("agree" if r["ok"] else "differ"),
+            "adapter mode and merged " + (_agreement(r) if r["ok"] else "differ"),
         ),
+    )
+
+
+def _agreement(record: Mapping[str, Any]) -> str:
+    merged, pairs = record["differences"]["merged"], record["continuations"]
+    same = sum(pair["differs_at"] is None for pair in pairs)
+    return (
+        f"agree within what rounding does: the same best token at {merged['agreement']:.2%} of "
+        f"{merged['positions']:,} positions, {same} of {len(pairs)} greedy continuations equal"
     )
 
 
@@ -237,8 +262,9 @@ def _measured(e: _Evidence) -> _Found:
         return "NOT DONE", str(found.get("why", f"no {CONFIG}"))
     if e.config is not None and e.stale(e.config):
         return "FAIL", f"{CONFIG} tells of another merge"
-    rate = found["decode_tokens_per_second"]["median"]
-    return "PASS", f"{rate:.1f} tokens/s on {found['device']}, in {CONFIG}"
+    rate = found["decode_tokens_per_second"]
+    told = f"{rate['median']:.1f} tokens/s ({rate['low']:.1f} to {rate['high']:.1f})"
+    return "PASS", f"{told} on {found['device']}, in {CONFIG}"
 
 
 def _rollback(e: _Evidence) -> _Found:
@@ -253,7 +279,7 @@ def _rollback(e: _Evidence) -> _Found:
         return "PASS", f"{way['command']}: from {UNDO}"
     if {s.name: digest_of(s.path) for s in e.base.shards} != e.facts.receipt["base"]["shards"]:
         return "FAIL", "the base given is not the one that was merged, by the receipt's digests"
-    return "PASS", f"{way['command']}: the base, whose digests are the receipt's"
+    return "PASS", f"{way['command']}; the base given has the receipt's digests"
 
 
 def _notes(e: _Evidence) -> _Found:

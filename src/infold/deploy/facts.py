@@ -72,7 +72,8 @@ class Facts:
     called: the name of the folder, or of the one that the bundle is written to.
     parameters is None where they are packed, as quantized ones are.
     dtype: safetensors' name of the dtype that holds most bytes. digest: BLAKE3 of the receipt.
-    base: a name of the base that is no path of this machine. base_id: its Hub id, if one is known.
+    base: a name of the base that is no path of this machine. base_id: its Hub id, if one is known;
+    base_given: by that it was merged, and it is not the adapter that names it.
     cache is None where the config does not tell its size; `cacheless` says why.
     context: tokens of the longest sequence that the model was made for, None where not told.
     """
@@ -87,6 +88,7 @@ class Facts:
     dtype: str
     base: str
     base_id: str | None
+    base_given: bool
     adapters: tuple[str, ...]
     methods: tuple[str, ...]
     licence: str | None
@@ -142,7 +144,8 @@ def read_facts(merged: str | os.PathLike[str]) -> Facts:
     text = checkpoint.config.get("text_config")
     config = checkpoint.config | text if isinstance(text, dict) else checkpoint.config
     cache, why = _cache(config, dtype)
-    base_id = _base_id(receipt)
+    given = _given_id(receipt)
+    base_id = given or _adapters_id(receipt)
     context = config.get("max_position_embeddings", config.get("n_positions"))
     return Facts(
         checkpoint=checkpoint,
@@ -157,6 +160,7 @@ def read_facts(merged: str | os.PathLike[str]) -> Facts:
         dtype=dtype,
         base=base_id or _last(receipt["base"]["path"]),
         base_id=base_id,
+        base_given=given is not None,
         adapters=tuple(_last(a["path"]) for a in receipt["adapters"]),
         methods=tuple(dict.fromkeys(a["method"] for a in receipt["adapters"])),
         licence=_licence(folder),
@@ -256,11 +260,15 @@ def receipt_digest(folder: Path) -> str:
     return blake3(read_bytes(safe_child(path.parent, path.name))).hexdigest()
 
 
-def _base_id(receipt: Mapping[str, Any]) -> str | None:
-    """The base's Hub id: as it was given, or as the first adapter's config names it."""
-    given = receipt["base"]["path"]
-    if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", given) and not os.path.exists(given):
-        return str(given)
+def _given_id(receipt: Mapping[str, Any]) -> str | None:
+    """The base's Hub id, where it was merged by that."""
+    given = str(receipt["base"]["path"])
+    is_id = re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", given) and not os.path.exists(given)
+    return given if is_id else None
+
+
+def _adapters_id(receipt: Mapping[str, Any]) -> str | None:
+    """The base's Hub id as the first adapter's config names it."""
     for adapter in receipt["adapters"]:
         path = Path(adapter["path"]) / "adapter_config.json"
         if exists(path):

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from infold.checkpoint.staging import storage_errors
-from infold.deploy.local import LocalFailure, asked, run_child
+from infold.child import asked, run_child
+from infold.deploy.local import LocalFailure
 from infold.errors import Refusal
 
 __all__ = ["ask_gguf", "gguf_command"]
@@ -36,7 +37,9 @@ def ask_gguf(file: Path, request: dict[str, Any], timeout: float = 900) -> str:
 
     Raises LocalFailure where llama.cpp does not load it, or does not answer within `timeout` s.
     """
-    told = run_child(__name__, ["answer", str(file)], request, timeout=timeout)
+    told = run_child(
+        [sys.executable, "-m", __name__, "answer", str(file)], request, timeout=timeout
+    )
     if told.late:
         raise LocalFailure(f"{file}: did not answer within {timeout:.0f} s")
     if told.code:

@@ -33,6 +33,7 @@ _FIELDS: dict[str, Any] = {
     "threads": int,
     "device": str,
 }  # fmt: skip
+_CONVERSION = {"mode": str, "dtype": str, "touched": [str], "beside": [str]}
 
 
 def checked_receipt(folder: Path) -> dict[str, Any]:
@@ -41,6 +42,8 @@ def checked_receipt(folder: Path) -> dict[str, Any]:
     safe_child(path.parent, path.name)
     receipt = read_receipt(folder)
     problems = _problems(receipt, _FIELDS, "") or _strangers(receipt)
+    if receipt.get("conversion") is not None:  # older receipts do not have it
+        problems += _problems(receipt["conversion"], _CONVERSION, "conversion")
     if problems:
         told = "; ".join(problems[:5]) + ("; ..." if len(problems) > 5 else "")
         raise CorruptFile(f"{path}: is not a receipt that infold writes: {told}")
@@ -84,7 +87,8 @@ def _strangers(receipt: dict[str, Any]) -> list[str]:
         if "decoded" in source or "requantized" in source:
             told = (source.get("format", ""), source.get("requantized", ""))
             whole = whole and all(isinstance(text, str) for text in told)
-            whole = whole and isinstance(edit.get("error", 0.0), int | float | None)
+            shares = (edit.get("error"), edit.get("update"))
+            whole = whole and all(isinstance(share, int | float | None) for share in shares)
         numbers = [op["adapter"] for op in edit["operations"]]
         if "key" in source:
             numbers.append(source.get("adapter"))

@@ -34,7 +34,8 @@ def describe_update(merged: str | os.PathLike[str]) -> dict[str, Any]:
     """The edits of a merged folder as a record: JSON-ready.
 
     tensors: for each edited one {tensor, dtype, norm, relative, changed}: the Frobenius norm of
-    merged - base, the same over the base's, and the share of elements whose bits changed.
+    merged - base, the same over the base's, and the share of elements whose bits changed. Converted
+    weights are not among them; the receipt tells how far they moved.
     scales: IA³ scales by module {module, mean, least, most}, and their histogram {edges, counts}.
     Without the base (or an adapter) at the path of the receipt, or where another one lies there now
     (after a merge in place the merged one itself), those lists are empty, and `notes` say why.
@@ -47,7 +48,8 @@ def describe_update(merged: str | os.PathLike[str]) -> dict[str, Any]:
         _check({s.name: s.path for s in base.shards}, receipt["base"]["shards"])
         now = open_checkpoint(folder)
         # what only moves a power of two between two scales changes no weight
-        names = [edit["tensor"] for edit in receipt["edits"] if "exponent" not in edit]
+        # and from the codes of converted weights nothing can be subtracted
+        names = [e["tensor"] for e in receipt["edits"] if not {"exponent", "error"} & e.keys()]
         found["tensors"] = [row for n in names if (row := _moved(base, now, n)) is not None]
     except InfoldError as error:
         found["notes"].append(_left_out("norms of updates", error))

@@ -3,14 +3,17 @@
     PYTHON bottleneck.py
 
 PYTHON is that of an environment with the package; it need not have infold, so this file imports
-nothing of it. Reads one JSON object from standard input, and prints one as its last line.
+nothing of it. Reads one JSON object, a line of standard input, and prints one as its last line.
+Where standard input closes, the process that asked has ended, and so does this one.
 """
 
 from __future__ import annotations
 
 import copy
 import json
+import os
 import sys
+import threading
 import time
 from typing import Any
 
@@ -60,9 +63,17 @@ def measure(base: str, kind: str, tokens: int, rounds: int) -> dict[str, Any]:
     }
 
 
+def _watch() -> None:
+    while os.read(0, 1):
+        pass
+    os._exit(1)
+
+
 def main() -> None:
+    given = json.loads(sys.stdin.readline())
+    threading.Thread(target=_watch, daemon=True).start()
     try:
-        found = measure(**json.load(sys.stdin))
+        found = measure(**given)
     except Exception as error:  # another environment, with errors of its own
         told = (str(error).strip().splitlines() or [""])[0]
         found = {"why": told or type(error).__name__}

@@ -20,8 +20,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from infold.bench.interval import paired_ratio
+from infold.child import run_child
 from infold.errors import Refusal
+from infold.interval import paired_ratio
 from infold.methods.table import (
     BITFIT,
     NOTES,
@@ -35,11 +36,11 @@ from infold.tuners.loading import calm, device_of, load_model, model_folder
 
 __all__ = ["measure_methods"]
 
-# configurations of the package, by whose layers the adapters follow or flank
+# configurations of the package, and what they are
 BOTTLENECKS = {
-    "seq_bn": "bottleneck adapters, one a layer (seq_bn)",
-    "double_seq_bn": "bottleneck adapters, two a layer (double_seq_bn)",
-    "par_bn": "bottleneck adapters, in parallel (par_bn)",
+    "seq_bn": "one adapter a layer",
+    "double_seq_bn": "two adapters a layer",
+    "par_bn": "one adapter a layer, beside the feed-forward",
 }
 _LIMIT = 900.0  # seconds for one of them
 _ABSENT = "give the Python of an environment with the adapters package: --adapters-python"
@@ -87,10 +88,10 @@ def measure_methods(
         if progress is not None:
             progress(number + 1, len(names) + len(BOTTLENECKS), None)
     del model
-    for number, (kind, name) in enumerate(BOTTLENECKS.items()):
+    for number, (kind, note) in enumerate(BOTTLENECKS.items()):
         row = {"why": _ABSENT} if adapters_python is None else None
         row = row or _bottleneck(adapters_python or "", folder, kind, tokens, rounds)
-        found.append({"name": name} | row)
+        found.append({"name": f"bottleneck {kind}", "note": note} | row)
         if progress is not None:
             progress(len(names) + number + 1, len(names) + len(BOTTLENECKS), None)
     return found
@@ -118,17 +119,14 @@ def _bottleneck(
 ) -> dict[str, Any]:
     """A row of the package's configuration `kind`, from a process of that Python."""
     given = {"base": str(base.resolve()), "kind": kind, "tokens": tokens, "rounds": rounds}
-    try:
-        ran = subprocess.run(
-            [python, str(Path(__file__).with_name("bottleneck.py"))],
-            input=json.dumps(given), capture_output=True, text=True, timeout=_LIMIT,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        )  # fmt: skip
-        told: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
-    except subprocess.TimeoutExpired:
+    program = [python, Path(__file__).with_name("bottleneck.py")]
+    ran = run_child(program, given, timeout=_LIMIT)
+    if ran.late:
         return {"why": f"it took more than {_LIMIT:.0f} s"}
+    try:
+        told: dict[str, Any] = json.loads(ran.lines[-1])
     except (IndexError, ValueError):
-        return {"why": (ran.stderr.strip().splitlines() or ["its process ended"])[-1][:90]}
+        return {"why": (ran.errors.splitlines() or ["its process ended"])[-1][:90]}
     if "why" in told:
         return {"why": str(told["why"])[:90]}
     return _row(told["parameters"], told["total"], told["attach_seconds"], told["pairs"])

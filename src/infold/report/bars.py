@@ -42,13 +42,14 @@ def save_bars(record: Mapping[str, Any], path: Path) -> None:
             raise StorageFailure(f"{path}: {error.strerror}") from error
 
 
-def bar_figure(record: Mapping[str, Any], ink: str = "black") -> Figure:
-    """Medians as bars, intervals as whiskers of the colour `ink`; seconds, tokens/s and MB."""
+def bar_figure(record: Mapping[str, Any], ink: str = "black", width: float = 7) -> Figure:
+    """Medians as bars, intervals as whiskers of the colour `ink`; seconds, tokens/s and MB. width:
+    inches."""
     from matplotlib.figure import Figure
 
     models = record["models"]
     metrics = list(dict.fromkeys(m for found in models.values() for m in found))
-    figure = Figure(figsize=(7, 0.55 + len(metrics) * (0.5 + 0.18 * len(models))))
+    figure = Figure(figsize=(width, 0.55 + len(metrics) * (0.5 + 0.18 * len(models))))
     figure.set_layout_engine("constrained")
     charts = figure.subplots(len(metrics), 1, squeeze=False)[:, 0]
     for chart, metric in zip(charts, metrics, strict=True):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from importlib.util import find_spec
 from math import prod
 from typing import Any
 
+from infold.conversion import conversion_text
 from infold.errors import CorruptFile, Refusal
 from infold.report.records import Records
 from infold.sizes import bytes_text
@@ -15,9 +17,22 @@ from infold.sizes import bytes_text
 __all__ = ["render_html", "render_markdown", "shown"]
 
 Rows = list[tuple[str, ...]]
+_WORD = 14  # characters; longer words may break anywhere, so that no table is wider than a phone
+_SURE = 0.9  # an interval of less is told with its probability
+_BENCH = "Speed and memory"
 _OTHER = "this record tells of another merge than the one that lies here; make it again"
 _BOUNDS = ("measured", "bound")
 _MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A part of the page: its table, and the (caption, SVG) that stand before it."""
+
+    title: str
+    heads: tuple[str, ...]
+    rows: Rows
+    drawn: list[tuple[str, str]] = field(default_factory=list)
 
 
 def render_html(records: Records, others: Collection[str] = ()) -> str:
@@ -31,21 +46,27 @@ def render_html(records: Records, others: Collection[str] = ()) -> str:
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
-    from infold.report.pictures import bars, pictures
+    from infold.report.pictures import bars, conversion_pictures, pictures
 
-    sections = _sections(records, others)
+    told = [_Block(title, heads, rows) for _, title, heads, rows in _sections(records, others)]
     drawn = _checked(records, "update", pictures)
+    if "receipt" in records:
+        drawn |= _checked(records, "receipt", conversion_pictures)
+    blocks = [*told[:1], *(_Block(title, (), [], found) for title, found in drawn.items())]
+    blocks += told[1:]
     if found := "bench" not in others and _checked(records, "bench", bars):
-        drawn["Speed and memory"] = found
+        at = next((n for n, block in enumerate(blocks) if block.title == _BENCH), len(blocks))
+        rest = blocks[at] if at < len(blocks) else _Block(_BENCH, (), [])
+        blocks[at : at + 1] = [replace(rest, drawn=found)]
     text = files("infold.report").joinpath("page.html.j2").read_text(encoding="utf-8")
     made = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    return made.from_string(
-        text
-    ).render(
+    return made.from_string(text).render(
         title=_title(records),
-        digits={*"0123456789"},  # figures do not break within a word
-        sections=[section[1:] for section in sections],
-        pictures={name: [(t, Markup(svg)) for t, svg in found] for name, found in drawn.items()},
+        longest=_WORD,
+        blocks=[
+            replace(block, drawn=[(caption, Markup(svg)) for caption, svg in block.drawn])
+            for block in blocks
+        ],
     )
 
 
@@ -86,7 +107,7 @@ def _sections(
         ("update", "Without a picture", ("", ""), _undrawn),
         ("training", "Training", ("", ""), _training),
         ("deployment", "Measured, and needed", ("", ""), _deployment),
-        ("bench", "Speed and memory over the base's", _bench_heads(records), _bench),
+        ("bench", _BENCH, _bench_heads(records), _bench),
         ("outputs", "Consistency", ("", "outputs", "measured", "bound"), _outputs),
         ("smoke", "Served", ("", ""), _smoke),
         ("checklist", "Checklist", ("", "box", "evidence"), _checklist),
@@ -116,11 +137,16 @@ def _receipt(r: Mapping[str, Any]) -> Rows:
     count = sum(elements for _, elements in told)
     same = sum(share * elements for share, elements in told)
     survived = f"; {1 - same / count:.1%} of their elements moved" if count else ""
+    converted = conversion_text(r)
     return [
         *rows,
         ("tensors", f"{r['tensors']:,}, {len(r['edits']):,} edited{survived}"),
         ("size", f"{bytes_text(r['bytes'])}, {bytes_text(r['edited_bytes'])} edited"),
-        ("run", f"{r['seconds']:.1f} s, {bytes_text(r['peak_memory'])}, {r['device']}"),
+        *([("converted", converted)] if converted else []),
+        (
+            "run",
+            f"{r['seconds']:.1f} s on {r['device']}, peak memory {bytes_text(r['peak_memory'])}",
+        ),
         ("infold", r["infold"]),
         *(("note", note) for note in r["notes"]),
     ]
@@ -152,10 +178,10 @@ def _deployment(r: Mapping[str, Any]) -> Rows:
         rate, first = figures["decode_tokens_per_second"], figures["first_token_seconds"]
         rows += [
             ("device", figures["device"]),
-            ("decoding", f"{rate['median']:.1f} tokens/s ({rate['least']:.1f} to "
-             f"{rate['most']:.1f})"),
-            ("first token", f"{first['median']:.3f} s ({first['least']:.3f} to "
-             f"{first['most']:.3f})"),
+            ("decoding", f"{rate['median']:.1f} tokens/s ({rate['low']:.1f} to "
+             f"{rate['high']:.1f})"),
+            ("first token", f"{first['median']:.3f} s ({first['low']:.3f} to "
+             f"{first['high']:.3f})"),
             ("loading", f"{figures['load_seconds']:.2f} s"),
         ]  # fmt: skip
     else:
@@ -169,7 +195,7 @@ def _deployment(r: Mapping[str, Any]) -> Rows:
 def _bench_heads(records: Records) -> tuple[str, ...]:
     compared = records.get("bench", {}).get("comparisons", [])
     models = dict.fromkeys(str(c.get("model", "merged")) for c in compared if isinstance(c, dict))
-    return ("1 is the base's, more is worse", *models)
+    return ("over the base's; more is worse", *models)
 
 
 def _bench(r: Mapping[str, Any]) -> Rows:
@@ -179,6 +205,8 @@ def _bench(r: Mapping[str, Any]) -> Rows:
     rows: dict[str, dict[str, str]] = {}
     for c in compared:
         told = f"{c['ratio']:.3f} ({c['low']:.3f} to {c['high']:.3f})"
+        if (coverage := c.get("coverage", 1)) < _SURE:  # of load and memory, one value a start
+            told = f"{told}, of {coverage:.0%}" if coverage else f"{c['ratio']:.3f}, one value"
         rows.setdefault(c["metric"], {})[str(c.get("model", "merged"))] = told
     return [(metric, *(cells.get(model, "") for model in models)) for metric, cells in rows.items()]
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from infold.report.bars import bar_figure
 
-__all__ = ["bars", "pictures"]
+__all__ = ["bars", "conversion_pictures", "pictures"]
 
 _INK = "#010203"  # becomes currentColor
 _STYLE: Any = {
@@ -25,6 +25,7 @@ _STYLE: Any = {
     "ytick.color": _INK,
     "font.size": 9,
 }
+_WIDTH = 5  # inches: two side by side on a wide screen, and text that a phone shows large enough
 _FILL = "#4c8bf5"
 
 
@@ -33,7 +34,7 @@ def bars(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     if not record.get("models"):
         return []
     with rc_context(_STYLE):
-        drawn = _svg(bar_figure(record, _INK))
+        drawn = _svg(bar_figure(record, _INK, _WIDTH))
     return [("Medians, and the intervals that hold them with 95 % where rounds allow.", drawn)]
 
 
@@ -63,6 +64,28 @@ def pictures(update: Mapping[str, Any]) -> dict[str, list[tuple[str, str]]]:
     return found
 
 
+def conversion_pictures(receipt: Mapping[str, Any]) -> dict[str, list[tuple[str, str]]]:
+    """Heading -> (caption, SVG): what each converted weight lost, beside what the adapters do."""
+    found: dict[str, dict[str, float]] = {"error": {}, "update": {}}
+    for edit in receipt["edits"] if receipt.get("conversion") else ():
+        source = edit["source"]  # the parts of a weight that is quantized again tell of it all
+        name = source.get("decoded", source.get("original", edit["tensor"]))
+        for what, values in found.items():
+            if edit.get(what) is not None:
+                values[name] = edit[what]
+    if not found["error"]:
+        return {}
+    with rc_context(_STYLE):
+        return {
+            "Converted weights": [
+                ("Error of each weight against the exact merge, over the weight's norm.",
+                 _heat(found["error"], None)),
+                ("The adapters' own update of it, over the same. Where the error is as large, "
+                 "much of the update is lost.", _heat(found["update"], None)),
+            ]
+        }  # fmt: skip
+
+
 def grid(values: Mapping[str, float]) -> tuple[list[str], list[int], list[list[float]]]:
     """Modules, layers and values[module][layer] (nan where there is none) from tensors' names."""
     cells: dict[str, dict[int, float]] = {}
@@ -77,7 +100,7 @@ def grid(values: Mapping[str, float]) -> tuple[list[str], list[int], list[list[f
 
 def _heat(values: Mapping[str, float], centre: float | None) -> str:
     modules, layers, rows = grid(values)
-    figure = Figure(figsize=(7, 1.4 + 0.35 * len(modules)), layout="constrained")
+    figure = Figure(figsize=(_WIDTH, 1.2 + 0.3 * len(modules)), layout="constrained")
     axes = figure.subplots()
     spread = (
         max((abs(v - centre) for row in rows for v in row if v == v), default=1.0)
@@ -91,12 +114,12 @@ def _heat(values: Mapping[str, float], centre: float | None) -> str:
     axes.set_xticks([n + 0.5 for n in range(0, len(layers), step)], [*map(str, layers[::step])])
     axes.set_xlabel("layer")
     axes.invert_yaxis()
-    figure.colorbar(mesh, ax=axes)
+    figure.colorbar(mesh, ax=axes, aspect=12)
     return _svg(figure)
 
 
 def _histogram(edges: list[float], counts: list[int]) -> str:
-    figure = Figure(figsize=(7, 2.6), layout="constrained")
+    figure = Figure(figsize=(_WIDTH, 2.2), layout="constrained")
     axes = figure.subplots()
     axes.stairs(counts, edges, fill=True, color=_FILL)
     axes.axvline(1.0, color=_INK, linewidth=0.8)
