@@ -141,8 +141,10 @@ def _merged(found: dict[str, Any]) -> None:
             if record["originals"]:
                 blocks += f", {record['originals']:,} of them stored whole"
         print(entry("undo", f"{bytes_text(record['bytes'])}: {blocks}"))
-        inside = f"{bytes_text(record['adapters'])} of adapters"
-        print(entry("", f"{record['share']:.2%} of the edited bytes, without {inside}"))
+        copies = f"{bytes_text(record['adapters'])} of adapters"
+        if record["side_files"]:
+            copies += f" and {bytes_text(record['side_files'])} of side files"
+        print(entry("", f"{record['share']:.2%} of the edited bytes, without {copies}"))
     print("edits")
     print(edits_text(receipt["edits"], [adapter["path"] for adapter in receipt["adapters"]]))
     print("BLAKE3, by the receipt (infold verify compares them)")

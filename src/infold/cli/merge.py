@@ -221,6 +221,18 @@ def _conversion_text(receipt: Receipt) -> str:
     return text
 
 
+def _record_text(receipt: Receipt) -> str:
+    told = receipt.undo or {}
+    copies = {"the adapters": told["adapters"], "the side files": told["side_files"]}
+    size = told["bytes"] - sum(copies.values())
+    share = size / max(1, receipt.edited_bytes)
+    listed = [
+        f"{bytes_text(count)} for a copy of {what}" for what, count in copies.items() if count
+    ]
+    text = ", ".join([f"{bytes_text(size)} ({share:.1%} of the edited bytes)", *listed])
+    return " and ".join(text.rsplit(", ", 1))
+
+
 def done_text(receipt: Receipt, out: str, told: Sequence[str] = ()) -> str:
     """What was done; `told`: notes that were printed already."""
     kept = bytes_text(receipt.resumed_bytes)
@@ -249,12 +261,5 @@ def done_text(receipt: Receipt, out: str, told: Sequence[str] = ()) -> str:
     if receipt.conversion:
         lines.append(entry("converted", _conversion_text(receipt), 11))
     if receipt.undo:
-        inside = receipt.undo["adapters"]
-        size = receipt.undo["bytes"] - inside
-        share = size / max(1, receipt.edited_bytes)
-        told = (
-            f"{bytes_text(size)} ({share:.1%} of the edited bytes) and a copy of the adapters, "
-            f"{bytes_text(inside)}: `infold undo` restores the base"
-        )
-        lines.append(entry("record", told))
+        lines.append(entry("record", f"{_record_text(receipt)}: `infold undo` restores the base"))
     return "\n".join([*lines, entry("output", out)])

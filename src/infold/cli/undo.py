@@ -72,7 +72,8 @@ def undo(
     elif say:
         speed = bytes_text(done.bytes / max(done.seconds, 1e-3))
         shards = plural("shard", len(done.shards))
-        print(entry("restored", f"{shards} in {done.seconds:.1f} s, {speed}/s"))
+        peak = bytes_text(done.peak_memory)
+        print(entry("restored", f"{shards} in {done.seconds:.1f} s, {speed}/s, peak memory {peak}"))
         print(
             entry(
                 "proven",
@@ -80,4 +81,6 @@ def undo(
                 "has the base's digest",
             )
         )
+        for note in done.notes:
+            print(entry("note", note))
         print(entry("output", place or merged))

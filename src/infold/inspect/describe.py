@@ -64,16 +64,20 @@ def describe_path(
 
 def _record(folder: Path, receipt: dict[str, Any]) -> dict[str, Any]:
     """The undo record, all of which is read and checked. Sizes are bytes; `share`: of the edited
-    ones, without what the record keeps of the adapters."""
+    ones, without what the record keeps of adapters and side files."""
     path = companion(folder, UNDO)
     with open_record(path.parent, path.name) as record:
         blocks = [f for (tensor, _), f in record.frames.items() if tensor < SEEN]
         files = record.manifest.get("files")
         if not isinstance(files, dict):
             raise CorruptFile(f"{record.path}: its manifest is none that infold writes")
-        numbers = [n for label, n in files.items() if label.startswith("adapter/")]
-        inside = [record.frames.get((FILE, n)) for n in numbers if type(n) is int]
-        adapters = sum(frame.length for frame in inside if frame is not None)
+
+        def inside(kind: str) -> int:
+            numbers = [n for label, n in files.items() if label.startswith(kind)]
+            found = [record.frames.get((FILE, n)) for n in numbers if type(n) is int]
+            return sum(frame.length for frame in found if frame is not None)
+
+        adapters, sides = inside("adapter/"), inside("side/")
         if record.manifest.get("shards") != receipt["shards"]:
             raise CorruptFile(f"{record.path}: belongs to another output, not to that of {RECEIPT}")
         return {
@@ -81,7 +85,8 @@ def _record(folder: Path, receipt: dict[str, Any]) -> dict[str, Any]:
             "blocks": len(blocks),
             "originals": sum(frame.kind == ORIGINAL for frame in blocks),
             "adapters": adapters,
-            "share": (record.nbytes - adapters) / max(1, receipt["edited_bytes"]),
+            "side_files": sides,
+            "share": (record.nbytes - adapters - sides) / max(1, receipt["edited_bytes"]),
         }
 
 

@@ -365,7 +365,8 @@ def check_space(out: Path, plan: Plan, undo: bool = False) -> None:
             why = os.strerror(errno.EROFS if closed else errno.EACCES)
             raise StorageFailure(f"{staged}: {why}")
         free = shutil.disk_usage(parent).free
-        side = sum((plan.base.path / name).stat().st_size for name in plan.copied)
+        beside = [plan.base.path / name for name in plan.copied]
+        side = sum(file.stat().st_size for file in beside if file.exists())  # else from a record
     needed = plan.nbytes + side
     if undo:
         needed += sum(plan.base.info(name).nbytes for name in kept_whole(plan))
