@@ -33,6 +33,8 @@ __all__ = [
     "read_exactly",
     "read_receipt",
     "read_shard_header",
+    "renamed",
+    "without_owner",
 ]
 
 INDEX = "model.safetensors.index.json"
@@ -88,6 +90,7 @@ class Checkpoint:
     side_files: tuple[str, ...]  # relative paths, copied as bytes
     left_out: tuple[str, ...]  # relative paths that a merged model must not carry
     where: Mapping[str, int] = field(repr=False)  # tensor name -> number of its shard
+    called: str = ""  # the path or Hub id that it had, where it is one that an undo record tells of
 
     def info(self, name: str) -> TensorInfo:
         return self.shards[self.where[name]].header.tensors[name]
@@ -119,6 +122,24 @@ def companion(path: Path, name: str) -> Path:
     """Where a file of infold's own (the receipt, the undo record) lies that belongs to the model at
     `path`: in its folder, or beside a single file, with that one's name before its own."""
     return path.with_name(f"{path.name}.{name}") if is_lone(path) else path / name
+
+
+def renamed(path: Path, name: str) -> str:
+    """Advice on a GGUF file without a companion: files go with it by its name, so it lost them if
+    it was renamed or moved. Empty for what is a folder."""
+    if not is_lone(path):
+        return ""
+    if not (gone := without_owner(path, name)):
+        return ". It goes with the file by its name: if this file was renamed or moved, undo that"
+    listed = " and ".join(gone)
+    first = path.with_name(gone[0].removesuffix(f".{name}"))
+    return f". Beside it lies {listed}: if this file was renamed, undo that (mv {path} {first})"
+
+
+def without_owner(path: Path, name: str) -> list[str]:
+    """Companions beside a GGUF file of files that are not there."""
+    found = sorted(file.name for file in path.parent.glob(f"*{GGUF}.{name}"))
+    return [f for f in found if not os.path.lexists(path.with_name(f.removesuffix(f".{name}")))]
 
 
 def kept_name(folder: Path, name: str) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from infold.cli.edits import edits_text
+from infold.cli.edits import edited_text, edits_text
 from infold.cli.output import complain, entry, plural
 from infold.cli.place import one_place, settle_first
 from infold.cli.progress import byte_progress
@@ -191,10 +191,16 @@ def _in_place(
 
 
 def _summary(plan: Plan) -> str:
+    from infold.dtypes import BLOCKS
+
     methods = sorted({op.method for edit in plan.edits.values() for op in edit.operations})
+    tensors = sum(len(shard.header.tensors) for shard in plan.shards)
     edits = f"{plural('edit', len(plan.edits))} ({', '.join(methods) or 'copies'})"
+    where = f"of {plural('tensor', tensors)} in {plural('shard', len(plan.shards))}"
     sizes = f"{bytes_text(plan.edited_bytes)} of {bytes_text(plan.nbytes)} change"
-    lines = [entry("planned", f"{edits} in {plural('shard', len(plan.shards))}: {sizes}")]
+    if all(edit.dtype in BLOCKS for edit in plan.edits.values()) and not plan.conversion:
+        sizes = f"scales within {bytes_text(plan.edited_bytes)} of {bytes_text(plan.nbytes)} change"
+    lines = [entry("planned", f"{edits} {where}: {sizes}")]
     lines += [entry("note", note) for note in plan.notes]
     return "\n".join(lines)
 
@@ -229,7 +235,8 @@ def _record_text(receipt: Receipt) -> str:
     listed = [
         f"{bytes_text(count)} for a copy of {what}" for what, count in copies.items() if count
     ]
-    text = ", ".join([f"{bytes_text(size)} ({share:.1%} of the edited bytes)", *listed])
+    what = edited_text(receipt.edits)
+    text = ", ".join([f"{bytes_text(size)} ({share:.1%} of the {what})", *listed])
     return " and ".join(text.rsplit(", ", 1))
 
 

@@ -77,8 +77,8 @@ def undo(
         print(
             entry(
                 "proven",
-                f"{done.restored:,} of {plural('tensor', done.tensors)} were edited; every shard "
-                "has the base's digest",
+                f"{done.restored:,} of {plural('tensor', done.tensors)} had been edited or "
+                "replaced, the others are copies; every shard has the base's digest",
             )
         )
         for note in done.notes:

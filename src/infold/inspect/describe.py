@@ -21,6 +21,8 @@ from infold.checkpoint.shards import (
     companion,
     is_lone,
     open_checkpoint,
+    renamed,
+    without_owner,
 )
 from infold.dtypes import BLOCKS
 from infold.errors import CorruptFile, Refusal
@@ -248,4 +250,12 @@ def _checkpoint(base: Checkpoint) -> dict[str, Any]:
         ],
         "side_files": list(base.side_files),
         "left_out": list(base.left_out),
+        "notes": _lost_receipt(base.path),
     }
+
+
+def _lost_receipt(path: Path) -> list[str]:
+    """A note where a GGUF file may be a merged one that was renamed."""
+    if not is_lone(path) or not without_owner(path, RECEIPT):
+        return []
+    return [f"{companion(path, RECEIPT).name} is not there{renamed(path, RECEIPT)}"]

@@ -29,6 +29,7 @@ from infold.checkpoint.shards import (
     is_lone,
     open_checkpoint,
     read_receipt,
+    renamed,
 )
 from infold.dtypes import SCALE_DTYPES
 from infold.edit.blocks import Block, cut
@@ -227,8 +228,8 @@ def open_merged(folder: Path, record_name: str = UNDO, *, in_place: bool = False
         )
     if not os.path.lexists(path := companion(folder, record_name)):
         raise Refusal(
-            f"{folder}: has no {path.name}; only a merge with --undo or --in-place can be "
-            "undone. Merge once more from the base, with --undo"
+            f"{folder}: has no {path.name}; only a merge with --undo or --in-place can be undone"
+            + (renamed(folder, UNDO) or ". Merge once more from the base, with --undo")
         )
     with ExitStack() as undone:
         record = open_record(path.parent, path.name)
@@ -237,7 +238,10 @@ def open_merged(folder: Path, record_name: str = UNDO, *, in_place: bool = False
         receipt: Mapping[str, Any] = {}
         if record_name == UNDO:
             if not os.path.lexists(told := companion(folder, RECEIPT)):
-                raise Refusal(f"{folder}: its {told.name} is missing, which tells what it is")
+                raise Refusal(
+                    f"{folder}: its {told.name} is missing, which tells what it is"
+                    f"{renamed(folder, RECEIPT)}"
+                )
             receipt = read_receipt(folder)
         try:
             merged = _merged(checkpoint, record, receipt, in_place)
@@ -256,7 +260,10 @@ def _merged(
     files: dict[str, int] = {str(k): int(v) for k, v in told["files"].items()}
     shards = []
     if [s.name for s in checkpoint.shards] != sorted(told["shards"]):
-        raise Refusal(f"{record.path}: belongs to another output: it has other shards")
+        which = f"has other shards ({', '.join(sorted(told['shards']))})"
+        if is_lone(checkpoint.path):
+            which = f"is called {', '.join(told['shards'])}; give the files their old names"
+        raise Refusal(f"{record.path}: belongs to another output, which {which}")
     if receipt and receipt.get("shards") != told["shards"]:
         raise Refusal(
             f"{record.path}: belongs to another output: its shards are not those of "
@@ -283,7 +290,10 @@ def _merged(
         index = parse_json(rewritten[INDEX], str(record.path))
     sides = sorted({*beside.copied, *rewritten} - {INDEX})
     where = {n: number for number, shard in enumerate(shards) for n in shard.header.tensors}
-    base = Checkpoint(checkpoint.path, tuple(shards), index, config, tuple(sides), (), where)
+    base = Checkpoint(
+        checkpoint.path, tuple(shards), index, config, tuple(sides), (), where,
+        str(told["base"]["path"]),
+    )  # fmt: skip
     adapters = tuple(
         read_adapter(record, files[f"adapter/{n}"], entry)
         for n, entry in enumerate(told["contents"])

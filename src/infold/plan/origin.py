@@ -52,7 +52,9 @@ def is_called(told: object, base: Checkpoint) -> bool:
 
 def _names(base: Checkpoint) -> list[str]:
     """What the base is called: as a Hub id, by its folder, by its config."""
-    path = base.path if base.is_folder else base.path.parent
+    there = Path(base.called) if base.called else base.path
+    alone = there.suffix in (".gguf", ".safetensors") if base.called else not base.is_folder
+    path = there.parent if alone else there
     names = []
     for place in dict.fromkeys((path, path.resolve())):
         if place.parent.name == "snapshots" and place.parent.parent.name.startswith("models--"):
@@ -60,9 +62,9 @@ def _names(base: Checkpoint) -> list[str]:
         else:
             names.append(place.name)
     if base.is_gguf:  # people call the folder anything, and the file by model and type
-        names.insert(0, _TYPE.sub("", Path(base.shards[0].name).stem))
-    elif not base.is_folder:
-        names.append(base.path.stem)
+        names.insert(0, _TYPE.sub("", there.stem if alone else Path(base.shards[0].name).stem))
+    elif alone:
+        names.append(there.stem)
     own = (base.config or {}).get("_name_or_path")
     return [*names, own] if isinstance(own, str) and own else names
 

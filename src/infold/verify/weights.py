@@ -23,7 +23,14 @@ from infold.checkpoint.files import digest_of, safe_child
 from infold.checkpoint.inputs import InputFiles
 from infold.checkpoint.record import UNDO
 from infold.checkpoint.safetensors import TensorInfo, read_header
-from infold.checkpoint.shards import RECEIPT, companion, is_lone, kept_name, open_checkpoint
+from infold.checkpoint.shards import (
+    RECEIPT,
+    companion,
+    is_lone,
+    kept_name,
+    open_checkpoint,
+    renamed,
+)
 from infold.dtypes import BLOCKS
 from infold.errors import InfoldError, Refusal
 from infold.plan.build import plan_merge
@@ -137,6 +144,7 @@ def _open(
     if claims is None:
         raise Refusal(
             f"{folder}: has no {companion(folder, RECEIPT).name}, so give base and adapters too"
+            f"{renamed(folder, RECEIPT)}"
         )
     if os.path.realpath(claims.base) == os.path.realpath(folder):
         raise Refusal(
