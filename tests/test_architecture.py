@@ -23,6 +23,8 @@ FREE = {
     "machine",
     "patience",
     "leash",
+    "ggml",
+    "names",
 }  # every room may import these
 LEAVES = {"adapters", "formats", "checkpoint"}
 MAY_IMPORT = {
@@ -32,6 +34,8 @@ MAY_IMPORT = {
     "workers": set(),
     "patience": set(),
     "leash": set(),
+    "names": set(),
+    "ggml": set(),
     "machine": set(),
     "dtypes": set(),
     "adapters": set(),

@@ -175,7 +175,7 @@ def test_the_message_tells_which_base_the_adapter_was_trained_on(bench: Bench) -
         peft_type="IA3", base_model_name_or_path="someone/another-model",
     )  # fmt: skip
     message = reasons(bench, bench.write(weights("k.weight")), adapter)
-    assert "was trained on 'someone/another-model': is this that base?" in message
+    assert "it was trained on someone/another-model, and the base is " in message
 
 
 # --- spellings of keys -------------------------------------------------------------------------

@@ -125,7 +125,10 @@ def test_a_wrong_base_is_summed_up_and_json_lists_all(
     lines, told = ran.stderr.splitlines(), json.loads(as_json.stdout)
 
     assert ran.returncode == as_json.returncode == 2 and ran.stdout == ""
-    assert lines[0].endswith(f"none of its {2 * LAYERS} modules is in {other}")
+    assert lines[0] == (
+        f"infold: {inputs[1]}: does not fit {other}: none of its {2 * LAYERS} modules is in "
+        f"{other}; it has {LAYERS} layers, the base 1"
+    )
     alike = [line for line in lines if line.endswith(f"(and {LAYERS - 1} more like this)")]
     assert len(alike) == 2 and all("model.layers.0." in line for line in alike)
     assert lines[-1] == "infold: nothing was written"

@@ -19,6 +19,7 @@ from infold.errors import CorruptFile, Refusal, StorageFailure
 __all__ = [
     "INDEX",
     "JOURNAL",
+    "NOT_CONTENT",
     "RECEIPT",
     "SINGLE",
     "TOKENIZERS",
@@ -63,7 +64,7 @@ _LOADED = (
     "*.safetensors", "adapter_*",
 )  # fmt: skip
 _TEMPLATES = "additional_chat_templates"  # the one folder that they look into
-_NOT_CONTENT = (".git", ".cache", "__pycache__")
+NOT_CONTENT = (".git", ".cache", "__pycache__")
 # What `infold deploy` and the records of other verbs put beside merged weights.
 _BESIDE = re.compile(
     r"deployment_config\.json|README\.base\.md|serving/(\w+\.sh|Modelfile)|records/[\w.-]+\.json"
@@ -317,8 +318,8 @@ def _beside(path: Path, shards: list[Shard]) -> tuple[list[str], list[str]]:
 
     for folder, folders, files in os.walk(path, onerror=unreadable):
         here = Path(folder).relative_to(path)
-        left += [str(here / name) for name in folders if name in _NOT_CONTENT]
-        folders[:] = sorted(name for name in folders if name not in _NOT_CONTENT)
+        left += [str(here / name) for name in folders if name in NOT_CONTENT]
+        folders[:] = sorted(name for name in folders if name not in NOT_CONTENT)
         for name in folders:
             if (Path(folder) / name).is_symlink():  # its content is copied from where it lies
                 safe_child(path, str(here / name))

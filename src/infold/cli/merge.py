@@ -12,7 +12,7 @@ import typer
 
 from infold.cli.edits import edited_text, edits_text
 from infold.cli.output import complain, entry, plural
-from infold.cli.place import one_place, settle_first
+from infold.cli.place import check_words, one_place, settle_first
 from infold.cli.progress import byte_progress
 from infold.cli.startup import lasting_imports
 from infold.errors import Refusal
@@ -117,14 +117,18 @@ def merge(
     was when the same command is given again. Every tensor of every adapter is used, or nothing is
     written and all that does not fit is listed.
     """
+    from infold.merge.options import Options
+
     place = one_place(out, in_place, dry_run)
     say = not (quiet or as_json)
-    with lasting_imports():
-        from infold.merge.options import Options
+    convert = Options(promote, dequantize, requantize, dtype, base_16bit, lossy)
+    convert.check()
+    inputs = [base, *adapters, *([base_16bit] if base_16bit is not None else [])]
+    check_words(inputs, out=out, force=force, device=device, max_memory=max_memory)
     if in_place:
         if force or sha256:
             raise Refusal("--force and --sha256 go with --out, not with --in-place")
-        Options(promote, dequantize, requantize, dtype, base_16bit, lossy).check_in_place()
+        convert.check_in_place()
         _in_place(base, adapters, max_memory, device, threads, dry_run, lossy, as_json, say)
         return
     with lasting_imports():
@@ -132,7 +136,6 @@ def merge(
         from infold.merge.run import execute
 
     settle_first(base, refuse=True)
-    convert = Options(promote, dequantize, requantize, dtype, base_16bit, lossy)
     plan = open_plan(base, adapters, convert)
     if out is None:  # a dry run
         check(plan, max_memory, device, threads, undo)
@@ -191,7 +194,7 @@ def _in_place(
 
 
 def _summary(plan: Plan) -> str:
-    from infold.dtypes import BLOCKS
+    from infold.ggml import BLOCKS
 
     methods = sorted({op.method for edit in plan.edits.values() for op in edit.operations})
     tensors = sum(len(shard.header.tensors) for shard in plan.shards)

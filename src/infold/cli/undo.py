@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from infold.cli.output import complain, entry, plural
-from infold.cli.place import one_place, settle_first
+from infold.cli.place import check_words, one_place, settle_first
 from infold.cli.progress import byte_progress
 from infold.cli.startup import lasting_imports
 from infold.sizes import bytes_text
@@ -50,6 +50,7 @@ def undo(
     """
     place = one_place(out, in_place)
     say = not (quiet or as_json)
+    check_words([], merged, out, device=device, max_memory=max_memory)
     with lasting_imports():
         from infold.merge.inplace import undo_in_place
         from infold.merge.restore import undo_checkpoint

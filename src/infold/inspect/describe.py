@@ -24,9 +24,9 @@ from infold.checkpoint.shards import (
     renamed,
     without_owner,
 )
-from infold.dtypes import BLOCKS
 from infold.errors import CorruptFile, Refusal
 from infold.formats import NoFold, floats_of
+from infold.ggml import BLOCKS
 from infold.inspect.receipt import checked_receipt
 from infold.plan.build import plan_merge
 from infold.plan.config import read_config

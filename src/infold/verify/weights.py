@@ -31,10 +31,10 @@ from infold.checkpoint.shards import (
     open_checkpoint,
     renamed,
 )
-from infold.dtypes import BLOCKS
 from infold.errors import InfoldError, Refusal
+from infold.ggml import BLOCKS
 from infold.plan.build import plan_merge
-from infold.plan.convert import Choice
+from infold.plan.choice import Choice
 from infold.plan.edits import Amended, Operation, Plan, Replacement
 from infold.plan.output import placed
 from infold.verify.amended import AmendedCheck
@@ -96,7 +96,8 @@ def verify_checkpoint(
             unread = {shard.name for shard in plan.shards} - {shard.name for shard in shards}
             claimed = {n: digest for n, digest in claims.shards.items() if n not in unread}
             offenders += _compare_digests("digest", claimed, output, "the output")
-            offenders += _changed_sides(claims, plan, folder)
+            known = {offender.where for offender in different}  # a file is one offender
+            offenders += [o for o in _changed_sides(claims, plan, folder) if o.where not in known]
         if claims is not None and base is None:
             found = {plan.base.shards[s.source].name: sources.get(s.name) for s in plan.shards}
             own = {s.name: found.get(s.name) or digest_of(s.path) for s in plan.base.shards}
