@@ -16,8 +16,8 @@ from infold.checkpoint.safetensors import open_regular, parse_json
 from infold.errors import CorruptFile, Refusal, StorageFailure
 
 __all__ = [
-    "already_here", "check_named", "digest_of", "exists", "locate", "read_bytes", "read_json", "read_object",
-    "safe_child",
+    "already_here", "check_named", "digest_of", "exists", "locate", "read_bytes", "read_json",
+    "read_object", "safe_child",
 ]  # fmt: skip
 
 MAX_JSON = 64 << 20  # the largest index in the wild is about 15 MB
