@@ -54,10 +54,12 @@ def misfit(
             if count > 1
             else f"its only module is not in {base.path}"
         )
+    other = isinstance(told, str) and told and not any(same(told, name) for name in names)
     ours, theirs = _layers(modules), _layers(base.where)
-    if ours and theirs and ours != theirs:
+    # an adapter can be for the first layers only
+    if 0 < theirs < ours or (0 < ours < theirs and other):
         facts.append(f"it has {ours} layers, the base {theirs}")
-    if isinstance(told, str) and told and not any(same(told, name) for name in names):
+    if other:
         facts.append(f"it was trained on {told}, and the base is {names[0]}")
     if facts:
         yield f"{adapter.path}: does not fit {base.path}: {'; '.join(facts)}"
