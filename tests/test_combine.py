@@ -605,7 +605,7 @@ def test_what_differs_is_told(tmp_path: Path) -> None:
 
     notes = plan_combination([one, two], [1, 1], "linear").notes
 
-    assert any("org/base, org/chat; the result has org/Tiny-1B" in note for note in notes)
+    assert any("org/Tiny-1B, org/Tiny-3B; the result has org/Tiny-1B" in note for note in notes)
     assert any("not copied" in note and "tokenizer.json" in note for note in notes)
 
 

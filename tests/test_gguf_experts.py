@@ -121,7 +121,7 @@ def test_a_row_of_any_length_is_proven_in_pieces(
     file, out = mixtral(tmp_path, "F16"), tmp_path / "m.gguf"
     vector = vectors(0, False, v=INNER)["v"]
     adapter = handmade.ia3(
-        tmp_path / "a", {f"{EXPERT}.{e}.w2": vector.t() for e in (0, 2)},
+        tmp_path / "a", {f"{EXPERT}.{e}.w2": vector.t().clone() for e in (0, 2)},
         feedforward_modules=["w2"],
     )  # fmt: skip
     infold.merge(file, adapter, out)

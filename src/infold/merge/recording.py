@@ -115,7 +115,7 @@ class Recording:
         self,
         origin: Mapping[str, Any],
         shards: Mapping[str, str],
-        sides: Mapping[str, bytes],
+        sides: Iterable[tuple[str, bytes]],
         copied: Mapping[str, str],
     ) -> dict[str, int]:
         """Everything else that the base needs; returns how many bytes of it are a copy of the
@@ -132,7 +132,7 @@ class Recording:
         for shard, output in zip(plan.base.shards, plan.shards, strict=True):
             if not output.same_layout:
                 keep(f"header/{shard.name}", [shard.header.raw])
-        beside = sum(keep(LABEL + name, [pack(data)]) for name, data in sides.items())
+        beside = sum(keep(LABEL + name, [pack(data)]) for name, data in sides)
         inside = sum(keep(f"adapter/{n}", _contents(a)) for n, a in enumerate(plan.adapters))
         for name in self.kept:
             keep(f"tensor/{name}", _stored(plan.base, name))

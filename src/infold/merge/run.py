@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -223,9 +223,11 @@ def finish_record(recording: Recording, receipt: Receipt, source: Merged | None)
     return {"file": UNDO, "bytes": writer.end, **inside, "blake3": digest}
 
 
-def _base_sides(plan: Plan, source: Merged | None) -> tuple[dict[str, bytes], dict[str, str]]:
-    """Of the base's side files what a record keeps, and the digests of those that the output has as
-    they are."""
+def _base_sides(
+    plan: Plan, source: Merged | None
+) -> tuple[Iterator[tuple[str, bytes]], dict[str, str]]:
+    """Of the base's side files those that a record keeps, one after the other, and the digests of
+    those that the output has as they are."""
     restored = source.rewritten if source else {}
 
     def place(name: str) -> Path:
@@ -248,7 +250,7 @@ def _base_sides(plan: Plan, source: Merged | None) -> tuple[dict[str, bytes], di
         else digest_file(plan.base.path, place(name).relative_to(plan.base.path).as_posix())
         for name in plan.copied
     }
-    return {name: read(name) for name in (*had, *kept)}, copied
+    return ((name, read(name)) for name in (*had, *kept)), copied
 
 
 def _there_already(prepared: Prepared) -> list[str]:
