@@ -209,9 +209,11 @@ def time_table(found: dict[str, Any]) -> str:
     ]
     for method, record in found["records"].items():
         own = f"{record['share']:.2%} of the {record['edited_bytes']:,} edited bytes"
+        sides = record.get("side_files")
+        beside = f" and {sides:,} the side files'" if sides else ""
         rows.append(
             f"{method}: a record of {record['bytes']:,} bytes, of which "
-            f"{record['adapters']:,} are the adapter's copy; the rest is {own}."
+            f"{record['adapters']:,} are the adapter's copy{beside}; the rest is {own}."
         )
     return "\n".join(rows)
 

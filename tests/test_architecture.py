@@ -26,6 +26,8 @@ FREE = {
     "conversion",
     "interval",
     "child",
+    "ggml",
+    "names",
 }  # every room may import these
 LEAVES = {"adapters", "formats", "checkpoint"}
 MAY_IMPORT = {
@@ -38,6 +40,8 @@ MAY_IMPORT = {
     "conversion": set(),
     "interval": set(),
     "child": set(),
+    "names": set(),
+    "ggml": set(),
     "machine": set(),
     "dtypes": set(),
     "adapters": set(),

@@ -599,13 +599,13 @@ def test_the_same_seed_gives_the_same_bytes_whatever_else_is_combined(tmp_path: 
 
 
 def test_what_differs_is_told(tmp_path: Path) -> None:
-    one = lora(tmp_path / "one", {Q: (4, 6)}, base_model_name_or_path="org/base")
-    two = lora(tmp_path / "two", {Q: (4, 6)}, base_model_name_or_path="org/chat")
+    one = lora(tmp_path / "one", {Q: (4, 6)}, base_model_name_or_path="org/Tiny-1B")
+    two = lora(tmp_path / "two", {Q: (4, 6)}, base_model_name_or_path="org/Tiny-3B")
     (two / "tokenizer.json").write_text("{}")
 
     notes = plan_combination([one, two], [1, 1], "linear").notes
 
-    assert any("org/base, org/chat; the result has org/base" in note for note in notes)
+    assert any("org/Tiny-1B, org/Tiny-3B; the result has org/Tiny-1B" in note for note in notes)
     assert any("not copied" in note and "tokenizer.json" in note for note in notes)
 
 

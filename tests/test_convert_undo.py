@@ -219,4 +219,4 @@ def test_inspect_tells_what_was_kept_and_how_good_it_is(tmp_path: Path) -> None:
     told = CliRunner().invoke(app, ["inspect", str(out)], env={"COLUMNS": "200"}).stdout
 
     assert ": what was replaced, whole" in told and "0 blocks" not in told
-    assert re.search(r"F16 \S+ +from ggml, lora .* error \S+, update \S+\n", told)
+    assert re.search(r"F16 \S+ +from Q4_0, lora .* error \S+, update \S+\n", told)

@@ -18,6 +18,7 @@ from torch import Tensor
 import ggufs
 import handmade
 import infold
+from forked import infold_command
 from ggufs import Stored
 from infold.checkpoint.gguf import read_gguf_header
 from infold.edit.scales import MOST
@@ -638,3 +639,62 @@ def test_an_interrupted_merge_goes_on_where_it_was(
     assert told[0] == told[1] and all(one["scales"] == 2 * ROWS for one in told[0])
     infold.undo(out, tmp_path / "again.gguf")
     assert (tmp_path / "again.gguf").read_bytes() == base.read_bytes()
+
+
+def test_a_renamed_file_is_told_what_it_lacks(base: Path, adapter: Path, tmp_path: Path) -> None:
+    """Receipt and record are found by the file's name: what was looked for, and what lies there."""
+    old, new = tmp_path / "merged.gguf", tmp_path / "better.gguf"
+    infold.merge(base, adapter, old, undo=True)
+    old.rename(new)
+    back = rf"\(mv {new} {old}\)"
+    verbs = {
+        "infold-undo.bin": [
+            lambda file: infold.undo(file, tmp_path / "never.gguf"),
+            lambda file: infold.swap(file, adapter, tmp_path / "never.gguf"),
+            lambda file: infold.undo(file, in_place=True),
+        ],
+        "infold-receipt.json": [lambda file: infold.verify(file)],
+    }
+    for name, uses in verbs.items():
+        for use in uses:
+            told = rf"has no better.gguf.{name}.*Beside it lies merged.gguf.{name}: .*{back}"
+            with pytest.raises(infold.Refusal, match=told):
+                use(new)
+    (note,) = infold.inspect(new)["notes"]
+    assert re.search(rf"better.gguf.infold-receipt.json is not there.*{back}", note)
+    assert infold.inspect(base)["notes"] == [], "an old name that lies beside is no model's own"
+
+    for name in verbs:
+        shutil.copy(f"{old}.{name}", f"{new}.{name}")
+    with pytest.raises(infold.Refusal, match=r"is called merged.gguf; give the files their old"):
+        infold.undo(new, tmp_path / "never.gguf")
+    (tmp_path / "away").mkdir()
+    shutil.copy(new, tmp_path / "away" / "merged.gguf")
+    with pytest.raises(infold.Refusal, match="renamed or moved, undo that"):
+        infold.undo(tmp_path / "away" / "merged.gguf", tmp_path / "never.gguf")
+
+
+def test_a_swap_asks_about_the_base_and_not_about_the_merged_file(
+    base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    named = shutil.copy(base, tmp_path / "Tiny-1B.Q8_0.gguf")
+    infold.merge(named, adapter, tmp_path / "Famous-70B.gguf", undo=True)
+    config = adapter / "adapter_config.json"
+    doubts = []
+    for name in ("someone/Tiny-1B", "someone/Famous-70B"):
+        told = {**json.loads(config.read_text()), "base_model_name_or_path": name}
+        config.write_text(json.dumps(told))
+        out = tmp_path / f"{name.rpartition('/')[2]}-swapped.gguf"
+        notes = infold.swap(tmp_path / "Famous-70B.gguf", adapter, out).notes
+        doubts.append(any("is it the same model" in note for note in notes))
+
+    assert doubts == [False, True]
+
+
+def test_the_type_of_a_tensor_is_what_is_told(base: Path, adapter: Path, tmp_path: Path) -> None:
+    """And where the edited bytes hold codes, the share of a record says so."""
+    ran = infold_command("merge", base, adapter, "--out", tmp_path / "m.gguf", "--undo")
+    assert ran.returncode == 0 and "scales within" in ran.stdout
+    assert "of the bytes of the edited tensors, codes too" in ran.stdout
+    shown = infold_command("inspect", tmp_path / "m.gguf")
+    assert "of the bytes of the edited tensors, codes too, without" in shown.stdout

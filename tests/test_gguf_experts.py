@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 import ggufs
 import handmade
 import infold
+from infold.checkpoint.gguf import read_gguf_header
 from test_gguf import WIDE, matrix, one_layer, vectors
 
 EXPERTS, INNER = 3, 64
@@ -99,3 +101,40 @@ def test_what_one_expert_cannot_have_is_refused_without_a_way_that_is_none(
         with pytest.raises(infold.Refusal, match=r"safetensors checkpoint, and convert") as caught:
             infold.merge(file, adapter, tmp_path / "m.gguf", **options)
         assert "--promote" not in str(caught.value)
+
+
+def test_a_row_of_any_length_is_proven_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dense experts are one row each, hundreds of megabytes in a large model."""
+    from infold.verify import tensors
+
+    pieces = []
+    real = tensors.EditCheck.check
+
+    def check(self: tensors.EditCheck, merged: memoryview, *rest: Any) -> None:
+        pieces.append(len(merged))
+        real(self, merged, *rest)
+
+    monkeypatch.setattr(tensors, "BLOCK", 1000)  # no divisor of a row
+    monkeypatch.setattr(tensors.EditCheck, "check", check)
+    file, out = mixtral(tmp_path, "F16"), tmp_path / "m.gguf"
+    vector = vectors(0, False, v=INNER)["v"]
+    adapter = handmade.ia3(
+        tmp_path / "a", {f"{EXPERT}.{e}.w2": vector.t().clone() for e in (0, 2)},
+        feedforward_modules=["w2"],
+    )  # fmt: skip
+    infold.merge(file, adapter, out)
+
+    assert infold.verify(out).ok
+    assert max(pieces) == 2000 and sum(pieces) == EXPERTS * INNER * WIDE * 2
+
+    info = read_gguf_header(out).tensors[UP]
+    for element in (999, 1000, INNER * WIDE - 1, INNER * WIDE, 2 * INNER * WIDE + 12345):
+        data = bytearray(out.read_bytes())
+        data[info.begin + 2 * element] ^= 4
+        (tmp_path / "wrong").mkdir(exist_ok=True)
+        (tmp_path / "wrong" / "m.gguf").write_bytes(data)
+        (wrong,) = infold.verify(file, adapter, tmp_path / "wrong" / "m.gguf").offenders
+        place = [element // (INNER * WIDE), element // WIDE % INNER, element % WIDE]
+        assert wrong.where == UP and f"{place}" in wrong.detail, wrong

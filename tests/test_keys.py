@@ -175,7 +175,23 @@ def test_the_message_tells_which_base_the_adapter_was_trained_on(bench: Bench) -
         peft_type="IA3", base_model_name_or_path="someone/another-model",
     )  # fmt: skip
     message = reasons(bench, bench.write(weights("k.weight")), adapter)
-    assert "was trained on 'someone/another-model': is this that base?" in message
+    assert "it was trained on someone/another-model, and the base is " in message
+
+
+@pytest.mark.parametrize(
+    ("base", "told"),
+    [("a/Tiny-1B", None), ("a/Other-1B", "it has 2 layers, the base 3; it was trained on a/Other")],
+)
+def test_an_adapter_of_the_first_layers_is_not_of_a_smaller_model(
+    bench: Bench, base: str, told: str | None
+) -> None:
+    """It has fewer layers than its own base; only where the names differ, too, that tells."""
+    parts = {f"{PREFIX}model.layers.{n}.q.ia3_l": torch.ones(5 + n, 1) for n in range(2)}
+    adapter = bench.write_adapter(parts, peft_type="IA3", base_model_name_or_path=base)
+    folder = bench.write(weights(*(f"model.layers.{n}.q.weight" for n in range(3))))
+    message = reasons(bench, folder.rename(folder.with_name("Tiny-1B")), adapter)
+
+    assert (told in message) if told else ("does not fit" not in message)
 
 
 # --- spellings of keys -------------------------------------------------------------------------

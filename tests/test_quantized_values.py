@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 import ggufs
-from infold.dtypes import BLOCKS
 from infold.errors import Refusal
 from infold.formats.gguf import PACKINGS
 from infold.formats.values import (
@@ -27,6 +26,7 @@ from infold.formats.values import (
 )
 from infold.formats.values.bits import pack, unpack
 from infold.formats.values.scheme import Scheme, e8m0, to_e4m3
+from infold.ggml import BLOCKS
 from infold.verify.ggml import values_of
 
 RANDOM = torch.Generator().manual_seed(3)

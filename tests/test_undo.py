@@ -382,10 +382,78 @@ def test_changed_shards_are_refused_and_nothing_is_left(merged: Path) -> None:
     refused(merged, "was changed after it was merged")
 
 
-def test_changed_side_files_are_refused(merged: Path) -> None:
+def touched(merged: Path) -> list[str]:
+    """Side files that were changed, or are gone; what undo and swap tell of them."""
     (merged / "tokenizer.json").write_text("{ }")
-    (merged / "deep" / "side.txt").unlink()
-    refused(merged, r"side.txt: is missing[^$]*tokenizer.json: was changed")
+    (merged / "config.json").write_text('{"tie_word_embeddings": true}')
+    shutil.rmtree(merged / "deep")
+    changed = "was changed after it was merged"
+    what = {"config.json": changed, "deep/side.txt": "is gone", "tokenizer.json": changed}
+    out = "the output has the base's, from the undo record"
+    return [f"{merged / name} {why}: {out}" for name, why in what.items()]
+
+
+def test_side_files_that_were_changed_come_back(merged: Path, tmp_path: Path) -> None:
+    """Another tokenizer in the merged folder is no reason to lose the base's."""
+    adapter = tmp_path / "adapter-lora-0"
+    expected = touched(merged)
+
+    undone = infold.undo(merged, tmp_path / "restored")
+    swapped = infold.swap(merged, adapter, tmp_path / "swapped")
+    told = ran("undo", merged, "--out", tmp_path / "told").stdout
+    shutil.rmtree(tmp_path / "swapped" / "deep")
+    infold.undo(tmp_path / "swapped", tmp_path / "again")
+
+    base = digests(tmp_path / "base")
+    assert base == digests(tmp_path / "restored") == digests(tmp_path / "again")
+    assert undone.notes == [n for n in swapped.notes if "undo record" in n] == expected
+    assert all(note in told for note in expected)
+    names = ("config.json", "tokenizer.json", "model.safetensors.index.json")
+    for name in names:
+        assert (tmp_path / "swapped" / name).read_bytes() == (tmp_path / "base" / name).read_bytes()
+    assert swapped.side_files == infold.merge(tmp_path / "base", adapter, tmp_path / "p").side_files
+
+
+def test_in_place_leaves_side_files_alone(merged: Path, tmp_path: Path) -> None:
+    touched(merged)
+    before = digests(merged)
+    match = r"tokenizer.json: was changed after it was merged, and --in-place .* use --out"
+    for verb in (
+        lambda: infold.undo(merged, in_place=True),
+        lambda: infold.swap(merged, tmp_path / "adapter-lora-0", in_place=True),
+    ):
+        with pytest.raises(infold.Refusal, match=match) as refusal:
+            verb()
+        assert len(refusal.value.reasons) == 3 and before == digests(merged)
+
+
+def test_side_files_too_large_for_the_record_must_be_those_of_the_base(
+    merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from infold.merge import beside
+
+    monkeypatch.setattr(beside, "_MOST", 20)  # bytes: holds tokenizer.json and deep/side.txt
+    merged = tmp_path / "less"
+    infold.merge(tmp_path / "base", tmp_path / "adapter-lora-0", merged, undo=True)
+    touched(merged)
+    refused(merged, r"config.json: was changed .* only the digest .* put the base's back")
+    shutil.copy(tmp_path / "base" / "config.json", merged)
+    infold.undo(merged, tmp_path / "restored")
+
+    assert digests(tmp_path / "base") == digests(tmp_path / "restored")
+
+
+def test_a_loaders_files_of_real_size_cost_little(tmp_path: Path) -> None:
+    """What a record keeps of side files is compressed, and no part of its share."""
+    base = new_base(tmp_path / "base")
+    (base / "tokenizer.json").write_text(json.dumps({f"token {n}": n for n in range(20_000)}))
+    receipt = infold.merge(base, make(tmp_path, "lora"), tmp_path / "merged", undo=True)
+    shown = infold.inspect(tmp_path / "merged")["undo"]
+
+    assert receipt.undo and receipt.undo["side_files"] == shown["side_files"]
+    assert 0 < shown["side_files"] < (base / "tokenizer.json").stat().st_size / 3
+    own = shown["bytes"] - shown["adapters"] - shown["side_files"]
+    assert shown["share"] == own / receipt.edited_bytes
 
 
 def test_the_kinds_of_blocks_have_one_number() -> None:
@@ -460,10 +528,12 @@ def test_the_verbs_on_the_command_line(merged: Path, tmp_path: Path) -> None:
     swapped = ran("swap", merged, tmp_path / "adapter-lora-0", "--out", tmp_path / "again")
     assert swapped.returncode == 0, swapped
     record = infold.inspect(tmp_path / "again")["undo"]
-    own, inside = record["bytes"] - record["adapters"], record["adapters"]
+    inside, beside = record["adapters"], record["side_files"]
+    own = record["bytes"] - inside - beside
     assert (
-        f"{bytes_text(own)} ({record['share']:.1%} of the edited bytes) and a copy of the "
-        f"adapters, {bytes_text(inside)}: `infold undo` restores the base"
+        f"{bytes_text(own)} ({record['share']:.1%} of the edited bytes), {bytes_text(inside)} for "
+        f"a copy of the adapters and {bytes_text(beside)} for a copy of the side files: `infold "
+        "undo` restores the base"
     ) in " ".join(swapped.stdout.split())  # which is wrapped
     receipt = json.loads((tmp_path / "again" / "infold-receipt.json").read_text())
     assert receipt["undo"]["adapters"] == inside > 0

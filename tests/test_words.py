@@ -125,7 +125,10 @@ def test_a_wrong_base_is_summed_up_and_json_lists_all(
     lines, told = ran.stderr.splitlines(), json.loads(as_json.stdout)
 
     assert ran.returncode == as_json.returncode == 2 and ran.stdout == ""
-    assert lines[0].endswith(f"none of its {2 * LAYERS} modules is in {other}")
+    assert lines[0] == (
+        f"infold: {inputs[1]}: does not fit {other}: none of its {2 * LAYERS} modules is in "
+        f"{other}; it has {LAYERS} layers, the base 1"
+    )
     alike = [line for line in lines if line.endswith(f"(and {LAYERS - 1} more like this)")]
     assert len(alike) == 2 and all("model.layers.0." in line for line in alike)
     assert lines[-1] == "infold: nothing was written"
@@ -638,3 +641,126 @@ def test_edits_of_a_gguf_file_read_as_words() -> None:
     told = edits_text([edit], ["ia3-reviews"])
 
     assert "ia3 (out, rows in the file's order)" in told and "repeat" not in told
+
+
+@pytest.fixture
+def without_torch(tmp_path: Path) -> dict[str, str]:
+    """The environment of a command that must not import PyTorch."""
+    (tmp_path / "traps").mkdir()
+    (tmp_path / "traps" / "torch.py").write_text("raise SystemExit('PyTorch was imported')")
+    paths = [str(tmp_path / "traps"), str(Path(infold.__file__).parents[1])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("merge {no}/a {no}/b -o x", ["{no}/a: no such file", "{no}/b: no such file"]),
+        ("merge {base} {adapter} -o {merged}", ["exists already; choose another name, or replace"]),
+        ("merge {base} {adapter} -o {adapter}/x", ["lies in or around the input"]),
+        ("merge {base} {adapter} -o x --dtype f15", ["--dtype f15: auto, bf16"]),
+        ("merge {base} {adapter} -o x --base-16bit {no}", ["goes with --dequantize"]),
+        ("merge {base} {adapter} -o x --device gpu", ["--device gpu: cpu, cuda"]),
+        ("merge {base} {adapter} -o x --max-memory lots", ["lots"]),
+        ("undo {no} -o x", ["{no}: no such file or folder"]),
+        ("undo {merged} -o {base}", ["exists already; choose another name\n"]),
+        ("swap {merged} {no}/a {no}/b -o x", ["{no}/a: no such", "{no}/b: no such"]),
+        ("swap {merged} {adapter} -o {base}", ["exists already"]),
+        ("verify {no}", ["{no}: no such file or folder"]),
+        ("verify {base} {no}/a {merged}", ["{no}/a: no such file"]),
+    ],
+)
+def test_what_needs_no_pytorch_is_refused_without_it(
+    words: str, told: list[str], folder: Path, tmp_path: Path, without_torch: dict[str, str]
+) -> None:
+    """Importing it takes seconds. The trap itself works: the last command falls into it."""
+    names = {
+        "no": tmp_path / "no", "base": folder / "Tiny-1B", "adapter": folder / "adapter",
+        "merged": folder / "merged",
+    }  # fmt: skip
+    filled = [word.format(**names) for word in words.split()]
+    commands = [filled, ["inspect", str(folder / "merged")]]
+    ran, trapped = (
+        subprocess.run(
+            [sys.executable, "-m", "infold", *command],
+            capture_output=True, text=True, cwd=tmp_path, env=without_torch,
+        )
+        for command in commands
+    )  # fmt: skip
+
+    assert (ran.returncode, ran.stdout) == (2, "") and "PyTorch" not in ran.stderr, ran
+    assert all(text.format(**names) in ran.stderr for text in told), ran.stderr
+    assert "PyTorch was imported" in trapped.stderr
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_types_that_are_told_without_pytorch_are_those_that_are_written() -> None:
+    from infold.formats.values.ggml import ENCODES
+    from infold.plan.choice import TYPES
+
+    assert tuple(TYPES.values()) == ENCODES
+
+
+def test_a_mistyped_option_gets_the_nearest_and_the_usage() -> None:
+    for verb, wrong, near in (
+        ("merge", "--ot", "--out"), ("merge", "--max-memry", "--max-memory"),
+        ("undo", "--inplace", "--in-place"),
+    ):  # fmt: skip
+        ran = run(verb, "a", "b", wrong, "c")
+        first, second = ran.stderr.splitlines()
+        assert first == f"infold: No such option: {wrong}; did you mean {near}?"
+        assert second.startswith(f"infold: usage: infold {verb} ") and "--out DIR" in second
+    assert "did you mean" not in run("merge", "--qqqqqqq").stderr
+
+
+def test_combine_checks_its_place_before_it_prints(folder: Path, tmp_path: Path) -> None:
+    adapters = [folder / "adapter", folder / "adapter"]
+    options = ["--weights", "1,1", "--type", "linear", "--out", folder / "merged"]
+    ran = run("combine", *adapters, *options)
+
+    assert (ran.returncode, ran.stdout) == (2, "") and "exists already" in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("names", "doubted"),
+    [
+        (("someone/Tiny-1B", "/home/me/models/Tiny-1B-bf16"), False),
+        (("someone/Tiny-1B", "/tmp/checkpoint-500"), False),
+        (("someone/Tiny-1B", "someone/Tiny-3B"), True),
+    ],
+)
+def test_combine_doubts_the_names_that_merge_doubts(
+    names: tuple[str, str], doubted: bool, folder: Path, tmp_path: Path
+) -> None:
+    adapters = []
+    for number, name in enumerate(names):
+        adapters.append(shutil.copytree(folder / "adapter", tmp_path / f"a{number}"))
+        config = adapters[-1] / "adapter_config.json"
+        fields = {**json.loads(config.read_text()), "base_model_name_or_path": name}
+        config.write_text(json.dumps(fields))
+    told = infold.combine(adapters, tmp_path / "out", weights=[1, 1], kind="linear")
+
+    assert any("base_model_name_or_path differs" in note for note in told.notes) is doubted
+
+
+def test_why_a_file_is_left_out_is_told(folder: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(folder / "merged", tmp_path / "base")
+    (base / "pytorch_model.bin").write_bytes(b"weights")
+    (base / ".git").mkdir()
+    notes = infold.merge(base, folder / "adapter", dry_run=True)["notes"]
+
+    assert "left out, since it tells of another merge, that made the base: infold-receipt.json" in (
+        notes
+    )
+    assert any(n.endswith("change the merged weights: pytorch_model.bin") for n in notes)
+    assert "left out, since it is no part of the model: .git" in notes
+
+
+def test_one_changed_file_is_one_offender(folder: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(folder / "Tiny-1B", tmp_path / "base")
+    (base / "tokenizer.json").write_text("{}")
+    infold.merge(base, folder / "adapter", tmp_path / "out")
+    (tmp_path / "out" / "tokenizer.json").write_text("{ }")
+    ran = run("verify", tmp_path / "out")
+
+    assert ran.returncode == 1 and "proof failed, 1 offender\n" in ran.stderr

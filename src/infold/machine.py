@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import resource
 import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-__all__ = ["import_model_code", "peak_bytes", "processor", "resident_bytes"]
+from infold.errors import Refusal
+
+__all__ = ["check_device", "import_model_code", "peak_bytes", "processor", "resident_bytes"]
+
+
+def check_device(name: str) -> None:
+    """Refuse what is no name of a device; whether there is such a one, PyTorch knows."""
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
+        raise Refusal(f"--device {name}: cpu, cuda or cuda:N, with the number of a GPU")
 
 
 def processor() -> str:

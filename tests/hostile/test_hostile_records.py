@@ -119,6 +119,39 @@ def test_an_expert_in_a_layout_that_no_merge_makes_is_refused(
         infold.undo(folder, tmp_path / "out", threads=1)
 
 
+@pytest.mark.parametrize("name", ["../evil.json", "/tmp/evil.json", "a/../../evil.json"])
+def test_a_side_file_of_the_record_stays_in_the_folder(
+    merged: Path, tmp_path: Path, name: str
+) -> None:
+    """One that is not there is written from the record."""
+    folder = tmp_path / "deep" / "model"
+    shutil.copytree(merged, folder)
+    with open_record(folder) as record:
+        frames, manifest = {key: record.payload(*key) for key in record.frames}, record.manifest
+    forged = copy.deepcopy(manifest)
+    forged["side_files"][name] = forged["side_files"]["tokenizer.json"]
+    forged["files"][f"side/{name}"] = forged["files"]["side/tokenizer.json"]
+    rewrite(folder, forged, frames)
+
+    with pytest.raises(infold.CorruptFile, match="points outside of the folder"):
+        infold.undo(folder, tmp_path / "deep" / "out", threads=1)
+    assert not list(tmp_path.rglob("evil.json"))
+
+
+def test_a_side_file_that_is_another_than_told_is_refused(merged: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(merged, folder)
+    with open_record(folder) as record:
+        frames, manifest = {key: record.payload(*key) for key in record.frames}, record.manifest
+    forged = copy.deepcopy(manifest)
+    forged["files"]["side/tokenizer.json"] = forged["files"]["side/config.json"]
+    rewrite(folder, forged, frames)
+    (folder / "tokenizer.json").unlink()
+
+    with pytest.raises(infold.CorruptFile, match=r"keeps another tokenizer\.json"):
+        infold.undo(folder, tmp_path / "out", threads=1)
+
+
 def test_a_forged_manifest_ends_in_words_and_leaves_nothing(merged: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(merged, folder)

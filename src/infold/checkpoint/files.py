@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ from infold.checkpoint.safetensors import open_regular, parse_json
 from infold.errors import CorruptFile, Refusal, StorageFailure
 
 __all__ = [
-    "already_here", "digest_of", "exists", "locate", "read_bytes", "read_json", "read_object",
-    "safe_child",
+    "already_here", "check_named", "digest_of", "exists", "locate", "read_bytes", "read_json",
+    "read_object", "safe_child",
 ]  # fmt: skip
 
 MAX_JSON = 64 << 20  # the largest index in the wild is about 15 MB
@@ -53,6 +53,19 @@ def already_here(name: str) -> Path:
     raise Refusal(f"{name}: the receipt names it, and it is not there any more")
 
 
+def check_named(names: Iterable[str | os.PathLike[str]]) -> None:
+    """Refuse all that are neither paths of this machine nor Hub ids."""
+    wrong = []
+    for name in names:
+        text = os.fspath(name)
+        if not text:
+            wrong.append("an empty path was given; is a variable of the command empty?")
+        elif not exists(Path(name)) and not _HUB_ID.fullmatch(text):
+            wrong.append(f"{text}: no such file or folder (and not a Hub id such as org/name)")
+    if wrong:
+        raise Refusal(wrong)
+
+
 def locate(
     name: str | os.PathLike[str],
     only: Sequence[str] | None = None,
@@ -65,14 +78,10 @@ def locate(
     An existing path always wins over a Hub id. Raises Refusal for neither, StorageFailure when
     the Hub cannot be reached.
     """
-    text = os.fspath(name)
-    if not text:
-        raise Refusal("an empty path was given; is a variable of the command empty?")
-    path = Path(name)
+    check_named([name])
+    text, path = os.fspath(name), Path(name)
     if exists(path):
         return path
-    if not _HUB_ID.fullmatch(text):
-        raise Refusal(f"{text}: no such file or folder (and not a Hub id such as org/name)")
     repo, _, revision = text.partition("@")
     from huggingface_hub import snapshot_download
 

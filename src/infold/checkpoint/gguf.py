@@ -32,8 +32,8 @@ from infold.checkpoint.safetensors import (
     TensorInfo,
     open_regular,
 )
-from infold.dtypes import BLOCKS
 from infold.errors import CorruptFile, Refusal, StorageFailure
+from infold.ggml import BLOCKS
 
 __all__ = [
     "MAGIC",

@@ -19,6 +19,7 @@ from infold.errors import CorruptFile, Refusal, StorageFailure
 __all__ = [
     "INDEX",
     "JOURNAL",
+    "NOT_CONTENT",
     "RECEIPT",
     "SINGLE",
     "TOKENIZERS",
@@ -33,6 +34,8 @@ __all__ = [
     "read_exactly",
     "read_receipt",
     "read_shard_header",
+    "renamed",
+    "without_owner",
 ]
 
 INDEX = "model.safetensors.index.json"
@@ -61,7 +64,7 @@ _LOADED = (
     "*.safetensors", "adapter_*",
 )  # fmt: skip
 _TEMPLATES = "additional_chat_templates"  # the one folder that they look into
-_NOT_CONTENT = (".git", ".cache", "__pycache__")
+NOT_CONTENT = (".git", ".cache", "__pycache__")
 # What `infold deploy` and the records of other verbs put beside merged weights.
 _BESIDE = re.compile(
     r"deployment_config\.json|README\.base\.md|serving/(\w+\.sh|Modelfile)|records/[\w.-]+\.json"
@@ -88,6 +91,7 @@ class Checkpoint:
     side_files: tuple[str, ...]  # relative paths, copied as bytes
     left_out: tuple[str, ...]  # relative paths that a merged model must not carry
     where: Mapping[str, int] = field(repr=False)  # tensor name -> number of its shard
+    called: str = ""  # the path or Hub id that it had, where it is one that an undo record tells of
 
     def info(self, name: str) -> TensorInfo:
         return self.shards[self.where[name]].header.tensors[name]
@@ -119,6 +123,24 @@ def companion(path: Path, name: str) -> Path:
     """Where a file of infold's own (the receipt, the undo record) lies that belongs to the model at
     `path`: in its folder, or beside a single file, with that one's name before its own."""
     return path.with_name(f"{path.name}.{name}") if is_lone(path) else path / name
+
+
+def renamed(path: Path, name: str) -> str:
+    """Advice on a GGUF file without a companion: files go with it by its name, so it lost them if
+    it was renamed or moved. Empty for what is a folder."""
+    if not is_lone(path):
+        return ""
+    if not (gone := without_owner(path, name)):
+        return ". It goes with the file by its name: if this file was renamed or moved, undo that"
+    listed = " and ".join(gone)
+    first = path.with_name(gone[0].removesuffix(f".{name}"))
+    return f". Beside it lies {listed}: if this file was renamed, undo that (mv {path} {first})"
+
+
+def without_owner(path: Path, name: str) -> list[str]:
+    """Companions beside a GGUF file of files that are not there."""
+    found = sorted(file.name for file in path.parent.glob(f"*{GGUF}.{name}"))
+    return [f for f in found if not os.path.lexists(path.with_name(f.removesuffix(f".{name}")))]
 
 
 def kept_name(folder: Path, name: str) -> str:
@@ -296,8 +318,8 @@ def _beside(path: Path, shards: list[Shard]) -> tuple[list[str], list[str]]:
 
     for folder, folders, files in os.walk(path, onerror=unreadable):
         here = Path(folder).relative_to(path)
-        left += [str(here / name) for name in folders if name in _NOT_CONTENT]
-        folders[:] = sorted(name for name in folders if name not in _NOT_CONTENT)
+        left += [str(here / name) for name in folders if name in NOT_CONTENT]
+        folders[:] = sorted(name for name in folders if name not in NOT_CONTENT)
         for name in folders:
             if (Path(folder) / name).is_symlink():  # its content is copied from where it lies
                 safe_child(path, str(here / name))

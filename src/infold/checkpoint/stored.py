@@ -12,7 +12,7 @@ from torch import Tensor
 from infold.checkpoint.inputs import InputFiles
 from infold.checkpoint.safetensors import TensorInfo
 from infold.checkpoint.shards import Checkpoint
-from infold.dtypes import BLOCKS
+from infold.ggml import BLOCKS
 
 __all__ = ["ELEMENTS", "StoredMatrix", "as_matrix", "stored_matrix"]
 

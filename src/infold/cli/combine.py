@@ -84,8 +84,8 @@ def combine(
         svd_clamp=svd_clamp,
         seed=seed,
     )
+    check_output(plan, out, force)
     if dry_run:
-        check_output(plan, out, force)
         print(json.dumps(plan.summary()) if as_json else _plan_text(plan))
         return
     say = not (quiet or as_json)

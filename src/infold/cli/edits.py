@@ -8,7 +8,7 @@ from typing import Any
 
 from infold.cli.output import fold, table
 
-__all__ = ["edits_text"]
+__all__ = ["edited_text", "edits_text"]
 
 PREFIX = "base_model.model."  # PEFT's, of every key in an adapter file
 _COMMON = ("method", "adapter", "module", "moved")  # the rest is what the method tells of itself
@@ -40,6 +40,16 @@ def edits_text(edits: Sequence[dict[str, Any]], adapters: Sequence[str]) -> str:
     return table(rows)
 
 
+def edited_text(edits: Sequence[dict[str, Any]]) -> str:
+    """What the edited bytes are, which shares of a record refer to."""
+    scales = [edit for edit in edits if "rounding" in edit]
+    if not edits or len(scales) < len(edits):
+        return "edited bytes"
+    # a tensor of ggml's blocks has its codes among its bytes; elsewhere scales are tensors
+    blocks = any(edit["dtype"] not in ("F16", "BF16", "F32", "F8_E4M3") for edit in scales)
+    return "bytes of the edited tensors, codes too" if blocks else "bytes of the edited scales"
+
+
 def _share(least: float, most: float) -> str:
     one, two = f"{least:.1%}", f"{most:.1%}"
     return one if one == two else f"{one}-{two}"
@@ -65,8 +75,9 @@ def _steps(edit: dict[str, Any], adapters: Sequence[str]) -> str:
         steps.append(f"replaced by {what}{_name(adapters[source['adapter']])}")
     elif "decoded" in source or "original" in source:
         whence = "the 16-bit base" if "original" in source else source.get("format", "")
-        again = f", as {source['requantized']} again" if "requantized" in source else ""
-        steps.append(f"from {whence}{again}")
+        anew = source.get("requantized", "")
+        anew = f", quantized {'again' if anew == whence else f'as {anew}'}" if anew else ""
+        steps.append(f"from {whence}{anew}")
     elif source["base"] != edit["tensor"]:
         steps.append(f"copied from {source['base']}")
     for operation in edit["operations"]:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from infold.cli.edits import edits_text
+from infold.cli.edits import edited_text, edits_text
 from infold.cli.output import entry, fold, plural, table
 from infold.cli.place import settle_first
 from infold.cli.startup import lasting_imports
@@ -111,6 +111,8 @@ def _checkpoint(found: dict[str, Any]) -> None:
         fold_text = f"no place for IA³: {form['no_fold']}" if form["no_fold"] else "IA³ folds"
         told = f"{form['format']}: {plural('module', form['modules'])}; {fold_text}"
         print(entry("quantized", told, 12))
+    for note in found["notes"]:
+        print(entry("note", note, 12))
     print("shards")
     print(
         table(
@@ -144,8 +146,11 @@ def _merged(found: dict[str, Any]) -> None:
             if record["originals"]:
                 blocks += f", {record['originals']:,} of them stored whole"
         print(entry("undo", f"{bytes_text(record['bytes'])}: {blocks}"))
-        inside = f"{bytes_text(record['adapters'])} of adapters"
-        print(entry("", f"{record['share']:.2%} of the edited bytes, without {inside}"))
+        copies = f"{bytes_text(record['adapters'])} of adapters"
+        if record["side_files"]:
+            copies += f" and {bytes_text(record['side_files'])} of side files"
+        what = edited_text(receipt["edits"])
+        print(entry("", f"{record['share']:.2%} of the {what}, without {copies}"))
     print("edits")
     print(edits_text(receipt["edits"], [adapter["path"] for adapter in receipt["adapters"]]))
     print("BLAKE3, by the receipt (infold verify compares them)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import json
 import re
@@ -181,9 +182,21 @@ def _misused(error: Any) -> int:
 
     Whether the verb would print JSON, nobody has parsed then: the word alone tells.
     """
-    error.show()
+    message: str = error.format_message()
+    context: Any = getattr(error, "ctx", None)
+    verb = {v.__name__: v for v in _VERBS}.get(context.info_name) if context else None
+    if wrong := getattr(error, "option_name", None) if verb else None:
+        known = [option for parameter in context.command.params for option in parameter.opts]
+        near = difflib.get_close_matches(wrong, known, n=1)
+        message = f"{error.message}{f'; did you mean {near[0]}?' if near else ''}"
+    complain(message)
+    if verb is not None:  # each verb's module begins with its usage
+        usage = (sys.modules[verb.__module__].__doc__ or "").partition("\n")[0]
+        complain(f"usage: {usage} (all options: infold {verb.__name__} --help)")
+    else:
+        complain("usage: infold VERB ... (all verbs: infold --help)")
     if "--json" in sys.argv[1:]:
-        print(json.dumps({"error": "UsageError", "reasons": [error.format_message()]}))
+        print(json.dumps({"error": "UsageError", "reasons": [message]}))
     return int(error.exit_code)
 
 

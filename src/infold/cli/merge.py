@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from infold.cli.edits import edits_text
+from infold.cli.edits import edited_text, edits_text
 from infold.cli.output import complain, entry, plural
-from infold.cli.place import one_place, settle_first
+from infold.cli.place import check_words, one_place, settle_first
 from infold.cli.progress import byte_progress
 from infold.cli.startup import lasting_imports
 from infold.conversion import conversion_text
@@ -118,14 +118,18 @@ def merge(
     was when the same command is given again. Every tensor of every adapter is used, or nothing is
     written and all that does not fit is listed.
     """
+    from infold.merge.options import Options
+
     place = one_place(out, in_place, dry_run)
     say = not (quiet or as_json)
-    with lasting_imports():
-        from infold.merge.options import Options
+    convert = Options(promote, dequantize, requantize, dtype, base_16bit, lossy)
+    convert.check()
+    inputs = [base, *adapters, *([base_16bit] if base_16bit is not None else [])]
+    check_words(inputs, out=out, force=force, device=device, max_memory=max_memory)
     if in_place:
         if force or sha256:
             raise Refusal("--force and --sha256 go with --out, not with --in-place")
-        Options(promote, dequantize, requantize, dtype, base_16bit, lossy).check_in_place()
+        convert.check_in_place()
         _in_place(base, adapters, max_memory, device, threads, dry_run, lossy, as_json, say)
         return
     with lasting_imports():
@@ -133,7 +137,6 @@ def merge(
         from infold.merge.run import execute
 
     settle_first(base, refuse=True)
-    convert = Options(promote, dequantize, requantize, dtype, base_16bit, lossy)
     plan = open_plan(base, adapters, convert)
     if out is None:  # a dry run
         check(plan, max_memory, device, threads, undo)
@@ -192,10 +195,16 @@ def _in_place(
 
 
 def _summary(plan: Plan) -> str:
+    from infold.ggml import BLOCKS
+
     methods = sorted({op.method for edit in plan.edits.values() for op in edit.operations})
+    tensors = sum(len(shard.header.tensors) for shard in plan.shards)
     edits = f"{plural('edit', len(plan.edits))} ({', '.join(methods) or 'copies'})"
+    where = f"of {plural('tensor', tensors)} in {plural('shard', len(plan.shards))}"
     sizes = f"{bytes_text(plan.edited_bytes)} of {bytes_text(plan.nbytes)} change"
-    lines = [entry("planned", f"{edits} in {plural('shard', len(plan.shards))}: {sizes}")]
+    if all(edit.dtype in BLOCKS for edit in plan.edits.values()) and not plan.conversion:
+        sizes = f"scales within {bytes_text(plan.edited_bytes)} of {bytes_text(plan.nbytes)} change"
+    lines = [entry("planned", f"{edits} {where}: {sizes}")]
     lines += [entry("note", note) for note in plan.notes]
     return "\n".join(lines)
 
@@ -203,6 +212,19 @@ def _summary(plan: Plan) -> str:
 def _elements(edit: dict[str, Any]) -> int:
     """Of a quantized tensor: its scales."""
     return edit["rounding"]["scales"] if "rounding" in edit else math.prod(edit["shape"])
+
+
+def _record_text(receipt: Receipt) -> str:
+    told = receipt.undo or {}
+    copies = {"the adapters": told["adapters"], "the side files": told["side_files"]}
+    size = told["bytes"] - sum(copies.values())
+    share = size / max(1, receipt.edited_bytes)
+    listed = [
+        f"{bytes_text(count)} for a copy of {what}" for what, count in copies.items() if count
+    ]
+    what = edited_text(receipt.edits)
+    text = ", ".join([f"{bytes_text(size)} ({share:.1%} of the {what})", *listed])
+    return " and ".join(text.rsplit(", ", 1))
 
 
 def done_text(receipt: Receipt, out: str, told: Sequence[str] = ()) -> str:
@@ -233,12 +255,5 @@ def done_text(receipt: Receipt, out: str, told: Sequence[str] = ()) -> str:
     if converted := conversion_text(vars(receipt)):
         lines.append(entry("converted", converted, 11))
     if receipt.undo:
-        inside = receipt.undo["adapters"]
-        size = receipt.undo["bytes"] - inside
-        share = size / max(1, receipt.edited_bytes)
-        told = (
-            f"{bytes_text(size)} ({share:.1%} of the edited bytes) and a copy of the adapters, "
-            f"{bytes_text(inside)}: `infold undo` restores the base"
-        )
-        lines.append(entry("record", told))
+        lines.append(entry("record", f"{_record_text(receipt)}: `infold undo` restores the base"))
     return "\n".join([*lines, entry("output", out)])

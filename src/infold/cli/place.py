@@ -1,14 +1,45 @@
-"""Where a verb writes, and what a kill left there."""
+"""Where a verb reads and writes, checked before anything slow, and what a kill left there."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from infold.cli.output import complain
 from infold.errors import Refusal
+from infold.machine import check_device
+from infold.sizes import parse_bytes
 
-__all__ = ["one_place", "settle_first"]
+__all__ = ["check_words", "one_place", "settle_first"]
+
+
+def check_words(
+    inputs: Sequence[str],
+    merged: str | None = None,
+    out: str | None = None,
+    *,
+    force: bool | None = None,
+    device: str = "cpu",
+    max_memory: str = "1GiB",
+) -> None:
+    """Refuse what is wrong whatever the files hold, before PyTorch is imported, which takes
+    seconds: inputs that are not there, an output that is, and values of options. What follows
+    checks all of it again, with what it knows then.
+
+    inputs: paths or Hub ids; merged: a path. force: None where the verb has no --force.
+    """
+    from infold.checkpoint.files import check_named
+    from infold.checkpoint.place import check_place
+
+    check_named(inputs)
+    if merged is not None and not os.path.lexists(merged):
+        raise Refusal(f"{merged}: no such file or folder")
+    check_device(device)
+    parse_bytes(max_memory)
+    if out and not force:
+        there = [Path(name) for name in (*inputs, *filter(None, [merged])) if os.path.exists(name)]
+        check_place(Path(os.path.abspath(out)), there, (), False, replaces=force is not None)
 
 
 def one_place(out: str | None, in_place: bool, dry_run: bool = False) -> str:

@@ -10,7 +10,7 @@ import typer
 
 from infold.cli.merge import done_text
 from infold.cli.output import complain
-from infold.cli.place import one_place, settle_first
+from infold.cli.place import check_words, one_place, settle_first
 from infold.cli.progress import byte_progress
 from infold.cli.startup import lasting_imports
 from infold.errors import Refusal
@@ -62,6 +62,7 @@ def swap(
     if in_place and force:
         raise Refusal("--force goes with --out, not with --in-place")
     say = not (quiet or as_json)
+    check_words(adapters, merged, out, force=force, device=device, max_memory=max_memory)
     with lasting_imports():
         from infold.merge.inplace import swap_in_place
         from infold.merge.restore import open_swap, swap_checkpoint

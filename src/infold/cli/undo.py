@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from infold.cli.output import complain, entry, plural
-from infold.cli.place import one_place, settle_first
+from infold.cli.place import check_words, one_place, settle_first
 from infold.cli.progress import byte_progress
 from infold.cli.startup import lasting_imports
 from infold.sizes import bytes_text
@@ -50,6 +50,7 @@ def undo(
     """
     place = one_place(out, in_place)
     say = not (quiet or as_json)
+    check_words([], merged, out, device=device, max_memory=max_memory)
     with lasting_imports():
         from infold.merge.inplace import undo_in_place
         from infold.merge.restore import undo_checkpoint
@@ -72,12 +73,15 @@ def undo(
     elif say:
         speed = bytes_text(done.bytes / max(done.seconds, 1e-3))
         shards = plural("shard", len(done.shards))
-        print(entry("restored", f"{shards} in {done.seconds:.1f} s, {speed}/s"))
+        peak = bytes_text(done.peak_memory)
+        print(entry("restored", f"{shards} in {done.seconds:.1f} s, {speed}/s, peak memory {peak}"))
         print(
             entry(
                 "proven",
-                f"{done.restored:,} of {plural('tensor', done.tensors)} were edited; every shard "
-                "has the base's digest",
+                f"{done.restored:,} of {plural('tensor', done.tensors)} had been edited or "
+                "replaced, the others are copies; every shard has the base's digest",
             )
         )
+        for note in done.notes:
+            print(entry("note", note))
         print(entry("output", place or merged))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from infold.cli.output import Failed, complain, entry, plural, table
-from infold.cli.place import settle_first
+from infold.cli.place import check_words, settle_first
 from infold.cli.progress import byte_progress, step_progress
 from infold.cli.startup import lasting_imports
 from infold.errors import Refusal
@@ -62,11 +62,12 @@ def verify(
     """
     if len(paths) == 2:
         raise Refusal(_lacking(*paths))
+    if not outputs and (prompts or text or new_tokens != 32 or device != "cpu"):
+        raise Refusal("--prompts, --text, --new-tokens and --device belong to --outputs")
+    check_words(paths[:-1], paths[-1], device=device)
     with lasting_imports():
         from infold.verify.weights import verify_checkpoint
 
-    if not outputs and (prompts or text or new_tokens != 32 or device != "cpu"):
-        raise Refusal("--prompts, --text, --new-tokens and --device belong to --outputs")
     base = paths[0] if len(paths) > 1 else None
     settle_first(paths[-1])
     if base is not None:

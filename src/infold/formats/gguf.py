@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from infold.dtypes import BLOCKS, TORCH_DTYPES
+from infold.dtypes import TORCH_DTYPES
+from infold.ggml import BLOCKS
 
 __all__ = ["PACKINGS", "Packing"]
 

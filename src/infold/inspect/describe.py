@@ -21,10 +21,12 @@ from infold.checkpoint.shards import (
     companion,
     is_lone,
     open_checkpoint,
+    renamed,
+    without_owner,
 )
-from infold.dtypes import BLOCKS
 from infold.errors import CorruptFile, Refusal
 from infold.formats import NoFold, floats_of
+from infold.ggml import BLOCKS
 from infold.inspect.receipt import checked_receipt
 from infold.plan.build import plan_merge
 from infold.plan.config import read_config
@@ -64,16 +66,20 @@ def describe_path(
 
 def _record(folder: Path, receipt: dict[str, Any]) -> dict[str, Any]:
     """The undo record, all of which is read and checked. Sizes are bytes; `share`: of the edited
-    ones, without what the record keeps of the adapters."""
+    ones, without what the record keeps of adapters and side files."""
     path = companion(folder, UNDO)
     with open_record(path.parent, path.name) as record:
         blocks = [f for (tensor, _), f in record.frames.items() if tensor < SEEN]
         files = record.manifest.get("files")
         if not isinstance(files, dict):
             raise CorruptFile(f"{record.path}: its manifest is none that infold writes")
-        numbers = [n for label, n in files.items() if label.startswith("adapter/")]
-        inside = [record.frames.get((FILE, n)) for n in numbers if type(n) is int]
-        adapters = sum(frame.length for frame in inside if frame is not None)
+
+        def inside(kind: str) -> int:
+            numbers = [n for label, n in files.items() if label.startswith(kind)]
+            found = [record.frames.get((FILE, n)) for n in numbers if type(n) is int]
+            return sum(frame.length for frame in found if frame is not None)
+
+        adapters, sides = inside("adapter/"), inside("side/")
         if record.manifest.get("shards") != receipt["shards"]:
             raise CorruptFile(f"{record.path}: belongs to another output, not to that of {RECEIPT}")
         return {
@@ -81,7 +87,8 @@ def _record(folder: Path, receipt: dict[str, Any]) -> dict[str, Any]:
             "blocks": len(blocks),
             "originals": sum(frame.kind == ORIGINAL for frame in blocks),
             "adapters": adapters,
-            "share": (record.nbytes - adapters) / max(1, receipt["edited_bytes"]),
+            "side_files": sides,
+            "share": (record.nbytes - adapters - sides) / max(1, receipt["edited_bytes"]),
         }
 
 
@@ -243,4 +250,12 @@ def _checkpoint(base: Checkpoint) -> dict[str, Any]:
         ],
         "side_files": list(base.side_files),
         "left_out": list(base.left_out),
+        "notes": _lost_receipt(base.path),
     }
+
+
+def _lost_receipt(path: Path) -> list[str]:
+    """A note where a GGUF file may be a merged one that was renamed."""
+    if not is_lone(path) or not without_owner(path, RECEIPT):
+        return []
+    return [f"{companion(path, RECEIPT).name} is not there{renamed(path, RECEIPT)}"]

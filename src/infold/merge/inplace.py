@@ -164,7 +164,7 @@ def swap_in_place(
         source.check_swap()
         plan = plan_edit(source.base, opened, lossy, source.instead)
         over = source.swap_plan(plan)
-        _refuse([*_obstacles(source.checkpoint, over), *_removed(source)])
+        _refuse(_obstacles(source.checkpoint, over, source))
         prepared = _prepare(plan, folder, max_memory, device, threads, source)
         names = (str(folder), [os.fspath(adapter) for adapter in adapters])
         with _Edit(folder, "swap", progress) as edit:
@@ -190,7 +190,7 @@ def undo_in_place(
     source = open_merged(folder)
     with source.record:
         plan = source.undo_plan()
-        _refuse([*_obstacles(source.checkpoint, plan), *_removed(source)])
+        _refuse(_obstacles(source.checkpoint, plan, source))
         prepared = _prepare(plan, folder, max_memory, device, threads, source)
         with _Edit(folder, "undo", progress) as edit:
             return edit.undo(prepared)
@@ -224,7 +224,7 @@ def _folder(name: PathLike) -> Path:
     return path
 
 
-def _obstacles(there: Checkpoint, plan: Plan) -> Iterator[str]:
+def _obstacles(there: Checkpoint, plan: Plan, source: Merged | None = None) -> Iterator[str]:
     """Why the files that are there cannot be edited as they lie."""
     for shard in plan.shards:
         if not shard.same_layout:
@@ -232,8 +232,15 @@ def _obstacles(there: Checkpoint, plan: Plan) -> Iterator[str]:
                 f"{there.home / shard.name}: its layout would change (new or resized tensors, "
                 "untied embeddings), which --in-place does not do; use --out"
             )
-    for name in plan.rewritten:
-        yield f"{there.path / name}: would change, which --in-place does not do; use --out"
+    changed = source.beside.changed if source else {}
+    for name in {**plan.rewritten, **(source.rewritten if source else {})}:
+        if name in changed:
+            yield (
+                f"{there.path / name}: {changed[name]}, and --in-place leaves side files alone; "
+                "use --out, where it is the base's again"
+            )
+        else:
+            yield f"{there.path / name}: would change, which --in-place does not do; use --out"
     for old in there.shards:
         path = there.home / old.name
         if path.is_symlink() or os.stat(path).st_nlink > 1:
@@ -277,11 +284,6 @@ def _merged_already(there: Checkpoint) -> Iterator[str]:
             f"{there.path}: was merged already, so its receipt would be lost; merge all adapters "
             "into its base, or use --out"
         )
-
-
-def _removed(source: Merged) -> Iterator[str]:
-    for name in source.rewritten:
-        yield f"{source.path / name}: would change, which --in-place does not do; use --out"
 
 
 def _refuse(reasons: Iterator[str] | Sequence[str]) -> None:

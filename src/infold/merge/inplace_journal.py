@@ -74,5 +74,8 @@ def _is_result(value: Any, kind: type[Receipt | Undone]) -> bool:
     return (
         isinstance(adapters, list)
         and all(isinstance(a, dict) and isinstance(a.get("files"), dict) for a in adapters)
-        and (kind is Undone or all(type(told.get(n)) is int for n in ("bytes", "adapters")))
+        and (
+            kind is Undone
+            or all(type(told.get(n)) is int for n in ("bytes", "adapters", "side_files"))
+        )
     )

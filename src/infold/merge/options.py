@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from infold.checkpoint.shards import open_checkpoint
 from infold.errors import Refusal
-from infold.plan.convert import DTYPES, MODES, TYPES, Choice
+from infold.plan.choice import DTYPES, MODES, TYPES, Choice
 
 __all__ = ["Options"]
 
@@ -34,8 +34,8 @@ class Options:
                 "edit in place changes neither dtypes nor codes"
             )
 
-    def choice(self) -> Choice | None:
-        """None where nothing was asked for. Raises Refusal for what does not go together."""
+    def check(self) -> None:
+        """Refuse what does not go together, whatever the base is."""
         modes = [mode for mode in MODES if getattr(self, mode)]
         if len(modes) > 1:
             told = " and ".join(f"--{mode}" for mode in modes)
@@ -47,14 +47,19 @@ class Options:
                 raise Refusal("--base-16bit goes with --dequantize or --requantize")
             if self.dtype != "auto":
                 raise Refusal("--dtype goes with --dequantize, --requantize or --promote")
-            return None
+            return
         if self.requantize and self.dtype in DTYPES:
             raise Refusal(f"--dtype {self.dtype} goes with --dequantize or --promote")
         if not self.requantize and self.dtype in TYPES:
             raise Refusal(f"--dtype {self.dtype} goes with --requantize")
-        original = None
-        if self.base_16bit is not None:
-            if self.promote:
-                raise Refusal("--base-16bit goes with --dequantize or --requantize")
-            original = open_checkpoint(self.base_16bit)
+        if self.promote and self.base_16bit is not None:
+            raise Refusal("--base-16bit goes with --dequantize or --requantize")
+
+    def choice(self) -> Choice | None:
+        """None where nothing was asked for. Raises as `check` does."""
+        self.check()
+        modes = [mode for mode in MODES if getattr(self, mode)]
+        if not modes:
+            return None
+        original = None if self.base_16bit is None else open_checkpoint(self.base_16bit)
         return Choice(modes[0], {**DTYPES, **TYPES}.get(self.dtype, ""), original)

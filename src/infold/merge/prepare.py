@@ -5,34 +5,26 @@ from __future__ import annotations
 import errno
 import math
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from infold.adapters import experts
 from infold.checkpoint.adapter import KEPT, Adapter, open_adapter
-from infold.checkpoint.files import digest_of, read_json
-from infold.checkpoint.record import UNDO
+from infold.checkpoint.files import digest_of
+from infold.checkpoint.place import check_place
 from infold.checkpoint.shards import (
-    CARD,
-    JOURNAL,
-    RECEIPT,
-    companion,
-    is_bundled,
-    is_lone,
     open_checkpoint,
-    read_receipt,
 )
 from infold.checkpoint.staging import storage_errors
 from infold.dtypes import TORCH_DTYPES
 from infold.edit.threads import one_torch_thread, usual_threads
-from infold.errors import InfoldError, Refusal, StorageFailure
+from infold.errors import Refusal, StorageFailure
+from infold.machine import check_device
 from infold.merge.convert import block_elements, encoded_bytes
 from infold.merge.options import Options
 from infold.merge.recording import kept_whole, unkept
@@ -134,8 +126,7 @@ def check(
 
 
 def open_device(name: str) -> torch.device:
-    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
-        raise Refusal(f"--device {name}: cpu, cuda or cuda:N, with the number of a GPU")
+    check_device(name)
     if name == "cpu":
         return torch.device(name)
     if not torch.cuda.is_available():
@@ -147,105 +138,11 @@ def open_device(name: str) -> torch.device:
 
 
 def check_output(out: Path, plan: Plan, force: bool, *, replaces: bool = True) -> None:
-    """The output must be a new name, or with force an old output, and not lie in an input.
-
-    replaces: whether the verb has --force at all.
-    """
+    """As `check_place`, for the inputs and the files of a plan."""
     inputs = [plan.base.path, *(adapter.path for adapter in plan.adapters)]
     inputs += [shard.path for shard in plan.base.shards]
-    real = out.resolve()
-    for given in inputs:
-        other = given.resolve()
-        if real == other or real in other.parents or (other in real.parents and other.is_dir()):
-            raise Refusal(f"{out}: lies in or around the input {given}; choose another place")
-    if not os.path.lexists(out):
-        return
-    if not replaces:
-        raise Refusal(f"{out}: exists already; choose another name")
-    if is_lone(out) and out.is_file() and not out.is_symlink():
-        _check_file(out, force)
-        return
-    if out.is_symlink() or not out.is_dir():
-        kind = "a link" if out.is_symlink() else "a file"
-        raise Refusal(
-            f"{out}: exists already and is {kind}, which --force does not replace; choose "
-            "another name"
-        )
-    foreign = _foreign(out, plan)
-    if not force:
-        way = "" if foreign else ", or replace it with --force"
-        raise Refusal(f"{out}: exists already; choose another name{way}")
-    if foreign:
-        raise Refusal(foreign)
-
-
-def _check_file(out: Path, force: bool) -> None:
-    """An output that exists, and is a single file, must be an old output, and be replaced."""
-    if os.path.lexists(companion(out, JOURNAL)):
-        raise Refusal(
-            f"{out}: was left in the middle of an edit in place; `infold inspect {out}` finishes it"
-        )
-    told: Any = None
-    with suppress(InfoldError):  # none, or a broken one
-        told = read_receipt(out)
-    mine = isinstance(told, dict) and out.name in (told.get("shards") or ())
-    if not force:
-        way = ", or replace it with --force" if mine else ""
-        raise Refusal(f"{out}: exists already; choose another name{way}")
-    if not mine:
-        raise Refusal(
-            f"{out}: {companion(out, RECEIPT).name} is not beside it, so it is no output of "
-            "infold, and --force does not replace it; choose another name, or remove it yourself"
-        )
-
-
-def _foreign(out: Path, plan: Plan) -> list[str]:
-    """What of a folder neither an earlier merge wrote nor this one will: it would be lost."""
-    found = []
-
-    def unreadable(error: OSError) -> None:
-        raise StorageFailure(f"{error.filename}: {error.strerror}") from error
-
-    for folder, folders, files in os.walk(out, onerror=unreadable):
-        links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
-        found += [os.path.relpath(os.path.join(folder, name), out) for name in [*files, *links]]
-    if not found:
-        return []
-    if RECEIPT not in found:
-        return [
-            f"{out}: holds no {RECEIPT}, so it is no output of infold, and --force does not "
-            "replace it; choose another name, or remove it yourself"
-        ]
-    known = {RECEIPT, UNDO, *plan.copied, *plan.rewritten, *(shard.name for shard in plan.shards)}
-    with suppress(InfoldError):  # a broken receipt tells of no file
-        receipt = read_json(out / RECEIPT)
-        told = receipt if isinstance(receipt, dict) else {}
-        for field in ("shards", "side_files"):
-            names: Any = told.get(field)
-            known |= {name for name in names or () if isinstance(name, str)}
-    if "deployment_config.json" in found:
-        known.add(CARD)  # of `infold deploy`
-    strange = sorted(name for name in found if name not in known and not _told(out, name))
-    reasons = [f"{out / name}: neither the base's nor infold's" for name in strange]
-    if reasons:
-        reasons.insert(
-            0,
-            f"{out}: holds {len(strange)} of your own files, so --force does not replace it; move "
-            "them elsewhere, or choose another name",
-        )
-    return reasons
-
-
-def _told(out: Path, name: str) -> bool:
-    """Whether a file is what infold told of the merge that is there."""
-    if not is_bundled(name):
-        return False
-    if not name.startswith("records/"):
-        return True
-    with suppress(InfoldError):  # a record has its kind for a name
-        record = read_json(out / name)
-        return isinstance(record, dict) and record.get("kind") == Path(name).stem
-    return False
+    coming = {*plan.copied, *plan.rewritten, *(shard.name for shard in plan.shards)}
+    check_place(out, inputs, coming, force, replaces=replaces)
 
 
 def block_size(
@@ -365,7 +262,8 @@ def check_space(out: Path, plan: Plan, undo: bool = False) -> None:
             why = os.strerror(errno.EROFS if closed else errno.EACCES)
             raise StorageFailure(f"{staged}: {why}")
         free = shutil.disk_usage(parent).free
-        side = sum((plan.base.path / name).stat().st_size for name in plan.copied)
+        beside = [plan.base.path / name for name in plan.copied]
+        side = sum(file.stat().st_size for file in beside if file.exists())  # else from a record
     needed = plan.nbytes + side
     if undo:
         needed += sum(plan.base.info(name).nbytes for name in kept_whole(plan))

@@ -31,8 +31,8 @@ class Receipt:
     resumed_bytes: left by an interrupted run, checked and kept.
     notes: what the plan and the rounding of scales told. seconds: from the first byte written to
     the receipt; in the file of an edit in place, to the end of its rehearsal.
-    undo: of the undo record, {file, bytes, adapters, blake3}; None where there is none. So many of
-    its bytes are a copy of the adapters.
+    undo: of the undo record, {file, bytes, adapters, side_files, blake3}; None where there is none.
+    So many of its bytes are a copy of the adapters, and of the base's side files.
     conversion: how quantized modules were converted, {mode, dtype, touched, beside, original}:
     modules that an adapter touches, and others that became dense with them; else None. Their edits
     have an "error", of what was written against the exact values, and an "update", of these against

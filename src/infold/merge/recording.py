@@ -10,24 +10,22 @@ import torch
 from torch import Tensor
 
 from infold.checkpoint.adapter import Adapter
-from infold.checkpoint.files import digest_of, safe_child
 from infold.checkpoint.inputs import InputFiles
 from infold.checkpoint.record import SEEN, RecordWriter
 from infold.checkpoint.shards import Checkpoint, Shard
-from infold.checkpoint.staging import storage_errors
 from infold.dtypes import SCALE_DTYPES
 from infold.edit.blocks import Block, cut
 from infold.edit.residual import content, pack_original, pack_residual
 from infold.edit.steps import Workspace
 from infold.formats import Floats, floats_of, format_of
 from infold.merge.apply import Run
+from infold.merge.beside import LABEL, pack
 from infold.plan.edits import BaseTensor, Edit, Plan, Replacement
 
 __all__ = [
     "BlockOf",
     "Recording",
     "block_of",
-    "digest_file",
     "kept_whole",
     "undone_by_residual",
     "unkept",
@@ -117,13 +115,13 @@ class Recording:
         self,
         origin: Mapping[str, Any],
         shards: Mapping[str, str],
-        sides: Mapping[str, bytes],
-        copied: Mapping[str, str] | None = None,
-    ) -> int:
+        sides: Iterable[tuple[str, bytes]],
+        copied: Mapping[str, str],
+    ) -> dict[str, int]:
         """Everything else that the base needs; returns how many bytes of it are a copy of the
-        adapters. `origin`: the receipt's `base` and `adapters`;
-        `shards`: digests of the output's; `sides`: what the base has of the rewritten files;
-        `copied`: digests of its other side files, if they are not to be read from it."""
+        adapters, and of side files. `origin`: the receipt's `base` and `adapters`;
+        `shards`: digests of the output's; `sides`: the base's side files that the record keeps;
+        `copied`: digests of those that the merge leaves as they are."""
         plan = self.plan
         files: dict[str, int] = {}
 
@@ -134,8 +132,7 @@ class Recording:
         for shard, output in zip(plan.base.shards, plan.shards, strict=True):
             if not output.same_layout:
                 keep(f"header/{shard.name}", [shard.header.raw])
-        for name, data in sides.items():
-            keep(f"side/{name}", [data])
+        beside = sum(keep(LABEL + name, [pack(data)]) for name, data in sides)
         inside = sum(keep(f"adapter/{n}", _contents(a)) for n, a in enumerate(plan.adapters))
         for name in self.kept:
             keep(f"tensor/{name}", _stored(plan.base, name))
@@ -145,9 +142,7 @@ class Recording:
                 "limit": self.limit,
                 "shards": dict(shards),
                 "rewritten": sorted(plan.rewritten),
-                "side_files": dict(copied)
-                if copied is not None
-                else {name: digest_file(plan.base, name) for name in plan.copied},
+                "side_files": dict(copied),
                 "contents": [_describe(adapter) for adapter in plan.adapters],
                 "files": files,
                 "sizes": {s.name: s.header.file_size for s in plan.base.shards},
@@ -155,14 +150,7 @@ class Recording:
                 "edits": {name: asdict(plan.edits[name]) for name in self.numbers},
             }
         )
-        return inside
-
-
-def digest_file(folder: Checkpoint, name: str) -> str:
-    """BLAKE3 of a side file."""
-    path = safe_child(folder.path, name)
-    with storage_errors(path):
-        return digest_of(path)
+        return {"adapters": inside, "side_files": beside}
 
 
 def kept_whole(plan: Plan) -> list[str]:

@@ -15,6 +15,7 @@ from infold.checkpoint.shards import is_lone, kept_name
 from infold.checkpoint.staging import Staging
 from infold.edit.threads import one_torch_thread, usual_threads
 from infold.errors import Refusal
+from infold.machine import peak_bytes
 from infold.merge.prepare import (
     DEFAULT_MEMORY,
     Prepared,
@@ -45,7 +46,8 @@ class Undone:
     out: the restored base's absolute path. shards: BLAKE3 of its shards, which are those of the
     receipt. side_files: its other files. tensors: those that were restored, of all; the others were
     copied. bytes: of its shards. resumed_bytes: left by an interrupted run, checked and kept.
-    seconds: from the first byte written to the last.
+    seconds: from the first byte written to the last. peak_memory: resident, of the whole process.
+    notes: on side files that were changed or lost in the merged folder.
     """
 
     out: str
@@ -56,6 +58,8 @@ class Undone:
     bytes: int
     resumed_bytes: int
     seconds: float
+    peak_memory: int
+    notes: list[str]
 
 
 def undo_checkpoint(
@@ -141,6 +145,8 @@ def undone(merged: Merged, path: Path, streamed: Streamed, started: float) -> Un
         bytes=base.nbytes,
         resumed_bytes=streamed.resumed,
         seconds=round(time.perf_counter() - started, 3),
+        peak_memory=peak_bytes(),
+        notes=merged.notes(),
     )
 
 

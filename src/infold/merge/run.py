@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +29,7 @@ from infold.edit.blocks import Block
 from infold.edit.threads import one_torch_thread
 from infold.errors import InfoldError, ProofFailed
 from infold.machine import peak_bytes
+from infold.merge.beside import digest_file, smallest
 from infold.merge.convert import lost_updates, measured_error
 from infold.merge.losses import loss_of, rounding_notes
 from infold.merge.prepare import Prepared, check_output
@@ -179,6 +180,7 @@ def make_receipt(
         notes=[
             *plan.notes,
             *_there_already(prepared),
+            *(source.notes() if source else ()),
             *rounding_notes(streamed.runs),
             *lost_updates(streamed.runs),
         ],
@@ -213,17 +215,42 @@ def finish_record(recording: Recording, receipt: Receipt, source: Merged | None)
         recording.add_originals(base)
     finally:
         files.close()
-    had = [name for name in plan.rewritten if source or (plan.base.path / name).exists()]
-    if source:
-        sides = source.sides(had)
-    else:
-        sides = {name: safe_child(plan.base.path, name).read_bytes() for name in had}
+    sides, copied = _base_sides(plan, source)
     origin = {"base": receipt.base, "adapters": receipt.adapters, "infold": __version__}
-    copied = source.sides_digests(plan) if source else None
     inside = recording.finish(origin, receipt.shards, sides, copied)
     with storage_errors(writer.path):
         digest = digest_of(writer.path)
-    return {"file": UNDO, "bytes": writer.end, "adapters": inside, "blake3": digest}
+    return {"file": UNDO, "bytes": writer.end, **inside, "blake3": digest}
+
+
+def _base_sides(
+    plan: Plan, source: Merged | None
+) -> tuple[Iterator[tuple[str, bytes]], dict[str, str]]:
+    """Of the base's side files those that a record keeps, one after the other, and the digests of
+    those that the output has as they are."""
+    restored = source.rewritten if source else {}
+
+    def place(name: str) -> Path:
+        folder = plan.base.path
+        return safe_child(folder, kept_name(folder, name) if source else name)
+
+    def read(name: str) -> bytes:
+        path = place(name)
+        with storage_errors(path):
+            return restored[name] if name in restored else path.read_bytes()
+
+    def size(name: str) -> int:
+        return len(restored[name]) if name in restored else place(name).stat().st_size
+
+    had = [name for name in plan.rewritten if name in restored or place(name).exists()]
+    kept = smallest({name: size(name) for name in plan.copied})
+    copied = {
+        name: blake3(restored[name]).hexdigest()
+        if name in restored
+        else digest_file(plan.base.path, place(name).relative_to(plan.base.path).as_posix())
+        for name in plan.copied
+    }
+    return ((name, read(name)) for name in (*had, *kept)), copied
 
 
 def _there_already(prepared: Prepared) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from blake3 import blake3
 from torch import Tensor
 
 from infold.adapters.exact import LEAF
@@ -28,9 +27,9 @@ from infold.checkpoint.shards import (
     Shard,
     companion,
     is_lone,
-    kept_name,
     open_checkpoint,
     read_receipt,
+    renamed,
 )
 from infold.dtypes import SCALE_DTYPES
 from infold.edit.blocks import Block, cut
@@ -39,8 +38,9 @@ from infold.edit.steps import Workspace
 from infold.errors import CorruptFile, Refusal
 from infold.formats import floats_of
 from infold.merge.apply import EditRun, Read, Run
+from infold.merge.beside import Beside, read_beside
 from infold.merge.manifest import ODD, as_told, read_adapter, read_edit
-from infold.merge.recording import block_of, digest_file, undone_by_residual
+from infold.merge.recording import block_of, undone_by_residual
 from infold.merge.stream import Streamed
 from infold.merge.whole import WholeRun
 from infold.plan.edits import Amended, BaseTensor, Decoded, Edit, OutputShard, Plan
@@ -58,8 +58,7 @@ class Merged:
     receipt: Mapping[str, Any]
     adapters: tuple[Adapter, ...]  # whose tensors lie in the record
     edits: Mapping[str, Edit]  # that were done to the base's tensors
-    rewritten: Mapping[str, bytes]  # side files of the base that the merge changed
-    copied: tuple[str, ...]  # those that it left as they were
+    beside: Beside  # the base's side files
     limit: int  # elements of a block
     base_digests: Mapping[str, str]
     digests: Mapping[str, str]
@@ -188,25 +187,20 @@ class Merged:
         run.prepare(workspace, read, self.limit)
         return run.restore(read, block, workspace)
 
-    def sides(self, names: Sequence[str]) -> dict[str, bytes]:
-        """What the base has of these side files."""
-        found = {}
-        for name in names:
-            if name in self.rewritten:
-                found[name] = self.rewritten[name]
-            elif name in self.copied:
-                found[name] = (self.path / kept_name(self.path, name)).read_bytes()
-        return found
+    @property
+    def rewritten(self) -> Mapping[str, bytes]:
+        return self.beside.rewritten
 
-    def sides_digests(self, plan: Plan) -> dict[str, str]:
-        """BLAKE3 of the base's side files that a merge of it copies."""
-        known = self.record.manifest["side_files"]
-        return {
-            name: blake3(self.rewritten[name]).hexdigest()
-            if name in self.rewritten
-            else known[name]
-            for name in plan.copied
-        }
+    @property
+    def copied(self) -> tuple[str, ...]:
+        return self.beside.copied
+
+    def notes(self) -> list[str]:
+        """On side files that are not what the merge put there."""
+        return [
+            f"{self.path / name} {what}: the output has the base's, from the undo record"
+            for name, what in self.beside.changed.items()
+        ]
 
     def check(self, streamed: Streamed) -> None:
         """Refuse where what was read is not what the record belongs to."""
@@ -234,8 +228,8 @@ def open_merged(folder: Path, record_name: str = UNDO, *, in_place: bool = False
         )
     if not os.path.lexists(path := companion(folder, record_name)):
         raise Refusal(
-            f"{folder}: has no {path.name}; only a merge with --undo or --in-place can be "
-            "undone. Merge once more from the base, with --undo"
+            f"{folder}: has no {path.name}; only a merge with --undo or --in-place can be undone"
+            + (renamed(folder, UNDO) or ". Merge once more from the base, with --undo")
         )
     with ExitStack() as undone:
         record = open_record(path.parent, path.name)
@@ -244,31 +238,38 @@ def open_merged(folder: Path, record_name: str = UNDO, *, in_place: bool = False
         receipt: Mapping[str, Any] = {}
         if record_name == UNDO:
             if not os.path.lexists(told := companion(folder, RECEIPT)):
-                raise Refusal(f"{folder}: its {told.name} is missing, which tells what it is")
+                raise Refusal(
+                    f"{folder}: its {told.name} is missing, which tells what it is"
+                    f"{renamed(folder, RECEIPT)}"
+                )
             receipt = read_receipt(folder)
         try:
-            merged = _merged(checkpoint, record, receipt)
+            merged = _merged(checkpoint, record, receipt, in_place)
         except ODD as error:
             raise CorruptFile(
                 f"{record.path}: its manifest is none that this infold writes ({error})"
             ) from None
-        if receipt and receipt.get("shards") != dict(merged.digests):
-            raise Refusal(
-                f"{record.path}: belongs to another output: its shards are not those of "
-                f"{companion(folder, RECEIPT)}; put the record back that was written with this "
-                "output"
-            )
-        _check_sides(merged)
         undone.pop_all()
         return merged
 
 
-def _merged(checkpoint: Checkpoint, record: Record, receipt: Mapping[str, Any]) -> Merged:
+def _merged(
+    checkpoint: Checkpoint, record: Record, receipt: Mapping[str, Any], in_place: bool
+) -> Merged:
     told = record.manifest
     files: dict[str, int] = {str(k): int(v) for k, v in told["files"].items()}
     shards = []
     if [s.name for s in checkpoint.shards] != sorted(told["shards"]):
-        raise Refusal(f"{record.path}: belongs to another output: it has other shards")
+        which = f"has other shards ({', '.join(sorted(told['shards']))})"
+        if is_lone(checkpoint.path):
+            which = f"is called {', '.join(told['shards'])}; give the files their old names"
+        raise Refusal(f"{record.path}: belongs to another output, which {which}")
+    if receipt and receipt.get("shards") != told["shards"]:
+        raise Refusal(
+            f"{record.path}: belongs to another output: its shards are not those of "
+            f"{companion(checkpoint.path, RECEIPT)}; put the record back that was written with "
+            "this output"
+        )
     names = sorted(told["base"]["shards"])  # which a single file need not have kept
     for shard, name in zip(checkpoint.shards, names, strict=True):
         header = shard.header
@@ -279,20 +280,20 @@ def _merged(checkpoint: Checkpoint, record: Record, receipt: Mapping[str, Any]) 
             else:
                 header = header_of(raw, str(record.path))
         shards.append(Shard(shard.name, shard.path, header))
-    rewritten = {
-        name: record.file(files[f"side/{name}"])
-        for name in ("config.json", INDEX)
-        if f"side/{name}" in files
-    }
+    # an interrupted edit in place is finished, whatever became of files that it leaves alone
+    beside = read_beside(checkpoint.path, record, files, told["side_files"], not in_place)
+    rewritten = beside.rewritten
     config, index = checkpoint.config, checkpoint.index
     if "config.json" in rewritten:
         config = parse_json(rewritten["config.json"], str(record.path), infinity=True)
     if INDEX in rewritten:
         index = parse_json(rewritten[INDEX], str(record.path))
-    copied = tuple(str(name) for name in told["side_files"])
-    sides = sorted({*copied, *rewritten} - {INDEX})
+    sides = sorted({*beside.copied, *rewritten} - {INDEX})
     where = {n: number for number, shard in enumerate(shards) for n in shard.header.tensors}
-    base = Checkpoint(checkpoint.path, tuple(shards), index, config, tuple(sides), (), where)
+    base = Checkpoint(
+        checkpoint.path, tuple(shards), index, config, tuple(sides), (), where,
+        str(told["base"]["path"]),
+    )  # fmt: skip
     adapters = tuple(
         read_adapter(record, files[f"adapter/{n}"], entry)
         for n, entry in enumerate(told["contents"])
@@ -324,28 +325,11 @@ def _merged(checkpoint: Checkpoint, record: Record, receipt: Mapping[str, Any]) 
     if not LEAF <= limit <= 1 << 26 or not isinstance(told["base"]["path"], str):
         raise ValueError(f"blocks of {limit} elements, base {told['base']['path']!r}")
     return Merged(
-        checkpoint, base, record, receipt, adapters, edits, rewritten, copied, limit,
+        checkpoint, base, record, receipt, adapters, edits, beside, limit,
         {s.name: str(told["base"]["shards"][n]) for s, n in zip(shards, names, strict=True)},
         {str(n): str(d) for n, d in told["shards"].items()},
         kept,
     )  # fmt: skip
-
-
-def _check_sides(merged: Merged) -> None:
-    wrong, told = [], merged.record.manifest["side_files"]
-    if not isinstance(told, dict):
-        raise CorruptFile(f"{merged.record.path}: its side_files are none that infold writes")
-    for name, digest in told.items():
-        kept = kept_name(merged.path, name)
-        if not os.path.lexists(merged.path / kept):
-            wrong.append(f"{merged.path / kept}: is missing; the base had this file too")
-        elif digest_file(merged.checkpoint, kept) != digest:
-            wrong.append(
-                f"{merged.path / kept}: was changed after it was merged, so it is not the base's "
-                "any more; put the old one back"
-            )
-    if wrong:
-        raise Refusal(wrong)
 
 
 class UndoRun:

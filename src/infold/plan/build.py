@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
 from infold.checkpoint.adapter import Adapter
-from infold.checkpoint.shards import INDEX, Checkpoint
-from infold.dtypes import BLOCKS
+from infold.checkpoint.shards import INDEX, NOT_CONTENT, Checkpoint, is_bundled
 from infold.errors import Refusal
 from infold.formats import floats_of, format_of
 from infold.formats.values import NoValues
+from infold.ggml import BLOCKS
 from infold.patience import patience
+from infold.plan.choice import MODES, WAYS, Choice
 from infold.plan.config import read_config
 from infold.plan.consume import Consumer
 from infold.plan.convert import (
-    MODES,
-    WAYS,
-    Choice,
     Conversion,
     convertible,
     original_reasons,
@@ -34,7 +32,7 @@ from infold.plan.experts import consume_parameters
 from infold.plan.fold import INSTEAD
 from infold.plan.gguf_consume import GgufConsumer
 from infold.plan.match import group_keys
-from infold.plan.origin import is_called, origin_notes
+from infold.plan.origin import misfit, origin_notes
 from infold.plan.output import (
     config_changes,
     index_bytes,
@@ -209,20 +207,11 @@ def _add(draft: Draft, number: int, adapter: Adapter) -> None:
             f"adapter, as they are where it is not merged ({consumer.measured[0]}, ...): values "
             "that it makes larger can be clipped there"
         )
-    if len(draft.reasons) > before:
-        summary = []
-        if others and not any(consumer.finds(module) for module, _ in others):
-            count = len(others)
-            summary.append(
-                f"{adapter.path}: none of its {count} modules is in {draft.base.path}"
-                if count > 1
-                else f"{adapter.path}: its only module is not in {draft.base.path}"
-            )
-        trained_on = config.fields.get("base_model_name_or_path")
-        other = trained_on and not is_called(trained_on, draft.base)
-        if other and len(draft.reasons) - before > len(draft.elements) - elements:
-            summary.append(f"{adapter.path}: was trained on {trained_on!r}: is this that base?")
-        draft.reasons[before:before] = summary
+    # what is quantized can be the right base all the same
+    if len(draft.reasons) - before > len(draft.elements) - elements:
+        modules = [module for module, _ in others]
+        found = not modules or any(map(consumer.finds, modules))
+        draft.reasons[before:before] = misfit(draft.base, adapter, modules, found)
 
 
 def _settle_ties(draft: Draft, adapters: tuple[Adapter, ...]) -> bool:
@@ -264,6 +253,20 @@ def _edits(draft: Draft) -> dict[str, Edit]:
     return edits
 
 
+def _left_out(names: Sequence[str]) -> Iterator[str]:
+    """Notes on files of the base that the output does not get, by the reason."""
+    reasons: dict[str, list[str]] = {}
+    for name in names:
+        why = "it repeats or would change the merged weights"
+        if name.startswith("infold-") or is_bundled(name):
+            why = "it tells of another merge, that made the base"
+        elif name.rpartition("/")[2] in NOT_CONTENT:
+            why = "it is no part of the model"
+        reasons.setdefault(why, []).append(name)
+    for why, listed in reasons.items():
+        yield f"left out, since {why}: {', '.join(listed)}"
+
+
 def _plan(
     draft: Draft,
     base: Checkpoint,
@@ -282,11 +285,7 @@ def _plan(
             copied.append(INDEX)
         else:
             rewritten[INDEX] = index_bytes(base, shards)
-    if base.left_out:
-        draft.notes.append(
-            "left out, since it repeats or would change the merged weights: "
-            + ", ".join(base.left_out)
-        )
+    draft.notes += _left_out(base.left_out)
     order = [name for shard in shards for name in shard.header.tensors if name in edits]
     return Plan(
         base,

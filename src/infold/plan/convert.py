@@ -19,21 +19,16 @@ from torch import Tensor
 
 from infold.checkpoint.safetensors import Header, TensorInfo
 from infold.checkpoint.shards import Checkpoint
-from infold.dtypes import BLOCKS
 from infold.formats import Field, NoFold, Stored, format_of
 from infold.formats.bitsandbytes import unnested
 from infold.formats.values import VALUES, NoValues, Scheme
-from infold.formats.values.ggml import ENCODES
+from infold.ggml import BLOCKS
+from infold.plan.choice import Choice
 from infold.plan.edits import Amended, BaseTensor, Decoded, Edit, Original, Part, Source
 from infold.plan.match import Names
 from infold.plan.quantized import StoredModules, strangers, words_of
 
 __all__ = [
-    "DTYPES",
-    "MODES",
-    "TYPES",
-    "WAYS",
-    "Choice",
     "Conversion",
     "Convertible",
     "convertible",
@@ -43,43 +38,6 @@ __all__ = [
     "view",
     "with_siblings",
 ]
-
-DTYPES = {"bf16": "BF16", "f16": "F16", "f32": "F32"}
-TYPES = {kind.lower(): kind for kind in ENCODES}  # of GGUF, that --requantize can write
-WAYS = (
-    "; --dequantize writes such weights unquantized, --requantize rounds them into their own "
-    "format again"
-)
-MODES = ("promote", "dequantize", "requantize")
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What the user chose for modules that do not fold.
-
-    mode: one of MODES. dtype: of weights that become dense, by safetensors' name; "" for the one
-    that the config tells, in GGUF F16; with requantize a type of GGUF, "" for the same. original:
-    the unquantized checkpoint that values of touched modules come from, in place of the quantized
-    one.
-    """
-
-    mode: str
-    dtype: str = ""
-    original: Checkpoint | None = None
-
-    def dense_dtype(self, base: Checkpoint) -> str:
-        """The dtype of weights that become dense."""
-        if self.mode == "requantize":
-            return "F32"
-        if self.dtype or base.is_gguf:
-            return self.dtype or "F16"
-        config = base.config or {}
-        inner = config.get("text_config")
-        for place in (config, inner if isinstance(inner, dict) else {}):
-            told = str(place.get("dtype") or place.get("torch_dtype") or "")
-            if told.removeprefix("torch.") in ("bfloat16", "float16", "float32"):
-                return {"b": "BF16", "f": "F" + told[-2:]}[told.removeprefix("torch.")[0]]
-        return "BF16"
 
 
 @dataclass(frozen=True)

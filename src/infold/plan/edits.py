@@ -199,9 +199,15 @@ def _told(source: Source) -> dict[str, Any]:
     if isinstance(source, Replacement):
         return {"adapter": source.adapter, "key": source.key}
     if isinstance(source, Decoded):
-        return {"decoded": source.module, "format": source.form}
+        return {"decoded": source.module, "format": _type(source.form, source.scheme)}
     if isinstance(source, Original):
         return {"original": source.name}
     if isinstance(source, Amended):
         return {"base": source.name, "amended": True}
-    return {**_told(source.values.source), "requantized": source.form}
+    written = _type(source.form, source.scheme)
+    return {**_told(source.values.source), "requantized": written}
+
+
+def _type(form: str, scheme: Scheme) -> str:
+    """A format as people call it; of a GGUF file the type of the tensor."""
+    return scheme.kind if form == "ggml" else form

@@ -31,8 +31,8 @@ def collect(folder: Path, more: Sequence[Path] = ()) -> Records:
         receipt = folder.with_name(f"{folder.name}.infold-receipt.json")
         if not receipt.is_file():
             raise Refusal(
-                f"{folder}: has no {receipt.name} beside it, so it is no output of `infold merge`; "
-                "a report is made of records"
+                f"{folder}: has no {receipt.name} beside it, so it is no output of `infold merge`, "
+                "or was renamed; a report is made of records"
             )
         return _read_all({receipt: "receipt"}, [], more)
     if not folder.is_dir():

@@ -13,6 +13,8 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from infold.names import kin, same
+
 __all__ = [
     "Fields",
     "combined_config",
@@ -143,6 +145,9 @@ def config_notes(configs: Sequence[Fields]) -> list[str]:
     notes = []
     for name in ("base_model_name_or_path", "revision", "task_type", "fan_in_fan_out"):
         values = list(dict.fromkeys(str(c[name]) for c in configs if c.get(name) is not None))
+        if name == "base_model_name_or_path":  # a path or a copy's name is no other model
+            others = [v for v in values[1:] if kin(values[0], v) and not same(values[0], v)]
+            values = values[:1] + others
         if len(values) > 1:
             taken = "True" if name == "fan_in_fan_out" else values[0]
             notes.append(f"{name} differs: {', '.join(values)}; the result has {taken}")

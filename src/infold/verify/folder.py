@@ -22,7 +22,7 @@ from infold.checkpoint.shards import (
     read_shard_header,
 )
 from infold.errors import CorruptFile, InfoldError, Refusal
-from infold.plan.convert import DTYPES, MODES, TYPES
+from infold.plan.choice import DTYPES, MODES, TYPES
 from infold.plan.edits import OutputShard, Plan
 from infold.verify.verdict import Offender
 

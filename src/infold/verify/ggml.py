@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from infold.dtypes import BLOCKS
+from infold.ggml import BLOCKS
 
 __all__ = ["codes_of", "half_at", "values_of"]
 

@@ -82,9 +82,12 @@ def _fits(
         return False
     shape = one.check.grid if isinstance(one.check, EditCheck) else one.info.shape
     width = one.info.nbytes // max(math.prod(shape), 1) or 1
-    row = check.row_bytes if isinstance(check, EditCheck) else width
+    row, end = width, one.info.nbytes
+    if isinstance(check, EditCheck):
+        row = check.row_bytes if check.row_bytes <= check.step else width
+        end = (first[0] * width // check.unit + 1) * check.unit
     offset = first[0] * width // row * row
-    count = min(max(row, _SAMPLE * width // row * row), check.step, one.info.nbytes - offset)
+    count = min(max(row, _SAMPLE * width // row * row), check.step, end - offset)
     view = workspace.bytes("merged", count)
     files.read(one.path, view, one.info.begin + offset)
     check.tally = Tally()

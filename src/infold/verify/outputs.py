@@ -34,7 +34,7 @@ from infold.checkpoint.adapter import open_adapter
 from infold.checkpoint.shards import is_lone, open_checkpoint
 from infold.errors import CorruptFile, Refusal
 from infold.plan.build import plan_merge
-from infold.plan.convert import Choice
+from infold.plan.choice import Choice
 from infold.plan.edits import Decoded
 from infold.tuners.loading import (
     attach_all,

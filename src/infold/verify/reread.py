@@ -53,6 +53,16 @@ class _Piece:
     count: int
 
 
+def _cut(check: Check | None, nbytes: int) -> Iterator[tuple[int, int]]:
+    """The pieces of a tensor: (offset, count)."""
+    step = COPIED if check is None else check.step
+    unit = check.unit if isinstance(check, EditCheck) else nbytes
+    for first in range(0, nbytes, unit or 1):
+        end = min(first + unit, nbytes)
+        for offset in range(first, end, step or 1):
+            yield offset, min(step, end - offset)
+
+
 class _Reread:
     def __init__(
         self,
@@ -82,9 +92,7 @@ class _Reread:
                 yield from self._between(shard, position, info.begin)
                 position = info.end
                 check = shard.checks.get(name)
-                step = COPIED if check is None else check.step
-                for offset in range(0, info.nbytes, step or 1):
-                    count = min(step, info.nbytes - offset)
+                for offset, count in _cut(check, info.nbytes):
                     yield _Piece(shard, check, info.begin + offset, offset, count)
             yield from self._between(shard, position, shard.header.file_size)
             if self.hashed:

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from infold.dtypes import BLOCKS
 from infold.formats.values import Matrix, Scheme
+from infold.ggml import BLOCKS
 from infold.verify.ggml import codes_of, half_at, values_of
 
 __all__ = ["FLOATS8", "Grid", "decode", "grid"]

@@ -43,7 +43,7 @@ from infold.verify.values import STEP, Values
 
 __all__ = ["BaseCheck", "EditCheck", "Tally", "Workspace"]
 
-BLOCK = 1 << 20  # elements that are read at once, but whole rows
+BLOCK = 1 << 20  # elements that are read at once: whole rows, or a part of one that has more
 COPIED = 4 << 20  # bytes of an unedited tensor that are compared at once
 TILE = 192 << 10  # elements; larger ones leave the cache, smaller ones cost more calls
 TILE_COLUMNS = 2048
@@ -181,7 +181,7 @@ class EditCheck:
             if any(op.settings.experts and op.settings.expert < 0 for op in edit.operations):
                 self.rows, self.columns = math.prod(shape[:-1]), shape[-1]
             self.row_bytes = self.columns * self.line.dtype.itemsize
-        self.left = self.rows  # that are not checked yet
+        self.left = self.rows * self.row_bytes  # that are not checked yet
         self.loaded: Tensor | None = None
         self.decoded: Callable[[slice], Tensor] | None = None
         self.in_place = False
@@ -212,7 +212,14 @@ class EditCheck:
         """Bytes that are checked at once."""
         if self.blocks is not None:
             return COPIED // self.row_bytes * self.row_bytes
-        return max(1, BLOCK // max(self.columns, 1)) * self.row_bytes
+        if self.columns > BLOCK:
+            return BLOCK * self.line.dtype.itemsize
+        return BLOCK // max(self.columns, 1) * self.row_bytes
+
+    @property
+    def unit(self) -> int:
+        """Bytes whose end no such piece goes across: a row that is larger than a piece, or all."""
+        return self.row_bytes if self.step < self.row_bytes else self.rows * self.row_bytes
 
     @property
     def grid(self) -> tuple[int, ...]:
@@ -222,32 +229,37 @@ class EditCheck:
     def check(
         self, merged: memoryview, offset: int, own: memoryview | None, workspace: Workspace
     ) -> None:
-        """Check whole rows that begin at byte `offset`; `own` are the base's bytes there, if at
-        hand."""
+        """Check whole rows, or a part of one, that begin at byte `offset`; `own` are the base's
+        bytes there, if at hand."""
         references = self._prepare(workspace)
-        row, count = offset // self.row_bytes, len(merged) // self.row_bytes
+        row, count = offset // self.row_bytes, max(1, len(merged) // self.row_bytes)
+        left, width = 0, self.columns
+        if len(merged) < self.row_bytes:
+            size = self.line.dtype.itemsize
+            left, width = offset % self.row_bytes // size, len(merged) // size
         if own is None or not self.in_place:
             own = None
         if self.blocks is not None:
             stored, raw = self._unpack(self.blocks, merged, own, row, workspace)
         else:
-            stored = torch.frombuffer(merged, dtype=self.line.dtype).view(count, self.columns)
+            stored = torch.frombuffer(merged, dtype=self.line.dtype).view(count, width)
             raw = (
-                self._read(row, count, workspace)
+                self._read(row, count, workspace, left, width)
                 if own is None
-                else torch.frombuffer(own, dtype=self.kind).view(count, self.columns)
+                else torch.frombuffer(own, dtype=self.kind).view(count, width)
             )
         doubts = []
-        for rows, columns in _tiles(count, self.columns, TILE, TILE_COLUMNS):
+        for rows, columns in _tiles(count, width, TILE, TILE_COLUMNS):
             there = slice(row + rows.start, row + rows.stop)
+            across = slice(left + columns.start, left + columns.stop)
             source, found = raw[rows, columns], stored[rows, columns]
             x = workspace.tile("x", source, torch.float64)
             values = Values(_widen(source, x, workspace), workspace.tile("e", x, self._kind))
             for number, reference in enumerate(references):
-                self._on_logical(number, reference.estimate, values, there, columns)
+                self._on_logical(number, reference.estimate, values, there, across)
             doubts.append(self._sieve(values, found, workspace, rows.start, columns.start))
         for doubt in _pieces(doubts):
-            self._judge(references, doubt, raw, stored, row)
+            self._judge(references, doubt, raw, stored, (row, left))
 
     def exact(self, rows: slice, workspace: Workspace) -> Tensor:
         """float64 values of whole rows, as the contract tells them."""
@@ -260,7 +272,7 @@ class EditCheck:
     def done(self, count: int) -> None:
         """`count` bytes are checked: after the last of them the parts are forgotten."""
         with self._lock:
-            self.left -= count // self.row_bytes
+            self.left -= count
             if self.left <= 0:
                 self._references = None
 
@@ -285,16 +297,20 @@ class EditCheck:
             self.tally.add(len(wrong), (at, "other codes", "the base's codes"))
         return blocks.floats(merged), blocks.floats(own)
 
-    def _read(self, row: int, count: int, workspace: Workspace) -> Tensor:
-        """Stored rows of the source; of a quantized module their float64 values."""
+    def _read(
+        self, row: int, count: int, workspace: Workspace, left: int = 0, width: int | None = None
+    ) -> Tensor:
+        """Stored rows of the source, or `width` columns of one from `left` on; of a quantized
+        module their float64 values."""
+        width = self.columns if width is None else width
         if self.decoded is not None:
-            return self.decoded(slice(row, row + count))
+            return self.decoded(slice(row, row + count))[:, left : left + width]
         if self.loaded is not None:
-            return self.loaded[row : row + count]
-        size = self.columns * self.kind.itemsize
-        view = workspace.bytes("source", count * size)
-        self.files.read(self.path, view, self.begin + row * size)
-        return torch.frombuffer(view, dtype=self.kind).view(count, self.columns)
+            return self.loaded[row : row + count, left : left + width]
+        size = self.kind.itemsize
+        view = workspace.bytes("source", count * width * size)
+        self.files.read(self.path, view, self.begin + (row * self.columns + left) * size)
+        return torch.frombuffer(view, dtype=self.kind).view(count, width)
 
     def _prepare(self, workspace: Workspace) -> list[Reference]:
         """The operations in order; the first worker that comes reads their parts."""
@@ -324,7 +340,7 @@ class EditCheck:
         assert isinstance(dora, LowRank) and dora.magnitude is not None
         transposed = self.edit.operations[number].transposed
         sums = Sums(len(dora.magnitude))
-        step = self.step // self.row_bytes
+        step = max(1, self.step // self.row_bytes)
         for row in range(0, self.rows, step):
             raw = self._read(row, min(step, self.rows - row), workspace)
             for rows, columns in _tiles(len(raw), self.columns, 4 * TILE, self.columns):
@@ -395,9 +411,9 @@ class EditCheck:
         doubt: _Doubt,
         raw: Tensor,
         stored: Tensor,
-        top: int,
+        corner: tuple[int, int],
     ) -> None:
-        """Decide the doubtful elements of a block that begins in row `top`; tell the tally."""
+        """Decide the doubtful elements of a block by its first row and column; tell the tally."""
         rows, columns = doubt.i, doubt.j
         places = self.line.stored(stored[rows, columns])
         low, high = self._ends(doubt.x, doubt.error, doubt.relative)
@@ -408,12 +424,13 @@ class EditCheck:
         open_ = ((low <= places) & (places <= high) & (low != high) & finite).nonzero().flatten()
         if len(open_):
             i, j = rows[open_], columns[open_]
-            low[open_], high[open_] = exact = self._settled(references, raw[i, j], i + top, j)
+            places_there = i + corner[0], j + corner[1]
+            low[open_], high[open_] = exact = self._settled(references, raw[i, j], *places_there)
             self.tally.add(undecided=int((exact[0] != exact[1]).sum()))
         wrong = ((places < low) | (places > high) | ~finite).nonzero().flatten()
         if len(wrong):
             i, j = rows[wrong], columns[wrong]
-            self._report(references, raw, stored, i, j, top, low[wrong], high[wrong])
+            self._report(references, raw, stored, i, j, corner, low[wrong], high[wrong])
 
     def _report(
         self,
@@ -422,7 +439,7 @@ class EditCheck:
         stored: Tensor,
         i: Tensor,
         j: Tensor,
-        top: int,
+        corner: tuple[int, int],
         low: Tensor,
         high: Tensor,
     ) -> None:
@@ -434,9 +451,10 @@ class EditCheck:
             like_base = int((self.line.stored(raw[i, j]) == places).sum())
         at = int((i * self.columns + j).argmin())
         one = slice(at, at + 1)
-        must = self._settled(references, raw[i[one], j[one]], i[one] + top, j[one])[0]
+        there = i + corner[0], j + corner[1]
+        must = self._settled(references, raw[i[one], j[one]], there[0][one], there[1][one])[0]
         first = (
-            (int(i[at]) + top) * self.columns + int(j[at]),
+            int(there[0][at]) * self.columns + int(there[1][at]),
             repr(self.line.number(int(places[at]))),
             repr(self.line.number(int(must))),
         )

@@ -23,11 +23,18 @@ from infold.checkpoint.files import digest_of, safe_child
 from infold.checkpoint.inputs import InputFiles
 from infold.checkpoint.record import UNDO
 from infold.checkpoint.safetensors import TensorInfo, read_header
-from infold.checkpoint.shards import RECEIPT, companion, is_lone, kept_name, open_checkpoint
-from infold.dtypes import BLOCKS
+from infold.checkpoint.shards import (
+    RECEIPT,
+    companion,
+    is_lone,
+    kept_name,
+    open_checkpoint,
+    renamed,
+)
 from infold.errors import InfoldError, Refusal
+from infold.ggml import BLOCKS
 from infold.plan.build import plan_merge
-from infold.plan.convert import Choice
+from infold.plan.choice import Choice
 from infold.plan.edits import Amended, Operation, Plan, Replacement
 from infold.plan.output import placed
 from infold.verify.amended import AmendedCheck
@@ -89,7 +96,8 @@ def verify_checkpoint(
             unread = {shard.name for shard in plan.shards} - {shard.name for shard in shards}
             claimed = {n: digest for n, digest in claims.shards.items() if n not in unread}
             offenders += _compare_digests("digest", claimed, output, "the output")
-            offenders += _changed_sides(claims, plan, folder)
+            known = {offender.where for offender in different}  # a file is one offender
+            offenders += [o for o in _changed_sides(claims, plan, folder) if o.where not in known]
         if claims is not None and base is None:
             found = {plan.base.shards[s.source].name: sources.get(s.name) for s in plan.shards}
             own = {s.name: found.get(s.name) or digest_of(s.path) for s in plan.base.shards}
@@ -137,6 +145,7 @@ def _open(
     if claims is None:
         raise Refusal(
             f"{folder}: has no {companion(folder, RECEIPT).name}, so give base and adapters too"
+            f"{renamed(folder, RECEIPT)}"
         )
     if os.path.realpath(claims.base) == os.path.realpath(folder):
         raise Refusal(

@@ -25,10 +25,11 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from infold.dtypes import BLOCKS, TORCH_DTYPES
+from infold.dtypes import TORCH_DTYPES
 from infold.formats.dense import encode as encode_dense
 from infold.formats.stored import Field, Stored
 from infold.formats.values.scheme import NoValues, Parts, Scheme, stored_scales
+from infold.ggml import BLOCKS
 
 __all__ = [
     "BORROWED",

@@ -1,0 +1,127 @@
+"""Where an output may go."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from infold.checkpoint.files import read_json
+from infold.checkpoint.record import UNDO
+from infold.checkpoint.shards import (
+    CARD,
+    JOURNAL,
+    RECEIPT,
+    companion,
+    is_bundled,
+    is_lone,
+    read_receipt,
+)
+from infold.errors import InfoldError, Refusal, StorageFailure
+
+__all__ = ["check_place"]
+
+
+def check_place(
+    out: Path, inputs: Iterable[Path], coming: Collection[str], force: bool, *, replaces: bool
+) -> None:
+    """The output must be a new name, or with force an old output, and not lie in an input.
+
+    coming: names of the files that a folder will have, as far as they are known. replaces: whether
+    the verb has --force at all.
+    """
+    real = out.resolve()
+    for given in inputs:
+        other = given.resolve()
+        if real == other or real in other.parents or (other in real.parents and other.is_dir()):
+            raise Refusal(f"{out}: lies in or around the input {given}; choose another place")
+    if not os.path.lexists(out):
+        return
+    if not replaces:
+        raise Refusal(f"{out}: exists already; choose another name")
+    if is_lone(out) and out.is_file() and not out.is_symlink():
+        _check_file(out, force)
+        return
+    if out.is_symlink() or not out.is_dir():
+        kind = "a link" if out.is_symlink() else "a file"
+        raise Refusal(
+            f"{out}: exists already and is {kind}, which --force does not replace; choose "
+            "another name"
+        )
+    foreign = _foreign(out, coming)
+    if not force:
+        way = "" if foreign else ", or replace it with --force"
+        raise Refusal(f"{out}: exists already; choose another name{way}")
+    if foreign:
+        raise Refusal(foreign)
+
+
+def _check_file(out: Path, force: bool) -> None:
+    """An output that exists, and is a single file, must be an old output, and be replaced."""
+    if os.path.lexists(companion(out, JOURNAL)):
+        raise Refusal(
+            f"{out}: was left in the middle of an edit in place; `infold inspect {out}` finishes it"
+        )
+    told: Any = None
+    with suppress(InfoldError):  # none, or a broken one
+        told = read_receipt(out)
+    mine = isinstance(told, dict) and out.name in (told.get("shards") or ())
+    if not force:
+        way = ", or replace it with --force" if mine else ""
+        raise Refusal(f"{out}: exists already; choose another name{way}")
+    if not mine:
+        raise Refusal(
+            f"{out}: {companion(out, RECEIPT).name} is not beside it, so it is no output of "
+            "infold, and --force does not replace it; choose another name, or remove it yourself"
+        )
+
+
+def _foreign(out: Path, coming: Collection[str]) -> list[str]:
+    """What of a folder neither an earlier merge wrote nor this one will: it would be lost."""
+    found = []
+
+    def unreadable(error: OSError) -> None:
+        raise StorageFailure(f"{error.filename}: {error.strerror}") from error
+
+    for folder, folders, files in os.walk(out, onerror=unreadable):
+        links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+        found += [os.path.relpath(os.path.join(folder, name), out) for name in [*files, *links]]
+    if not found:
+        return []
+    if RECEIPT not in found:
+        return [
+            f"{out}: holds no {RECEIPT}, so it is no output of infold, and --force does not "
+            "replace it; choose another name, or remove it yourself"
+        ]
+    known = {RECEIPT, UNDO, *coming}
+    with suppress(InfoldError):  # a broken receipt tells of no file
+        receipt = read_json(out / RECEIPT)
+        told = receipt if isinstance(receipt, dict) else {}
+        for field in ("shards", "side_files"):
+            names: Any = told.get(field)
+            known |= {name for name in names or () if isinstance(name, str)}
+    if "deployment_config.json" in found:
+        known.add(CARD)  # of `infold deploy`
+    strange = sorted(name for name in found if name not in known and not _told(out, name))
+    reasons = [f"{out / name}: neither the base's nor infold's" for name in strange]
+    if reasons:
+        reasons.insert(
+            0,
+            f"{out}: holds {len(strange)} of your own files, so --force does not replace it; move "
+            "them elsewhere, or choose another name",
+        )
+    return reasons
+
+
+def _told(out: Path, name: str) -> bool:
+    """Whether a file is what infold told of the merge that is there."""
+    if not is_bundled(name):
+        return False
+    if not name.startswith("records/"):
+        return True
+    with suppress(InfoldError):  # a record has its kind for a name
+        record = read_json(out / name)
+        return isinstance(record, dict) and record.get("kind") == Path(name).stem
+    return False
