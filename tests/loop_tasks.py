@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -31,8 +32,12 @@ def verify(problem: str, answer: str) -> bool:
 
 
 def printing(problem: str, answer: str) -> bool:
-    """As any way of printing does: Python's, what it starts, and what knows the descriptor."""
+    """As any way of printing does: Python's, what it starts, what knows the descriptor, and what
+    writes into a buffer that no one empties before the end."""
     print("printed", answer)
+    assert sys.__stdout__ is not None
+    sys.__stdout__.write("kept by Python\n")
+    ctypes.CDLL(None).printf(b"kept by C\n")
     subprocess.run([sys.executable, "-S", "-c", "print('started')"], check=True)
     os.write(1, b"written\n")
     return False

@@ -224,11 +224,19 @@ def test_the_verb_saves_what_checklist_and_report_read(
     assert "the base's" in boxes["speed"].evidence
     page = render_markdown(collect(merged))
     assert "| over the base's; more is worse | infold | PEFT | merged |" in page
-    ratio = next(
+
+    # memory has one value a start: here one in all, then two, of which an interval is forged
+    memory = next(
         c for c in saved["comparisons"] if c["model"] == "merged" and c["what"] == "memory"
     )
-    told = rf"{ratio['ratio']:.3f} \([^|]*\), of 50%"  # two starts give two values
-    assert re.search(rf"\n\| {ratio['metric']} \|.*\| {told} \|\n", page)
+    for more, told in (
+        ({}, rf"{memory['ratio']:.3f}, one value"),
+        ({"low": 0.9, "high": 1.1, "coverage": 0.5}, r"1\.000 \(0\.900 to 1\.100\), of 50%"),
+    ):
+        memory |= {"ratio": 1.0, **more} if more else {}
+        (merged / "records" / "bench.json").write_text(json.dumps(saved))
+        page = render_markdown(collect(merged))
+        assert re.search(rf"\n\| {memory['metric']} \|.*\| {told} \|\n", page), page
 
     # the same record, made to tell of other merged models
     def box(**told: float) -> str:
@@ -302,6 +310,20 @@ def test_what_cannot_be_run_is_refused(
     (tmp_path / "weightless" / "config.json").write_bytes((merged / "config.json").read_bytes())
     with pytest.raises(Refusal, match="base: "):
         measure_models(tmp_path / "weightless", adapter, **QUICK, modes=False)
+
+    class Base:
+        """Answers without a process: the merged model is the one that cannot be loaded."""
+
+        def ask(self, what: str, **given: Any) -> dict[str, Any]:
+            return {"load_seconds": 1.0, "dtype": "", "threads": 1, "device": "cpu"}
+
+    started = module._worker
+    with monkeypatch.context() as patch, pytest.raises(Refusal, match=r"^merged: "):
+        patch.setattr(
+            module, "_worker", lambda n: nullcontext(Base()) if n == "base" else started(n)
+        )
+        measure_models(base, adapter, tmp_path / "weightless", **QUICK, modes=False)
+    assert not workers()
     if not torch.cuda.is_available():
         with pytest.raises(Refusal, match="no CUDA devices"):
             measure_models(base, adapter, **{**QUICK, "device": "cuda"})

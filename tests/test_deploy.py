@@ -349,7 +349,11 @@ def test_the_base_comes_back_in_place_once_the_bundle_is_gone_as_told(
 
 
 def test_it_tells_spread_and_files_as_they_are(merged: Path) -> None:
-    """What it wrote, and what lies there beside it."""
+    """What it wrote, and what lies there beside it of the model: not what its user keeps there."""
+    own = len(contents(merged))
+    for name in (".git/HEAD", ".cache/huggingface/x.lock", "notes.txt", "records/mine.json"):
+        (merged / name).parent.mkdir(parents=True, exist_ok=True)
+        (merged / name).write_text("{}")
     ran = CliRunner().invoke(app, ["deploy", str(merged), "--context", "64"])
 
     said = " ".join(ran.output.split())
@@ -361,7 +365,7 @@ def test_it_tells_spread_and_files_as_they_are(merged: Path) -> None:
     written, there = re.search(
         r"bundle (\d+) files, beside (\d+) of the merged model", said
     ).groups()
-    assert int(written) + int(there) == len(contents(merged))
+    assert int(there) == own, "the README.md that was there is README.base.md"
     assert int(written) == len(read_config(merged)["bundle"]) + 1, "and the configuration itself"
 
 
@@ -639,10 +643,23 @@ def test_weights_that_are_stored_otherwise_are_as_many(way: str, kind: str, tmp_
     assert ("stored otherwise now" in box.evidence) == moved
 
     weights = merged / "model.safetensors"
-    tensors = {**load_file(weights), "model.layers.0.input_layernorm.weight": torch.ones(32)}
-    save_file(tensors, weights, metadata={"format": "pt"})
-    boxes = by_title(check_boxes(base, adapter, merged))
-    assert boxes["parameter count unchanged"].status == "FAIL", "of no quantized weight"
+    right = load_file(weights)
+    module = "model.layers.0.self_attn.q_proj"
+    codes = {n for n in right if n.startswith(f"{module}.") and not n.endswith(".bias")}
+    wrong = {
+        "of no quantized weight": {
+            **right,
+            "model.layers.0.input_layernorm.weight": torch.ones(32),
+        },
+        "a bias of another shape": {**right, f"{module}.bias": torch.ones(32)},
+        "a lost bias": {n: t for n, t in right.items() if n != f"{module}.bias"},
+        "a lost weight": {n: t for n, t in right.items() if n not in codes},
+        "what is no part of a weight": {**right, f"{module}.strange": torch.ones(2)},
+    }
+    for what, tensors in wrong.items():
+        save_file(tensors, weights, metadata={"format": "pt"})
+        boxes = by_title(check_boxes(base, adapter, merged))
+        assert boxes["parameter count unchanged"].status == "FAIL", what
 
 
 def test_a_rollback_to_another_base_is_no_plan(made: Any, merged: Path, tmp_path: Path) -> None:
@@ -753,6 +770,42 @@ def test_a_baseline_without_figures_is_none(made: Any, merged: Path) -> None:
         box = by_title(check_boxes(made[0], made[1], merged))["baseline recorded"]
         assert box.status == status
     assert box.evidence == "load seconds: 0.5"
+
+
+def test_figures_of_an_old_or_edited_configuration_fail(made: Any, merged: Path) -> None:
+    deploy_bundle(merged, measured=False)
+    config = json.loads((merged / "deployment_config.json").read_text())
+    good = {"median": 5.0, "low": 4.0, "high": 6.0}
+    for rate, status in (
+        (good, "PASS"), ({"median": 5.0}, "FAIL"), (5.0, "FAIL"), ({**good, "low": "4"}, "FAIL"),
+    ):  # fmt: skip
+        told = {"measured": True, "device": "cpu", "decode_tokens_per_second": rate}
+        config["performance_metrics"] = told
+        (merged / "deployment_config.json").write_text(json.dumps(config))
+        box = by_title(check_boxes(made[0], made[1], merged))["benchmark recorded"]
+        assert box.status == status, box.evidence
+    assert "make it again" in box.evidence
+
+
+def test_a_vocabulary_of_another_size_is_named(made: Any, tmp_path: Path) -> None:
+    """Saved embeddings with more rows; but only as many as the receipt tells."""
+    rows = 16
+    model = AutoModelForCausalLM.from_pretrained(made[0])
+    model.resize_token_embeddings(rows)
+    saved = LoraConfig(target_modules=["k_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    get_peft_model(model, saved).save_pretrained(tmp_path / "adapter")
+    merged = tmp_path / "merged"
+    infold.merge(made[0], tmp_path / "adapter", merged)
+
+    box = by_title(check_boxes(made[0], tmp_path / "adapter", merged))["parameter count unchanged"]
+    assert box.status == "PASS", box.evidence
+    assert f"lm_head.weight, of 13 rows, which the adapter replaces by {rows}" in box.evidence
+
+    weights = merged / "model.safetensors"
+    tensors = load_file(weights)
+    save_file({**tensors, "lm_head.weight": torch.ones(rows + 1, 32)}, weights, {"format": "pt"})
+    box = by_title(check_boxes(made[0], tmp_path / "adapter", merged))["parameter count unchanged"]
+    assert box.status == "FAIL" and "lm_head.weight" in box.evidence
 
 
 def test_validation_is_read_from_the_training_record(made: Any, merged: Path) -> None:

@@ -65,7 +65,10 @@ def deploy(
         _smoke(merged, settings, as_json, quiet)
         return
     with lasting_imports():
+        from infold.checkpoint.record import UNDO
+        from infold.checkpoint.shards import KEPT_CARD, RECEIPT
         from infold.deploy.bundle import deploy_bundle
+        from infold.inspect.receipt import checked_receipt
 
     with step_progress("measuring", quiet or as_json) as progress:
         done = deploy_bundle(
@@ -92,7 +95,10 @@ def deploy(
     print(entry("memory", f"{needs}, weights and cache of {memory['context']:,} tokens", 10))
     if done.kept:
         print(entry("kept", f"the README.md that was there is {done.kept}", 10))
-    there = sum(path.is_file() for path in Path(done.out).rglob("*")) - len(done.files)
+    # the model's own: not what else lies there, as a repository's .git
+    receipt = checked_receipt(Path(done.out))
+    own = {*receipt["shards"], *receipt["side_files"], RECEIPT, UNDO, KEPT_CARD} - {*done.files}
+    there = sum((Path(done.out) / name).is_file() for name in own)
     told = f"{plural('file', len(done.files))}, beside {there:,} of the merged model"
     print(entry("bundle", f"{told}, in {done.out}", 10))
 

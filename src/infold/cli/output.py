@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
 import math
 import os
@@ -10,7 +11,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from typing import TYPE_CHECKING, TextIO, TypeVar
 
 from infold.errors import ProofFailed
@@ -76,17 +77,26 @@ def protect_streams() -> None:
 @contextmanager
 def results_alone(wanted: bool) -> Iterator[None]:
     """While it lasts, what anything prints goes to standard error: code that is not ours, and what
-    that starts, would break the one JSON document on standard output."""
+    that starts, would break the one JSON document on standard output.
+
+    What lies in buffers at the end is written while that still leads there: those of the streams
+    that Python had, and C's own.
+    """
     if not wanted:
         yield
         return
     sys.stdout.flush()
-    kept = os.dup(1)
+    kept, streams = os.dup(1), (sys.stdout, sys.__stdout__)
     try:
         os.dup2(2, 1)
         with redirect_stdout(sys.stderr):
             yield
     finally:
+        for stream in streams:
+            if stream is not None and not stream.closed:
+                with suppress(OSError):  # of what is not ours, and standard error may be gone
+                    stream.flush()
+        ctypes.CDLL(None).fflush(None)
         os.dup2(kept, 1)
         os.close(kept)
 

@@ -17,6 +17,7 @@ from infold.deploy.bundle import bundle_problems, read_config
 from infold.deploy.facts import CONFIG, UNDO, Facts, read_facts, receipt_digest
 from infold.deploy.records import read_records
 from infold.errors import InfoldError
+from infold.formats import QUANTIZED
 from infold.verify.weights import verify_checkpoint
 from infold.version import __version__
 
@@ -27,6 +28,7 @@ _TRAINING = "infold-training.json"
 _TELLING = ("ia3_l", "lora_B", "lora_embedding_B")
 _SLACK = 0.02  # a merged model that is surely slower or larger than this has not become the base
 _WIDE = 0.10  # an interval that reaches further above the base's says nothing
+_UNREADABLE = (KeyError, TypeError, ValueError, IndexError, InfoldError)  # what a record may raise
 _SURE = 0.90  # the least probability of an interval of speed; memory does not vary
 
 
@@ -59,6 +61,10 @@ class _Evidence:
         return record.get("receipt") not in (None, self.facts.digest)
 
 
+# what a quantized weight is stored as, below its module; and what one of lies there in any case
+_PARTS = {"weight", *(part for form in QUANTIZED.values() for part in form.PARTS)}
+_CORES = {"weight", *(part for form in QUANTIZED.values() for part in form.CORE)}
+_Shapes = Mapping[str, tuple[int, ...]]
 _Found = tuple[Status, str]
 _Check = Callable[[_Evidence], _Found]
 
@@ -171,17 +177,28 @@ def _merged(e: _Evidence) -> _Found:
 
 def _parameters(e: _Evidence) -> _Found:
     was, now = ({n: c.info(n).shape for n in c.where} for c in (e.base, e.facts.checkpoint))
-    stored = _stored_anew(e.facts.receipt)
-    inside = tuple(f"{name}." for name in stored)
-    differing = [n for n in {*was, *now} if was.get(n) != now.get(n)]
-    different = [n for n in differing if not n.startswith(inside)]
+    stored, resized = _stored_anew(e.facts.receipt), _resized(e.facts.receipt, was, now)
+    parts = {f"{name}.{part}" for name in stored for part in _PARTS}
+    differing = {n for n in {*was, *now} if was.get(n) != now.get(n)} - resized
+    # the codes may have gone for floats, or other codes: that there are none is a lost weight
+    lost = [
+        f"{name}.weight"
+        for name in stored
+        if name not in now and not any(f"{name}.{core}" in now for core in _CORES)
+    ]
+    different = [*(differing - parts), *lost]
     if different:
         return "FAIL", f"{len(different)} tensors differ in shape or name, as {min(different)}"
     count = sum(math.prod(shape) for shape in now.values())
     what = "packed elements" if e.facts.parameters is None else "parameters"
     told = f"{count:,} {what} in {len(now)} tensors, each of the base's shape"
-    more = f"; but for the parts of {len(stored)} quantized weights, which are stored otherwise now"
-    return "PASS", told + (more if differing else "")
+    if differing:
+        told += f"; but for the parts of {len(stored)} quantized weights, which are stored "
+        told += "otherwise now"
+    for name in sorted(resized):
+        told += f"; but for {name}, of {was[name][0]:,} rows, which the adapter replaces by "
+        told += f"{now[name][0]:,}"
+    return "PASS", told
 
 
 def _stored_anew(receipt: Mapping[str, Any]) -> set[str]:
@@ -191,6 +208,18 @@ def _stored_anew(receipt: Mapping[str, Any]) -> set[str]:
     sources = [edit["source"] for edit in receipt["edits"]]
     names = [s[key] for s in sources for key in ("decoded", "original") if key in s]
     return {*told["touched"], *told["beside"], *(name.removesuffix(".weight") for name in names)}
+
+
+def _resized(receipt: Mapping[str, Any], was: _Shapes, now: _Shapes) -> set[str]:
+    """Tensors that an adapter brings with another number of rows, as embeddings of a vocabulary
+    with new tokens, and that have the shape that the receipt tells."""
+    return {
+        edit["tensor"]
+        for edit in receipt["edits"]
+        if (name := edit["tensor"]) in was
+        and now.get(name) == tuple(edit["shape"]) != was[name]
+        and now[name][1:] == was[name][1:]
+    }
 
 
 def _functions(e: _Evidence) -> _Found:
@@ -262,9 +291,13 @@ def _measured(e: _Evidence) -> _Found:
         return "NOT DONE", str(found.get("why", f"no {CONFIG}"))
     if e.config is not None and e.stale(e.config):
         return "FAIL", f"{CONFIG} tells of another merge"
-    rate = found["decode_tokens_per_second"]
-    told = f"{rate['median']:.1f} tokens/s ({rate['low']:.1f} to {rate['high']:.1f})"
-    return "PASS", f"{told} on {found['device']}, in {CONFIG}"
+    try:
+        rate = found["decode_tokens_per_second"]
+        told = f"{rate['median']:.1f} tokens/s ({rate['low']:.1f} to {rate['high']:.1f})"
+        return "PASS", f"{told} on {found['device']}, in {CONFIG}"
+    except _UNREADABLE as error:  # another version's, or edited by hand
+        why = f"{type(error).__name__} {error}"
+        return "FAIL", f"{CONFIG}: its figures cannot be read, make it again: {why}"
 
 
 def _rollback(e: _Evidence) -> _Found:
@@ -320,7 +353,7 @@ def _of_record(e: _Evidence, kind: str, check: Callable[[Mapping[str, Any]], _Fo
         return "FAIL", f"records/{kind}.json tells of another merge"
     try:
         return check(record)
-    except (KeyError, TypeError, ValueError, IndexError, InfoldError) as error:
+    except _UNREADABLE as error:
         return "FAIL", f"records/{kind}.json cannot be read: {type(error).__name__} {error}"
 
 
