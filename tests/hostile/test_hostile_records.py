@@ -5,16 +5,21 @@ from __future__ import annotations
 import copy
 import os
 import shutil
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from blake3 import blake3
+from typer.testing import CliRunner
 
 import handmade
 import infold
 from infold.checkpoint.record import FILE, UNDO, RecordWriter, open_record
+from infold.cli.main import app
+from infold.merge.beside import pack
 
 Place = tuple[str | int, ...]
 VALUES = (None, -1, 1 << 70, 1.5, "../../x", [], {}, [[-1]], True)
@@ -136,6 +141,110 @@ def test_a_side_file_of_the_record_stays_in_the_folder(
     with pytest.raises(infold.CorruptFile, match="points outside of the folder"):
         infold.undo(folder, tmp_path / "deep" / "out", threads=1)
     assert not list(tmp_path.rglob("evil.json"))
+
+
+def forged(merged: Path, folder: Path, change: Callable[[Any, dict[Any, Any]], None]) -> Path:
+    """A copy of the merged folder with a record that is not what the merge wrote."""
+    shutil.copytree(merged, folder)
+    with open_record(folder) as record:
+        frames, manifest = {key: record.payload(*key) for key in record.frames}, record.manifest
+    change(manifest, frames)
+    rewrite(folder, manifest, frames)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ".git/hooks/post-checkout", ".git/config", ".git", "deep/.git/config", ".cache/x",
+        "pytorch_model.bin", "adapter_config.json", "adapter_model.safetensors", "model.gguf",
+        "infold-undo.bin", "infold-undo.journal", "infold-receipt.json", "records/bench.json",
+        "deployment_config.json", "serving/vllm.sh", "README.base.md",
+        "model.safetensors", "model.safetensors/x", "model.safetensors.index.json",
+        "a a/b", "a a/b/c", "config.json/x", ".",
+    ],
+)  # fmt: skip
+def test_a_record_alone_puts_no_such_file_into_the_base(
+    merged: Path, tmp_path: Path, names: str
+) -> None:
+    """Hooks of git, weights and adapters that loaders prefer, what infold would believe."""
+
+    def change(manifest: Any, frames: Any) -> None:
+        for name in names.split(" "):
+            manifest["side_files"][name] = manifest["side_files"]["tokenizer.json"]
+            manifest["files"][f"side/{name}"] = manifest["files"]["side/tokenizer.json"]
+
+    folder = forged(merged, tmp_path / "in" / "model", change)
+
+    with pytest.raises(infold.CorruptFile, match="side files that no base has"):
+        infold.undo(folder, folder.parent / "out", threads=1)
+    with pytest.raises(infold.CorruptFile, match="side files that no base has"):
+        infold.swap(folder, merged.parent / "adapter", folder.parent / "out", threads=1)
+    assert [p.name for p in folder.parent.iterdir()] == ["model"]
+
+
+def test_an_index_of_the_record_is_not_put_beside_a_single_shard(
+    merged: Path, tmp_path: Path
+) -> None:
+    def change(manifest: Any, frames: Any) -> None:
+        index = "side/model.safetensors.index.json"
+        manifest["files"][index] = manifest["files"]["side/tokenizer.json"]
+
+    folder = forged(merged, tmp_path / "model", change)
+    with pytest.raises(infold.CorruptFile, match="side files that no base has"):
+        infold.undo(folder, tmp_path / "out", threads=1)
+
+
+@pytest.mark.parametrize(
+    "name", [".git/hooks/x.safetensors", "config.json", "infold-undo.bin", "\0.safetensors", ""]
+)
+def test_a_shard_of_the_base_has_the_name_of_one(merged: Path, tmp_path: Path, name: str) -> None:
+    def change(manifest: Any, frames: Any) -> None:
+        (digest,) = manifest["base"]["shards"].values()
+        manifest["base"]["shards"] = {name: digest}
+        manifest["sizes"] = {name: 0}
+
+    folder = forged(merged, tmp_path / "model", change)
+    with pytest.raises(infold.CorruptFile, match="shards that no base has"):
+        infold.undo(folder, tmp_path / "out", threads=1)
+
+
+def test_names_of_one_small_frame_do_not_fill_the_memory(merged: Path, tmp_path: Path) -> None:
+    """A record of some kilobytes, of which 640 MB would be unpacked."""
+    data = bytes(33 << 20)
+    digest, packed = blake3(data).hexdigest(), pack(data)
+    assert len(packed) < 10_000
+
+    def change(manifest: Any, frames: Any) -> None:
+        number = len(manifest["files"])
+        frames[FILE, number] = 0, packed
+        for file in range(20):
+            manifest["files"][f"side/{file}.txt"] = number
+            manifest["side_files"][f"{file}.txt"] = digest
+
+    folder = forged(merged, tmp_path / "model", change)
+    tracemalloc.start()
+    try:
+        with pytest.raises(infold.CorruptFile, match=r"would unpack to 34,603,008 bytes"):
+            infold.undo(folder, tmp_path / "out", threads=1)
+        assert tracemalloc.get_traced_memory()[1] < 100 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("path", ["a\0b", "\ud800", ["a"], None])
+def test_a_base_with_an_impossible_path_is_refused(merged: Path, tmp_path: Path, path: Any) -> None:
+    """A swap compares the base's name with what the adapter tells."""
+
+    def change(manifest: Any, frames: Any) -> None:
+        manifest["base"]["path"] = path
+
+    folder = forged(merged, tmp_path / "model", change)
+    adapter = merged.parent / "adapter"
+    swap = CliRunner().invoke(app, ["swap", str(folder), str(adapter), "--out", f"{tmp_path}/out"])
+    assert swap.exit_code == 2 and "is none that this infold writes" in swap.output, swap.output
+    with pytest.raises(infold.CorruptFile):
+        infold.undo(folder, tmp_path / "out", threads=1)
 
 
 def test_a_side_file_that_is_another_than_told_is_refused(merged: Path, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ __all__ = [
     "Shard",
     "companion",
     "is_bundled",
+    "is_foreign",
     "is_loaded",
     "is_lone",
     "kept_name",
@@ -332,14 +333,20 @@ def _beside(path: Path, shards: list[Shard]) -> tuple[list[str], list[str]]:
             if not file.is_file():
                 raise Refusal(f"{file}: neither a file nor a folder, or a dangling link; remove it")
             top = here == Path(".")
-            stale = any(fnmatch.fnmatchcase(name, pattern) for pattern in _STALE)
-            if name.endswith(GGUF) and shards[0].name.endswith(GGUF):
-                stale = False  # such as a projector of images, which belongs to the model
-            if is_bundled(relative) or (top and (stale or _repeats(file, shards))):
+            if is_foreign(relative, shards[0].name) or (top and _repeats(file, shards)):
                 left.append(relative)
             else:
                 side.append(relative)
     return side, left
+
+
+def is_foreign(name: str, shard: str) -> bool:
+    """Whether a file, by its path in a checkpoint, is never carried over: it is infold's own, of a
+    deployment, of version control, or weights once more. shard: the name of one, for its kind."""
+    stale = "/" not in name and any(fnmatch.fnmatchcase(name, pattern) for pattern in _STALE)
+    if name.endswith(GGUF) and shard.endswith(GGUF):
+        stale = False  # such as a projector of images, which belongs to the model
+    return stale or is_bundled(name) or not set(NOT_CONTENT).isdisjoint(name.split("/"))
 
 
 def is_bundled(name: str) -> bool:

@@ -5,9 +5,9 @@ merged folder is no reason to lose the base's."""
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import zstandard
@@ -15,7 +15,7 @@ from blake3 import blake3
 
 from infold.checkpoint.files import digest_of, safe_child
 from infold.checkpoint.record import Record
-from infold.checkpoint.shards import INDEX, kept_name
+from infold.checkpoint.shards import INDEX, SINGLE, Checkpoint, is_foreign, is_lone, kept_name
 from infold.checkpoint.staging import storage_errors
 from infold.errors import CorruptFile, Refusal
 
@@ -63,19 +63,25 @@ def digest_file(folder: Path, name: str) -> str:
 
 
 def read_beside(
-    folder: Path, record: Record, files: Mapping[str, int], told: Mapping[str, Any], checked: bool
+    merged: Checkpoint,
+    shards: Collection[str],
+    record: Record,
+    files: Mapping[str, int],
+    told: Mapping[str, Any],
+    checked: bool,
 ) -> Beside:
-    """files: numbers of the record's frames by label; told: digests of the side files that the
-    merge left as they were, by name. checked: whether to look at those in the folder.
+    """shards: names of the base's; files: numbers of the record's frames by label; told: digests of
+    the side files that the merge left as they were, by name. checked: whether to look at those in
+    the folder.
 
     Raises Refusal where one was changed or lost of which the record has no bytes, CorruptFile for
     what infold does not write.
     """
-    rewritten = {
-        name: _unpack(record, files[LABEL + name])
-        for name in ("config.json", INDEX)
-        if LABEL + name in files and name not in told
-    }
+    folder, room = merged.path, _MOST
+    mine = [n for n in ("config.json", INDEX) if LABEL + n in files and n not in told]
+    if odd := _odd(merged, shards, {*told, *mine}):
+        raise CorruptFile(f"{record.path}: tells of side files that no base has: {odd}")
+    rewritten = {name: _unpack(record, files[LABEL + name], _MOST) for name in mine}
     copied, changed, lost = [], {}, []
     for name, digest in told.items():
         there = kept_name(folder, name)
@@ -91,7 +97,8 @@ def read_beside(
                 "the base's back"
             )
             continue
-        data = _unpack(record, files[LABEL + name])
+        data = _unpack(record, files[LABEL + name], room)
+        room -= len(data)
         if blake3(data).hexdigest() != digest:
             raise CorruptFile(f"{record.path}: keeps another {name} than the base had")
         rewritten[name], changed[name] = data, what
@@ -100,12 +107,33 @@ def read_beside(
     return Beside(rewritten, tuple(copied), changed)
 
 
-def _unpack(record: Record, number: int) -> bytes:
+def _odd(merged: Checkpoint, shards: Collection[str], names: Collection[str]) -> list[str]:
+    """Of these names those that no side file has. What a record tells is written into the restored
+    base, where git would run its hooks, and infold and loaders believe what it is called."""
+    if is_lone(merged.path):
+        return sorted(names)
+    taken = {*shards, *(shard.name for shard in merged.shards)}
+    if merged.index is None:
+        taken |= {SINGLE, INDEX}  # which would be opened instead
+    every = {*taken, *names}
+    return sorted(
+        name
+        for name in names
+        if name in taken
+        or is_foreign(name, merged.shards[0].name)
+        or any(str(folder) in every for folder in PurePosixPath(name).parents)
+    )
+
+
+def _unpack(record: Record, number: int, most: int) -> bytes:
     payload = record.file(number)
     try:
         told = zstandard.frame_content_size(payload)
-        if not 0 <= told <= _MOST:
-            raise CorruptFile(f"{record.path}: its file {number} would unpack to {told:,} bytes")
+        if not 0 <= told <= most:
+            raise CorruptFile(
+                f"{record.path}: its file {number} would unpack to {told:,} bytes, and a record "
+                f"keeps at most {_MOST:,} of side files"
+            )
         return zstandard.ZstdDecompressor().decompress(payload)
     except zstandard.ZstdError as error:
         raise CorruptFile(f"{record.path}: its file {number} does not unpack: {error}") from None

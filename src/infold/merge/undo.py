@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -271,6 +271,8 @@ def _merged(
             "this output"
         )
     names = sorted(told["base"]["shards"])  # which a single file need not have kept
+    if odd := _odd_names(names, [shard.name for shard in checkpoint.shards]):
+        raise CorruptFile(f"{record.path}: tells of shards that no base has: {odd}")
     for shard, name in zip(checkpoint.shards, names, strict=True):
         header = shard.header
         if (label := f"header/{name}") in files:
@@ -281,7 +283,7 @@ def _merged(
                 header = header_of(raw, str(record.path))
         shards.append(Shard(shard.name, shard.path, header))
     # an interrupted edit in place is finished, whatever became of files that it leaves alone
-    beside = read_beside(checkpoint.path, record, files, told["side_files"], not in_place)
+    beside = read_beside(checkpoint, names, record, files, told["side_files"], not in_place)
     rewritten = beside.rewritten
     config, index = checkpoint.config, checkpoint.index
     if "config.json" in rewritten:
@@ -322,14 +324,24 @@ def _merged(
         raise CorruptFile(f"{record.path}: tells other dtypes or shapes than the base's of: {odd}")
     if lost:
         raise CorruptFile(f"{record.path}: edits tensors that the base does not have: {lost}")
-    if not LEAF <= limit <= 1 << 26 or not isinstance(told["base"]["path"], str):
-        raise ValueError(f"blocks of {limit} elements, base {told['base']['path']!r}")
+    called = told["base"]["path"]
+    # fsencode: text that no path can hold is a ValueError
+    if not LEAF <= limit <= 1 << 26 or b"\0" in os.fsencode(called):
+        raise ValueError(f"blocks of {limit} elements, base {called!r}")
     return Merged(
         checkpoint, base, record, receipt, adapters, edits, beside, limit,
         {s.name: str(told["base"]["shards"][n]) for s, n in zip(shards, names, strict=True)},
         {str(n): str(d) for n, d in told["shards"].items()},
         kept,
     )  # fmt: skip
+
+
+def _odd_names(base: Sequence[str], merged: Sequence[str]) -> list[str]:
+    """Names of the base's shards that its merge would not have given the other ones."""
+    if len(base) > 1:
+        return sorted({*base} ^ {*merged})
+    suffix = Path(merged[0]).suffix
+    return [n for n in base if not {*b"/\0"}.isdisjoint(os.fsencode(n)) or Path(n).suffix != suffix]
 
 
 class UndoRun:
