@@ -674,6 +674,15 @@ def test_a_renamed_file_is_told_what_it_lacks(base: Path, adapter: Path, tmp_pat
         infold.undo(tmp_path / "away" / "merged.gguf", tmp_path / "never.gguf")
 
 
+def test_a_file_without_a_record_is_told_how_to_get_one(
+    base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    infold.merge(base, adapter, tmp_path / "merged.gguf")
+    told = r"renamed or moved, undo that\. Else merge once more from the base, with --undo$"
+    with pytest.raises(infold.Refusal, match=told):
+        infold.undo(tmp_path / "merged.gguf", tmp_path / "never.gguf")
+
+
 def test_a_swap_asks_about_the_base_and_not_about_the_merged_file(
     base: Path, adapter: Path, tmp_path: Path
 ) -> None:

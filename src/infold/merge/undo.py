@@ -30,6 +30,7 @@ from infold.checkpoint.shards import (
     open_checkpoint,
     read_receipt,
     renamed,
+    without_owner,
 )
 from infold.dtypes import SCALE_DTYPES
 from infold.edit.blocks import Block, cut
@@ -229,7 +230,7 @@ def open_merged(folder: Path, record_name: str = UNDO, *, in_place: bool = False
     if not os.path.lexists(path := companion(folder, record_name)):
         raise Refusal(
             f"{folder}: has no {path.name}; only a merge with --undo or --in-place can be undone"
-            + (renamed(folder, UNDO) or ". Merge once more from the base, with --undo")
+            + _without_record(folder)
         )
     with ExitStack() as undone:
         record = open_record(path.parent, path.name)
@@ -251,6 +252,14 @@ def open_merged(folder: Path, record_name: str = UNDO, *, in_place: bool = False
             ) from None
         undone.pop_all()
         return merged
+
+
+def _without_record(folder: Path) -> str:
+    """What to do, for messages."""
+    if is_lone(folder) and without_owner(folder, UNDO):
+        return renamed(folder, UNDO)
+    other = f"{renamed(folder, UNDO)}. Else merge" if is_lone(folder) else ". Merge"
+    return f"{other} once more from the base, with --undo"
 
 
 def _merged(
