@@ -17,6 +17,7 @@ from forked import infold_command as run
 from handmade import adapter_folder, base_folder, ia3, lora
 from infold.errors import Refusal
 from infold.tuners.combine import plan_combination
+from infold.tuners.combine_config import config_notes
 from peft_oracle import read_tensors
 from test_combine_math import WEIGHTS, Layers, attach
 from tiny_models import new_model, token_ids
@@ -607,6 +608,39 @@ def test_what_differs_is_told(tmp_path: Path) -> None:
 
     assert any("org/Tiny-1B, org/Tiny-3B; the result has org/Tiny-1B" in note for note in notes)
     assert any("not copied" in note and "tokenizer.json" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "differs"),
+    [
+        ("org/base", "org/chat", True),
+        ("gpt2", "distilgpt2", True),
+        ("google-bert/bert-base-uncased", "FacebookAI/roberta-base", True),
+        ("microsoft/phi-2", "openai-community/gpt2", True),
+        ("facebook/opt-125m", "EleutherAI/pythia-160m", True),
+        ("/models/Tiny-1B", "org/Tiny-3B", True),
+        ("gpt2", "openai-community/gpt2", False),
+        ("org/Tiny-1B", "copies/Tiny-1B-bf16", False),
+        ("org/chat", "/models/chat", False),
+        ("org/chat", "/models/mine", False),
+        ("org/chat", "./mine", False),
+        ("org/chat", "runs/one/mine", False),
+        ("org/chat", "checkpoint-500", False),
+        ("org/chat", "runs/checkpoint-500", False),
+        ("org/chat", "base", False),
+        ("org/chat", "C:\\mine", False),
+    ],
+)
+def test_adapters_of_two_bases_are_told(one: str, two: str, differs: bool) -> None:
+    for order in ((one, two), (two, one)):
+        notes = config_notes([{"base_model_name_or_path": name} for name in order])
+        told = f"base_model_name_or_path differs: {', '.join(order)}; the result has {order[0]}"
+        assert notes == ([told] if differs else [])
+
+
+def test_two_bases_are_told_whatever_the_first_adapter_tells() -> None:
+    (note,) = config_notes([{"base_model_name_or_path": n} for n in ("/models/x", "gpt2", "org/y")])
+    assert note == "base_model_name_or_path differs: gpt2, org/y; the result has /models/x"
 
 
 def test_the_command_line(tmp_path: Path) -> None:

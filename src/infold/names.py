@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["kin", "same"]
+__all__ = ["kin", "names_a_model", "same"]
 
 # Words that a copy's name gains or loses without its being another model.
 _HARMLESS = frozenset(
@@ -38,3 +38,16 @@ def kin(one: str, two: str) -> bool:
         return True
     begins = [re.split(r"[-_.\s]+", name.casefold())[0] for name in (first, second)]
     return begins[0] == begins[1] and begins[0] not in ("", "base", "checkpoint", *_HARMLESS)
+
+
+def names_a_model(name: str) -> bool:
+    """Whether a name is a Hub id, by its spelling: no path, and none that says nothing, such as
+    `checkpoint-500`."""
+    organisation, _, model = name.partition("/")
+    if not model:
+        model = name
+    elif "/" in model or organisation in ("", ".", "..", "~"):
+        return False
+    first = re.split(r"[-_.\s]+", model.casefold())[0]
+    silent = first == "checkpoint" or (model == name and first in ("", "base", *_HARMLESS))
+    return "\\" not in name and not silent

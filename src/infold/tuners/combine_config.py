@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from infold.names import kin, same
+from infold.names import kin, names_a_model, same
 
 __all__ = [
     "Fields",
@@ -145,13 +145,18 @@ def config_notes(configs: Sequence[Fields]) -> list[str]:
     notes = []
     for name in ("base_model_name_or_path", "revision", "task_type", "fan_in_fan_out"):
         values = list(dict.fromkeys(str(c[name]) for c in configs if c.get(name) is not None))
-        if name == "base_model_name_or_path":  # a path or a copy's name is no other model
-            others = [v for v in values[1:] if kin(values[0], v) and not same(values[0], v)]
-            values = values[:1] + others
+        taken = "True" if name == "fan_in_fan_out" else next(iter(values), "")
+        if name == "base_model_name_or_path":
+            values = [v for v in values if any(_other(v, value) for value in values)]
         if len(values) > 1:
-            taken = "True" if name == "fan_in_fan_out" else values[0]
             notes.append(f"{name} differs: {', '.join(values)}; the result has {taken}")
     return notes
+
+
+def _other(one: str, two: str) -> bool:
+    """Whether these are two models: a path, or the name of a copy, is none by itself."""
+    told = kin(one, two) or (names_a_model(one) and names_a_model(two))
+    return told and not same(one, two)
 
 
 def combined_config(
