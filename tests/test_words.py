@@ -711,6 +711,16 @@ def test_a_mistyped_option_gets_the_nearest_and_the_usage() -> None:
         assert first == f"infold: No such option: {wrong}; did you mean {near}?"
         assert second.startswith(f"infold: usage: infold {verb} ") and "--out DIR" in second
     assert "did you mean" not in run("merge", "--qqqqqqq").stderr
+    assert "did you mean" not in run("merge", "a", "--adapter", "b").stderr, "no option's name"
+
+
+@pytest.mark.parametrize("words", ["merge a b --out", "merge a b --undo=yes", "loop --seed"])
+def test_an_option_without_its_value_gets_the_usage_of_the_verb(words: str) -> None:
+    verb = words.partition(" ")[0]
+    ran = run(*words.split())
+    first, second = ran.stderr.splitlines()
+    assert ran.returncode == 2 and first.startswith("infold: Option '--")
+    assert second.startswith(f"infold: usage: infold {verb} "), second
 
 
 def test_combine_checks_its_place_before_it_prints(folder: Path, tmp_path: Path) -> None:

@@ -184,10 +184,11 @@ def _misused(error: Any) -> int:
     """
     message: str = error.format_message()
     context: Any = getattr(error, "ctx", None)
-    verb = {v.__name__: v for v in _VERBS}.get(context.info_name) if context else None
-    if wrong := getattr(error, "option_name", None) if verb else None:
-        known = [option for parameter in context.command.params for option in parameter.opts]
-        near = difflib.get_close_matches(wrong, known, n=1)
+    name = context.info_name if context else "".join(sys.argv[1:2])  # not every error has it
+    verb = {v.__name__: v for v in _VERBS}.get(name)
+    if verb and context and hasattr(error, "possibilities"):  # no such option
+        known = [o for p in context.command.params for o in p.opts if o.startswith("-")]
+        near = difflib.get_close_matches(error.option_name, known, n=1, cutoff=0.7)
         message = f"{error.message}{f'; did you mean {near[0]}?' if near else ''}"
     complain(message)
     if verb is not None:  # each verb's module begins with its usage
