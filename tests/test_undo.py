@@ -17,7 +17,7 @@ import infold
 from crash_child import Runner
 from forked import infold_command as ran
 from handmade import digests
-from infold.checkpoint.record import UNDO, open_record
+from infold.checkpoint.record import MAGIC, UNDO, open_record
 from infold.edit.residual import RESIDUAL, pack_original, pack_residual, unpack
 from infold.sizes import bytes_text
 
@@ -366,6 +366,15 @@ def test_a_damaged_record_is_refused_before_anything_is_written(merged: Path) ->
     refused(merged, "damaged at byte")
 
 
+def test_a_record_of_another_version_is_told_as_one(merged: Path) -> None:
+    """It is not damaged: fetching it again would not help."""
+    record = merged / UNDO
+    whole = record.read_bytes()
+    assert whole.count(MAGIC) == 2
+    record.write_bytes(whole.replace(MAGIC, b"infold undo 2\n\0\0"))
+    refused(merged, "is an undo record of another version of infold; .* merge once more from the")
+
+
 def test_the_record_of_another_output_is_refused(merged: Path, tmp_path: Path) -> None:
     infold.merge(tmp_path / "base", make(tmp_path, "ia3"), tmp_path / "other", undo=True)
     shutil.copy(tmp_path / "other" / UNDO, merged / UNDO)
@@ -417,7 +426,10 @@ def test_side_files_that_were_changed_come_back(merged: Path, tmp_path: Path) ->
 def test_in_place_leaves_side_files_alone(merged: Path, tmp_path: Path) -> None:
     touched(merged)
     before = digests(merged)
-    match = r"tokenizer.json: was changed after it was merged, and --in-place .* use --out"
+    match = (
+        r"tokenizer.json: was changed after it was merged, and --in-place leaves side files alone; "
+        r"put the base's back, or use --out"
+    )
     for verb in (
         lambda: infold.undo(merged, in_place=True),
         lambda: infold.swap(merged, tmp_path / "adapter-lora-0", in_place=True),
@@ -425,6 +437,36 @@ def test_in_place_leaves_side_files_alone(merged: Path, tmp_path: Path) -> None:
         with pytest.raises(infold.Refusal, match=match) as refusal:
             verb()
         assert len(refusal.value.reasons) == 3 and before == digests(merged)
+
+
+def test_what_no_checkpoint_may_hold_is_refused_until_it_is_removed(
+    merged: Path, tmp_path: Path
+) -> None:
+    """As docs/undo.md tells it: no link is followed out of the folder, and the record has the file
+    once nothing lies in its place."""
+    tokenizer, config = merged / "tokenizer.json", merged / "config.json"
+    secret = tmp_path / "secret.json"
+    secret.write_text("{}")
+
+    def put(target: Path | str) -> None:
+        tokenizer.unlink()
+        tokenizer.symlink_to(target)
+
+    for break_it, match in (
+        (lambda: put(secret), "a link that leads out"),
+        (lambda: put("nowhere"), "a dangling link; remove it"),
+        (lambda: (tokenizer.unlink(), config.write_text('{"a')), "config.json"),
+    ):
+        break_it()
+        refused(merged, match)
+    config.unlink()
+    tokenizer.mkdir()
+    (tokenizer / "x").write_text("x")
+    infold.undo(merged, tmp_path / "restored")
+    assert digests(tmp_path / "base") == digests(tmp_path / "restored")
+
+    (merged / "model.safetensors.index.json").unlink()
+    refused(merged, "no checkpoint")
 
 
 def test_side_files_too_large_for_the_record_must_be_those_of_the_base(
@@ -493,6 +535,40 @@ def test_an_undo_that_was_killed_continues(tmp_path: Path, runner: Runner) -> No
         assert resumed > 0
         if verb == "merge":
             out.rename(tmp_path / "made")
+
+
+@pytest.mark.parametrize("verb", ["undo", "swap"])
+def test_side_files_of_the_record_are_there_after_a_kill_too(
+    verb: str, tmp_path: Path, runner: Runner
+) -> None:
+    base, made = new_base(tmp_path / "base"), tmp_path / "made"
+    blocks = {"block": 512, "keep": 1 << 10}
+    adapter = make(tmp_path, "dora")[0]
+    first = runner.ask(verb="merge", base=base, adapter=adapter, out=made, undo=True, **blocks)
+    assert first["status"] == "done", first
+    touched(made)
+    request = {"verb": verb, "base": made, "adapter": make(tmp_path, "lora")[0], **blocks}
+    calls = runner.ask(**request, out=tmp_path / "expected")["calls"]
+
+    def content(folder: Path) -> dict[str, str]:
+        return {n: d for n, d in digests(folder).items() if not n.startswith("infold-")}
+
+    expected, resumed = content(tmp_path / "expected"), 0
+    for name in ("tokenizer.json", "config.json", "deep/side.txt"):
+        assert expected[name] == content(base)[name]
+    for at in range(3, calls, 5):
+        out = tmp_path / f"out-{at}"
+        killed = runner.ask(**request, out=out, at=at, how="kill in the middle")
+        assert killed["status"] == "killed" or out.exists()
+        if not out.exists():
+            done = runner.ask(**request, out=out)
+            assert done["status"] == "done", done
+            resumed += done["resumed"]
+        assert content(out) == expected
+    assert resumed > 0
+    if verb == "swap":
+        infold.undo(out, tmp_path / "restored")
+        assert digests(base) == digests(tmp_path / "restored")
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,8 @@ from infold.errors import CorruptFile, StorageFailure
 __all__ = ["FILE", "ORIGINAL", "RESIDUAL", "SEEN", "UNDO", "Record", "RecordWriter", "open_record"]
 
 UNDO = "infold-undo.bin"
-MAGIC = b"infold undo 2\n\0\0"
+MAGIC = b"infold undo 3\n\0\0"
+_ANY_VERSION = b"infold undo "
 SEEN, FILE, MANIFEST = 1 << 31, 0xFFFFFFFE, 0xFFFFFFFF
 # kinds of frames: content as it is; a block as the distance from a guess; a block as it was
 DATA, RESIDUAL, ORIGINAL = 0, 1, 2
@@ -149,6 +150,12 @@ class Record:
         trailer = bytearray(_TRAILER.size)
         read_exactly(fd, memoryview(trailer), size - len(trailer), path)
         where, magic = _TRAILER.unpack(trailer)
+        first = os.pread(fd, len(MAGIC), 0)
+        if first.startswith(_ANY_VERSION) and first != MAGIC:
+            raise CorruptFile(
+                f"{path}: is an undo record of another version of infold; restore the base with "
+                "that one, or merge once more from the base"
+            )
         self.frames, end = _scan(fd, path, size - len(trailer))
         told = self.frames.pop((MANIFEST, 0), None)
         if magic != MAGIC or told is None or end != size - len(trailer):

@@ -87,7 +87,7 @@ def read_beside(
         there = kept_name(folder, name)
         kept = safe_child(folder, there)
         lies = os.path.lexists(kept)
-        if not checked or (lies and digest_file(folder, there) == digest):
+        if not checked or (kept.is_file() and digest_file(folder, there) == digest):
             copied.append(name)
             continue
         what = "was changed after it was merged" if lies else "is gone"

@@ -237,7 +237,7 @@ def _obstacles(there: Checkpoint, plan: Plan, source: Merged | None = None) -> I
         if name in changed:
             yield (
                 f"{there.path / name}: {changed[name]}, and --in-place leaves side files alone; "
-                "use --out, where it is the base's again"
+                "put the base's back, or use --out, where it is the base's again"
             )
         else:
             yield f"{there.path / name}: would change, which --in-place does not do; use --out"
