@@ -638,6 +638,19 @@ def test_the_space_that_an_interrupted_run_takes_already_is_not_needed_twice(
     assert digests(place.out) == place.expected
 
 
+def test_the_copies_of_side_files_in_a_record_need_space(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place.base / "tokenizer.json").write_text("x" * 100_000)
+    size = sum(f.stat().st_size for f in place.base.rglob("*") if f.is_file())
+    free = size + 50_000
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, free))
+
+    with pytest.raises(infold.StorageFailure, match="needs"):
+        infold.merge(place.base, place.adapter, place.out, undo=True)
+    infold.merge(place.base, place.adapter, place.out)
+
+
 def test_a_parent_folder_that_is_read_only_is_one_clear_line(
     place: Place, small_disk: Path
 ) -> None:

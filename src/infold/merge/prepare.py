@@ -25,6 +25,7 @@ from infold.dtypes import TORCH_DTYPES
 from infold.edit.threads import one_torch_thread, usual_threads
 from infold.errors import Refusal, StorageFailure
 from infold.machine import check_device
+from infold.merge.beside import smallest
 from infold.merge.convert import block_elements, encoded_bytes
 from infold.merge.options import Options
 from infold.merge.recording import kept_whole, unkept
@@ -249,7 +250,8 @@ def digest_adapter(adapter: Adapter) -> dict[str, str]:
 
 
 def check_space(out: Path, plan: Plan, undo: bool = False) -> None:
-    """undo: whether a record is written, which can be large where weights are converted."""
+    """undo: whether a record is written, which can be large where weights are converted, and keeps
+    side files; that it compresses them is not counted on."""
     parent = out.parent
     staged = out.parent / f".{out.name}.infold"
     with storage_errors(parent):
@@ -262,11 +264,12 @@ def check_space(out: Path, plan: Plan, undo: bool = False) -> None:
             why = os.strerror(errno.EROFS if closed else errno.EACCES)
             raise StorageFailure(f"{staged}: {why}")
         free = shutil.disk_usage(parent).free
-        beside = [plan.base.path / name for name in plan.copied]
-        side = sum(file.stat().st_size for file in beside if file.exists())  # else from a record
-    needed = plan.nbytes + side
+        beside = {name: plan.base.path / name for name in plan.copied}
+        sizes = {n: file.stat().st_size for n, file in beside.items() if file.exists()}
+    needed = plan.nbytes + sum(sizes.values())  # what is not there comes from a record
     if undo:
         needed += sum(plan.base.info(name).nbytes for name in kept_whole(plan))
+        needed += sum(sizes[name] for name in smallest(sizes))
     with suppress(FileNotFoundError):  # an interrupted run has part of it already
         needed -= sum(f.stat().st_blocks * 512 for f in staged.rglob("*") if f.is_file())
     if needed > free:
