@@ -22,7 +22,7 @@ from typing import Any
 
 import infold
 from infold.checkpoint import direct, staging
-from infold.merge import inplace, stream
+from infold.merge import beside, inplace, stream
 from infold.merge import prepare as preparing
 
 PRIMITIVES = (
@@ -100,6 +100,8 @@ def prepare(request: dict[str, Any], put: Callable[[Any, str, Any], None] = seta
     put(stream, "KEEP_EVERY", request.get("keep", 32 << 10))
     put(inplace, "STEP_BYTES", request.get("step", 16 << 10))
     put(stream, "COPY_PIECE", request.get("copy", 16 << 10))
+    if "side" in request:
+        put(beside, "_MOST", request["side"])
     if "direct" in request:
         put(direct, "LEAST", request["direct"])
     if request.get("no_exchange"):

@@ -169,6 +169,36 @@ def test_a_completion_that_is_killed_is_completed(
     assert settle(place, "swap", caplog)
 
 
+@pytest.mark.parametrize("verb", VERBS)
+def test_what_a_kill_began_is_ended_without_the_side_files(
+    verb: str, place: Place, runner: Runner, tmp_path: Path
+) -> None:
+    """An edit that has begun to write leaves them alone, so the loss of one, which the record does
+    not keep either, must not leave the folder torn."""
+    start = place.before["merge"]
+    if verb != "merge":
+        with pytest.MonkeyPatch.context() as patch:
+            prepare({"side": 0}, patch.setattr)
+            infold.merge(start, place.first, tmp_path / "merged", undo=True, threads=1)
+        start = tmp_path / "merged"
+
+    def killed(at: int | None) -> Any:
+        shutil.rmtree(place.folder.parent, ignore_errors=True)
+        shutil.copytree(start, place.folder)
+        return runner.ask(**place.request(verb), side=0, at=at, how="kill in the middle")
+
+    ends = set()
+    for at in range(2, killed(None)["calls"] + 1, 5):
+        assert killed(at)["status"] == "killed"
+        (place.folder / "tokenizer.json").unlink()
+        settled = inplace.settle(place.folder)
+        shutil.copy(start / "tokenizer.json", place.folder)
+        if settled:
+            ends.add(settled.completed)
+            place.check(verb, settled.completed)
+    assert ends == {True, False}
+
+
 def test_random_kills(place: Place, runner: Runner, caplog: pytest.LogCaptureFixture) -> None:
     numbers = random.Random(11)
     ends = []

@@ -154,6 +154,18 @@ def test_what_infold_and_people_put_there_is_no_change(merged: Path, tmp_path: P
     check_as_merged(merged)
 
 
+def test_a_worktree_s_git_file_is_not_carried_over(
+    inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """The merged folder would be taken for the base's worktree."""
+    (inputs[0] / ".git").write_text("gitdir: /somewhere")
+    receipt = infold.merge(*inputs, tmp_path / "merged", undo=True)
+
+    assert not (tmp_path / "merged" / ".git").exists() and ".git" not in receipt.side_files
+    assert any(".git" in note and "no part of the model" in note for note in receipt.notes)
+    assert infold.verify(*inputs, tmp_path / "merged").ok
+
+
 def test_a_base_that_was_changed_alike_hides_nothing(
     inputs: tuple[Path, Path], merged: Path
 ) -> None:

@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from blake3 import blake3
 from typer.testing import CliRunner
 
+import ggufs
 import handmade
 import infold
 from infold.checkpoint.record import FILE, UNDO, RecordWriter, open_record
@@ -51,8 +53,9 @@ def changed(manifest: Any, place: Place, value: Any) -> Any:
 
 
 def rewrite(folder: Path, manifest: Any, frames: dict[Any, Any]) -> None:
-    os.unlink(folder / UNDO)
-    writer = RecordWriter(folder / UNDO)
+    path = folder / UNDO if folder.is_dir() else folder
+    os.unlink(path)
+    writer = RecordWriter(path)
     for (tensor, number), (kind, payload) in frames.items():
         if tensor == FILE:
             writer.append_stream(number, [payload])
@@ -207,6 +210,26 @@ def test_a_shard_of_the_base_has_the_name_of_one(merged: Path, tmp_path: Path, n
     folder = forged(merged, tmp_path / "model", change)
     with pytest.raises(infold.CorruptFile, match="shards that no base has"):
         infold.undo(folder, tmp_path / "out", threads=1)
+
+
+def test_a_record_of_a_file_alone_puts_nothing_beside_it(tmp_path: Path) -> None:
+    tensors = {"blk.0.attn_v.weight": ggufs.encode(np.ones((4, 32)), "Q8_0")}
+    base = ggufs.write(tmp_path / "base.gguf", "llama", tensors)
+    vector = {"model.layers.0.self_attn.v_proj": torch.ones(4, 1)}
+    out = tmp_path / "merged.gguf"
+    infold.merge(base, handmade.ia3(tmp_path / "adapter", vector), out, undo=True)
+    record = tmp_path / f"merged.gguf.{UNDO}"
+    with open_record(tmp_path, record.name) as opened:
+        frames, manifest = {key: opened.payload(*key) for key in opened.frames}, opened.manifest
+    for name in ("tokenizer.json", "config.json"):
+        number = manifest["files"][f"side/{name}"] = len(manifest["files"])
+        frames[FILE, number] = 0, pack(b"{}")
+    manifest["side_files"]["tokenizer.json"] = blake3(b"{}").hexdigest()
+    rewrite(record, manifest, frames)
+
+    for restored in (tmp_path / "again.gguf", tmp_path / "again"):
+        with pytest.raises(infold.CorruptFile, match="side files that no base has"):
+            infold.undo(out, restored, threads=1)
 
 
 def test_names_of_one_small_frame_do_not_fill_the_memory(merged: Path, tmp_path: Path) -> None:
