@@ -31,6 +31,7 @@ from infold.cli import (
     verify,
 )
 from infold.cli.output import Failed, complain, finish, protect_streams
+from infold.cli.startup import Ending
 from infold.errors import InfoldError, Refusal
 from infold.version import __version__
 
@@ -202,7 +203,8 @@ def _misused(error: Any) -> int:
 
 
 def run() -> None:
-    """Entry point of the console script."""
+    """Entry point of the console script. Ends the process."""
+    ending = Ending()
     protect_streams()
     try:
         code: Any = app(standalone_mode=False) or 0
@@ -218,4 +220,4 @@ def run() -> None:
         complain(f"standard output: {unwritten.strerror}")
         code = code or 3
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is told: the exit code is the work's
-    sys.exit(code)
+    ending.exit(code)
