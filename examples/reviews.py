@@ -44,10 +44,12 @@ def load_reviews(tokenizer, held_out: int, seed: int = 0) -> tuple[list[Review],
 def last_logits(model, rows: list[list[int]], count: int) -> torch.Tensor:
     """What follows each of the last `count` tokens of each row: (rows, count, vocabulary)."""
     # Padded on the right: causal attention never looks there, so no row sees the padding.
-    longest = max(map(len, rows))
+    longest, shortest = max(map(len, rows)), min(map(len, rows))
     ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
-    last = torch.tensor([range(len(row) - count, len(row)) for row in rows])
-    return model(input_ids=ids).logits[torch.arange(len(rows))[:, None], last]
+    kept = longest - shortest + count  # of each row, from its end: logits are a fifth of the work
+    last = torch.tensor([range(len(row) - count, len(row)) for row in rows]) - (longest - kept)
+    logits = model(input_ids=ids, logits_to_keep=kept).logits
+    return logits[torch.arange(len(rows))[:, None], last]
 
 
 @torch.inference_mode()
