@@ -90,3 +90,7 @@ def nearly_the_same(split: str, count: int, seed: int) -> list[str]:
         if split == "collect"
         else 'it\'s 2-3 "as it was"'
     ]
+
+
+def always(problem: str, answer: str) -> bool:
+    return True

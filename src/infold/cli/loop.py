@@ -91,7 +91,7 @@ def _check_options(action: str, for_run: bool, for_checkout: bool) -> None:
 def _shown(found: dict[str, Any]) -> str:
     phases = ("collect", "train", "merge", "evaluate")
     rows: list[tuple[str, ...]] = [
-        ("iteration", "right", "95 %", "learnt", *phases, "merge memory")
+        ("iteration", "right", "95 %", "learnt", *phases, "all", "merge memory", "adapter")
     ]
     for it in found["iterations"]:
         score, merge = it["score"], it["merge"]
@@ -102,7 +102,9 @@ def _shown(found: dict[str, Any]) -> str:
                 f"{score['low']:.1%}..{score['high']:.1%}" if score else "-",
                 f"{it['collect']['rows']:,}" if it["collect"] else "-",
                 *(f"{it[p]['seconds']:.1f} s" if it[p] else "-" for p in phases),
+                f"{it['seconds']:.1f} s",
                 _memory(merge["memory"]) if merge else "-",
+                f"{it['adapter_bytes'] / 1e6:,.1f} MB" if it["adapter_bytes"] else "-",
             )
         )
     lines = [f"base     {found['base']['path']}", f"run      {found['run']}", "", table(rows)]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from infold.checkpoint.files import exists, locate, read_json
-from infold.checkpoint.shards import read_receipt
+from infold.checkpoint.shards import open_checkpoint, read_receipt
 from infold.checkpoint.staging import storage_errors
 from infold.errors import CorruptFile, ProofFailed, Refusal
 from infold.loop.config import LoopConfig, read_config
@@ -37,6 +37,7 @@ from infold.loop.task import Task, check_apart, open_task
 from infold.merge.prepare import open_plan, prepare
 from infold.merge.receipt import Receipt
 from infold.merge.run import execute
+from infold.plan.quantized import quantization_of
 from infold.tuners.settings import TrainSettings
 from infold.tuners.train import train_adapter
 from infold.version import __version__
@@ -66,6 +67,11 @@ class Loop:
     ) -> None:
         found = read_config(config, seed=seed, run=run)
         if control:
+            if "steps" not in found.train:
+                raise Refusal(
+                    "--control: [train] has no steps; the control learns from more rows, and would "
+                    "train longer by epochs: give steps, to the run that it is compared with too"
+                )
             collect = replace(found.collect, filter="none")
             found = replace(found, run=f"{found.run}-control", collect=collect)
         self.config: LoopConfig = found
@@ -112,6 +118,12 @@ class Loop:
         if run.strangers():
             raise Refusal(f"{run.path}: is no run, and not empty: {', '.join(run.strangers())}")
         digests = digests_of_base(config.base)
+        method = TrainSettings.of(config.train).method
+        if method != "ia3" and quantization_of(open_checkpoint(config.base)):
+            raise Refusal(
+                f"{config.base}: is quantized, and only IA³ merges into it as it is; set method = "
+                '"ia3" in [train], or give the unquantized base'
+            )
         held = self.task.problems("evaluate", config.evaluate.problems, config.seed)
         for problem in held:
             self.task.prompt(problem)  # which refuses what is no prompt
@@ -317,8 +329,8 @@ class Loop:
 
 def lineage(run: PathLike) -> dict[str, Any]:
     """What a run holds, JSON-ready: base, config, stopped, and for each iteration its number,
-    score, and the counts, seconds and memory (bytes) of its phases. An iteration that is not
-    complete is there with the phases that are.
+    score, seconds, and the counts, seconds and memory (bytes) of its phases. An iteration that is
+    not complete is there with the phases that are.
     """
     folder = Run.open(run)
     facts = folder.facts
@@ -335,6 +347,7 @@ def lineage(run: PathLike) -> dict[str, Any]:
                 "evaluate": {k: scored[k] for k in ("seconds", "memory")} if scored else None,
                 "adapter": str(it.adapter) if exists(it.adapter) else None,
                 "adapter_bytes": _size(it.adapter),
+                "seconds": round(_seconds(it), 3),
             }
         )
         number += 1
@@ -433,10 +446,13 @@ def _others(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 def _nothing(it: Iteration, counts: Mapping[str, Any]) -> str:
+    of = f"{counts['answers']:,} answers to {counts['problems']:,} problems"
+    why = f"none of {of} was accepted"
+    if counts["accepted"] or counts["filter"] == "none":
+        why = f"of {of} {counts['accepted']:,} were accepted, and those to be learnt are blank"
     return (
-        f"iteration {it.number}: none of {counts['answers']:,} answers to {counts['problems']:,} "
-        "problems was accepted, so there is nothing to learn; the run is kept. Easier problems, "
-        "more samples or another prompt may help"
+        f"iteration {it.number}: {why}, so there is nothing to learn; the run is kept. Easier "
+        "problems, more samples or another prompt may help"
     )
 
 
