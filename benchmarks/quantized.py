@@ -441,22 +441,42 @@ def report(record: dict[str, Any]) -> str:
 
 
 def speed_table(speeds: list[dict[str, Any]]) -> list[str]:
-    """Medians, and the median, least and greatest quotient of the turns' pairs."""
+    """Medians, and the median and quartiles of the turns' quotients; then what they tell."""
     lines = [
         f"Tokens a second, {PROMPT} of the prompt and {NEW} greedy ones, medians of {TURNS} turns; "
-        "quotients turn by turn: median (least to greatest).",
+        "quotients turn by turn: median (quartiles).",
         "",
         "| | base | folded | folded / base | the base again / base |",
         "|---|--:|--:|---|---|",
     ]
+    within, unknown = [], []
     for row in speeds:
         for part, told in (("prompt", "the prompt"), ("decode", "one by one")):
             rates = {name: [turn[part] for turn in turns] for name, turns in row["rates"].items()}
             cells = [f"{statistics.median(rates[name]):.1f}" for name in ("base", "folded")]
+            found = []
             for name in ("folded", "base again"):
                 over = [a / b for a, b in zip(rates[name], rates["base"], strict=True)]
-                cells.append(f"{statistics.median(over):.3f} ({min(over):.3f} to {max(over):.3f})")
+                low, middle, high = statistics.quantiles(over, n=4, method="inclusive")
+                found.append((middle, high - low))
+                cells.append(f"{middle:.3f} ({low:.3f} to {high:.3f})")
             lines.append(f"| {row['kind']}, {told} | {' | '.join(cells)} |")
+            (folded, wide), (again, spread) = found
+            which = within if abs(folded - again) < spread else unknown
+            which.append(
+                f"{row['kind']}, {told} ({abs(folded - again):.3f} apart; quartiles {wide:.3f} "
+                f"apart, of the control {spread:.3f})"
+            )
+    lines += [
+        "",
+        "The base again over the base is the control: what it differs from 1 is noise. Where the "
+        "medians of the two quotients are less apart than the control's quartiles, folding costs "
+        "nothing that is above that noise; a smaller difference than the noise is not excluded.",
+    ]
+    if within:
+        lines += ["", f"Within noise: {'; '.join(within)}."]
+    if unknown:
+        lines += ["", f"It cannot be told: {'; '.join(unknown)}."]
     return lines
 
 
