@@ -20,8 +20,8 @@ from torch import Tensor
 import infold
 from handmade import RECEIPT, digests, ia3, lora
 from infold.checkpoint.shards import open_checkpoint
-from infold.errors import Refusal
-from infold.plan.unconverted import with_unconverted
+from infold.errors import InfoldError, Refusal
+from infold.plan.unconverted import with_fused, with_unconverted
 from quantized_bases import KINDS, REFUSED, Module, bitsandbytes
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the packages that write the bases
@@ -667,6 +667,9 @@ def test_a_base_made_by_hand_that_transformers_reads(kind: str, tmp_path: Path) 
 # --- what config.json tells loaders -------------------------------------------------------------
 
 
+SERVED = ["a.q_proj", "a.qkv_proj", "b.w"]  # with the name of what servers load q, k and v as
+
+
 @pytest.mark.parametrize(("config", "expected"), [
     ({"quant_method": "gptq"}, {"dynamic": {
         r"-:^a\.q_proj$": {}, r"-:^a\.qkv_proj$": {}, r"-:^b\.w$": {}
@@ -681,6 +684,12 @@ def test_a_base_made_by_hand_that_transformers_reads(kind: str, tmp_path: Path) 
     ({"quant_method": "compressed-tensors", "ignore": ["c"]}, {"ignore": ["c", "a.q_proj", "b.w"]}),
     ({"quant_method": "auto-round"}, {"extra_config": {"a.q_proj": {"bits": 16},
                                                        "b.w": {"bits": 16}}}),
+    ({"quant_method": "modelopt", "ignore": ["c"]}, {"ignore": ["c", *SERVED]}),
+    ({"quant_method": "modelopt_fp4", "quantization": {"exclude_modules": None}},
+     {"quantization": {"exclude_modules": SERVED}}),
+    ({"quant_method": "modelopt", "quantized_layers": {"a.q_proj": {}, "c": {}}},
+     {"ignore": SERVED, "quantized_layers": {"c": {}}}),
+    ({"quant_method": "modelopt", "quantized_layers": {"a.q_proj": {}}}, {"ignore": SERVED}),
 ])  # fmt: skip
 def test_unconverted_modules_by_method(
     config: dict[str, Any], expected: dict[str, Any], tmp_path: Path
@@ -688,3 +697,109 @@ def test_unconverted_modules_by_method(
     base = open_checkpoint(original(tmp_path / "base"))
 
     assert with_unconverted(config, ["a.q_proj", "b.w"], base) == {**config, **expected}
+
+
+def test_experts_are_told_as_what_servers_load_them_as() -> None:
+    """vLLM and SGLang ask for `mlp.experts`, which patterns of single experts do not match."""
+    found = with_fused([f"l.0.mlp.experts.{n}.up_proj" for n in (0, 11)] + ["l.0.experts_gate"])
+
+    assert [name for name in found if "up_proj" not in name] == [
+        "l.0.mlp.experts",
+        "l.0.experts_gate",
+    ]
+
+
+# --- ModelOpt, whose lists lie in two files -----------------------------------------------------
+
+
+def per_tensor(weight: Tensor) -> Module:
+    """FP8 as ModelOpt exports it: a scale for the whole weight, and one of activations."""
+    scale = weight.abs().amax() / 448
+    codes = (weight / scale).to(torch.float8_e4m3fn)
+    parts = {"weight": codes, "weight_scale": scale, "input_scale": torch.tensor(0.02)}
+    return Module(parts, lambda t: t["weight"].double() * t["weight_scale"].double(), (), {})
+
+
+def modelopt_base(path: Path, beside: bool, inside: bool) -> Base:
+    """As ModelOpt 0.29 exports FP8: what config.json tells is made of the other file."""
+    base = make_base(path, per_tensor)
+    config = json.loads((path / "config.json").read_text())
+    del config["quantization_config"]
+    producer = {"name": "modelopt", "version": "0.29.0"}
+    number = {"dynamic": False, "num_bits": 8, "type": "float"}
+    group = {"input_activations": number, "weights": number, "targets": ["Linear"]}
+    if inside:
+        config["quantization_config"] = {
+            "config_groups": {"group_0": group}, "ignore": ["lm_head"], "quant_algo": "FP8",
+            "kv_cache_scheme": number, "producer": producer, "quant_method": "modelopt",
+        }  # fmt: skip
+    if beside:
+        section = {
+            "quant_algo": "FP8", "kv_cache_quant_algo": "FP8", "exclude_modules": ["lm_head"],
+        }  # fmt: skip
+        told = {"producer": producer, "quantization": section}
+        (path / "hf_quant_config.json").write_text(json.dumps(told))
+    (path / "config.json").write_text(json.dumps(config))
+    return base
+
+
+@pytest.mark.parametrize(("beside", "inside"), [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("mode", ["promote", "dequantize"])
+def test_modelopt_learns_of_dense_modules_wherever_it_looks(
+    mode: str, beside: bool, inside: bool, tmp_path: Path
+) -> None:
+    base = modelopt_base(tmp_path / "base", beside, inside)
+    adapter = low_rank(tmp_path / "adapter")
+    if mode == "promote":
+        adapter = ia3(tmp_path / "ia3", vectors(), feedforward_modules=["down_proj"])
+    out, back = tmp_path / "merged", tmp_path / "back"
+
+    infold.merge(base.path, adapter, out, undo=True, **{mode: True})
+
+    dense = sorted(f"{LAYER}.{n}" for n in SIZES if base.parts(out, n).keys() <= {"weight", "bias"})
+    assert len(dense) == 4
+    names = [f"{LAYER}.self_attn.qkv_proj", *dense]
+    before, after = (
+        {
+            name: json.loads((folder / name).read_text())
+            for name in ("config.json", "hf_quant_config.json")
+            if (folder / name).exists()
+        }
+        for folder in (base.path, out)
+    )
+    if inside:
+        told = after["config.json"]["quantization_config"].pop("ignore")
+        assert told[0] == "lm_head" and sorted(told[1:]) == sorted(names)
+        assert before["config.json"]["quantization_config"].pop("ignore") == ["lm_head"]
+    if beside:
+        told = after["hf_quant_config.json"]["quantization"].pop("exclude_modules")
+        assert told[0] == "lm_head" and sorted(told[1:]) == sorted(names)
+        del before["hf_quant_config.json"]["quantization"]["exclude_modules"]
+    assert before == after  # and nothing else is told
+    assert infold.verify(base.path, adapter, out).ok
+    infold.undo(out, back)
+    assert digests(back) == digests(base.path)
+
+
+def test_modelopts_other_file_is_proven_too(tmp_path: Path) -> None:
+    base = modelopt_base(tmp_path / "base", beside=True, inside=True)
+    out = tmp_path / "merged"
+    infold.merge(base.path, low_rank(tmp_path / "adapter"), out, dequantize=True)
+
+    (out / "hf_quant_config.json").write_bytes((base.path / "hf_quant_config.json").read_bytes())
+
+    assert not infold.verify(out).ok
+
+
+@pytest.mark.parametrize(("text", "why"), [
+    ('{"quantization": []}', r"hf_quant_config\.json: quantization is no object"),
+    ('{"quantization": {"exclude_modules": "lm_head"}}', "exclude_modules is no list"),
+    ("[]", "must hold a JSON object"),
+])  # fmt: skip
+def test_a_list_that_is_none_is_refused(text: str, why: str, tmp_path: Path) -> None:
+    base = modelopt_base(tmp_path / "base", beside=True, inside=True)
+    (base.path / "hf_quant_config.json").write_text(text)
+
+    with pytest.raises(InfoldError, match=why):
+        infold.merge(base.path, low_rank(tmp_path / "lora"), tmp_path / "out", dequantize=True)
+    assert not (tmp_path / "out").exists()
