@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import infold
-from handmade import RECEIPT, digests, ia3, lora
+from handmade import RECEIPT, base_folder, digests, ia3, lora
 from infold.checkpoint.shards import open_checkpoint
 from infold.errors import InfoldError, Refusal
 from infold.plan.unconverted import with_fused, with_unconverted
@@ -143,6 +143,9 @@ def test_touched_modules_become_dense(kind: str, tmp_path: Path) -> None:
     receipt = infold.merge(base.path, adapter, out, dequantize=True)
 
     config = json.loads((out / "config.json").read_text())["quantization_config"]
+    if kind.startswith("gptq"):  # what stays is told, too
+        (stay,) = config.pop("modules_in_block_to_quantize")
+        assert sorted(stay) == sorted(SIZES.keys() - set(DENSE))
     told = json.dumps(config)
     for name in SIZES:
         parts = base.parts(out, name)
@@ -673,7 +676,7 @@ SERVED = ["a.q_proj", "a.qkv_proj", "b.w"]  # with the name of what servers load
 @pytest.mark.parametrize(("config", "expected"), [
     ({"quant_method": "gptq"}, {"dynamic": {
         r"-:^a\.q_proj$": {}, r"-:^a\.qkv_proj$": {}, r"-:^b\.w$": {}
-    }}),
+    }, "modules_in_block_to_quantize": [[]]}),
     ({"quant_method": "awq"}, {"modules_to_not_convert": ["a.q_proj", "a.qkv_proj", "b.w"]}),
     ({"quant_method": "bitsandbytes"}, {"llm_int8_skip_modules": ["lm_head", "a.q_proj", "b.w"]}),
     ({"quant_method": "bitsandbytes", "llm_int8_skip_modules": ["c"]},
@@ -803,3 +806,60 @@ def test_a_list_that_is_none_is_refused(text: str, why: str, tmp_path: Path) -> 
     with pytest.raises(InfoldError, match=why):
         infold.merge(base.path, low_rank(tmp_path / "lora"), tmp_path / "out", dequantize=True)
     assert not (tmp_path / "out").exists()
+
+
+# --- GPTQ, whose loaders read different fields --------------------------------------------------
+
+
+CODED = [f"model.layers.{n}.{m}" for n in (0, 1, 10) for m in ("self_attn.q_proj", "mlp.up_proj")]
+
+
+@pytest.mark.parametrize(("dense", "plain", "expected"), [
+    ([name for name in CODED if "q_proj" in name], "model.norm", ["mlp.up_proj"]),
+    (CODED[2:3], "model.norm", [*CODED[:2], *CODED[3:]]),  # of one layer
+    ([name for name in CODED if "q_proj" in name], "visual.layers.0.mlp.up_proj",
+     [name for name in CODED if "up_proj" in name]),  # of all layers, and dense elsewhere
+])  # fmt: skip
+def test_what_stays_in_gptq_is_told_by_names_that_nothing_else_has(
+    dense: list[str], plain: str, expected: list[str], tmp_path: Path, monkeypatch: Any
+) -> None:
+    """optimum replaces what ends with one of the names, vLLM what has one in it."""
+    from transformers.utils import quantization_config as hf
+
+    tensors = {f"{name}.qweight": torch.zeros(1, 1).int() for name in CODED}
+    tensors[f"{plain}.weight"] = torch.zeros(1, 1)
+    base = open_checkpoint(base_folder(tmp_path / "base", tensors, {}))
+    config = {"quant_method": "gptq", "bits": 4, "modules_in_block_to_quantize": [["mlp.w"]]}
+
+    told = with_unconverted(config, dense, base)
+
+    monkeypatch.setattr(hf.importlib.metadata, "version", lambda name: "2.0.0")  # optimum's
+    (kept,) = hf.GPTQConfig.from_dict(told).to_dict_optimum()["modules_in_block_to_quantize"]
+    assert sorted(kept) == sorted(expected)
+    stay = set(CODED) - set(dense)
+    every = [*CODED, plain]
+    assert {name for name in every if any(name.endswith(k) for k in kept)} == stay
+    assert {name for name in every if any(k in name for k in kept)} == stay
+
+
+@pytest.mark.parametrize("method", [None, "gptq"])
+def test_gptqmodels_own_file_is_changed_too(method: str | None, tmp_path: Path) -> None:
+    """GPTQModel looks into it first; AutoGPTQ's has no method."""
+    base = make_base(tmp_path / "base", KINDS["gptq"])
+    before = {"bits": 4, "group_size": 32, **({"quant_method": method} if method else {})}
+    (base.path / "quantize_config.json").write_text(json.dumps(before))
+    out, back = tmp_path / "merged", tmp_path / "back"
+
+    infold.merge(base.path, low_rank(tmp_path / "lora"), out, dequantize=True, undo=True)
+
+    after, config = (
+        json.loads((out / name).read_text()) for name in ("quantize_config.json", "config.json")
+    )
+    fields = ("dynamic", "modules_in_block_to_quantize")
+    assert {f: config["quantization_config"][f] for f in fields} == {f: after[f] for f in fields}
+    assert {name: value for name, value in after.items() if name not in fields} == before
+    assert [name for name in after["dynamic"] if "down_proj" in name] == [
+        r"-:^model\.layers\.0\.mlp\.down_proj$"
+    ]
+    infold.undo(out, back)
+    assert digests(back) == digests(base.path)

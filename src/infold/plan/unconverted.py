@@ -12,9 +12,9 @@ from infold.plan.layouts import HEADS
 
 __all__ = ["QUANT_CONFIGS", "unconverted_beside", "unconverted_changes", "with_unconverted"]
 
-# Files beside config.json that tell it too, and whose they are: ModelOpt's older exports have it
-# there alone.
-QUANT_CONFIGS = {"hf_quant_config.json": "modelopt"}
+# Files beside config.json that tell it too, and whose they are: of ModelOpt's exports, the older
+# have it there alone; GPTQModel looks there before it looks into config.json.
+QUANT_CONFIGS = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq"}
 
 _LISTS = {
     "awq": ("modules_to_not_convert",),
@@ -56,11 +56,14 @@ def unconverted_beside(base: Checkpoint, dense: Sequence[str]) -> dict[str, dict
     JSON object.
     """
     changed = {}
+    field = _field(base)
     for name, method in QUANT_CONFIGS.items():
         if name not in base.side_files:
             continue
         content = read_object(base.home / name)
         told = content.get("quant_method")
+        if name == "quantize_config.json" and field:  # AutoGPTQ's and AutoAWQ's tell no method
+            method = field[1].get("quant_method", method)
         new = with_unconverted({"quant_method": method, **content}, dense, base, name)
         changed[name] = {key: new[key] for key in new if key != "quant_method" or told}
     return changed
@@ -90,7 +93,11 @@ def with_unconverted(
         if not isinstance(dynamic, dict):
             raise LookupError(f"{_in(file)}dynamic is no object")
         new: dict[str, Any] = {f"-:^{re.escape(name)}$": {} for name in with_fused(dense)}
-        return {**config, "dynamic": {**new, **dynamic}}  # the first pattern that fits decides
+        return {
+            **config,
+            "dynamic": {**new, **dynamic},  # the first pattern that fits decides
+            "modules_in_block_to_quantize": [_quantized(base, dense)],
+        }
     if method == "auto-round":
         extra = config.get("extra_config") or {}
         if not isinstance(extra, dict):
@@ -150,6 +157,22 @@ def _modelopt(config: Mapping[str, Any], dense: Sequence[str], file: str) -> dic
         left = {name: told for name, told in table.items() if name not in gone}
         new["quantized_layers"] = left or table
     return {**config, "quantization": new} if "quantization" in config else new
+
+
+def _quantized(base: Checkpoint, dense: Collection[str]) -> list[str]:
+    """GPTQ's modules that stay quantized, for transformers, which does not know `dynamic`.
+
+    optimum compares the ends of modules' names with these, vLLM asks whether one is in a name. So
+    what all layers have in common is told by its name inside of a layer, as it is documented, but
+    by whole names where that would mean another module, too.
+    """
+    coded = [n.removesuffix(".qweight") for n in base.where if n.endswith(".qweight")]
+    gone = set(dense)
+    whole = [name for name in coded if name not in gone]
+    plain = [n.removesuffix(".weight") for n in base.where if n.endswith(".weight")]
+    others = [*dense, *plain]
+    inside = list(dict.fromkeys(re.sub(r"^.*?\.\d+\.", "", name) for name in whole))
+    return whole if any(i in other for i in inside for other in others) else inside
 
 
 def with_fused(names: Collection[str]) -> list[str]:
