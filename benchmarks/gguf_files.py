@@ -90,10 +90,10 @@ def load(file: Path) -> Any:
         ).eval()
 
 
-def adapted(file: Path) -> Any:
+def adapted(file: Path, adapter: Path = ADAPTER) -> Any:
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(load(file), ADAPTER).eval()
+    return PeftModel.from_pretrained(load(file), adapter).eval()
 
 
 # --- run: the real file in a real runtime -------------------------------------------------------
@@ -325,6 +325,23 @@ def encoded(values: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
     return quantize(values, int(kind), values.shape[1] // elements * size)
 
 
+def of_outputs(folder: Path) -> Path:
+    """An adapter that is made up: IA³ on the outputs of down_proj, 1 with a deviation of 0.1. Of
+    what IA³ edits, that alone has rows of whole super-blocks here (1,536), so is in K-quants."""
+    from safetensors.torch import load_file, save_file
+
+    folder.mkdir(parents=True)
+    random = torch.Generator().manual_seed(0)
+    names = [n for n in load_file(ADAPTER / "adapter_model.safetensors") if ".down_proj." in n]
+    rows = 576  # the hidden size
+    vectors = {n: 1 + 0.1 * torch.randn(rows, 1, generator=random) for n in sorted(names)}
+    save_file(vectors, folder / "adapter_model.safetensors")
+    config = json.loads((ADAPTER / "adapter_config.json").read_text())
+    config |= {"target_modules": ["down_proj"], "feedforward_modules": []}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
 def types() -> None:
     from transformers import AutoTokenizer
 
@@ -334,31 +351,41 @@ def types() -> None:
     texts = [review.tokens for review in reviews[:20]]
     folder = default_cache() / "gguf" / "types"
     shutil.rmtree(folder, ignore_errors=True)
+    outputs = of_outputs(folder / "outputs")
+
+    def in_llama(file: Path) -> list[np.ndarray]:
+        with Llama(file) as model:
+            return [model.logits([text], every=True)[0] for text in texts]
+
     for dtype in TYPES:
         file = folder / dtype / "base.gguf"
         file.parent.mkdir(parents=True)
         requantized(base, dtype, file)
-        merged = file.with_name("merged.gguf")
-        seconds, _ = infold("merge", file, ADAPTER, "--out", merged)
-        infold("verify", file, ADAPTER, merged)
-        runs = {}
-        for name, one in (("base", file), ("merged", merged)):
-            with Llama(one) as model:
-                runs[name] = [model.logits([text], every=True)[0] for text in texts]
-        oracle = expected(adapted(file), texts)
-        control = expected(load(file), texts)
-        changed, size = same_bytes(file, merged)
-        found[dtype] = {
-            "types": sorted({e["dtype"] for e in edits(merged)}),
-            "seconds": seconds,
-            "changed": changed,
-            "all": size,
-            "control": compare(runs["base"], control),
-            "merged": compare(runs["merged"], oracle),
-            "unmerged": compare(runs["base"], oracle),
-        }
-        say(f"{dtype}: {found[dtype]['merged']}")
+        plain, control = in_llama(file), expected(load(file), texts)
+        adapters = {dtype: ADAPTER}
+        if dtype in INSTEAD:
+            adapters[f"{dtype}, outputs of down_proj"] = outputs
+        for name, adapter in adapters.items():
+            merged = file.with_name("merged.gguf")
+            seconds, _ = infold("merge", file, adapter, "--out", merged, "--force")
+            infold("verify", file, adapter, merged)
+            kinds = sorted({e["dtype"] for e in edits(merged)})
+            if adapter == outputs and kinds != [dtype]:
+                raise RuntimeError(f"{name}: the merged tensors are {', '.join(kinds)}")
+            oracle = expected(adapted(file, adapter), texts)
+            changed, size = same_bytes(file, merged)
+            found[name] = {
+                "types": kinds,
+                "seconds": seconds,
+                "changed": changed,
+                "all": size,
+                "control": compare(plain, control),
+                "merged": compare(in_llama(merged), oracle),
+                "unmerged": compare(plain, oracle),
+            }
+            say(f"{name}: {found[name]['merged']}")
         shutil.rmtree(file.parent)
+    shutil.rmtree(folder)
     add("types", found)
 
 
@@ -516,20 +543,29 @@ def _accuracy_lines(found: dict[str, Any]) -> list[str]:
 
 
 def _type_lines(found: dict[str, Any]) -> list[str]:
+    positions = sorted({told["merged"]["positions"] for told in found.values()})
     lines = [
         "## The same model in other types, quantized by ggml", "",
         "Rows of 576 elements are no whole blocks of 256, so llama.cpp stores those in another "
-        "type (Q4_K: Q5_0, Q6_K: Q8_0), and the merged tensors of this model are of that one.", "",
-        "| file | merged tensors | seconds | bytes changed | control: same best token, rms "
-        "| merged | not merged |", "|---|---|---|---|---|---|---|",
+        "type (Q4_K: Q5_0, Q6_K: Q8_0), and the tensors that the trained adapter is merged into "
+        "are of that one. So that tensors of K-quants are merged and run too, those files have a "
+        "second line: an adapter that is made up, IA³ on the outputs of down_proj (1 with a "
+        "deviation of 0.1), whose rows of 1,536 elements are Q4_K and Q6_K there. *merged tensors* "
+        "is what the receipt tells of all edited ones.", "",
+        f"Logits as above, at {' or '.join(f'{n:,}' for n in positions)} positions: *control* is "
+        "the base in llama.cpp against the base in transformers, *merged* and *not merged* the "
+        "merged file and the base in llama.cpp against transformers with the adapter attached.",
+        "",
+        "| file, adapter | merged tensors | seconds | bytes changed | control: same best token, "
+        "rms | merged | not merged |", "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
-    for dtype, told in found.items():
+    for name, told in found.items():
         pairs = [
             f"{told[n]['agreement']:.3f}, {told[n]['rms']:.3f}"
             for n in ("control", "merged", "unmerged")
         ]
         lines.append(
-            f"| {dtype} | {', '.join(told['types'])} | {told['seconds']:.1f} "
+            f"| {name} | {', '.join(told['types'])} | {told['seconds']:.1f} "
             f"| {told['changed'] / told['all']:.2%} | {' | '.join(pairs)} |"
         )
     return lines

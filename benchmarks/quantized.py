@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,8 @@ def errors(base: Path, work: Path) -> list[dict[str, Any]]:
     plain = functools.partial(quantized_bases.gptq, act_order=False)
     kinds = {
         **quantized_bases.KINDS,
+        "bnb-nf4, nested": lambda weight: quantized_bases.bitsandbytes(weight, "nf4-nested"),
+        "nvfp4": quantized_bases.nvfp4,
         "gptq": plain,
         "gptq, solved": functools.partial(plain, rounded=solve),
     }
@@ -88,14 +90,15 @@ def errors(base: Path, work: Path) -> list[dict[str, Any]]:
         config = {"hidden_act": "silu", "quantization_config": made.config}
         (folder / "config.json").write_text(json.dumps(config))
         save_file(tensors, folder / "model.safetensors", metadata)
-        infold.merge(folder, adapter_of(work, vectors), out, force=True)
+        infold.merge(folder, adapter_of(work, vectors), out, force=True, lossy=kind == "nvfp4")
         after = load_file(out / "model.safetensors")
         sums: dict[str, list[float]] = {}
         for place, module in modules.items():
             part = place.rpartition(".")[2]
             if part not in ("k_proj", "up_proj", "down_proj"):
                 continue
-            new = module.values({name: after[f"{place}.{name}"] for name in module.tensors})
+            kept = [name for name in module.tensors if f"{place}.{name}" in after]
+            new = module.values({name: after[f"{place}.{name}"] for name in kept})
             old = module.values(module.tensors)
             side = place.replace("up_proj", "down_proj")
             vector = vectors[f"base_model.model.{side}.ia3_l"].double().flatten()
@@ -110,9 +113,9 @@ def errors(base: Path, work: Path) -> list[dict[str, Any]]:
                 again = (plain if kind.startswith("gptq, ") else encode)(exact.float())
                 note(sums, f"{told} requantized", again.values(again.tensors), exact)
             note(sums, "quant", old, weights[f"{place}.weight"].double())
-        changed = sum(t.nbytes for n, t in tensors.items() if not equal(t, after[n]))
-        touched = sum(t.nbytes for n, t in tensors.items() if "k_proj" in n or "up_proj" in n)
-        row = {"kind": kind, "changed": changed / touched}
+        touched = {n: t for n, t in tensors.items() if "k_proj" in n or "up_proj" in n}
+        changed = [t for n, t in touched.items() if n not in after or not equal(t, after[n])]
+        row: dict[str, Any] = {"kind": kind, "changed": nbytes(changed) / nbytes(touched.values())}
         row |= {name: (off / size) ** 0.5 for name, (off, size) in sums.items()}
         rows.append(row)
         print(json.dumps(row), flush=True)
@@ -182,6 +185,10 @@ def note(sums: dict[str, list[float]], name: str, found: Tensor, exact: Tensor) 
     entry = sums.setdefault(name, [0.0, 0.0])
     entry[0] += float((found - exact).square().sum())
     entry[1] += float(exact.square().sum())
+
+
+def nbytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def equal(one: Tensor, two: Tensor) -> bool:
@@ -375,7 +382,10 @@ def report(record: dict[str, Any]) -> str:
         "plainly rounded base again: NF4, FP4, FP8, int8 by channel, scales in bfloat16. Elsewhere "
         "it loses more, most where the base's own quantizer is another one or does not use the "
         "whole range. On the input side it is a second quantization, about as large as the first, "
-        "in every format. (*hqq* has eight bits here.)",
+        "in every format. (*hqq* has eight bits here.) *bnb-nf4, nested*: double quantization; the "
+        "fold writes the touched modules' block scales as float32, the quantizer makes codes of "
+        "them again. *nvfp4*: with `--lossy`, every block scale rounded to E4M3 once, which is no "
+        "exact merge.",
         "",
         *told_of(record, "errors"),
         "## SmolLM2-135M through bitsandbytes, on the CPU",
@@ -431,22 +441,42 @@ def report(record: dict[str, Any]) -> str:
 
 
 def speed_table(speeds: list[dict[str, Any]]) -> list[str]:
-    """Medians, and the median, least and greatest quotient of the turns' pairs."""
+    """Medians, and the median and quartiles of the turns' quotients; then what they tell."""
     lines = [
         f"Tokens a second, {PROMPT} of the prompt and {NEW} greedy ones, medians of {TURNS} turns; "
-        "quotients turn by turn: median (least to greatest).",
+        "quotients turn by turn: median (quartiles).",
         "",
         "| | base | folded | folded / base | the base again / base |",
         "|---|--:|--:|---|---|",
     ]
+    within, unknown = [], []
     for row in speeds:
         for part, told in (("prompt", "the prompt"), ("decode", "one by one")):
             rates = {name: [turn[part] for turn in turns] for name, turns in row["rates"].items()}
             cells = [f"{statistics.median(rates[name]):.1f}" for name in ("base", "folded")]
+            found = []
             for name in ("folded", "base again"):
                 over = [a / b for a, b in zip(rates[name], rates["base"], strict=True)]
-                cells.append(f"{statistics.median(over):.3f} ({min(over):.3f} to {max(over):.3f})")
+                low, middle, high = statistics.quantiles(over, n=4, method="inclusive")
+                found.append((middle, high - low))
+                cells.append(f"{middle:.3f} ({low:.3f} to {high:.3f})")
             lines.append(f"| {row['kind']}, {told} | {' | '.join(cells)} |")
+            (folded, wide), (again, spread) = found
+            which = within if abs(folded - again) < spread else unknown
+            which.append(
+                f"{row['kind']}, {told} ({abs(folded - again):.3f} apart; quartiles {wide:.3f} "
+                f"apart, of the control {spread:.3f})"
+            )
+    lines += [
+        "",
+        "The base again over the base is the control: what it differs from 1 is noise. Where the "
+        "medians of the two quotients are less apart than the control's quartiles, folding costs "
+        "nothing that is above that noise; a smaller difference than the noise is not excluded.",
+    ]
+    if within:
+        lines += ["", f"Within noise: {'; '.join(within)}."]
+    if unknown:
+        lines += ["", f"It cannot be told: {'; '.join(unknown)}."]
     return lines
 
 

@@ -221,6 +221,32 @@ def bitsandbytes(weight: Tensor, kind: str) -> Module:
     return Module(tensors, values, ("weight.absmax",), {"quant_method": "bitsandbytes"})
 
 
+def nvfp4(weight: Tensor, scale: float = 1.0) -> Module:
+    """By compressed-tensors' own compressor, and read by it. scale: of the scales of blocks."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    args = QuantizationArgs(
+        num_bits=4, type="float", strategy="tensor_group", group_size=16, symmetric=True
+    )
+    scheme = QuantizationScheme(targets=["Linear"], weights=args)
+    compressor = BaseCompressor.get_value_from_registry("nvfp4-pack-quantized")
+    whole = 448 * 6 / weight.abs().amax()
+    blocks = weight.view(len(weight), -1, 16).abs().amax(2) / 6 * whole * scale
+    given = {
+        "weight": weight,
+        "weight_scale": blocks.to(torch.float8_e4m3fn).float(),
+        "weight_global_scale": whole.view(1),
+    }
+    tensors = compressor.compress(given, scheme)
+
+    def values(parts: Parts) -> Tensor:
+        return compressor.decompress(dict(parts), scheme)["weight"].double()
+
+    told = {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}
+    return Module(tensors, values, ("weight_scale", "weight_global_scale"), told)
+
+
 def fbgemm(weight: Tensor) -> Module:
     scale = weight.abs().amax(1, keepdim=True) / 448
     tensors = {"weight": (weight / scale).to(torch.float8_e4m3fn), "weight_scale": scale}

@@ -49,3 +49,22 @@ def test_older_records_say_less(parts: Any, tmp_path: Path) -> None:
     assert record["machine"] == OLDER["machine"] and record["run"] == 2
     (line, _) = parts.told_of_older(record, ["times", "run", "errors"])
     assert "parts: run (load 9.5); the last that ran had system Old, python 3" in line
+
+
+@pytest.mark.parametrize(("factor", "verdict"), [(1.02, "Within noise"), (0.8, "cannot be told")])
+def test_a_difference_is_noise_only_within_the_controls_spread(
+    factor: float, verdict: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    table = __import__("quantized").speed_table
+    base = [{"prompt": 100.0, "decode": 10.0}] * 5
+    again = [{n: v * f for n, v in base[0].items()} for f in (0.7, 0.96, 1.0, 1.04, 1.6)]
+    folded = [{n: v * factor for n, v in turn.items()} for turn in base]
+    rates = {"base": base, "folded": folded, "base again": again}
+
+    lines = table([{"kind": "int8", "rates": rates}])
+
+    row = next(line for line in lines if line.startswith("| int8, the prompt"))
+    assert "1.000 (0.960 to 1.040)" in row and "0.700" not in row
+    (told,) = [line for line in lines if "one by one (" in line]
+    assert verdict in told and "of the control 0.080" in told

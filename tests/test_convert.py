@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import infold
-from handmade import RECEIPT, digests, ia3, lora
+from handmade import RECEIPT, base_folder, digests, ia3, lora
 from infold.checkpoint.shards import open_checkpoint
-from infold.errors import Refusal
-from infold.plan.unconverted import with_unconverted
+from infold.errors import InfoldError, Refusal
+from infold.plan.unconverted import with_fused, with_unconverted
 from quantized_bases import KINDS, REFUSED, Module, bitsandbytes
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the packages that write the bases
@@ -143,6 +143,9 @@ def test_touched_modules_become_dense(kind: str, tmp_path: Path) -> None:
     receipt = infold.merge(base.path, adapter, out, dequantize=True)
 
     config = json.loads((out / "config.json").read_text())["quantization_config"]
+    if kind.startswith("gptq"):  # what stays is told, too
+        (stay,) = config.pop("modules_in_block_to_quantize")
+        assert sorted(stay) == sorted(SIZES.keys() - set(DENSE))
     told = json.dumps(config)
     for name in SIZES:
         parts = base.parts(out, name)
@@ -667,10 +670,13 @@ def test_a_base_made_by_hand_that_transformers_reads(kind: str, tmp_path: Path) 
 # --- what config.json tells loaders -------------------------------------------------------------
 
 
+SERVED = ["a.q_proj", "a.qkv_proj", "b.w"]  # with the name of what servers load q, k and v as
+
+
 @pytest.mark.parametrize(("config", "expected"), [
     ({"quant_method": "gptq"}, {"dynamic": {
         r"-:^a\.q_proj$": {}, r"-:^a\.qkv_proj$": {}, r"-:^b\.w$": {}
-    }}),
+    }, "modules_in_block_to_quantize": [[]]}),
     ({"quant_method": "awq"}, {"modules_to_not_convert": ["a.q_proj", "a.qkv_proj", "b.w"]}),
     ({"quant_method": "bitsandbytes"}, {"llm_int8_skip_modules": ["lm_head", "a.q_proj", "b.w"]}),
     ({"quant_method": "bitsandbytes", "llm_int8_skip_modules": ["c"]},
@@ -681,6 +687,12 @@ def test_a_base_made_by_hand_that_transformers_reads(kind: str, tmp_path: Path) 
     ({"quant_method": "compressed-tensors", "ignore": ["c"]}, {"ignore": ["c", "a.q_proj", "b.w"]}),
     ({"quant_method": "auto-round"}, {"extra_config": {"a.q_proj": {"bits": 16},
                                                        "b.w": {"bits": 16}}}),
+    ({"quant_method": "modelopt", "ignore": ["c"]}, {"ignore": ["c", *SERVED]}),
+    ({"quant_method": "modelopt_fp4", "quantization": {"exclude_modules": None}},
+     {"quantization": {"exclude_modules": SERVED}}),
+    ({"quant_method": "modelopt", "quantized_layers": {"a.q_proj": {}, "c": {}}},
+     {"ignore": SERVED, "quantized_layers": {"c": {}}}),
+    ({"quant_method": "modelopt", "quantized_layers": {"a.q_proj": {}}}, {"ignore": SERVED}),
 ])  # fmt: skip
 def test_unconverted_modules_by_method(
     config: dict[str, Any], expected: dict[str, Any], tmp_path: Path
@@ -688,3 +700,166 @@ def test_unconverted_modules_by_method(
     base = open_checkpoint(original(tmp_path / "base"))
 
     assert with_unconverted(config, ["a.q_proj", "b.w"], base) == {**config, **expected}
+
+
+def test_experts_are_told_as_what_servers_load_them_as() -> None:
+    """vLLM and SGLang ask for `mlp.experts`, which patterns of single experts do not match."""
+    found = with_fused([f"l.0.mlp.experts.{n}.up_proj" for n in (0, 11)] + ["l.0.experts_gate"])
+
+    assert [name for name in found if "up_proj" not in name] == [
+        "l.0.mlp.experts",
+        "l.0.experts_gate",
+    ]
+
+
+# --- ModelOpt, whose lists lie in two files -----------------------------------------------------
+
+
+def per_tensor(weight: Tensor) -> Module:
+    """FP8 as ModelOpt exports it: a scale for the whole weight, and one of activations."""
+    scale = weight.abs().amax() / 448
+    codes = (weight / scale).to(torch.float8_e4m3fn)
+    parts = {"weight": codes, "weight_scale": scale, "input_scale": torch.tensor(0.02)}
+    return Module(parts, lambda t: t["weight"].double() * t["weight_scale"].double(), (), {})
+
+
+def modelopt_base(path: Path, beside: bool, inside: bool) -> Base:
+    """As ModelOpt 0.29 exports FP8: what config.json tells is made of the other file."""
+    base = make_base(path, per_tensor)
+    config = json.loads((path / "config.json").read_text())
+    del config["quantization_config"]
+    producer = {"name": "modelopt", "version": "0.29.0"}
+    number = {"dynamic": False, "num_bits": 8, "type": "float"}
+    group = {"input_activations": number, "weights": number, "targets": ["Linear"]}
+    if inside:
+        config["quantization_config"] = {
+            "config_groups": {"group_0": group}, "ignore": ["lm_head"], "quant_algo": "FP8",
+            "kv_cache_scheme": number, "producer": producer, "quant_method": "modelopt",
+        }  # fmt: skip
+    if beside:
+        section = {
+            "quant_algo": "FP8", "kv_cache_quant_algo": "FP8", "exclude_modules": ["lm_head"],
+        }  # fmt: skip
+        told = {"producer": producer, "quantization": section}
+        (path / "hf_quant_config.json").write_text(json.dumps(told))
+    (path / "config.json").write_text(json.dumps(config))
+    return base
+
+
+@pytest.mark.parametrize(("beside", "inside"), [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("mode", ["promote", "dequantize"])
+def test_modelopt_learns_of_dense_modules_wherever_it_looks(
+    mode: str, beside: bool, inside: bool, tmp_path: Path
+) -> None:
+    base = modelopt_base(tmp_path / "base", beside, inside)
+    adapter = low_rank(tmp_path / "adapter")
+    if mode == "promote":
+        adapter = ia3(tmp_path / "ia3", vectors(), feedforward_modules=["down_proj"])
+    out, back = tmp_path / "merged", tmp_path / "back"
+
+    infold.merge(base.path, adapter, out, undo=True, **{mode: True})
+
+    dense = sorted(f"{LAYER}.{n}" for n in SIZES if base.parts(out, n).keys() <= {"weight", "bias"})
+    assert len(dense) == 4
+    names = [f"{LAYER}.self_attn.qkv_proj", *dense]
+    before, after = (
+        {
+            name: json.loads((folder / name).read_text())
+            for name in ("config.json", "hf_quant_config.json")
+            if (folder / name).exists()
+        }
+        for folder in (base.path, out)
+    )
+    if inside:
+        told = after["config.json"]["quantization_config"].pop("ignore")
+        assert told[0] == "lm_head" and sorted(told[1:]) == sorted(names)
+        assert before["config.json"]["quantization_config"].pop("ignore") == ["lm_head"]
+    if beside:
+        told = after["hf_quant_config.json"]["quantization"].pop("exclude_modules")
+        assert told[0] == "lm_head" and sorted(told[1:]) == sorted(names)
+        del before["hf_quant_config.json"]["quantization"]["exclude_modules"]
+    assert before == after  # and nothing else is told
+    assert infold.verify(base.path, adapter, out).ok
+    infold.undo(out, back)
+    assert digests(back) == digests(base.path)
+
+
+def test_modelopts_other_file_is_proven_too(tmp_path: Path) -> None:
+    base = modelopt_base(tmp_path / "base", beside=True, inside=True)
+    out = tmp_path / "merged"
+    infold.merge(base.path, low_rank(tmp_path / "adapter"), out, dequantize=True)
+
+    (out / "hf_quant_config.json").write_bytes((base.path / "hf_quant_config.json").read_bytes())
+
+    assert not infold.verify(out).ok
+
+
+@pytest.mark.parametrize(("text", "why"), [
+    ('{"quantization": []}', r"hf_quant_config\.json: quantization is no object"),
+    ('{"quantization": {"exclude_modules": "lm_head"}}', "exclude_modules is no list"),
+    ("[]", "must hold a JSON object"),
+])  # fmt: skip
+def test_a_list_that_is_none_is_refused(text: str, why: str, tmp_path: Path) -> None:
+    base = modelopt_base(tmp_path / "base", beside=True, inside=True)
+    (base.path / "hf_quant_config.json").write_text(text)
+
+    with pytest.raises(InfoldError, match=why):
+        infold.merge(base.path, low_rank(tmp_path / "lora"), tmp_path / "out", dequantize=True)
+    assert not (tmp_path / "out").exists()
+
+
+# --- GPTQ, whose loaders read different fields --------------------------------------------------
+
+
+CODED = [f"model.layers.{n}.{m}" for n in (0, 1, 10) for m in ("self_attn.q_proj", "mlp.up_proj")]
+
+
+@pytest.mark.parametrize(("dense", "plain", "expected"), [
+    ([name for name in CODED if "q_proj" in name], "model.norm", ["mlp.up_proj"]),
+    (CODED[2:3], "model.norm", [*CODED[:2], *CODED[3:]]),  # of one layer
+    ([name for name in CODED if "q_proj" in name], "visual.layers.0.mlp.up_proj",
+     [name for name in CODED if "up_proj" in name]),  # of all layers, and dense elsewhere
+])  # fmt: skip
+def test_what_stays_in_gptq_is_told_by_names_that_nothing_else_has(
+    dense: list[str], plain: str, expected: list[str], tmp_path: Path, monkeypatch: Any
+) -> None:
+    """optimum replaces what ends with one of the names, vLLM what has one in it."""
+    from transformers.utils import quantization_config as hf
+
+    tensors = {f"{name}.qweight": torch.zeros(1, 1).int() for name in CODED}
+    tensors[f"{plain}.weight"] = torch.zeros(1, 1)
+    base = open_checkpoint(base_folder(tmp_path / "base", tensors, {}))
+    config = {"quant_method": "gptq", "bits": 4, "modules_in_block_to_quantize": [["mlp.w"]]}
+
+    told = with_unconverted(config, dense, base)
+
+    monkeypatch.setattr(hf.importlib.metadata, "version", lambda name: "2.0.0")  # optimum's
+    (kept,) = hf.GPTQConfig.from_dict(told).to_dict_optimum()["modules_in_block_to_quantize"]
+    assert sorted(kept) == sorted(expected)
+    stay = set(CODED) - set(dense)
+    every = [*CODED, plain]
+    assert {name for name in every if any(name.endswith(k) for k in kept)} == stay
+    assert {name for name in every if any(k in name for k in kept)} == stay
+
+
+@pytest.mark.parametrize("method", [None, "gptq"])
+def test_gptqmodels_own_file_is_changed_too(method: str | None, tmp_path: Path) -> None:
+    """GPTQModel looks into it first; AutoGPTQ's has no method."""
+    base = make_base(tmp_path / "base", KINDS["gptq"])
+    before = {"bits": 4, "group_size": 32, **({"quant_method": method} if method else {})}
+    (base.path / "quantize_config.json").write_text(json.dumps(before))
+    out, back = tmp_path / "merged", tmp_path / "back"
+
+    infold.merge(base.path, low_rank(tmp_path / "lora"), out, dequantize=True, undo=True)
+
+    after, config = (
+        json.loads((out / name).read_text()) for name in ("quantize_config.json", "config.json")
+    )
+    fields = ("dynamic", "modules_in_block_to_quantize")
+    assert {f: config["quantization_config"][f] for f in fields} == {f: after[f] for f in fields}
+    assert {name: value for name, value in after.items() if name not in fields} == before
+    assert [name for name in after["dynamic"] if "down_proj" in name] == [
+        r"-:^model\.layers\.0\.mlp\.down_proj$"
+    ]
+    infold.undo(out, back)
+    assert digests(back) == digests(base.path)

@@ -16,6 +16,7 @@ import handmade
 import infold
 from infold.cli.main import app
 from infold.formats import e4m3, format_of
+from quantized_bases import nvfp4
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the package that writes the bases
 
@@ -39,21 +40,10 @@ def nearest(value: Fraction) -> Fraction:
 def base_folder(path: Path, way: str = "ct", scale: float = 1.0) -> Path:
     """One layer by compressed-tensors' own compressor; `modelopt` has other names, and the inverse
     of the scale of the whole. scale: what the scales of blocks are multiplied by."""
-    from compressed_tensors.compressors import BaseCompressor
-
     random = torch.Generator().manual_seed(1)
     tensors = {}
     for name, size in SIZES.items():
-        weight = torch.randn(size, generator=random) * 0.05
-        whole = 448 * 6 / weight.abs().amax()
-        blocks = weight.view(size[0], -1, 16).abs().amax(2) / 6 * whole * scale
-        compressor = BaseCompressor.get_value_from_registry("nvfp4-pack-quantized")
-        given = {
-            "weight": weight,
-            "weight_scale": blocks.to(torch.float8_e4m3fn).float(),
-            "weight_global_scale": whole.view(1),
-        }
-        parts = compressor.compress(given, _scheme())
+        parts = nvfp4(torch.randn(size, generator=random) * 0.05, scale).tensors
         if way == "modelopt":
             whole = 1 / parts.pop("weight_global_scale")
             parts = {"weight": parts["weight_packed"], "weight_scale": parts["weight_scale"]}
@@ -68,26 +58,14 @@ def base_folder(path: Path, way: str = "ct", scale: float = 1.0) -> Path:
     return handmade.base_folder(path, tensors, config)
 
 
-def _scheme() -> object:
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-
-    weights = QuantizationArgs(
-        num_bits=4, type="float", strategy="tensor_group", group_size=16, symmetric=True
-    )
-    return QuantizationScheme(targets=["Linear"], weights=weights)
-
-
 def values(folder: Path, name: str) -> Tensor:
     """float64 values of a module, by compressed-tensors' own decompressor."""
-    from compressed_tensors.compressors import BaseCompressor
-
     found = load_file(folder / "model.safetensors")
     parts = {
         part: found[f"{LAYER}.{name}.{part}"]
         for part in ("weight_packed", "weight_scale", "weight_global_scale")
     }
-    compressor = BaseCompressor.get_value_from_registry("nvfp4-pack-quantized")
-    return compressor.decompress(parts, _scheme())["weight"].double()
+    return nvfp4(torch.zeros(16, 16)).values(parts)
 
 
 def adapter_folder(

@@ -18,6 +18,7 @@ from infold.checkpoint.record import Record
 from infold.checkpoint.shards import INDEX, SINGLE, Checkpoint, is_foreign, is_lone, kept_name
 from infold.checkpoint.staging import storage_errors
 from infold.errors import CorruptFile, Refusal
+from infold.plan.unconverted import QUANT_CONFIGS
 
 __all__ = ["LABEL", "Beside", "digest_file", "pack", "read_beside", "smallest"]
 
@@ -78,7 +79,9 @@ def read_beside(
     what infold does not write.
     """
     folder, room = merged.path, _MOST
-    mine = [n for n in ("config.json", INDEX) if LABEL + n in files and n not in told]
+    mine = [
+        n for n in ("config.json", INDEX, *QUANT_CONFIGS) if LABEL + n in files and n not in told
+    ]
     if odd := _odd(merged, shards, {*told, *mine}):
         raise CorruptFile(f"{record.path}: tells of side files that no base has: {odd}")
     rewritten = {name: _unpack(record, files[LABEL + name], _MOST) for name in mine}

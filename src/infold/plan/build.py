@@ -36,6 +36,7 @@ from infold.plan.origin import misfit, origin_notes
 from infold.plan.output import (
     config_changes,
     index_bytes,
+    json_file,
     output_shards,
     uneven_vocabulary,
     with_changes,
@@ -43,7 +44,7 @@ from infold.plan.output import (
 from infold.plan.quantized import rotations
 from infold.plan.room import make_room
 from infold.plan.tied import same_ends, tied_pair, unsupported_tie
-from infold.plan.unconverted import unconverted_changes
+from infold.plan.unconverted import unconverted_beside, unconverted_changes
 
 __all__ = ["plan_edit", "plan_merge"]
 
@@ -158,15 +159,17 @@ def _converted(
             conversion = to_dense(edits, {n: modules[n] for n in dense}, dtype, choice)
     except NoValues as error:
         raise Refusal(f"{error}; --dequantize writes it in floats instead") from None
+    beside: dict[str, dict[str, object]] = {}
     if conversion.dense and not base.is_gguf:
         try:
             changes |= unconverted_changes(base, conversion.dense)
+            beside = unconverted_beside(base, conversion.dense)
         except LookupError as error:
             draft.reasons.append(f"{base.path}: {error}")
         _need_config(draft, base, changes)
     if draft.reasons:
         raise Refusal(draft.reasons)
-    plan = _plan(draft, base, adapters, conversion, changes)
+    plan = _plan(draft, base, adapters, conversion, changes, beside)
     told = {
         "mode": choice.mode,
         "dtype": choice.dtype if choice.mode == "requantize" else dtype,
@@ -273,12 +276,15 @@ def _plan(
     adapters: tuple[Adapter, ...],
     conversion: Conversion,
     changes: dict[str, object],
+    beside: Mapping[str, dict[str, object]] = MappingProxyType({}),
 ) -> Plan:
-    """All decisions, with the files that follow from them."""
+    """All decisions, with the files that follow from them. beside: new content of JSON files other
+    than config.json, by name."""
     edits = conversion.edits
     removed = conversion.removed | draft.removed
     shards = output_shards(base, edits, removed, conversion.place, conversion.metadata)
     rewritten = {"config.json": with_changes(base.config or {}, changes)} if changes else {}
+    rewritten |= {name: json_file(content) for name, content in beside.items()}
     copied = [name for name in base.side_files if name not in rewritten]
     if base.index is not None:
         if all(shard.same_layout for shard in shards):

@@ -21,6 +21,7 @@ from infold.plan.layouts import HEADS, INPUT_EMBEDDINGS, leaf
 __all__ = [
     "config_changes",
     "index_bytes",
+    "json_file",
     "output_shards",
     "placed",
     "uneven_vocabulary",
@@ -124,7 +125,7 @@ def index_bytes(base: Checkpoint, shards: tuple[OutputShard, ...]) -> bytes:
         metadata["total_parameters"] = sum(math.prod(t.shape) for _, t, _ in tensors)
     where = {n: s for n, _, s in sorted(tensors, key=lambda item: item[0])}
     index = {**base.index, "metadata": metadata, "weight_map": where}
-    return _file(index)
+    return json_file(index)
 
 
 def uneven_vocabulary(base: Checkpoint, edits: dict[str, Edit]) -> list[str]:
@@ -173,10 +174,10 @@ def with_changes(config: dict[str, object], changes: dict[str, object]) -> bytes
             config["text_config"] = {**text, key: value}
         if key in config or not inside:
             config[key] = value
-    return _file(config)
+    return json_file(config)
 
 
-def _file(value: dict[str, object]) -> bytes:
+def json_file(value: dict[str, object]) -> bytes:
     """A JSON file. Half of a surrogate pair, which JSON can escape and UTF-8 not hold, stays an
     escape."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
