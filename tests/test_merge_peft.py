@@ -200,10 +200,13 @@ def test_merged_layers_do_what_peft_does(bench: Bench, name: str) -> None:
             assert_close(merged.tensors[key], value, 1e-6)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("side", ["out", "in"])
-def test_ia3_on_conv1d_follows_the_layout_that_peft_would_write(bench: Bench, side: str) -> None:
+def test_ia3_on_conv1d_follows_the_layout_that_peft_would_write(
+    bench: Bench, side: str, groups: int
+) -> None:
     """PEFT has no IA3 for Conv1d: the expected outputs are written out here."""
-    conv = nn.Conv1d(4, 6, 3)
+    conv = nn.Conv1d(4, 6, 3, groups=groups)
     base = bench.base(conv)
     channels = 6 if side == "out" else 4
     vector = 1 + 0.3 * torch.randn(1, channels, 1, generator=torch.Generator().manual_seed(3))

@@ -12,6 +12,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 from huggingface_hub import errors as hub_errors
+from huggingface_hub.utils import filter_repo_objects
 
 import handmade
 import infold
@@ -150,6 +151,31 @@ def test_each_failure_of_the_hub_says_what_to_do_in_our_words(
     message = str(caught.value)
     assert message.startswith("org/name@v9: no such folder here, and ") and told in message
     assert "requested files" not in message and "\n" not in message
+
+
+def test_inspect_fetches_no_second_copy_of_a_checkpoint_from_the_hub(
+    sharded: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    infold.merge(sharded, adapter, tmp_path / "merged")
+    (tmp_path / "none").mkdir()
+    there = ["pytorch_model-00001-of-00002.bin", "model.Q8_0.gguf", "consolidated.00.pth"]
+    fetched: set[str] = set()
+
+    def download(*_: object, ignore_patterns: list[str], **__: object) -> str:
+        names = [*there, *(p.name for p in folder.iterdir())]
+        fetched.update(filter_repo_objects(names, ignore_patterns=ignore_patterns))
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    for folder, kind in (
+        (sharded, "checkpoint"), (adapter, "adapter"), (tmp_path / "merged", "merged"),
+    ):  # fmt: skip
+        fetched.clear()
+        assert infold.inspect("org/name")["kind"] == kind
+        assert fetched == {p.name for p in folder.iterdir()}
+    folder = tmp_path / "none"
+    with pytest.raises(infold.Refusal, match="GGUF files are not fetched: download one"):
+        infold.inspect("org/name")
 
 
 @pytest.mark.parametrize("which", ["base", "adapter"])

@@ -21,6 +21,7 @@ __all__ = [
     "JOURNAL",
     "NOT_CONTENT",
     "RECEIPT",
+    "SECOND_COPIES",
     "SINGLE",
     "TOKENIZERS",
     "Checkpoint",
@@ -52,13 +53,14 @@ TOKENIZERS = (
     "spiece.model",
 )  # fmt: skip
 
-# A second copy of the base's weights in another container, or an adapter that a loader would attach
-# on top of the merged model: copying them would undo the merge behind the user's back.
-_STALE = (
+# A second copy of the base's weights in another container.
+SECOND_COPIES = (
     "pytorch_model*.bin", "pytorch_model*.bin.index.json", "tf_model*.h5", "flax_model*.msgpack",
     "rust_model.ot", "*.gguf", "consolidated*.pth", "consolidated*.safetensors",
-    "adapter_config.json", "adapter_model.*", RECEIPT, "infold-undo*",
 )  # fmt: skip
+# Copying those, or an adapter that a loader would attach on top of the merged model, would undo the
+# merge behind the user's back.
+_STALE = (*SECOND_COPIES, "adapter_config.json", "adapter_model.*", RECEIPT, "infold-undo*")
 # What loaders read beside the weights: such a file, added to a merged model, changes it.
 _LOADED = (
     "*config.json", "*.jinja", "chat_template.json", "*token*", "vocab.*", "merges.txt", "*.model",

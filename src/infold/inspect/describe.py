@@ -17,6 +17,7 @@ from infold.checkpoint.files import locate
 from infold.checkpoint.record import FILE, ORIGINAL, SEEN, UNDO, open_record
 from infold.checkpoint.shards import (
     RECEIPT,
+    SECOND_COPIES,
     Checkpoint,
     companion,
     is_lone,
@@ -52,7 +53,7 @@ def describe_path(
 
     Raises Refusal when it is none of them, or when `base` is given and the adapter does not fit.
     """
-    place = locate(path)
+    place = locate(path, never=SECOND_COPIES)
     if place.is_dir() and (place / CONFIG).exists():
         return _adapter(open_adapter(place), None if base is None else open_checkpoint(base))
     if base is not None:
@@ -61,7 +62,7 @@ def describe_path(
         receipt = checked_receipt(place)
         undo = _record(place, receipt) if os.path.lexists(companion(place, UNDO)) else None
         return {"kind": "merged", "path": str(place), "receipt": receipt, "undo": undo}
-    return _checkpoint(open_checkpoint(place))
+    return _checkpoint(open_checkpoint(path))  # which tells what is not fetched of a Hub repository
 
 
 def _record(folder: Path, receipt: dict[str, Any]) -> dict[str, Any]:
