@@ -356,3 +356,15 @@ def test_sizes_are_read(text: str, value: int) -> None:
     from infold.sizes import parse_bytes
 
     assert parse_bytes(text) == value
+
+
+def test_an_interrupt_of_the_first_imports_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt")
+    found = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
+
+    ran = subprocess.run(
+        [sys.executable, "-m", "infold", "--help"],
+        capture_output=True, text=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(found)},
+    )  # fmt: skip
+
+    assert (ran.returncode, ran.stdout, ran.stderr) == (130, "", "infold: interrupted\n")

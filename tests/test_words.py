@@ -617,6 +617,19 @@ def test_a_proof_with_another_adapter_says_so_and_cuts_the_list(
     assert told["offenders"][0]["what"] == "other adapters"
 
 
+def test_a_proof_in_another_order_says_so(folder: Path, tmp_path: Path) -> None:
+    vectors = {name: torch.linspace(0.5, 2, 8).view(8, 1) for name in LINEARS}
+    handmade.ia3(tmp_path / "other", vectors, target_modules=["q_proj", "k_proj"])
+    base, both = folder / "Tiny-1B", (folder / "adapter", tmp_path / "other")
+    assert run("merge", base, *both, "--out", tmp_path / "out").returncode == 0
+
+    ran = run("verify", base, *reversed(both), tmp_path / "out")
+
+    told = "it names the same, merged in another order: "
+    assert ran.returncode == 1
+    assert told + ", ".join(map(str, both)) in ran.stderr.splitlines()[0]
+
+
 @pytest.mark.parametrize("name", ["Tiny-1B-nf4", "tiny-1b-GPTQ-Int4", "Tiny-1B-bnb-4bit"])
 def test_a_quantized_copy_is_not_another_model(name: str, folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder / "Tiny-1B", tmp_path / name)

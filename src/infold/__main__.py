@@ -1,6 +1,6 @@
 """`python -m infold`, and `accelerate launch -m infold`."""
 
-from infold.cli.main import run
+from infold.cli.startup import run
 
 if __name__ == "__main__":
     run()

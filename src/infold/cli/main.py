@@ -203,7 +203,7 @@ def _misused(error: Any) -> int:
 
 
 def run() -> None:
-    """Entry point of the console script. Ends the process."""
+    """Read the command line and do what it says. Ends the process."""
     ending = Ending()
     protect_streams()
     try:

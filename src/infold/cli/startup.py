@@ -9,7 +9,17 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-__all__ = ["Ending", "lasting_imports"]
+__all__ = ["Ending", "lasting_imports", "run"]
+
+
+def run() -> None:
+    """Entry point of the console script: what is imported first can be interrupted too."""
+    try:
+        from infold.cli.main import run as run_verb
+    except KeyboardInterrupt:
+        print("infold: interrupted", file=sys.stderr)
+        sys.exit(130)
+    run_verb()
 
 
 @contextmanager

@@ -254,22 +254,29 @@ def _base_sides(
 
 
 def _there_already(prepared: Prepared) -> list[str]:
-    """Notes on adapters that the base has already, if it is a merge whose receipt tells so."""
+    """Notes on a base that is a merge itself, as its receipt tells, and on adapters that it has."""
     if prepared.source is not None:  # a swap takes them out
         return []
+    base = prepared.plan.base.path
     try:
-        receipt = read_receipt(prepared.plan.base.path)
+        receipt = read_receipt(base)
     except InfoldError:  # none, or none that tells
         return []
-    told = receipt.get("adapters")
-    entries = told if isinstance(told, list) else []
-    had = [entry.get("files") for entry in entries if isinstance(entry, dict)]
-    return [
+    told, first = receipt.get("adapters"), receipt.get("base")
+    entries = [entry for entry in told if isinstance(entry, dict)] if isinstance(told, list) else []
+    had = [entry.get("files") for entry in entries]
+    notes = [
         f"{adapter.path} is in the base already, as the base's receipt tells, and its change is "
         "made once more (infold swap exchanges adapters)"
         for adapter, files in zip(prepared.plan.adapters, prepared.digests, strict=True)
         if files in had
     ]
+    if entries and isinstance(first, dict):
+        notes.append(
+            f"{base} is a merge itself, so its weights are rounded a second time; all adapters "
+            f"merged into {first.get('path')} at once are rounded once"
+        )
+    return notes
 
 
 def _absolute(name: str) -> str:

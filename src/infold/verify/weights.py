@@ -192,12 +192,17 @@ def _refuse_swapped(base: PathLike, folder: Path) -> None:
         )
 
 
+def _adapter_digests(adapter: Adapter) -> dict[str, str]:
+    names = ("adapter_config.json", adapter.weights.name)
+    return {name: digest_of(adapter.path / name) for name in names}
+
+
 def _changed(claims: Claims, number: int, adapter: Adapter) -> list[Offender]:
     """The files of an adapter that are not those that were merged."""
-    names = {"adapter_config.json", adapter.weights.name}
-    found = {name: digest_of(adapter.path / name) for name in names}
     told = f"adapter {adapter.path}"
-    return _compare_digests("adapter changed", claims.adapter_files[number], found, told)
+    return _compare_digests(
+        "adapter changed", claims.adapter_files[number], _adapter_digests(adapter), told
+    )
 
 
 def _other_adapters(claims: Claims, opened: Sequence[Adapter], folder: Path) -> list[Offender]:
@@ -207,7 +212,12 @@ def _other_adapters(claims: Claims, opened: Sequence[Adapter], folder: Path) -> 
         _changed(claims, number, adapter) for number, adapter in enumerate(opened)
     ):
         return []
-    told = f"it names others than those given: {', '.join(claims.adapters)}"
+    found, merged = ([sorted(files.items()) for files in each]
+                     for each in (map(_adapter_digests, opened), claims.adapter_files))  # fmt: skip
+    which = "others than those given"
+    if sorted(found) == sorted(merged):
+        which = "the same, merged in another order"
+    told = f"it names {which}: {', '.join(claims.adapters)}"
     return [Offender("other adapters", companion(folder, RECEIPT).name, told)]
 
 
