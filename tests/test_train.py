@@ -107,7 +107,8 @@ def test_a_killed_training_continues_to_the_same_bytes(
 
 
 def test_resume_of_a_complete_training_does_nothing(base: Path, data: Path, tmp_path: Path) -> None:
-    first = infold.train(base, data, tmp_path / "out", **QUICK)
+    first = infold.train(base, data, tmp_path / "out", **QUICK, resume=True)
+    assert [note for note in first.notes if note.startswith("no checkpoint to continue from")]
     before = adapter_bytes(tmp_path / "out")
 
     again = infold.train(base, data, tmp_path / "out", **QUICK, resume=True)
@@ -164,6 +165,8 @@ def test_tokens_that_are_none_are_refused_before_the_model_is_loaded(
     for options, told in (
         (dict(tokens=["<think>", "</s>"]), r"'<think>' is no token of .*add it to the tokenizer"),
         (dict(tokens=["</s>"], method="ia3"), "--tokens: is a setting of --method lora and dora"),
+        (dict(rank=4, method="ia3"), "--rank: is a setting of --method lora and dora"),
+        (dict(alpha=4.0, method="ia3"), "--alpha: is a setting of --method lora and dora"),
         (dict(tokens=["</s>", "</s>"]), "--tokens: has one of them twice"),
     ):
         with pytest.raises(Refusal, match=told):

@@ -126,6 +126,24 @@ def test_csv_lines_are_those_of_an_editor(tmp_path: Path) -> None:
     assert "d.csv, line 5: field 'completion' is empty" in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("labels", "read"),
+    [
+        ("0 1 0", [0, 1, 0]),
+        ("1 2 3", ["1", "2", "3"]),
+        ("0 1 x", ["0", "1", "x"]),
+        ("0 0", ["0", "0"]),
+    ],
+)
+def test_csv_labels_that_count_classes_are_numbers(
+    labels: str, read: list[Any], tmp_path: Path
+) -> None:
+    rows = "".join(f"film {i},{label}\n" for i, label in enumerate(labels.split()))
+    (tmp_path / "d.csv").write_text("text,label\n" + rows)
+
+    assert [e.values["label"] for e in read_data(tmp_path / "d.csv").examples] == read
+
+
 def test_csv_that_is_not_utf8_tells_the_line(tmp_path: Path) -> None:
     (tmp_path / "d.csv").write_bytes(b"text\ngood\n\xff\n")
 
@@ -185,6 +203,10 @@ def test_a_data_set_of_the_hub_is_read(tmp_path: Path, monkeypatch: pytest.Monke
         read_data("org/nothing")
     write_jsonl(snapshot / "data" / "train.jsonl", [{"text": 5, "label": "yes"}])
     with pytest.raises(Refusal, match=r"train\.jsonl.*line 1: field 'text'"):
+        read_data("org/films")
+    (snapshot / "de").mkdir()
+    write_jsonl(snapshot / "de" / "train.jsonl", [{"text": "gut", "label": "ja"}])
+    with pytest.raises(Refusal, match=r"org/films: has several subsets: data, de; give the folder"):
         read_data("org/films")
 
 

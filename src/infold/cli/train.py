@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -174,6 +175,12 @@ def train(
                 save_every=save_every,
             )
         )
+        told: list[str] = []
+
+        def tell(ready: Prepared) -> None:
+            _tell(ready)
+            told.extend(ready.notes)
+
         with step_progress("training", not say) as progress:
             record = train_adapter(
                 base,
@@ -183,7 +190,7 @@ def train(
                 resume=resume,
                 force=force,
                 progress=progress,
-                prepared=_tell if say else None,
+                prepared=tell if say else None,
             )
     except Refusal as error:
         if not main:  # every process reads the data and finds the same; one tells it
@@ -192,7 +199,7 @@ def train(
     if as_json and main:
         print(json.dumps(asdict(record)))
     elif say:
-        print(_result(record))
+        print(_result(record, told))
 
 
 def _list(text: str | None) -> tuple[str, ...] | None:
@@ -224,7 +231,8 @@ def _tell(ready: Prepared) -> None:
         print(f"note     {note}")
 
 
-def _result(record: Training) -> str:
+def _result(record: Training, told: Collection[str]) -> str:
+    """told: the notes that were printed before."""
     losses = record.losses
     share = record.parameters / max(record.all_parameters, 1)
     lines = [
@@ -242,5 +250,5 @@ def _result(record: Training) -> str:
             f"held out {losses['eval_first']:.4f} -> {losses['eval_last']:.4f}"
             + (f", accuracy {accuracy:.3f}" if accuracy is not None else "")
         )
-    lines += [f"note     {note}" for note in record.notes if note.startswith(("no ", "was "))]
+    lines += [f"note     {note}" for note in record.notes if note not in told]
     return "\n".join([*lines, f"output   {Path(record.out)}"])

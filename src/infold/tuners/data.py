@@ -19,7 +19,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +145,8 @@ def read_data(
         if wrong.count == before:
             examples.append(Example(where, values))
     if shape == "label":
+        if {file.suffix.lower() for file in files} <= {".csv", ".tsv"}:
+            examples = _numbered(examples)
         _check_labels(examples, source["label"], wrong)
     wrong.refuse(text, total)
     ignored = {key for _, row in rows for key in row} - set(source.values())
@@ -208,6 +210,17 @@ def _messages(value: Any, name: str, where: str, wrong: Offences) -> Any:
     # Parquet fills absent keys with None, which a chat template may print
     return [
         {k: v for k, v in m.items() if v is not None} if isinstance(m, dict) else m for m in value
+    ]
+
+
+def _numbered(examples: list[Example]) -> list[Example]:
+    """Labels of a CSV file as the numbers that they are, where they count classes from 0 on: the
+    format has text alone."""
+    labels = {example.values["label"] for example in examples}
+    if len(labels) < 2 or labels != {str(number) for number in range(len(labels))}:
+        return examples
+    return [
+        replace(one, values={**one.values, "label": int(one.values["label"])}) for one in examples
     ]
 
 
@@ -329,7 +342,8 @@ def _bytes(file: Path) -> bytes:
 def _files(name: str) -> list[Path]:
     """A data set's files: itself, those of a folder, or the training split of a Hub data set."""
     path = Path(name)
-    if not exists(path):
+    hub = not exists(path)
+    if hub:
         path = _download(name)
     if not path.is_dir():
         if path.suffix.lower() not in SUFFIXES:
@@ -341,6 +355,12 @@ def _files(name: str) -> list[Path]:
     train = [p for p in files if "train" in inside[p]]
     if not (train or files):
         raise Refusal(f"{name}: holds no training file ({', '.join(SUFFIXES)})")
+    folders = sorted({p.parent for p in train or files})
+    if hub and len(folders) > 1:  # rows of all languages, say, are rarely what is meant
+        subsets = ", ".join(folder.relative_to(path).as_posix() for folder in folders)
+        raise Refusal(
+            f"{name}: has several subsets: {subsets}; give the folder of one: {folders[0]}"
+        )
     return train or files
 
 

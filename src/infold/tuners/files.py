@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import math
 import os
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -30,7 +31,7 @@ from infold.tuners.parameters import (
     named,
     places_of,
 )
-from infold.tuners.select import Selection, modules_of
+from infold.tuners.select import Selection, modules_of, targeted
 from infold.tuners.vocabulary import (
     FIELD,
     INPUT,
@@ -227,6 +228,13 @@ def _load(model: AdaptedModel, file: AdapterFile, name: str, trainable: bool) ->
             problems.append(
                 f"{file.path}: {key}: has no place in the model{_near(target, modules)}"
             )
+    problems += [
+        f"{file.path}: holds no tensors of {path}, which modules_to_save names, so the model would "
+        "have the base's there; save the adapter again"
+        for path, module in whole.items()
+        if any(True for _ in module.parameters())
+        and not any(target.startswith(f"{path}.") for target in copies.values())
+    ]
     if not parts and not problems:
         problems.append(f"{file.path}: holds no adapter tensors")
     swapped, wrong = brought(model, file, saved)
@@ -254,6 +262,27 @@ def _load(model: AdaptedModel, file: AdapterFile, name: str, trainable: bool) ->
     if swapped is not None:
         model._attached.embeddings[name] = swapped
     _fill(model, name, file, copies, biases)
+    if left := _left(modules, config, whole, parts):
+        more = f" and {len(left) - 1:,} more" if len(left) > 1 else ""
+        warnings.warn(
+            f"{file.path}: holds no tensors for {left[0]}{more}, which target_modules means: what "
+            "the base does there stays",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def _left(
+    modules: Mapping[str, nn.Module],
+    config: TunerConfig,
+    whole: Mapping[str, nn.Module],
+    parts: Collection[str],
+) -> list[str]:
+    """Paths of the modules that are targets by the config, and have no tensors in the file."""
+    if config.target_modules in (None, "all-linear"):
+        return []
+    meant = targeted(modules, config, whole)
+    return [p for p, m in meant.items() if kind_of(m) is not None and p not in parts]
 
 
 def _fill(

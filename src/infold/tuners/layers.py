@@ -445,8 +445,12 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 
 def _is_dense(module: nn.Module) -> bool:
+    """Whether the weight lies there as it is. torchao's tensors tell the dtype that they stand for;
+    FSDP's are parts of plain ones."""
     weight = getattr(module, "weight", None)
-    return isinstance(weight, Tensor) and weight.dtype in DENSE
+    if not isinstance(weight, Tensor) or weight.dtype not in DENSE:
+        return False
+    return type(weight.data) is Tensor or type(weight.data).__name__ == "DTensor"
 
 
 def _features(module: nn.Module) -> tuple[int, ...]:

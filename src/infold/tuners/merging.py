@@ -281,6 +281,12 @@ def _check_storage(
     problems = []
     for path, layer in layers.items():
         if not isinstance(layer, AdaptedOpaque):
+            if layer.weight_name not in layer.holder._parameters:
+                problems.append(
+                    f"{path}: its weight is computed from others (weight_norm or the like), so "
+                    "nothing can be merged into it; torch.nn.utils.parametrize."
+                    "remove_parametrizations makes it one"
+                )
             continue
         name = layer._plain.__name__
         if not is_readable(layer):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -83,6 +83,18 @@ def load(
         files.load(adapted, path, name, trainable)
         adapted.set_adapter(name)
     return model
+
+
+# What transformers' and accelerate's callers pass to every model; an adapter is one small file.
+_HARMLESS = ("max_shard_size", "token", "save_peft_format")
+
+
+def _refuse_others(method: str, given: Mapping[str, Any], harmless: Collection[str]) -> None:
+    """Refuse options that would be ignored; None and False ask for nothing."""
+    unknown = [n for n, v in given.items() if v not in (None, False) and n not in harmless]
+    if unknown:
+        hint = "; give the folder in it as the path" if "subfolder" in unknown else ""
+        raise Refusal(f"{method}: {', '.join(unknown)}: not known here{hint}")
 
 
 @contextmanager
@@ -517,7 +529,11 @@ class AdaptedModel(Front):
         """Write the adapters in PEFT's layout: `default` into the folder, others into folders in
         it. state_dict: where the values come from, if not from the model (FSDP gathers one).
         save_embedding_layers: write the base's embeddings too; "auto": where embed_tokens or
-        lm_head is a target, or the vocabulary was resized."""
+        lm_head is a target, or the vocabulary was resized. Raises Refusal for PEFT's other
+        options."""
+        _refuse_others("save_pretrained", kwargs, _HARMLESS)
+        if not safe_serialization:
+            raise Refusal("safe_serialization=False: adapters are written as safetensors only")
         if save_embedding_layers not in (True, False, "auto"):
             raise Refusal(f"save_embedding_layers={save_embedding_layers!r}: True, False or 'auto'")
         names = list(self._attached.configs if selected_adapters is None else selected_adapters)
@@ -530,9 +546,16 @@ class AdaptedModel(Front):
         model_id: str | os.PathLike[str],
         adapter_name: str = "default",
         is_trainable: bool = False,
+        revision: str | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add a saved adapter, from a folder or the Hub, without making it active."""
+        """Add a saved adapter, from a folder or the Hub, without making it active.
+
+        revision: of a Hub id, as in `org/name@revision`. Raises Refusal for PEFT's other options.
+        """
+        _refuse_others("load_adapter", kwargs, ())
+        if revision is not None and not os.path.exists(model_id):
+            model_id = f"{os.fspath(model_id)}@{revision}"
         with _adding(self, adapter_name):
             files.load(self, model_id, adapter_name, is_trainable)
             self._refresh()

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from torch import nn
@@ -29,7 +29,7 @@ from infold.tuners.targets import find_targets, fused_experts
 from infold.tuners.vocabulary import FIELD, TokenRows, find_rows, misfits, untied
 from infold.tuners.whole import Whole
 
-__all__ = ["Selection", "modules_of", "select"]
+__all__ = ["Selection", "modules_of", "select", "targeted"]
 
 # The kernels of these models read conv1d and out_proj's weights without calling the modules.
 _MAMBA = ("mamba", "mamba2", "falcon_mamba", "falcon_h1")
@@ -73,17 +73,9 @@ def select(model: nn.Module, config: TunerConfig) -> Selection:
         )
     problems += _unmatched("target_modules", config.target_modules, modules)
     problems += _unmatched("exclude_modules", config.exclude_modules, modules)
-    layers = {
-        path: module
-        for path, module in modules.items()
-        if matches(config.target_modules, path)
-        and not matches(config.exclude_modules, path)
-        and _in_wanted_layer(config, path)
-    }
     whole = {p: m for p, m in modules.items() if matches(config.modules_to_save, p)}
     problems += _unmatched("modules_to_save", config.modules_to_save, modules)
-    # what lies in a module that is trained whole is trained with it, as in PEFT
-    layers = {p: m for p, m in layers.items() if not within(p, whole)}
+    layers = targeted(modules, config, whole)
     for path, module in layers.items():
         problems += _unfit(model, path, module, config)
     parameters = find_parameters(modules, config)
@@ -117,6 +109,21 @@ def select(model: nn.Module, config: TunerConfig) -> Selection:
     tables = {path: modules[path] for path in rows.tokens}
     config = _by_layout(config, layers)
     return Selection(config, layers, feedforward, whole, rows, tables, parameters)
+
+
+def targeted(
+    modules: Mapping[str, nn.Module], config: TunerConfig, whole: Mapping[str, nn.Module]
+) -> dict[str, nn.Module]:
+    """The modules that target_modules means. What lies in one that is trained whole is trained with
+    it, as in PEFT."""
+    return {
+        path: module
+        for path, module in modules.items()
+        if matches(config.target_modules, path)
+        and not matches(config.exclude_modules, path)
+        and _in_wanted_layer(config, path)
+        and not within(path, whole)
+    }
 
 
 def _with_targets(

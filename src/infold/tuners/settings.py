@@ -115,8 +115,10 @@ class TrainSettings:
             wrong.append(("parameters", "is a setting of --method lora"))
         if self.parameters and self.dropout:
             wrong.append(("dropout", "does not go together with --parameters"))
-        if self.tokens and self.method == "ia3":
-            wrong.append(("tokens", "is a setting of --method lora and dora"))
+        if self.method == "ia3":
+            of_lora = {"rank": self.rank != 16, "alpha": self.alpha is not None,
+                       "dropout": self.dropout, "tokens": self.tokens}  # fmt: skip
+            wrong += [(n, "is a setting of --method lora and dora") for n in of_lora if of_lora[n]]
         if self.tokens and len(set(self.tokens)) < len(self.tokens):
             wrong.append(("tokens", "has one of them twice"))
         if self.packing and self.task == "SEQ_CLS":

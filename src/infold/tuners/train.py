@@ -19,6 +19,7 @@ import os
 import platform
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -79,7 +80,7 @@ def train_adapter(
     if prepared:
         prepared(ready)
     with _run_folder(path, draft.identity, resume, force, main) as run:
-        return _train(base, path, settings, ready, draft, run, force, progress, started)
+        return _train(base, path, settings, ready, draft, run, resume, force, progress, started)
 
 
 # --- before the model is loaded -------------------------------------------------------------------
@@ -235,6 +236,7 @@ def _train(
     ready: Prepared,
     draft: Training,
     run: Path,
+    resume: bool,
     force: bool,
     progress: Progress | None,
     started: float,
@@ -252,7 +254,10 @@ def _train(
         checkpoint = last_checkpoint(checkpoints)
         args.eval_on_start = bool(ready.eval_rows) and checkpoint is None  # the base's loss
         set_seed(settings.seed)
-        model = _model(base, ready, settings, checkpoint)
+        with _warnings_kept(draft.notes) as notes:
+            model = _model(base, ready, settings, checkpoint)
+        if resume and checkpoint is None:
+            notes.append("no checkpoint to continue from: this is a training from its beginning")
         trainable, total = model.get_nb_trainable_parameters()
         if settings.packing:
             _check_packing(model, ready)
@@ -285,6 +290,7 @@ def _train(
         losses=_losses(history),
         device=args.device.type,
         targets=sorted(names),
+        notes=notes,
         resumed_step=int(checkpoint.name.rpartition("-")[2]) if checkpoint else None,
         seconds=round(time.monotonic() - started, 3),
     )
@@ -293,6 +299,18 @@ def _train(
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
     return record
+
+
+@contextmanager
+def _warnings_kept(notes: Iterable[str]) -> Iterator[list[str]]:
+    """The notes, and from the end on what infold itself warned of inside, such as experts that no
+    target reaches. `calm` would drop that with what the libraries say."""
+    own, kept = Path(__file__).parent, list(notes)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield kept
+    told = (str(one.message) for one in caught if own in Path(one.filename).parents)
+    kept += dict.fromkeys(told)
 
 
 def _arguments(settings: TrainSettings, ready: Prepared, folder: Path) -> Any:
