@@ -89,6 +89,8 @@ def is_conv1d(base: Checkpoint, weight: str, fan_in_fan_out: bool) -> bool | Non
         return last in _CONV1D[kind]
     if weight.removesuffix("weight") + "bias" not in base.where:
         return False  # Conv1D has a bias always
+    if weight.removesuffix("out_proj.weight") + "in_proj_weight" in base.where:
+        return False  # MultiheadAttention's, which is a Linear
     rows, columns = base.info(weight).shape
     if rows != columns:
         return _by_shape(base, weight) is True
