@@ -6,21 +6,46 @@ shared tensor, which changes both.
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+import transformers
 from peft import IA3Config, LoraConfig, PeftConfig, TrainableTokensConfig
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    BioGptConfig,
+    CTRLConfig,
+    FalconMambaConfig,
+    FlaubertConfig,
+    FlaubertWithLMHeadModel,
+    GitConfig,
+    GPTNeoXJapaneseConfig,
+    Mamba2Config,
+    MambaConfig,
+    ModernBertDecoderConfig,
+    TrOCRConfig,
+    XLMConfig,
+    XLMWithLMHeadModel,
+    XLNetConfig,
+    XLNetLMHeadModel,
+)
 
 import handmade
 import infold
 from infold import Refusal
+from infold.checkpoint.adapter import open_adapter
+from infold.checkpoint.shards import open_checkpoint
+from infold.plan.build import plan_merge
 from peft_oracle import Bench, Merged, read_tensors
-from tiny_models import model_inputs, new_model, token_ids
+from tiny_models import SIZE, TOKENS, model_inputs, new_model, token_ids
 
 INDEX = "model.safetensors.index.json"
 
@@ -146,6 +171,204 @@ def assert_tie(merged: Merged, stays: bool) -> None:
 def read_file(merged: Merged, file: str) -> set[str]:
     header = (merged.path / file).read_bytes()
     return set(json.loads(header[8 : 8 + int.from_bytes(header[:8], "little")]))
+
+
+# --- ends whose names say little ---------------------------------------------------------------
+
+MAMBA = dict(vocab_size=31, hidden_size=16, state_size=4, num_hidden_layers=1, **TOKENS)
+XLM = dict(vocab_size=31, emb_dim=16, n_layers=1, n_heads=2, max_position_embeddings=16)
+
+
+class Ends(NamedTuple):
+    config: Any
+    embedding: str
+    head: str
+    kind: Any = AutoModelForCausalLM
+
+
+NAMED_OTHERWISE = {
+    "mamba": Ends(MambaConfig(**MAMBA, time_step_rank=4), "backbone.embeddings", "lm_head"),
+    "falcon_mamba": Ends(
+        FalconMambaConfig(**MAMBA, time_step_rank=4), "backbone.embeddings", "lm_head"
+    ),
+    "mamba2": Ends(
+        Mamba2Config(**MAMBA, num_heads=4, head_dim=8, n_groups=1, tie_word_embeddings=True),
+        "backbone.embeddings", "lm_head",
+    ),
+    "xlnet": Ends(
+        XLNetConfig(vocab_size=31, d_model=16, n_layer=1, n_head=2, d_inner=24),
+        "transformer.word_embedding", "lm_loss", XLNetLMHeadModel,
+    ),
+    "ctrl": Ends(
+        CTRLConfig(vocab_size=31, n_positions=16, n_embd=16, dff=24, n_layer=1, n_head=2),
+        "transformer.w", "lm_head",
+    ),
+    "xlm": Ends(XLMConfig(**XLM), "transformer.embeddings", "pred_layer.proj", XLMWithLMHeadModel),
+    "flaubert": Ends(
+        FlaubertConfig(**XLM), "transformer.embeddings", "pred_layer.proj", FlaubertWithLMHeadModel
+    ),
+    "biogpt": Ends(
+        BioGptConfig(**SIZE, max_position_embeddings=16, **TOKENS),
+        "biogpt.embed_tokens", "output_projection",
+    ),
+    "git": Ends(
+        GitConfig(
+            **SIZE, max_position_embeddings=16, **TOKENS, tie_word_embeddings=True,
+            vision_config=dict(
+                hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+                image_size=8, patch_size=4,
+            ),
+        ),
+        "git.embeddings.word_embeddings", "output",
+    ),
+    "gpt_neox_japanese": Ends(
+        GPTNeoXJapaneseConfig(**SIZE, **TOKENS), "gpt_neox_japanese.embed_in", "embed_out"
+    ),
+    "modernbert-decoder": Ends(
+        ModernBertDecoderConfig(**SIZE, max_position_embeddings=16, **TOKENS),
+        "model.embeddings.tok_embeddings", "decoder",
+    ),
+    "trocr": Ends(
+        TrOCRConfig(
+            vocab_size=31, d_model=16, decoder_layers=1, decoder_attention_heads=2,
+            decoder_ffn_dim=24, max_position_embeddings=16, **TOKENS,
+        ),
+        "model.decoder.embed_tokens", "output_projection",
+    ),
+}  # fmt: skip
+
+
+def otherwise(bench: Bench, name: str) -> Path:
+    torch.manual_seed(0)
+    ends = NAMED_OTHERWISE[name]
+    direct = ends.kind is not AutoModelForCausalLM
+    model = ends.kind(ends.config) if direct else ends.kind.from_config(ends.config)
+    base = bench.base(model)
+    assert f"{ends.embedding}.weight" in read_tensors(base)
+    assert f"{ends.head}.weight" not in read_tensors(base)
+    return base
+
+
+@pytest.mark.parametrize("end", ["embedding", "head"])
+@pytest.mark.parametrize("name", NAMED_OTHERWISE)
+def test_ends_with_other_names_are_untied(bench: Bench, name: str, end: str) -> None:
+    ends, base = NAMED_OTHERWISE[name], otherwise(bench, name)
+    target = getattr(ends, end)
+
+    # a string is a whole path: `output` in a list would mean other modules of GIT too
+    config = LoraConfig(r=3, lora_alpha=5, target_modules=target)
+    merged = bench.prove(ends.kind, base, config, {"input_ids": IDS})
+
+    assert merged.config["tie_word_embeddings"] is False
+    assert merged.tensors.keys() - read_tensors(base).keys() == {f"{ends.head}.weight"}
+    assert any("untied" in note for note in merged.receipt.notes)
+
+
+@pytest.mark.parametrize("name", ["mamba", "xlnet", "ctrl", "xlm"])
+def test_other_names_in_a_file_without_a_config_are_known_too(bench: Bench, name: str) -> None:
+    ends, base = NAMED_OTHERWISE[name], otherwise(bench, name)
+    model = bench.load(ends.kind, base)
+    adapter = bench.save(bench.attach(model, lora(ends.embedding)()))
+    lone = bench.write(read_tensors(base)) / "model.safetensors"
+    with pytest.raises(Refusal, match=r"config\.json"):
+        infold.merge(lone, adapter, bench.place("merged"))
+
+
+SEVERAL = r"is_encoder_decoder\b.*=\s*True"
+
+
+def transformers_ties() -> dict[tuple[str, str], tuple[str, str]]:
+    """(folder, class) -> (embedding, head) of all of transformers' classes that tie one head, as
+    their source tells it: nothing is imported."""
+    found = {}
+    for file in sorted((Path(transformers.__file__).parent / "models").glob("*/modeling_*.py")):
+        for block in re.split(r"^class ", file.read_text(), flags=re.MULTILINE)[1:]:
+            if told := re.search(r"^    _tied_weights_keys = (\{.*?\})$", block, re.M | re.S):
+                ties = ast.literal_eval(told[1])
+                ends = [(s, t) for t, s in ties.items() if t.endswith(".weight")]
+                if len(ends) == 1 and ends[0][1].endswith(".weight"):
+                    name = re.match(r"\w+", block)
+                    assert name is not None
+                    found[file.parent.name, name[0]] = ends[0]
+    return found
+
+
+def test_each_tie_of_transformers_is_known_or_refused(tmp_path: Path) -> None:
+    """A tie that the plan does not see is merged at one end only, and nothing tells so."""
+    ties = transformers_ties()
+    assert len(ties) > 200
+    files = (Path(transformers.__file__).parent / "models").glob("*/configuration_*.py")
+    several = {f.parent.name for f in files if re.search(SEVERAL, f.read_text())}
+    wrong = []
+    for (folder, kind), (embedding, head) in ties.items():
+        # CSM has another head on disk always; a lone encoder of T5 uses one of its two names only
+        if kind.startswith("Csm") or kind.endswith("EncoderModel"):
+            continue
+        config = {"architectures": [kind], "vocab_size": 6, "tie_word_embeddings": True}
+        config["model_type"] = {"modernbert_decoder": "modernbert-decoder"}.get(folder, folder)
+        if kind != "WhisperForCausalLM":
+            config["is_encoder_decoder"] = folder in several
+        place = tmp_path / kind
+        base = handmade.base_folder(place, {embedding.rstrip("$"): torch.ones(6, 4)}, config)
+        module = embedding.removesuffix("$").removesuffix(".weight")
+        adapter = handmade.adapter_folder(
+            tmp_path / f"{kind}-adapter",
+            {
+                f"{module}.lora_embedding_A": torch.ones(2, 6),
+                f"{module}.lora_embedding_B": torch.ones(4, 2),
+            },
+            {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": [module]},
+        )
+        try:
+            plan = plan_merge(open_checkpoint(base), [open_adapter(adapter)])
+        except Refusal as refusal:
+            if "is tied to other parts" not in str(refusal):
+                wrong.append((kind, str(refusal)))
+        else:
+            if not any(f" and {head} are different now" in note for note in plan.notes):
+                wrong.append((kind, head, plan.notes))
+    assert not wrong, "\n".join(map(str, wrong))
+
+
+LAYER = {"model.layers.0.q_proj.weight": torch.ones(6, 6)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "refused"),
+    [
+        ("NewForCausalLM", {}, True),
+        ("NewForCausalLM", {"output_layer.weight": 3 * torch.ones(6, 4)}, False),  # its own head
+        ("NewForCausalLM", {"output_layer.weight": torch.ones(6, 4)}, True),  # a copy, so tied
+        ("NewForCausalLM", {"model.token_type_embedding.weight": torch.zeros(6, 4)}, True),
+        ("NewForSequenceClassification", {"score.weight": torch.zeros(6, 4)}, False),
+        ("NewModel", {}, False),
+    ],
+)
+@pytest.mark.parametrize("place", ["top", "text_config"])
+def test_an_embedding_of_an_unknown_name_is_refused_where_it_may_be_tied(
+    tmp_path: Path, kind: str, more: dict[str, torch.Tensor], refused: bool, place: str
+) -> None:
+    text: dict[str, Any] = {"vocab_size": 6, "tie_word_embeddings": True}
+    config = {"architectures": [kind], "model_type": "new"}
+    config |= text if place == "top" else {"text_config": text}
+    table = {"model.lookup.embedding.weight": torch.ones(6, 4)}
+    base = handmade.base_folder(tmp_path / "base", LAYER | table | more, config)
+    parts = {
+        "lookup.embedding.lora_embedding_A": (2, 6),
+        "lookup.embedding.lora_embedding_B": (4, 2),
+    }
+    parts |= {"layers.0.q_proj.lora_A.weight": (2, 6), "layers.0.q_proj.lora_B.weight": (6, 2)}
+    adapter = handmade.adapter_folder(
+        tmp_path / "adapter",
+        {f"model.{part}": torch.ones(shape) for part, shape in parts.items()},
+        {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["embedding", "q_proj"]},
+    )
+    if not refused:
+        infold.merge(base, adapter, tmp_path / "out")
+        return
+    with pytest.raises(Refusal, match=r"lookup\.embedding\.weight: is tied") as refusal:
+        infold.merge(base, adapter, tmp_path / "out")
+    assert "tie_word_embeddings" in str(refusal.value) and len(refusal.value.reasons) == 1
 
 
 # --- both ends on disk -------------------------------------------------------------------------

@@ -106,7 +106,7 @@ def _decide(
     draft.reasons += rotations(base)
     for number, adapter in enumerate(adapters):
         _add(draft, number, adapter)
-    untied = False if draft.reasons else _settle_ties(draft, tuple(adapters))
+    untied = False if draft.reasons else _settle_ties(draft, tuple(adapters), base)
     if not draft.reasons:
         make_room(draft, adapters)
     edits = _edits(draft)
@@ -217,9 +217,9 @@ def _add(draft: Draft, number: int, adapter: Adapter) -> None:
         draft.reasons[before:before] = misfit(draft.base, adapter, modules, found)
 
 
-def _settle_ties(draft: Draft, adapters: tuple[Adapter, ...]) -> bool:
+def _settle_ties(draft: Draft, adapters: tuple[Adapter, ...], base: Checkpoint) -> bool:
     """Decide whether a tied pair stays tied. True: it is untied."""
-    draft.reasons += unsupported_tie(draft, adapters)
+    draft.reasons += unsupported_tie(draft, adapters, base)
     if not draft.pair or not any(end in draft.states for end in draft.pair):
         return False
     embedding, head = draft.pair

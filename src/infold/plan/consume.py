@@ -15,7 +15,7 @@ from infold.plan.config import AdapterConfig
 from infold.plan.draft import Draft, State
 from infold.plan.edits import Operation, Replacement
 from infold.plan.fold import INSTEAD, Modules, Unfoldable, fold
-from infold.plan.layouts import HEADS, INPUT_EMBEDDINGS, is_conv1d, leaf
+from infold.plan.layouts import HEADS, is_conv1d, is_end, leaf
 from infold.plan.match import group_keys
 from infold.plan.output import usual_dtype
 from infold.plan.quantized import words_of
@@ -57,8 +57,9 @@ class Consumer:
     def _look(self, parameter: str) -> str | None:
         """The output tensor for a parameter path; a tied head that is not on disk is found too."""
         name, pair = self.draft.names.find(parameter), self.draft.pair
-        if name is None and pair and leaf(parameter) in HEADS and parameter.endswith(".weight"):
-            return pair[1]
+        if name is None and pair and parameter.endswith(".weight"):
+            usual = leaf(parameter) in HEADS and leaf(pair[1]) in HEADS
+            return pair[1] if usual or f".{parameter}".endswith(f".{pair[1]}") else None
         return name
 
     def ends(self, name: str, both: bool) -> list[str]:
@@ -99,7 +100,7 @@ class Consumer:
                 if end != name:
                     continue  # the other end has a tensor of its own in this adapter
             new, old = self.shape(key), state.shape
-            resizes = leaf(name) in (*INPUT_EMBEDDINGS, *HEADS) and new[1:] == old[1:]
+            resizes = is_end(self.draft.base, name) and new[1:] == old[1:]
             if new != old and not (resizes and new):
                 self.refuse(key, f"shape {list(new)}, but {end} has {list(old)}")
                 continue

@@ -16,7 +16,7 @@ from infold.checkpoint.shards import Checkpoint, is_lone
 from infold.errors import Refusal
 from infold.formats import format_of
 from infold.plan.edits import Edit, OutputShard, Plan
-from infold.plan.layouts import HEADS, INPUT_EMBEDDINGS, leaf
+from infold.plan.layouts import is_end, text_keys
 
 __all__ = [
     "config_changes",
@@ -132,8 +132,7 @@ def uneven_vocabulary(base: Checkpoint, edits: dict[str, Edit]) -> list[str]:
     """Reasons to refuse a new number of tokens that not all of embedding and head would have."""
     old, new = {}, {}
     for name in base.where:
-        table = name.endswith(".weight") and leaf(name) in (*INPUT_EMBEDDINGS, *HEADS)
-        if table and base.info(name).shape:
+        if is_end(base, name) and base.info(name).shape:
             old[name] = base.info(name).shape[0]
             new[name] = edits[name].shape[0] if name in edits else old[name]
     resized = {old[name]: new[name] for name in old if new[name] != old[name]}
@@ -153,7 +152,7 @@ def config_changes(
     if untied:
         changes["tie_word_embeddings"] = False
     for name, edit in edits.items():
-        if name not in base.where or leaf(name) not in (*INPUT_EMBEDDINGS, *HEADS):
+        if name not in base.where or not is_end(base, name):
             continue
         if edit.shape[:1] != base.info(name).shape[:1]:
             changes["vocab_size"] = edit.shape[0]
@@ -168,10 +167,11 @@ def with_changes(config: dict[str, object], changes: dict[str, object]) -> bytes
     """config.json with fields changed where they stand: at the top, in text_config, or in both."""
     config = dict(config)
     for key, value in changes.items():
-        text = config.get("text_config")
-        inside = isinstance(text, dict) and key in text
-        if isinstance(text, dict) and inside:
-            config["text_config"] = {**text, key: value}
+        inside = False
+        for name in text_keys(config):
+            text = config[name]
+            if isinstance(text, dict) and key in text:
+                config[name], inside = {**text, key: value}, True
         if key in config or not inside:
             config[key] = value
     return json_file(config)

@@ -5,6 +5,7 @@ An edit of one end only must untie them; equal edits of both ends leave them tie
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from contextlib import ExitStack
 
@@ -15,7 +16,16 @@ from infold.checkpoint.adapter import Adapter
 from infold.checkpoint.shards import Checkpoint, read_exactly
 from infold.plan.draft import Draft, State
 from infold.plan.edits import Operation, Replacement
-from infold.plan.layouts import HEADS, INPUT_EMBEDDINGS, is_tied, leaf
+from infold.plan.layouts import (
+    HEADS,
+    INPUT_EMBEDDINGS,
+    is_end,
+    is_tied,
+    leaf,
+    numeric,
+    other_ends,
+    vocabularies,
+)
 
 __all__ = ["same_ends", "tied_pair", "unsupported_tie"]
 
@@ -32,6 +42,17 @@ _BODIES = (
     ("gpt_neox",),
     ("decoder",),
 )
+# Further parts that are tied, or make of a model what has more than two ends
+_OTHER_PARTS = ("shared", "decoder", "embed_audio_tokens", "embedding_projection")
+_MORE = "additional_embedding"  # rows of Idefics' embedding that lie in a tensor of their own
+
+# Classes without a head over the vocabulary, so without a tie. Unknown ones may have it.
+_HEADLESS = re.compile(
+    r"(?<!Chat)(?<!Bark)(?<!EncoderDecoder)(?<!Pix2StructText)Model$"
+    r"|Classification$|QuestionAnswering|MultipleChoice$|NextSentencePrediction$|Regression$"
+    r"|(?<!GraniteSpeech5)ForCTC$|ForXVector$|Segmentation$|Detection$|Retrieval$|Encoder$|WithProjection$|Embedding$"
+)
+_CLASSIFYING = {"SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"}
 
 
 def tied_pair(base: Checkpoint, adapters: Iterable[Adapter]) -> tuple[str, str] | None:
@@ -43,21 +64,27 @@ def tied_pair(base: Checkpoint, adapters: Iterable[Adapter]) -> tuple[str, str] 
     pair = _pair_by_names(base)
     if pair is None or pair[1] not in base.where:
         return pair
-    ends = {*INPUT_EMBEDDINGS, *HEADS}
+    ends = {*INPUT_EMBEDDINGS, *HEADS, *map(leaf, pair)}
     touched = any(not ends.isdisjoint(key.split(".")) for a in adapters for key in a.tensors)
     return None if touched and not _equal_on_disk(base, *pair) else pair
 
 
 def _pair_by_names(base: Checkpoint) -> tuple[str, str] | None:
-    embeddings = [n for n in base.where if n.endswith(".weight") and leaf(n) in INPUT_EMBEDDINGS]
-    if len(embeddings) != 1 or is_tied(base) is False:
+    tied, kinds = is_tied(base), _kinds(base)
+    if tied is False or (kinds and not _generates(kinds)):
         return None
-    kinds = _kinds(base)
-    if (kinds and not _generates(kinds)) or (base.config or {}).get("is_encoder_decoder"):
+    if (base.config or {}).get("is_encoder_decoder") or any(leaf(n) == _MORE for n in base.where):
+        return None
+    for ends in other_ends(base):
+        embedding, head = (f"{module}.weight" for module in ends)
+        if embedding in base.where:
+            return None if tied is None and head in base.where else (embedding, head)
+    embeddings = [n for n in base.where if n.endswith(".weight") and leaf(n) in INPUT_EMBEDDINGS]
+    if len(embeddings) != 1:
         return None
     heads = [n for n in base.where if n.endswith(".weight") and leaf(n) in HEADS]
     if heads:
-        if is_tied(base) is None or len(heads) > 1:
+        if tied is None or len(heads) > 1:
             return None  # a head of its own, and no config that ties it
         return embeddings[0], heads[0]
     above = tuple(embeddings[0].split(".")[:-2])
@@ -102,36 +129,78 @@ def _generates(kinds: list[str]) -> bool:
     return any(word in kind for kind in kinds for word in words)
 
 
-def unsupported_tie(draft: Draft, adapters: tuple[Adapter, ...]) -> list[str]:
+def unsupported_tie(draft: Draft, adapters: tuple[Adapter, ...], base: Checkpoint) -> list[str]:
     """Reasons to refuse an edit of an embedding whose other users cannot be untied from it.
 
     Masked language models tie their decoder, encoder-decoder models several embeddings and often a
-    scale of the logits (T5). A classifier made from such a model does not use the tied head.
+    scale of the logits (T5). A classifier made from such a model does not use the tied head. Of
+    other models it may be unknown where the head is. `base` has the bytes of the draft's.
     """
-    kinds = _kinds(draft.base)
-    if draft.pair or not is_tied(draft.base):
+    kinds = _kinds(base)
+    if draft.pair or not is_tied(base):
         return []
     masked = any("MaskedLM" in kind or "PreTraining" in kind for kind in kinds)
-    several = (draft.base.config or {}).get("is_encoder_decoder")
-    own_head = any(leaf(name) in HEADS for name in draft.base.where)
-    if not masked and not several and (own_head or not _generates(kinds)):
-        return []
+    several = bool((base.config or {}).get("is_encoder_decoder"))
     reasons = []
-    for tensor, state in draft.states.items():
-        if leaf(tensor) not in (*INPUT_EMBEDDINGS, *HEADS, "shared", "decoder"):
+    tables = _tables(draft.base)
+    for tensor in tables:
+        state = draft.states.get(tensor)
+        if state is None:
             continue
         touching = {op.adapter for op in state.operations if op.method != "trainable_tokens"}
         if isinstance(state.source, Replacement):
             touching.add(state.source.adapter)
-        tasks = {adapters[number].config.get("task_type") for number in touching}
-        if masked and tasks <= {"SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"}:
+        if not touching:
             continue
-        if tensor.endswith(".weight") and touching:
-            reasons.append(
-                f"{tensor}: is tied to other parts of {', '.join(kinds) or 'this model'}, and "
-                "untying them is not supported for this architecture"
-            )
+        tasks = {adapters[number].config.get("task_type") for number in touching}
+        headless = "text_decoder" not in tensor and _headless(kinds)
+        if not several and (tasks <= _CLASSIFYING or (headless and not masked)):
+            continue
+        if not several and not masked and _apart(draft.base, base, tensor, tables):
+            continue
+        reasons.append(
+            f"{tensor}: is tied to other parts of {', '.join(kinds) or 'this model'}, and "
+            "untying them is not supported for this architecture; give a base whose config sets "
+            "tie_word_embeddings to false and that has its head on disk, or train without it"
+        )
     return reasons
+
+
+def _headless(kinds: list[str]) -> bool:
+    """Whether no class of the model has a head over the vocabulary."""
+    return bool(kinds) and not _generates(kinds) and all(map(_HEADLESS.search, kinds))
+
+
+def _tables(base: Checkpoint) -> list[str]:
+    """Tensors that may be tied: by their names, or outside of all layers with a row for each token,
+    whatever they are called."""
+    sizes = set(vocabularies(base.config or {}))
+    found = []
+    for name in base.where:
+        module = name.removesuffix(".weight")
+        known = is_end(base, name) or (module != name and leaf(name) in _OTHER_PARTS)
+        shape = base.info(name).shape
+        rows = len(shape) == 2 and shape[0] in sizes and not numeric(module.rpartition(".")[0])
+        if known or rows:
+            found.append(name)
+    return found
+
+
+def _apart(seen: Checkpoint, base: Checkpoint, tensor: str, tables: list[str]) -> bool:
+    """Whether embedding and head are both on disk, and `tensor` is neither's copy: no tie, whatever
+    the config tells. `seen`: the base with quantized modules as dense ones."""
+    rows = seen.info(tensor).shape[:1]
+    others = [n for n in tables if n != tensor and seen.info(n).shape[:1] == rows]
+    if not any(_is_head(tensor) or _is_head(other) for other in others):
+        return False
+    stored = [n for n in others if n in base.where and tensor in base.where]
+    return not any(_equal_on_disk(base, tensor, other) for other in stored)
+
+
+def _is_head(name: str) -> bool:
+    """Whether a table of tokens is an output head, by its name: it is no embedding."""
+    last = (name if name.endswith(".weight") else f"{name}.weight").split(".")[-2]
+    return last in HEADS or not (last in ("wte", "wpe", "w", "shared") or "emb" in last.lower())
 
 
 def same_ends(embedding: State, head: State, adapters: tuple[Adapter, ...]) -> bool:
