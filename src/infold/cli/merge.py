@@ -247,6 +247,8 @@ def done_text(receipt: Receipt, out: str, told: Sequence[str] = ()) -> str:
     count = sum(map(_elements, merged))
     same = sum(edit["unchanged"] * _elements(edit) for edit in merged)
     what = "scales" if all("rounding" in edit for edit in merged) else "elements"
+    if receipt.resumed_bytes:
+        what += " of tensors that this run merged whole"
     if same:
         lines.append(
             entry(

@@ -97,11 +97,13 @@ class _Stopped(Exception):
 
 @dataclass(frozen=True)
 class Streamed:
-    """What `stream` returns. `resumed`: bytes that an earlier run left and that were right."""
+    """What `stream` returns. `resumed`: bytes that an earlier run left and that were right; `kept`:
+    the edits with blocks among them, of which the runs have seen only the rest."""
 
     digests: dict[str, ShardDigests]
     runs: Mapping[str, Run]
     resumed: int
+    kept: frozenset[str]
 
 
 def stream(
@@ -139,7 +141,7 @@ def stream(
         raise keeper.error
     if reasons := lossy(runs):
         raise Refusal(reasons)
-    return Streamed(pool.digests, pool.runs, pool.resumed)
+    return Streamed(pool.digests, pool.runs, pool.resumed, pool.kept())
 
 
 def chunks_of(
@@ -230,6 +232,7 @@ class _Pool:
         self.stopped = threading.Event()
         self.error: BaseException | None = None
         self.seen: set[tuple[str, int]] = set()  # tensors, and blocks of them that were computed
+        self.earlier: set[str] = set()  # tensors of which an earlier run has written blocks
         self.refused: dict[str, NotFinite] = {}  # the first of each tensor
 
     def _tasks(self) -> Iterator[_Task]:
@@ -255,6 +258,7 @@ class _Pool:
                 todo, done = chunks, []
             kept = [work for work in done if isinstance(work, Compute)]
             self.seen.update((work.run.edit.tensor, work.number) for work in kept)
+            self.earlier.update(work.run.edit.tensor for work in kept)
             self.left += [
                 work
                 for work in kept
@@ -315,6 +319,11 @@ class _Pool:
         raw = work.source.read(block, buffers) if run.reads else _NOTHING
         out = torch.empty(block.rows, block.columns, dtype=run.stored)
         run.run(raw.to(self.device), out, block, workspace)
+
+    def kept(self) -> frozenset[str]:
+        """The edits with blocks that an earlier run has written and that were not counted again."""
+        again = {work.run.edit.tensor for work in self.left}
+        return frozenset(self.earlier - again)
 
     def _survey(self) -> None:
         """Look for values that are not finite in the blocks that were not computed yet."""
