@@ -226,6 +226,32 @@ def test_what_is_resumed_is_told_and_is_what_the_journal_vouches_for(place: Plac
     assert place.finish().resumed_bytes == sum(pieces.values())
 
 
+def test_what_a_resumed_run_has_not_seen_has_no_share_of_unchanged_elements(
+    place: Place, tmp_path: Path
+) -> None:
+    """All others have it: one kept block of one tensor costs the figures of no other tensor."""
+    adapter = handmade.lora(tmp_path / "lora", EDITED)
+    whole = infold.merge(place.base, adapter, tmp_path / "whole")
+    out, found = tmp_path / "out", []
+    told = {edit["tensor"]: edit["unchanged"] for edit in whole.edits}
+    assert all(share is not None for share in told.values())
+    for share in (0.2, 0.7, 1.0):
+
+        def stop(done: int, total: int, share: float = share) -> None:
+            if done >= share * total:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            infold.merge(place.base, adapter, out, threads=1, progress=stop)
+        receipt = infold.merge(place.base, adapter, out, threads=1)
+        for edit in receipt.edits:
+            assert edit["unchanged"] in (told[edit["tensor"]], None)
+        found.append([e["unchanged"] is None for e in receipt.edits])
+        shutil.rmtree(out)
+    assert any(any(some) and not all(some) for some in found), found
+    assert all(found[-1]), "all was kept"
+
+
 # --- what must not be trusted --------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ from peft import LoHaConfig, LoraConfig, PeftConfig
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+import handmade
 import infold
 from infold import Refusal
 from infold.checkpoint.adapter import Adapter
@@ -388,6 +389,59 @@ def test_overflow_is_a_refusal_not_an_infinity(
     base = bench.write({"a.weight": weight, "b.weight": weight.clone()})
     adapter = bench.write_adapter(ia3("a", ROWS, 1), peft_type="IA3")
     refused(base, adapter, "a.weight[4, 3]", "does not fit")
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_all_tensors_that_overflow_are_told_with_their_first_element(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, threads: int, in_place: bool
+) -> None:
+    """The first value stops the writing, not the search: one reason for each tensor, whichever
+    thread or block comes to it first."""
+    from infold.merge import prepare
+
+    monkeypatch.setattr(prepare, "_BLOCK", 256)
+    monkeypatch.setattr(prepare, "_SMALLEST_BLOCK", 256)
+    names = [f"m.{n}.weight" for n in range(7)]
+    tensors = {name: torch.ones(64, 64, dtype=torch.float16) for name in names}
+    for name, places in {
+        names[1]: [(9, 5), (60, 2)], names[4]: [(63, 63)], names[6]: [(0, 0), (0, 1)]
+    }.items():  # fmt: skip
+        for place in places:
+            tensors[name][place] = 6e4
+    tensors[names[5]][8, 1] = float("nan")
+    base = handmade.base_folder(bench.place("base"), tensors, shards=2)
+    given: dict[str, Tensor] = {}
+    for n in range(7):
+        given |= ia3(f"m.{n}", 64, 1)
+    adapter = bench.write_adapter(given, peft_type="IA3")
+    before = tree(bench.folder)
+
+    def progress(done: int, total: int) -> None:
+        assert done <= total
+
+    place: dict[str, Any] = {"in_place": True} if in_place else {"out": bench.place("merged")}
+    with pytest.raises(Refusal) as refusal:
+        infold.merge(base, adapter, threads=threads, progress=progress, **place)
+
+    assert type(refusal.value) is Refusal and refusal.value.exit_code == 2
+    reasons = refusal.value.reasons
+    wrong = ("the merged value does not fit F16", "the base holds nan there")
+    assert sorted(reason.split(", so")[0] for reason in reasons) == [
+        f"m.1.weight[9, 5]: {wrong[0]}", f"m.4.weight[63, 63]: {wrong[0]}",
+        f"m.5.weight[8, 1]: {wrong[1]}", f"m.6.weight[0, 0]: {wrong[0]}",
+    ]  # fmt: skip
+    assert reasons[0].endswith("check the adapter's scale, or use a base in F32")
+    assert sum("check the adapter's scale" in reason for reason in reasons) == 1
+    assert tree(bench.folder) == before
+
+
+def test_on_a_terminal_tensors_that_overflow_alike_are_told_together() -> None:
+    from infold.cli.main import _together
+
+    lines = _together([f"m.{n}.q.weight[{n}, 7]: the value does not fit F16" for n in range(30)])
+
+    assert lines == ["m.0.q.weight[0, 7]: the value does not fit F16 (and 29 more like this)"]
 
 
 def test_a_trained_copy_that_does_not_fit_the_stored_dtype_is_refused(

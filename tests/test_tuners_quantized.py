@@ -283,7 +283,7 @@ def test_merging_rounds_what_bitsandbytes_holds_once(
         adapter = layer.adapters["default"]
         assert isinstance(adapter, Adapter)
         bias = getattr(layer, "bias", None)
-        slices = 2 if dtype == F32 else 1
+        slices = 1 if dtype == BF16 else 2
         with torch.no_grad():
             options = replace(adapter.settings, slices=slices)
             done = merge(adapter.method, float64_of(layer), bias, adapter.parts, options)

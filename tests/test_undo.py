@@ -238,6 +238,23 @@ def test_many_small_blocks_and_threads(case: str, tmp_path: Path) -> None:
     assert digests(tmp_path / "expected") == found
 
 
+@pytest.mark.parametrize("slices", [1, 2])
+def test_the_way_back_takes_the_products_as_the_merge_did(slices: int, tmp_path: Path) -> None:
+    """The record tells how many slices the factors had, whatever the rule for them is later."""
+    base = handmade.base_folder(tmp_path / "base", {"q.weight": torch.randn(300, 400).half()})
+    adapter = handmade.lora(tmp_path / "adapter", {"q": (300, 400)}, 64, alpha=4000)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("infold.plan.consume.slices_for", lambda dtype, rank: slices)
+        infold.merge(base, adapter, tmp_path / "merged", undo=True)
+    with open_record(tmp_path / "merged") as record:
+        [operation] = record.manifest["edits"]["q.weight"]["operations"]
+    assert operation["settings"]["slices"] == slices
+
+    infold.undo(tmp_path / "merged", tmp_path / "restored")
+
+    assert digests(base) == digests(tmp_path / "restored")
+
+
 def test_a_transposed_dora_is_swapped_into(tmp_path: Path) -> None:
     """Conv1D stores (in, out): what DoRA observes there runs across the record's blocks."""
     from peft import LoraConfig, get_peft_model

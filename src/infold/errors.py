@@ -2,8 +2,9 @@
 
 InfoldError
 ├── ProofFailed     1   the merged model is not what base and adapters make
-├── Refusal         2   wrong or unsupported input; lists every offender; nothing was written
-│   └── CorruptFile 2   a file breaks its format's rules
+├── Refusal         2   wrong or unsupported input; lists every offender; there is no output
+│   ├── CorruptFile 2   a file breaks its format's rules
+│   └── NotFinite   2   a value of one tensor; a merge tells those of all tensors as one Refusal
 └── StorageFailure  3   the operating system said no: space, permission, a file that went away
 
 Any other exception is a bug in infold; the command ends with 70 then.
@@ -13,7 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-__all__ = ["CorruptFile", "InfoldError", "ProofFailed", "Refusal", "StorageFailure"]
+__all__ = [
+    "CorruptFile",
+    "InfoldError",
+    "NotFinite",
+    "ProofFailed",
+    "Refusal",
+    "StorageFailure",
+]
 
 
 class InfoldError(Exception):
@@ -40,6 +48,20 @@ class Refusal(InfoldError):
 
 class CorruptFile(Refusal):
     """A file breaks its format's rules: truncated, overlapping, out of range, not JSON."""
+
+
+class NotFinite(Refusal):
+    """A value of `tensor` is NaN or infinite, or does not fit its dtype.
+
+    position: (row, column) of the tensor's matrix. where, why: told of each tensor; advice: once.
+    """
+
+    def __init__(
+        self, tensor: str, position: tuple[int, int], where: str, why: str, advice: str
+    ) -> None:
+        self.tensor, self.position, self.advice = tensor, position, advice
+        self.short = f"{where}: {why}"
+        super().__init__(f"{self.short}, so nothing was merged; {advice}")
 
 
 class StorageFailure(InfoldError):

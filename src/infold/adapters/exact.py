@@ -11,7 +11,8 @@ integer of at most 2^53 of them: float64 holds all of them, whatever the order o
 update of zero is +0, so it makes +0 of a weight of -0, and changes no other.
 
 One slice leaves a relative error of about 2^-b of each factor: 24 bits at rank 16, as much as a
-float32 had. With two slices the rest is rounded again, B2 on the grid u_i * 2^-b, and
+float32 had, and enough for a BF16 weight. With two slices the rest is rounded again, B2 on the
+grid u_i * 2^-b, and
 
     B @ A = B1 @ A1 + [B1 B2] @ [A2; A1]                  both products exact, error about 2^-2b.
 """
@@ -31,6 +32,7 @@ __all__ = ["LEAF", "Factors", "Index", "root", "slices_for", "squares"]
 Index: TypeAlias = slice | Tensor  # a range of rows or columns, or their numbers (int64)
 
 LEAF = 256  # columns that are summed as one tree; the order across leaves is ascending
+_ONE_SLICE = 16  # the largest rank at which one slice of each factor is enough for BF16
 _EAGER = 4 << 20  # elements up to which a factor is kept in float64 as a whole
 _local = threading.local()
 
@@ -41,8 +43,12 @@ def bits(rank: int) -> int:
 
 
 def slices_for(dtype: str, rank: int) -> int:
-    """1 where a slice resolves far more than the stored dtype, else 2."""
-    return 1 if dtype in ("BF16", "F16") and bits(rank) >= 22 else 2
+    """1 where what a slice leaves out decides hardly any rounding, else 2.
+
+    The share of elements that one slice rounds otherwise grows with the stored dtype's precision,
+    the size of the update and 2^-b; docs/architecture.md has figures.
+    """
+    return 1 if dtype == "BF16" and rank <= _ONE_SLICE else 2
 
 
 def _on_grid(x: Tensor, dim: int, width: int, slices: int) -> tuple[Tensor, ...]:

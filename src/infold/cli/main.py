@@ -133,11 +133,12 @@ def _together(reasons: Sequence[str]) -> list[str]:
 
 
 def _alike(lines: Sequence[str]) -> list[str]:
-    """Lines that differ by the numbers in names alone (layers, experts): the first tells how many
-    are like it."""
+    """Lines that differ by the numbers in names alone (layers, experts), or by the element that
+    they tell of: the first tells how many are like it."""
     groups: dict[str, list[str]] = {}
     for line in lines:
-        groups.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "#", line), []).append(line)
+        alike = re.sub(r"(?<=\.)\d+(?=\.)|(?<=\[)\d+, \d+(?=\]: )", "#", line)
+        groups.setdefault(alike, []).append(line)
     return [
         g[0] + (f" (and {len(g) - 1:,} more like this)" if len(g) > 1 else "")
         for g in groups.values()

@@ -99,7 +99,11 @@ def merge(
         typer.Option(min=1, help="Workers. Default: one for each processor, at most 8."),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, show the plan and write nothing.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Check what can be told without computing, show the plan and write nothing.",
+        ),
     ] = False,
     force: Annotated[
         bool, typer.Option("--force", help="Replace an output of an earlier merge.")
@@ -243,6 +247,8 @@ def done_text(receipt: Receipt, out: str, told: Sequence[str] = ()) -> str:
     count = sum(map(_elements, merged))
     same = sum(edit["unchanged"] * _elements(edit) for edit in merged)
     what = "scales" if all("rounding" in edit for edit in merged) else "elements"
+    if receipt.resumed_bytes:
+        what += " of tensors that this run merged whole"
     if same:
         lines.append(
             entry(

@@ -17,7 +17,7 @@ from torch import Tensor
 from infold.adapters import Prepared
 from infold.adapters.exact import Index
 from infold.edit.blocks import Block, strips, tiles, within
-from infold.errors import Refusal
+from infold.errors import NotFinite
 from infold.formats import Format
 
 __all__ = [
@@ -164,7 +164,7 @@ def compute(
     `near`, where given, gets what `guess` makes of `out` by the steps `back`. Tile by tile that is
     cheaper, since what a step has computed for a tile is still there on the way back.
 
-    Raises Refusal where a value of `out` is not finite.
+    Raises NotFinite where a value of `out` is not finite.
     """
     late: list[_Late] = []
     for rows, columns in tiles(block, workspace.tile, workspace.tile_columns):
@@ -315,8 +315,9 @@ def _refuse_non_finite(raw: Tensor, out: Tensor, block: Block, target: Target) -
         if not math.isfinite(was)
         else f"the merged value does not fit {target.dtype}"
     )
-    where = f"{target.name}[{block.row + row}, {block.column + column}]"
+    place = block.row + row, block.column + column
     way = "use a base in F32"
     if out.element_size() == 1:  # quantizers give the largest block of a weight the largest scale
         way = "merge into the unquantized model: the largest blocks have no room above them"
-    raise Refusal(f"{where}: {why}, so nothing was merged; check the adapter's scale, or {way}")
+    where = f"{target.name}[{place[0]}, {place[1]}]"
+    raise NotFinite(target.name, place, where, why, f"check the adapter's scale, or {way}")

@@ -21,7 +21,7 @@ from infold.checkpoint.inputs import InputFiles
 from infold.checkpoint.stored import as_matrix, stored_matrix
 from infold.edit.blocks import Block
 from infold.edit.steps import Workspace, check_finite
-from infold.errors import Refusal
+from infold.errors import NotFinite, Refusal
 from infold.formats import Floats
 from infold.formats.values import VALUES, Matrix, Scheme, encoder
 from infold.merge.apply import EditRun, Read, Run
@@ -168,6 +168,7 @@ class _Module:
         self.form, self.scheme = source.form, source.scheme
         self.written: dict[str, Edit] = {}
         self.outputs: dict[str, Tensor] | None = None
+        self.refused: NotFinite | None = None  # for all parts alike
         self.error = _Error()
         self.left = 0
         self._lock = threading.Lock()
@@ -179,38 +180,48 @@ class _Module:
     def compute(
         self, workspace: Workspace, read: Read, stored: Mapping[str, Matrix], limit: int
     ) -> None:
-        """Fill `outputs`, once."""
+        """Fill `outputs`, once. Raises NotFinite, each time the same."""
         with self._lock:
+            if self.refused is not None:
+                raise self.refused
             if self.outputs is not None:
                 return
-            self.inner.prepare(workspace, read, limit)
-            outputs = {}
-            for part, edit in self.written.items():
-                dtype, shape = as_matrix(edit.dtype, edit.shape)
-                outputs[part] = torch.zeros(shape, dtype=dtype)
-            rows, columns = self.scheme.shape
-            encode, decode = encoder(self.form), VALUES[self.form].decode
-            step = max(1, limit // max(1, columns) // self.scheme.align) * self.scheme.align
-            for row in range(0, rows, step):
-                block = Block(row, min(step, rows - row), 0, columns)
-                here = slice(row, row + block.rows)
-                raw = read(block).to(self.inner.device)
-                values = self.inner.exact(raw, block, workspace).cpu()
-                if not torch.isfinite(values).all():
-                    check_finite(raw.cpu(), values, block, self.inner.target)
-                try:
-                    encode(values, self.scheme, stored, here, outputs)
-                    again = decode(ChainMap(outputs, dict(stored)), self.scheme, here)  # type: ignore[arg-type]
-                except Refusal as error:
-                    raise Refusal(f"{self.inner.edit.tensor}: {error}") from None
-                if not torch.isfinite(again).all():
-                    raise Refusal(
-                        f"{self.inner.edit.tensor}: its scales do not fit their dtype, so nothing "
-                        "was merged; use --dequantize"
-                    )
-                self.error.add(again, values, raw.cpu().to(torch.float64))
-            self.inner.release()
-            self.outputs = outputs
+            try:
+                self.outputs = self._computed(workspace, read, stored, limit)
+            except NotFinite as error:
+                self.refused = error
+                raise
+
+    def _computed(
+        self, workspace: Workspace, read: Read, stored: Mapping[str, Matrix], limit: int
+    ) -> dict[str, Tensor]:
+        self.inner.prepare(workspace, read, limit)
+        outputs = {}
+        for part, edit in self.written.items():
+            dtype, shape = as_matrix(edit.dtype, edit.shape)
+            outputs[part] = torch.zeros(shape, dtype=dtype)
+        rows, columns = self.scheme.shape
+        encode, decode = encoder(self.form), VALUES[self.form].decode
+        step = max(1, limit // max(1, columns) // self.scheme.align) * self.scheme.align
+        for row in range(0, rows, step):
+            block = Block(row, min(step, rows - row), 0, columns)
+            here = slice(row, row + block.rows)
+            raw = read(block).to(self.inner.device)
+            values = self.inner.exact(raw, block, workspace).cpu()
+            if not torch.isfinite(values).all():
+                check_finite(raw.cpu(), values, block, self.inner.target)
+            try:
+                encode(values, self.scheme, stored, here, outputs)
+                again = decode(ChainMap(outputs, dict(stored)), self.scheme, here)  # type: ignore[arg-type]
+            except Refusal as error:
+                raise Refusal(f"{self.inner.edit.tensor}: {error}") from None
+            if not torch.isfinite(again).all():
+                name = self.inner.edit.tensor
+                why = "its scales do not fit their dtype"
+                raise NotFinite(name, (row, 0), name, why, "use --dequantize")
+            self.error.add(again, values, raw.cpu().to(torch.float64))
+        self.inner.release()
+        return outputs
 
     def done(self) -> None:
         """One part is written; after the last of them all is forgotten."""

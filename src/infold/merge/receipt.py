@@ -22,7 +22,8 @@ class Receipt:
     shards: digests of the output's shards. sha256: the same as SHA-256, where asked for.
     side_files: digests of all its other files but the receipt and the undo record.
     edits: one for each edited tensor: {tensor, dtype, shape, source, operations, unchanged}.
-    unchanged is the share of elements that rounding left as they were; None after a resumed run.
+    unchanged is the share of elements that rounding left as they were; None where an interrupted
+    run had written a part of the tensor.
     Where float16 or E4M3 scales of quantized weights were edited there is also rounding: {scales,
     subnormal, zero, error}, of which so many are below the normal range, so many fell to zero;
     error is relative, in the Frobenius norm of these scales.

@@ -311,7 +311,8 @@ def _edits(plan: Plan, streamed: Streamed) -> list[dict[str, object]]:
         run = streamed.runs[name]
         count = run.floats.rows * run.floats.columns
         error = measured_error(run)
-        unchanged = round(1 - run.changed / count, 6) if count and not streamed.resumed else None
+        whole = name not in streamed.kept
+        unchanged = round(1 - run.changed / count, 6) if count and whole else None
         entry = {**describe(edit), "unchanged": unchanged}
         if error is not None:  # nothing of the base's is left to compare with
             known = dict.fromkeys(error) if streamed.resumed else error

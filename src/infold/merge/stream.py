@@ -24,7 +24,7 @@ from infold.checkpoint.staging import copy_range, storage_errors
 from infold.edit.blocks import Block, cut
 from infold.edit.steps import Workspace
 from infold.edit.threads import take_one_core
-from infold.errors import Refusal
+from infold.errors import NotFinite, Refusal
 from infold.merge.apply import Run
 from infold.merge.chain import HASH_PIECE, Chain, Keeper, Target
 from infold.merge.convert import converted_runs, source_of
@@ -97,11 +97,13 @@ class _Stopped(Exception):
 
 @dataclass(frozen=True)
 class Streamed:
-    """What `stream` returns. `resumed`: bytes that an earlier run left and that were right."""
+    """What `stream` returns. `resumed`: bytes that an earlier run left and that were right; `kept`:
+    the edits with blocks among them, of which the runs have seen only the rest."""
 
     digests: dict[str, ShardDigests]
     runs: Mapping[str, Run]
     resumed: int
+    kept: frozenset[str]
 
 
 def stream(
@@ -118,6 +120,9 @@ def stream(
     """Write every shard of the output. `limit` is the number of elements of a block; `advance` is
     told the bytes of output that are done; `runs` compute the edits, as a rule by their operations;
     `recording` gets what it takes to undo them.
+
+    Raises Refusal where values are not finite, with one reason for each tensor, its first element:
+    after the first of them nothing more is written, but what is left of the edits is computed.
     """
     files = InputFiles()
     keeper = Keeper(staging, recording)
@@ -136,7 +141,7 @@ def stream(
         raise keeper.error
     if reasons := lossy(runs):
         raise Refusal(reasons)
-    return Streamed(pool.digests, pool.runs, pool.resumed)
+    return Streamed(pool.digests, pool.runs, pool.resumed, pool.kept())
 
 
 def chunks_of(
@@ -196,7 +201,8 @@ def chunks_of(
 
 
 class _Pool:
-    """Workers over the tasks of all shards. The first failure stops all."""
+    """Workers over the tasks of all shards. The first failure stops all; where it is a value that
+    is not finite, they go on to look for others."""
 
     def __init__(
         self,
@@ -225,6 +231,9 @@ class _Pool:
         self.hashed = threading.Condition()  # a chunk more
         self.stopped = threading.Event()
         self.error: BaseException | None = None
+        self.seen: set[tuple[str, int]] = set()  # tensors, and blocks of them that were computed
+        self.earlier: set[str] = set()  # tensors of which an earlier run has written blocks
+        self.refused: dict[str, NotFinite] = {}  # the first of each tensor
 
     def _tasks(self) -> Iterator[_Task]:
         """All chunks in file order. A shard is opened when its first chunk is asked for."""
@@ -247,12 +256,13 @@ class _Pool:
                 chain.start = chain.resume(None)
                 self.advance(chain.start)
                 todo, done = chunks, []
+            kept = [work for work in done if isinstance(work, Compute)]
+            self.seen.update((work.run.edit.tensor, work.number) for work in kept)
+            self.earlier.update(work.run.edit.tensor for work in kept)
             self.left += [
                 work
-                for work in done
-                if isinstance(work, Compute)
-                and work.run.forward is not None
-                and work.run.forward.loss is not None
+                for work in kept
+                if work.run.forward is not None and work.run.forward.loss is not None
             ]
             if not todo:
                 self._finish(chain)
@@ -284,8 +294,12 @@ class _Pool:
         workers = [Worker(self._work, f"infold-{n}") for n in range(self.threads)]
         run_all(workers, self.stopped.set)
         self.writers.shutdown(wait=False)  # each worker has waited for its own
+        if self.refused and self.error is None:
+            self._survey()
         if self.error is not None:
             raise self.error
+        if self.refused:
+            raise self._refusal()
         if self.keeper.error is None:
             assert len(self.digests) == len(self.plan.shards)
             self._count_again()
@@ -294,13 +308,84 @@ class _Pool:
         """Blocks that an earlier run has written: nothing more is known of how they came out."""
         workspace, buffers = Workspace(self.device, self.limit), Buffers()
         for work in self.left:
-            run, block = work.run, work.block
-            run.prepare(workspace, partial(work.source.read, buffers=buffers), self.limit)
-            raw = work.source.read(block, buffers)
-            out = torch.empty(block.rows, block.columns, dtype=run.stored)
-            run.run(raw.to(self.device), out, block, workspace)
+            self._rehearse(work, workspace, buffers)
             if work.last:
-                run.release()
+                work.run.release()
+
+    def _rehearse(self, work: Compute, workspace: Workspace, buffers: Buffers) -> None:
+        """Compute a block that is not written."""
+        run, block = work.run, work.block
+        run.prepare(workspace, partial(work.source.read, buffers=buffers), self.limit)
+        raw = work.source.read(block, buffers) if run.reads else _NOTHING
+        out = torch.empty(block.rows, block.columns, dtype=run.stored)
+        run.run(raw.to(self.device), out, block, workspace)
+
+    def kept(self) -> frozenset[str]:
+        """The edits with blocks that an earlier run has written and that were not counted again."""
+        again = {work.run.edit.tensor for work in self.left}
+        return frozenset(self.earlier - again)
+
+    def _survey(self) -> None:
+        """Look for values that are not finite in the blocks that were not computed yet."""
+        todo = self._unseen()
+        self.stopped.clear()
+
+        def work() -> None:
+            take_one_core()
+            buffers = Buffers()
+            try:
+                workspace = Workspace(self.device, self.limit)
+                while not self.stopped.is_set():
+                    with self.lock:
+                        edit = next(todo, None)
+                    if edit is None:
+                        return
+                    for one in edit:
+                        if self.stopped.is_set():
+                            return
+                        try:
+                            self._rehearse(one, workspace, buffers)
+                        except NotFinite as error:
+                            self._refuse(error)
+                            break  # the first element of a tensor is enough
+                        finally:
+                            self.advance(one.block.count * one.run.floats.width)
+                    edit[0].run.release()
+            except BaseException as error:
+                self._fail(error)
+
+        run_all([Worker(work, f"infold-{n}") for n in range(self.threads)], self.stopped.set)
+
+    def _unseen(self) -> Iterator[list[Compute]]:
+        """The blocks of each edit that were not computed, up to where it is known to be refused."""
+        for shard in self.plan.shards:
+            blocks: dict[str, list[Compute]] = {}
+            for _, work in chunks_of(self.plan, shard, self.runs, self.files, self.limit):
+                if not isinstance(work, Compute):
+                    continue
+                name, place = work.run.edit.tensor, (work.block.row, work.block.column)
+                known = self.refused.get(name)
+                beyond = known is not None and known.position < place
+                if not beyond and (name, work.number) not in self.seen:
+                    blocks.setdefault(name, []).append(work)
+            yield from blocks.values()
+
+    def _refuse(self, error: NotFinite) -> None:
+        with self.lock:
+            known = self.refused.get(error.tensor)
+            if known is None or error.position < known.position:
+                self.refused[error.tensor] = error
+
+    def _refusal(self) -> Refusal:
+        """All of them, in the order of the output; what to do stands at the first of each kind."""
+        order = {name: number for number, name in enumerate(self.plan.edits)}
+        found = sorted(self.refused.values(), key=lambda e: (order.get(e.tensor, -1), e.tensor))
+        told: set[str] = set()
+        reasons = []
+        for error in found:
+            reasons.append(error.short if error.advice in told else str(error))
+            told.add(error.advice)
+        return Refusal(reasons)
 
     def _work(self) -> None:
         take_one_core()
@@ -332,8 +417,11 @@ class _Pool:
                     self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
-        with self.lock:
-            self.error = self.error or error
+        if isinstance(error, NotFinite):
+            self._refuse(error)
+        else:
+            with self.lock:
+                self.error = self.error or error
         self.stopped.set()
 
     def _pad(self, task: _Task, work: _Pad, buffers: Buffers) -> None:
@@ -373,6 +461,7 @@ class _Pool:
 
     def _compute(self, task: _Task, work: Compute, workspace: Workspace, buffers: Buffers) -> None:
         chain, run, block = task.chain, work.run, work.block
+        self.seen.add((run.edit.tensor, work.number))
         run.prepare(workspace, lambda piece: work.source.read(piece, buffers), self.limit)
         raw = work.source.read(block, buffers) if run.reads else _NOTHING
         written = buffers.view("out", block.count * run.floats.width, work.target)

@@ -136,7 +136,8 @@ def _receipt(r: Mapping[str, Any]) -> Rows:
     told = [(e["unchanged"], _elements(e)) for e in r["edits"] if e["unchanged"] is not None]
     count = sum(elements for _, elements in told)
     same = sum(share * elements for share, elements in told)
-    survived = f"; {1 - same / count:.1%} of their elements moved" if count else ""
+    whose = "the last run's" if r.get("resumed_bytes") else "their"
+    survived = f"; {1 - same / count:.1%} of {whose} elements moved" if count else ""
     converted = conversion_text(r)
     return [
         *rows,

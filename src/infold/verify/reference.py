@@ -285,7 +285,7 @@ class LowRank:
     ) -> None:
         self.rank = b.shape[1]  # of one group
         self.bits = (53 - math.ceil(math.log2(self.rank))) // 2
-        self.slices = 1 if dtype in ("BF16", "F16") and self.bits >= 22 else 2
+        self.slices = 2 if dtype != "BF16" or self.rank > 16 else 1
         self.outputs = len(b) // groups  # of one group
         self.b = Factor(b, 1, scaling, self.bits)
         self.a = [Factor(part, 0, 1.0, self.bits) for part in torch.split(a, self.rank)]  # by group
