@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Tests and benchmarks never ask a model hub
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test lint bench kills notebook clean
+.PHONY: demo test lint bench kills floors notebook clean
 
 demo: .venv/demo.done
 	$(BIN)/python examples/demo.py
@@ -20,6 +20,15 @@ lint: .venv/dev.done
 # What `make test` takes a sample of
 kills: .venv/dev.done
 	INFOLD_ALL_KILLS=1 $(BIN)/python -m pytest -n auto --timeout 3000 tests/test_in_place.py
+
+# The package as it is built, with the oldest releases of the core's dependencies that pyproject.toml allows
+FLOORS := .venv/floors
+floors:
+	$(PYTHON) -m venv --clear $(FLOORS)
+	sed -n '/^dependencies = /,/^]/s/^ *"\(.*\)>=\(.*\)",$$/\1==\2/p' pyproject.toml >$(FLOORS)/floors.txt
+	$(FLOORS)/bin/python -m pip install --quiet --disable-pip-version-check -r $(FLOORS)/floors.txt . \
+		gguf hypothesis pytest pytest-timeout
+	$(FLOORS)/bin/python -m pytest tests/test_cli.py tests/test_crash.py tests/hostile
 
 bench: .venv/dev.done
 	$(BIN)/python benchmarks/merge.py

@@ -7,6 +7,7 @@ the disk: before it, and in the middle of it.
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import random
@@ -26,6 +27,7 @@ import handmade
 import infold
 from crash_child import PRIMITIVES, Runner, prepare
 from handmade import RECEIPT, digests
+from infold.checkpoint.place import check_name
 from infold.merge import chain
 from infold.merge.receipt import Receipt
 
@@ -605,6 +607,55 @@ def test_a_full_disk_at_any_call_is_one_clear_line_and_leaves_nothing(
             assert left == ["out"] and digests(place.out) == place.expected
             assert at == done["calls"]
         place.clear()
+
+
+def test_a_full_disk_at_any_call_leaves_no_new_folder_above_the_output(place: Place) -> None:
+    out = place.folder / "some" / "where" / "out"
+    calls = place.merge(how="fail", out=out)["calls"]
+    place.clear()
+    for at in [*range(1, 12), *range(12, calls, 7)]:  # at the last one it is published
+        failed = place.merge(at, "fail", out=out)
+        assert failed["status"] == "StorageFailure", (at, failed)
+        assert list(place.folder.iterdir()) == [], at
+
+
+def test_a_lock_that_the_system_refuses_leaves_no_new_folder_either(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(infold.StorageFailure, match=os.strerror(errno.ENOLCK)):
+        infold.merge(place.base, place.adapter, place.folder / "some" / "where" / "out")
+
+    assert list(place.folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(("out", "longest"), [("{}", 247), ("new/{}/out", 255), ("é{}", 245)])
+def test_a_name_that_is_too_long_is_refused_before_anything_is_written(
+    out: str, longest: int, place: Place
+) -> None:
+    """Of its bytes, with what lies beside the output while it is made, or afterwards."""
+    check_name(place.folder / out.format("n" * longest))
+    for excess in (1, 9):
+        path = place.folder / out.format("n" * (longest + excess))
+        with pytest.raises(infold.Refusal, match=f"is {excess} bytes too long: .* at most 255"):
+            infold.merge(place.base, place.adapter, path)
+        assert list(place.folder.iterdir()) == []
+
+
+def test_the_receipt_of_a_single_file_is_the_longest_name_beside_it(tmp_path: Path) -> None:
+    check_name(tmp_path / f"{'n' * 230}.gguf")
+    with pytest.raises(infold.Refusal, match=r"too long: NAME.infold-receipt.json lies beside it"):
+        check_name(tmp_path / f"{'n' * 231}.gguf")
+
+
+def test_the_longest_name_is_merged_to(place: Place) -> None:
+    place.out = place.folder / ("n" * 247)
+    infold.merge(place.base, place.adapter, place.out)
+
+    assert digests(place.out) == place.expected
 
 
 @pytest.mark.parametrize("error", [errno.EIO, errno.EROFS, errno.EACCES, errno.EDQUOT])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -392,6 +393,51 @@ def test_an_output_that_exists_is_replaced_only_by_force_and_only_an_adapter(
     infold.train(base, data, out, **QUICK, seed=1, force=True)
 
     assert adapter_bytes(out) != before
+
+
+def test_of_two_trainings_of_one_output_the_second_is_refused_and_changes_nothing(
+    base: Path, data: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / ".out.training"
+    before: list[set[str]] = []
+
+    def progress(done: int, *_: object) -> None:
+        if done == 2:  # before there is a checkpoint
+            before.append({p.name for p in run.iterdir()})
+            for options in ({}, {"force": True}, {"resume": True}):
+                with pytest.raises(Refusal, match="another training is writing this output"):
+                    infold.train(base, data, tmp_path / "out", **QUICK, **options)
+            before.append({p.name for p in run.iterdir()})
+
+    infold.train(base, data, tmp_path / "out", **QUICK, progress=progress)
+
+    assert before and before[0] == before[1] and "lock" in before[0]
+    assert (tmp_path / "out").exists() and not run.exists()
+
+
+def test_a_training_that_fails_leaves_no_new_folder(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = os.open
+
+    def full(path: Any, *given: Any, **more: Any) -> Any:
+        if os.fspath(path).endswith("/lock"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return opened(path, *given, **more)
+
+    def fail(*_: object) -> None:
+        raise ArithmeticError
+
+    out = tmp_path / "some" / "where" / "out"
+    with monkeypatch.context() as patch, pytest.raises(infold.StorageFailure, match="no space"):
+        patch.setattr("infold.tuners.train.os.open", full)
+        infold.train(base, data, out, **QUICK)
+    with pytest.raises(ArithmeticError):
+        infold.train(base, data, out, **QUICK, progress=fail)
+    with pytest.raises(Refusal, match=r"is 2 bytes too long: .NAME.training lies beside it"):
+        infold.train(base, data, tmp_path / ("n" * 247), **QUICK)
+
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_loss_that_is_no_number_stops_the_training(

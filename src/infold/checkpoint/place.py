@@ -19,9 +19,36 @@ from infold.checkpoint.shards import (
     is_lone,
     read_receipt,
 )
+from infold.checkpoint.staging import new_folders, staging_folder
 from infold.errors import InfoldError, Refusal, StorageFailure
 
-__all__ = ["check_place"]
+__all__ = ["check_name", "check_place"]
+
+
+def check_name(out: Path, beside: Path | None = None) -> None:
+    """Refuse an output for which a name, the longest beside it or one of new folders above it, has
+    more bytes than its file system takes.
+
+    beside: that longest one; by default the one that a checkpoint or adapter needs.
+    """
+    if beside is None:  # a single file's receipt stays there
+        beside = companion(out, RECEIPT) if is_lone(out) else staging_folder(out)
+    above = next((folder for folder in out.parents if os.path.lexists(folder)), out)
+    limit = 255
+    with suppress(OSError):
+        limit = os.pathconf(above, "PC_NAME_MAX")
+    reasons = []
+    for path, name in ((out, beside.name), *((new, new.name) for new in new_folders(out))):
+        excess = len(os.fsencode(name)) - limit
+        if excess > 0:
+            longer = name.replace(path.name, "NAME")
+            why = "" if path.name == name else f"{longer} lies beside it, and "
+            reasons.append(
+                f"{path}: this name is {excess} bytes too long: {why}names have at most {limit} "
+                "here; choose a shorter one"
+            )
+    if reasons:
+        raise Refusal(reasons)
 
 
 def check_place(
@@ -32,6 +59,7 @@ def check_place(
     coming: names of the files that a folder will have, as far as they are known. replaces: whether
     the verb has --force at all.
     """
+    check_name(out)
     real = out.resolve()
     for given in inputs:
         other = given.resolve()

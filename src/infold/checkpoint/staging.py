@@ -24,7 +24,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,7 @@ from typing import Any
 
 from infold.errors import Refusal, StorageFailure
 
-__all__ = ["Progress", "Staging", "copy_range", "storage_errors"]
+__all__ = ["Progress", "Staging", "copy_range", "new_folders", "staging_folder", "storage_errors"]
 
 _PUBLISHING = "publishing"
 
@@ -47,6 +47,23 @@ def storage_errors(what: str | Path) -> Iterator[None]:
             raise StorageFailure(f"{what}: no space left on the disk") from error
         name = error.filename or what
         raise StorageFailure(f"{name}: {error.strerror or error}") from error
+
+
+def staging_folder(out: Path) -> Path:
+    """Where everything lies while the output `out` is made."""
+    return out.parent / f".{out.name}.infold"
+
+
+def new_folders(out: Path) -> list[Path]:
+    """The folders above `out` that are not there yet, innermost first."""
+    return [folder for folder in out.parents if not os.path.lexists(folder)]
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Those that hold something stay."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +85,7 @@ class Staging:
 
     def __init__(self, out: Path, identity: str, force: bool, *, lone: bool = False) -> None:
         self.out, self.identity, self.force, self.lone = out, identity, force, lone
-        self.folder = out.parent / f".{out.name}.infold"
+        self.folder = staging_folder(out)
         self.output = self.folder / "output"
         self.made: list[Path] = []  # folders above the output that were not there, innermost first
         self.resumed: dict[str, Progress] = {}
@@ -76,7 +93,11 @@ class Staging:
 
     def __enter__(self) -> Staging:
         with storage_errors(self.folder):
-            self._acquire()
+            try:
+                self._acquire()
+            except Exception:  # the hidden folder may be another's, what is above it was ours
+                remove_empty(self.made)
+                raise
             try:
                 self._open()
             except BaseException as error:
@@ -87,9 +108,9 @@ class Staging:
         return self
 
     def _acquire(self) -> None:
-        missing = [p for p in (self.out.parent, *self.out.parent.parents) if not p.exists()]
+        self.made = self.made or new_folders(self.out)
         self.out.parent.mkdir(parents=True, exist_ok=True)
-        self.made = self.made or missing
+        fresh = not os.path.lexists(self.folder)
         self.folder.mkdir(exist_ok=True)
         for path in (self.folder, *self.folder.iterdir()):
             if path.is_symlink():  # what is written there would go elsewhere
@@ -109,8 +130,12 @@ class Staging:
         except BlockingIOError:
             self._release()
             raise Refusal(f"{self.out}: another merge is writing this output right now") from None
-        except OSError:
+        except OSError:  # no locks on this file system, say
             self._release()
+            if fresh:
+                with suppress(OSError):
+                    lock.unlink()
+                    self.folder.rmdir()
             raise
         if not mine:
             self._release()
@@ -314,9 +339,7 @@ class Staging:
                         entry.unlink()
             (self.folder / "lock").unlink(missing_ok=True)
             self.folder.rmdir()
-        for parent in self.made:  # only those that stay empty go
-            with suppress(OSError):
-                parent.rmdir()
+        remove_empty(self.made)
 
     def _release(self) -> None:
         for fd in (self._journal, self._lock):

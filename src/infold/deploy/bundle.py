@@ -22,6 +22,7 @@ from typing import Any
 from blake3 import blake3
 
 from infold.checkpoint.files import exists, read_bytes, read_object, safe_child
+from infold.checkpoint.place import check_name
 from infold.checkpoint.shards import CARD, INDEX, KEPT_CARD, RECEIPT
 from infold.checkpoint.staging import Staging, storage_errors
 from infold.conversion import conversion_figures
@@ -198,6 +199,7 @@ def _installed(package: str) -> str | None:
 def _check_place(facts: Facts, place: Path) -> None:
     if place == facts.folder:
         return
+    check_name(place)
     if os.path.lexists(place):
         raise Refusal(f"{place}: exists already; choose another name")
     if facts.folder.resolve() in place.resolve().parents:

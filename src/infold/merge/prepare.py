@@ -20,7 +20,7 @@ from infold.checkpoint.place import check_place
 from infold.checkpoint.shards import (
     open_checkpoint,
 )
-from infold.checkpoint.staging import storage_errors
+from infold.checkpoint.staging import staging_folder, storage_errors
 from infold.dtypes import TORCH_DTYPES
 from infold.edit.threads import one_torch_thread, usual_threads
 from infold.errors import Refusal, StorageFailure
@@ -253,7 +253,7 @@ def check_space(out: Path, plan: Plan, undo: bool = False) -> None:
     """undo: whether a record is written, which can be large where weights are converted, and keeps
     side files; that it compresses them is not counted on."""
     parent = out.parent
-    staged = out.parent / f".{out.name}.infold"
+    staged = staging_folder(out)
     with storage_errors(parent):
         while not parent.exists():
             parent = parent.parent

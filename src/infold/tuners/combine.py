@@ -21,6 +21,7 @@ from torch import Tensor
 from infold.adapters.combine import check_options, check_shapes, combine, prunes
 from infold.adapters.settings import Settings
 from infold.checkpoint.adapter import CONFIG, WEIGHTS, Adapter, open_adapter
+from infold.checkpoint.place import check_name
 from infold.checkpoint.safetensors import build_header
 from infold.checkpoint.staging import Staging, storage_errors, write_fully
 from infold.dtypes import NAMES
@@ -473,6 +474,7 @@ def _generator(seed: int, module: str) -> torch.Generator:
 def check_output(plan: Combination, path: PathLike, force: bool) -> Path:
     """Where the output goes: a new name, or with force an old adapter, and not in an input."""
     out = Path(os.path.abspath(path))
+    check_name(out)
     real = out.resolve()
     for adapter in plan.adapters:
         other = adapter.path.resolve()

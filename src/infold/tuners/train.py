@@ -30,7 +30,8 @@ import torch
 from blake3 import blake3
 
 from infold.checkpoint.files import exists, locate, read_bytes, read_object
-from infold.checkpoint.staging import Staging, storage_errors
+from infold.checkpoint.place import check_name
+from infold.checkpoint.staging import Staging, new_folders, remove_empty, storage_errors
 from infold.errors import Refusal
 from infold.tuners.loading import calm
 from infold.tuners.prepare import SMALL, Prepared, prepare
@@ -100,6 +101,7 @@ def _check_libraries() -> None:
 def _check_output(path: Path, resume: bool, force: bool) -> None:
     if resume and force:
         raise Refusal("--resume continues and --force starts anew: give one of them")
+    check_name(path, _run_place(path))
     if not os.path.lexists(path) or resume:
         return
     if not force:
@@ -180,32 +182,40 @@ def _same(path: Path, before: Mapping[str, Any], now: Mapping[str, Any], what: s
 # --- the folder of a running training -------------------------------------------------------------
 
 
+def _run_place(path: Path) -> Path:
+    return path.parent / f".{path.name}.training"
+
+
 @contextmanager
 def _run_folder(
     path: Path, identity: dict[str, Any], resume: bool, force: bool, main: bool
 ) -> Iterator[Path]:
-    """`.NAME.training` beside the output, locked and checked by the main process."""
-    run = path.parent / f".{path.name}.training"
+    """The folder of the running training, locked and checked by the main process."""
+    run = _run_place(path)
     if not main:
         yield run
         return
-    with storage_errors(run):
-        run.mkdir(parents=True, exist_ok=True)
-        lock = os.open(run / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    made, lock, mine = new_folders(run), -1, False
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Refusal(f"{path}: another training is writing this output right now") from None
         with storage_errors(run):
+            run.mkdir(parents=True, exist_ok=True)
+            lock = os.open(run / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                told = f"{path}: another training is writing this output right now"
+                raise Refusal(told) from None
+            mine = True
             _open_run(run, path, identity, resume, force)
         yield run
     except Exception:
-        if not any((run / "checkpoints").glob("checkpoint-*")):
+        if mine and not any((run / "checkpoints").glob("checkpoint-*")):
             shutil.rmtree(run, ignore_errors=True)  # nothing in it that could be continued
+        remove_empty([run, *made])
         raise
     finally:
-        os.close(lock)
+        if lock >= 0:
+            os.close(lock)
 
 
 def _open_run(run: Path, path: Path, identity: dict[str, Any], resume: bool, force: bool) -> None:
