@@ -29,6 +29,7 @@ import torch
 from blake3 import blake3
 
 from infold.checkpoint.files import exists, locate, read_bytes, read_object
+from infold.checkpoint.shards import refuse_unfinished
 from infold.checkpoint.staging import Staging, storage_errors
 from infold.errors import Refusal
 from infold.tuners.loading import calm
@@ -363,6 +364,7 @@ def _model(
     from infold.tuners.targets import find_targets
 
     folder = locate(base, (*SMALL, "*.safetensors", "*.bin"))
+    refuse_unfinished(folder)
     new: list[str] = []
     dtype = torch.bfloat16 if settings.bf16 else torch.float32
     if ready.task == "SEQ_CLS":
