@@ -7,6 +7,8 @@ import logging
 import os
 import random
 import shutil
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -267,6 +269,31 @@ def test_the_room_of_a_step_is_taken_in_the_rehearsal(
     place.lay_out(verb)
     edit()
     place.check(verb, True)
+
+
+def test_the_next_step_is_computed_while_one_is_written(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare({}, monkeypatch.setattr)
+    place.lay_out("merge")
+    computed = threading.Semaphore(0)
+
+    def counted(self: inplace_steps.Crew, work: inplace_steps.Work) -> inplace_steps.Piece:
+        try:
+            return compute(self, work)
+        finally:
+            computed.release()
+
+    def watched(number: int, pieces: Sequence[inplace_steps.Piece]) -> bytes:
+        if number == 1:
+            assert all(computed.acquire(timeout=20) for _ in range(len(pieces) + 1))
+        return pack(number, pieces)
+
+    compute, pack = inplace_steps.Crew._compute, inplace.pack_step
+    monkeypatch.setattr(inplace_steps.Crew, "_compute", counted)
+    monkeypatch.setattr(inplace, "pack_step", watched)
+    infold.merge(place.folder, place.first, in_place=True, threads=2)
+    place.check("merge", True)
 
 
 @pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS])
