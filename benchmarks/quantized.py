@@ -396,7 +396,10 @@ def report(record: dict[str, Any]) -> str:
 
     line("bytes of weights", [f"{row['bytes']:,}" for row in models])
     line("bytes in edited tensors", [f"{row['edited']:,} in {row['edits']}" for row in models])
-    line("undo record, the adapter and small side files in it", [f"{row['record']:,}" for row in models])
+    line(
+        "undo record, the adapter and small side files in it",
+        [f"{row['record']:,}" for row in models],
+    )
     line("`cp -r`", [f"{row['copy']:.2f} s" for row in models])
     line(
         "`infold merge --undo`, of it the merge",
