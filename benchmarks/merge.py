@@ -47,6 +47,7 @@ class Case:
     reads: tuple[str, ...] = ()
     writes: str = ""
     rounds: int = 5
+    edits: str = ""  # a folder; the command changes a copy of it, `out/edited`
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,8 @@ class Bench:
         """Prepare the machine, run the case once. The output stays, in `out`."""
         shutil.rmtree(self.folder / "out", ignore_errors=True)
         (self.folder / "out").mkdir()
+        if case.edits:
+            shutil.copytree(self.folder / case.edits, self.folder / "out" / "edited")
         os.sync()
         for name in case.reads:
             _read(self.folder / name)

@@ -135,7 +135,8 @@ def curve_table(lines: Sequence[dict[str, Any]]) -> str:
 
 
 def time_cases(size: str, rounds: int) -> list[Case]:
-    """Merge with and without a record, undo and swap; the merged folders are made beforehand."""
+    """Merge with and without a record, undo and swap, to new folders and in place; the merged
+    folders are made beforehand."""
     name = inputs.names(size)
     base = name["base"]
     cases = [Case("cp + fsync", ("sh", "-c", COPY, "sh", base, "out/copy"), (base,), "", rounds)]
@@ -152,6 +153,14 @@ def time_cases(size: str, rounds: int) -> list[Case]:
             Case(f"swap {method} to {other}", swap, (merged, name[other]), "", rounds),
             Case(f"swap {method} to {method}", again, (merged, name[method]), "", rounds),
         ]
+        for what, verb, adapters, start in (
+            (f"merge {method}", "merge", (name[method],), base),
+            (f"undo {method}", "undo", (), merged),
+            (f"swap {method} to {other}", "swap", (name[other],), merged),
+        ):
+            command = ("infold", verb, "out/edited", *adapters, "--in-place", "--quiet")
+            reads = ("out/edited", *adapters)
+            cases.append(Case(f"{what} in place", command, reads, "", rounds, start))
     return cases
 
 
@@ -193,7 +202,7 @@ def time_table(found: dict[str, Any]) -> str:
     for name, case in cases.items():
         wall = case["wall"]["median"]
         words = name.split()
-        swapped = words[1::2] if words[0] == "swap" else []  # from, to
+        swapped = words[1:4:2] if words[0] == "swap" else []  # from, to
         merges = [cases[f"merge {m}"]["wall"]["median"] for m in swapped or words[1:2] if m != "+"]
         own = f"{wall / merges[-1]:.2f}" if merges else ""
         dearer = f"{wall / max(merges):.2f}" if swapped else ""

@@ -35,11 +35,12 @@ REMOVING = ("rmdir", "unlink")
 class Watch:
     """Counts the calls that change the disk; at the n-th one does what the request asks for."""
 
-    def __init__(self, request: dict[str, Any], seen: mmap.mmap) -> None:
+    def __init__(self, request: dict[str, Any], seen: mmap.mmap, began: float) -> None:
         self.at, self.how = request.get("at"), request.get("how")
         self.error = request.get("error", errno.ENOSPC)
         self.seen, self.count, self.lock = seen, 0, threading.Lock()
         self.trace: list[tuple[str, str]] = []
+        self.began, self.times = began, list[float]()  # of the calls, in seconds since then
 
     def install(self) -> None:
         for name in PRIMITIVES:
@@ -57,6 +58,7 @@ class Watch:
                     return real(*given, **more)  # a full disk still lets go
                 self.count += 1
                 self.trace.append((name, _place(name, given)))
+                self.times.append(time.monotonic() - self.began)
                 now = self.count == self.at
                 self.seen[:32] = name.encode().ljust(32)
             if now:
@@ -126,12 +128,12 @@ def _run(request: dict[str, Any]) -> infold.Receipt | infold.Undone:
     return getattr(infold, verb)(*inputs, in_place=True, threads=threads)  # type: ignore[no-any-return]
 
 
-def merge(request: dict[str, Any], seen: mmap.mmap) -> dict[str, Any]:
-    """In the forked process: the merge."""
+def merge(request: dict[str, Any], seen: mmap.mmap, began: float) -> dict[str, Any]:
+    """In the forked process: the merge. began: when it was forked, by `time.monotonic`."""
     prepare(request)
     # a process that was started in the background may have inherited that interrupts are ignored
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    watch = Watch(request, seen)
+    watch = Watch(request, seen, began)
     watch.install()
     result: dict[str, Any] = {}
     try:
@@ -144,7 +146,9 @@ def merge(request: dict[str, Any], seen: mmap.mmap) -> dict[str, Any]:
     except BaseException as error:
         result["status"], result["message"] = f"escaped {type(error).__name__}", str(error)
     result["calls"] = watch.count
-    result["trace"] = watch.trace if request.get("trace") else []
+    result["trace"], result["times"] = (
+        (watch.trace, watch.times) if request.get("trace") else ([], [])
+    )
     return result
 
 
@@ -157,17 +161,18 @@ class Server:
     def start(self, request: dict[str, Any]) -> int:
         seen = mmap.mmap(-1, 32)
         reader, writer = os.pipe()
+        began = time.monotonic()
         pid = os.fork()
         if pid == 0:
             os.close(reader)
-            answer = json.dumps(merge(request, seen)).encode()
+            answer = json.dumps(merge(request, seen, began)).encode()
             with open(writer, "wb") as pipe:
                 pipe.write(answer)
             os._exit(0)
         os.close(writer)
         self.running[pid] = reader, seen
         if "delay" in request:
-            time.sleep(request["delay"])
+            time.sleep(max(0.0, began + request["delay"] - time.monotonic()))
             os.kill(pid, signal.SIGKILL)
         return pid
 

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import random
 import shutil
+import statistics
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +21,14 @@ import pytest
 import torch
 from blake3 import blake3
 
+import ggufs
 import handmade
 import infold
+import test_convert_gguf
+import test_undo
 from crash_child import Runner, prepare
 from handmade import RECEIPT, digests
-from infold.checkpoint.shards import JOURNAL, open_checkpoint, read_receipt
+from infold.checkpoint.shards import JOURNAL, companion, open_checkpoint, read_receipt
 from infold.merge import inplace, inplace_steps
 from infold.merge.inplace_steps import reserve
 
@@ -27,41 +37,105 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 ALL = bool(os.environ.get("INFOLD_ALL_KILLS"))  # every call, and 200 random kills
 VERBS = ("merge", "undo", "swap")
 EDITED = {"b.q_proj": (128, 128), "c.k_proj": (128, 96)}
+Pair = tuple[list[Path], list[Path]]  # the adapters of a merge, and of a swap
+
+
+def dense(root: Path) -> Pair:
+    """Low-rank updates of a folder of two shards."""
+    numbers = torch.Generator().manual_seed(3)
+    shapes = {"a.norm": (128,), "a.embed": (96, 128), **EDITED, "z": (64, 64)}
+    tensors = {
+        f"{n}.weight": torch.randn(*s, generator=numbers).bfloat16() for n, s in shapes.items()
+    }
+    base = handmade.base_folder(root / "base", tensors, shards=2)
+    (base / "tokenizer.json").write_text("{}")
+    first = handmade.lora(root / "first", EDITED, use_dora=True)
+    return [first], [handmade.lora(root / "second", EDITED, seed=8)]
+
+
+def replaced(root: Path) -> Pair:
+    """A module and tokens that adapters replace, biases, and scales with zeros among them."""
+    test_undo.new_base(root / "base")
+    first = [test_undo.saved(root / "saved"), test_undo.tokens(root / "tokens")]
+    return first, [test_undo.random_ia3(root / "scales", zero=True)]
+
+
+def gguf(root: Path) -> Pair:
+    """A file, whose blocks hold codes beside what is edited."""
+    values = torch.randn(4, 64, 256, generator=torch.Generator().manual_seed(4)).numpy()
+    tensors = {f"blk.{n}.attn_v.weight": ggufs.encode(values[n], "Q8_0") for n in range(4)}
+    ggufs.write(root / "base" / "m.gguf", "llama", tensors, {"attention.head_count": 4})
+
+    def scales(name: str, seed: int) -> list[Path]:
+        drawn = 1 + torch.randn(4, 64, 1, generator=torch.Generator().manual_seed(seed)) / 10
+        vectors = {f"model.layers.{n}.self_attn.v_proj": drawn[n].clone() for n in range(4)}
+        return [handmade.ia3(root / name, vectors)]
+
+    return scales("first", 1), scales("second", 2)
+
+
+def requantized(root: Path) -> Pair:
+    """A file whose codes were replaced, so that the record holds the old ones."""
+    (root / "base").mkdir()
+    test_convert_gguf.make(root / "base" / "m.gguf", "Q4_1")
+    return [test_convert_gguf.low_rank(root / "first")], []
+
+
+# how a base is made, and what its steps and blocks need so that there are several
+BASES: dict[str, tuple[Callable[[Path], Pair], dict[str, int]]] = {
+    "dense": (dense, {}),
+    "replaced": (replaced, {"step": 2 << 10, "block": 512}),
+    "gguf": (gguf, {}),
+    "requantized": (requantized, {}),
+}
+# in place nothing is converted, so what was converted elsewhere is undone alone
+CASES = [
+    (base, verb) for base in BASES for verb in VERBS if base != "requantized" or verb == "undo"
+]
 
 
 class Place:
-    """A base, two adapters, and for every verb the folder before it and after it."""
+    """A base, adapters, and for every verb the folder before it and after it."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, kind: str = "dense") -> None:
         self.root, self.folder = root, root / "work" / "model"
-        numbers = torch.Generator().manual_seed(3)
-        shapes = {"a.norm": (128,), "a.embed": (96, 128), **EDITED, "z": (64, 64)}
-        tensors = {
-            f"{n}.weight": torch.randn(*s, generator=numbers).bfloat16() for n, s in shapes.items()
-        }
-        base = handmade.base_folder(root / "base", tensors, shards=2)
-        (base / "tokenizer.json").write_text("{}")
-        self.first = handmade.lora(root / "first", EDITED, use_dora=True)
-        self.second = handmade.lora(root / "second", EDITED, seed=8)
+        make, self.small = BASES[kind]
+        first, second = make(root)
+        self.first, self.second = first[0], (second or first)[0]
+        files = list((root / "base").glob("*.gguf"))
+        self.name = files[0].name if files else ""
+        base, one, two = (root / name / self.name for name in ("base", "one", "two"))
+        options = {"requantize": True} if kind == "requantized" else {}
         with pytest.MonkeyPatch.context() as patch:
-            prepare({}, patch.setattr)
-            infold.merge(base, self.first, root / "one", undo=True, threads=1)
-            infold.swap(root / "one", self.second, root / "two", threads=1)
-        self.before = {"merge": base, "undo": root / "one", "swap": root / "one"}
-        self.after = {"merge": root / "one", "undo": base, "swap": root / "two"}
-        self.adapter = {"merge": self.first, "undo": None, "swap": self.second}
+            prepare(self.small, patch.setattr)
+            infold.merge(base, first, one, undo=True, threads=1, **options)
+            if second:
+                infold.swap(one, second, two, threads=1)
+        self.before = {"merge": root / "base", "undo": root / "one", "swap": root / "one"}
+        self.after = {"merge": root / "one", "undo": root / "base", "swap": root / "two"}
+        self.adapter = {"merge": first, "undo": None, "swap": second}
+
+    @property
+    def model(self) -> Path:
+        """What the verbs are given: the folder, or the file in it."""
+        return self.folder / self.name
+
+    @property
+    def journal(self) -> Path:
+        return companion(self.model, JOURNAL)
 
     def lay_out(self, verb: str) -> None:
         shutil.rmtree(self.folder.parent, ignore_errors=True)
         shutil.copytree(self.before[verb], self.folder)
 
     def request(self, verb: str) -> dict[str, Any]:
-        return {"verb": verb, "base": self.folder, "adapter": self.adapter[verb]}
+        given = [os.fspath(path) for path in self.adapter[verb] or ()]
+        return {"verb": verb, "base": self.model, "adapter": given, **self.small}
 
     def weights(self, folder: Path) -> dict[str, str]:
         """Everything but what tells of the way: the receipt, and the record, whose order may be
         another."""
-        return {n: d for n, d in digests(folder).items() if not n.startswith("infold-")}
+        return {n: d for n, d in digests(folder).items() if "infold-" not in n}
 
     def check(self, verb: str, completed: bool) -> None:
         """The folder is as before the edit, or as after it, and nothing else lies there."""
@@ -70,22 +144,27 @@ class Place:
         assert self.weights(expected) == self.weights(self.folder)
         names = {p.name for p in expected.iterdir()}
         assert names == {p.name for p in self.folder.iterdir()}
-        if RECEIPT in names:
-            assert receipt_holds(self.folder)
+        if companion(self.model, RECEIPT).exists():
+            assert self.receipt_holds()
 
-
-def receipt_holds(folder: Path) -> bool:
-    """Whether a reader who compares the shards with the receipt takes the folder for merged."""
-    if not (folder / RECEIPT).exists():
-        return False
-    receipt = read_receipt(folder)
-    told = receipt["shards"] | receipt["side_files"]
-    return bool(told == {name: blake3((folder / name).read_bytes()).hexdigest() for name in told})
+    def receipt_holds(self) -> bool:
+        """Whether a reader who compares the shards with the receipt takes this for merged."""
+        if not companion(self.model, RECEIPT).exists():
+            return False
+        receipt = read_receipt(self.model)
+        told = receipt["shards"] | receipt["side_files"]
+        found = {name: blake3((self.folder / name).read_bytes()).hexdigest() for name in told}
+        return bool(told == found)
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    return Place(tmp_path_factory.mktemp("in-place"))
+def places(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Place]:
+    return cache(lambda kind: Place(tmp_path_factory.mktemp(kind), kind))
+
+
+@pytest.fixture(scope="module")
+def place(places: Callable[[str], Place]) -> Place:
+    return places("dense")
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -103,38 +182,45 @@ def test_in_place_gives_what_a_new_folder_gets(verb: str, place: Place, runner: 
 
 def settle(place: Place, verb: str, caplog: pytest.LogCaptureFixture) -> bool:
     """What the next command finds. Returns whether it has completed the edit."""
-    in_between = (place.folder / JOURNAL).exists()
-    if not in_between:
+    if not place.journal.exists():
         ended = place.weights(place.folder) == place.weights(place.after[verb])
         place.check(verb, ended)
         return ended
-    if receipt_holds(place.folder):
+    if place.receipt_holds():
         whole = place.weights(place.folder)
         assert whole in [place.weights(f[verb]) for f in (place.before, place.after)]
-    with pytest.raises(infold.Refusal, match="edited in place"):
-        open_checkpoint(place.folder)
+    for path in (place.model, place.folder):
+        with pytest.raises(infold.Refusal, match="edited in place"):
+            open_checkpoint(path)
     caplog.clear()
     with caplog.at_level(logging.WARNING, "infold"):
-        found = infold.inspect(place.folder)
+        found = infold.inspect(place.model)
     told = caplog.text
     completed = "was completed" in told
     assert (completed != ("was rolled back" in told) and verb in told) or "edit in place" in told
-    assert found["kind"] == ("merged" if (place.folder / RECEIPT).exists() else "checkpoint")
+    merged = companion(place.model, RECEIPT).exists()
+    assert found["kind"] == ("merged" if merged else "checkpoint")
     place.check(verb, completed)
     return completed
 
 
 @pytest.mark.parametrize("how", ["kill before", "kill in the middle"])
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize(("base", "verb"), CASES)
 def test_a_kill_at_any_call_is_completed_or_rolled_back(
-    verb: str, how: str, place: Place, runner: Runner, caplog: pytest.LogCaptureFixture
+    base: str,
+    verb: str,
+    how: str,
+    places: Callable[[str], Place],
+    runner: Runner,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    place = places(base)
     place.lay_out(verb)
     calls = runner.ask(**place.request(verb))["calls"]
     assert calls > 25
     ends = set()
-    step = 1 if ALL else 2
-    for at in range(1, calls + 1, step):
+    sample = 3 if base == "dense" else calls // 4
+    for at in range(1, calls + 1, 1 if ALL else sample):
         place.lay_out(verb)
         killed = runner.ask(**place.request(verb), at=at, how=how)
 
@@ -199,18 +285,65 @@ def test_what_a_kill_began_is_ended_without_the_side_files(
     assert ends == {True, False}
 
 
-def test_random_kills(place: Place, runner: Runner, caplog: pytest.LogCaptureFixture) -> None:
-    numbers = random.Random(11)
-    ends = []
-    for number in range(200 if ALL else 12):
-        verb = VERBS[number % 3]
+PHASES = ("rehearsal", "first step", "later steps")
+HASTE = {"threads": 2, "step": 8 << 10}
+
+
+def phase(place: Place) -> str:
+    """What an edit was at when it was killed: one of PHASES, or empty before and after them."""
+    known: set[str] = set()
+    with suppress(FileNotFoundError):
+        for line in place.journal.read_bytes().split(b"\n")[:-1]:
+            known |= json.loads(line).keys()
+    if "written" in known or not place.journal.exists():
+        return ""
+    return PHASES[("result" in known) + ("step" in known)]
+
+
+def windows(place: Place, verb: str, runner: Runner) -> Mapping[str, tuple[float, float]]:
+    """When each phase of an edit begins and ends, in seconds; under "" the whole of it."""
+    times = []
+    for _ in range(3 if ALL else 1):
         place.lay_out(verb)
-        answer = runner.ask(
-            **place.request(verb), delay=numbers.uniform(0, 0.12), threads=2, step=4 << 10
-        )
+        answer = runner.ask(**place.request(verb), **HASTE, trace=True)
+        lines = [
+            when
+            for (name, path), when in zip(answer["trace"], answer["times"], strict=True)
+            if name == "write" and path == str(place.journal)
+        ]
+        assert len(lines) > 5, "what, result, several steps, written"
+        times.append((*lines[:3], lines[-1], answer["times"][-1]))
+    begun, told, stepped, written, ended = map(statistics.median, zip(*times, strict=True))
+    spans = ((begun, told), (told, stepped), (stepped, written))
+    return {"": (0.0, ended), **dict(zip(PHASES, spans, strict=True))}
+
+
+def test_random_kills(place: Place, runner: Runner, caplog: pytest.LogCaptureFixture) -> None:
+    """So many that were killed, each verb in each phase: what had ended before is not counted."""
+    wanted, least = (200, 10) if ALL else (9, 1)
+    needed = PHASES if ALL else PHASES[::2]  # the first step is short on a busy machine
+    numbers, kills, tries = random.Random(11), Counter[tuple[str, str]](), 0
+    when = {verb: windows(place, verb, runner) for verb in VERBS}
+    lacking = [(verb, name) for verb in VERBS for name in needed]
+    while kills.total() < wanted or lacking:
+        tries += 1
+        assert tries < 20 * wanted, (kills, when)
+        # where there were too few yet; of 200, every second one at any time of any verb
+        aimed = bool(lacking) and not (ALL and tries % 2)
+        verb, name = numbers.choice(lacking) if aimed else (numbers.choice(VERBS), "")
+        place.lay_out(verb)
+        delay = numbers.uniform(*when[verb][name])
+        answer = runner.ask(**place.request(verb), **HASTE, delay=delay)
         assert answer["status"] in ("killed", "done")
-        ends.append(settle(place, verb, caplog))
-    assert not ALL or {True, False} == set(ends)
+        found = phase(place)
+        kills[verb, found] += answer["status"] == "killed"
+        if aimed and found != name:  # the machine is slower or faster now
+            late = not found or PHASES.index(found) > PHASES.index(name)
+            factor = 0.95 if late else 1.05
+            when[verb] = {n: (a * factor, b * factor) for n, (a, b) in when[verb].items()}
+        settle(place, verb, caplog)
+        lacking = [pair for pair in lacking if kills[pair] < least]
+    print(f"{tries} tries, killed in: {dict(kills)}")
 
 
 def test_a_full_disk_before_the_first_step_changes_nothing(place: Place, runner: Runner) -> None:
@@ -237,8 +370,8 @@ def test_the_room_of_a_step_is_taken_in_the_rehearsal(
     prepare({}, monkeypatch.setattr)
 
     def edit() -> None:
-        given = [place.folder, place.adapter[verb]] if place.adapter[verb] else [place.folder]
-        getattr(infold, verb)(*given, in_place=True, threads=2)
+        given = [place.adapter[verb]] if place.adapter[verb] else []
+        getattr(infold, verb)(place.folder, *given, in_place=True, threads=2)
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -267,6 +400,31 @@ def test_the_room_of_a_step_is_taken_in_the_rehearsal(
     place.lay_out(verb)
     edit()
     place.check(verb, True)
+
+
+def test_the_next_step_is_computed_while_one_is_written(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare({}, monkeypatch.setattr)
+    place.lay_out("merge")
+    computed = threading.Semaphore(0)
+
+    def counted(self: inplace_steps.Crew, work: inplace_steps.Work) -> inplace_steps.Piece:
+        try:
+            return compute(self, work)
+        finally:
+            computed.release()
+
+    def watched(number: int, pieces: Sequence[inplace_steps.Piece]) -> bytes:
+        if number == 1:
+            assert all(computed.acquire(timeout=20) for _ in range(len(pieces) + 1))
+        return pack(number, pieces)
+
+    compute, pack = inplace_steps.Crew._compute, inplace.pack_step
+    monkeypatch.setattr(inplace_steps.Crew, "_compute", counted)
+    monkeypatch.setattr(inplace, "pack_step", watched)
+    infold.merge(place.folder, place.first, in_place=True, threads=2)
+    place.check("merge", True)
 
 
 @pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS])

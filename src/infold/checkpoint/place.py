@@ -65,6 +65,12 @@ def check_place(
         other = given.resolve()
         if real == other or real in other.parents or (other in real.parents and other.is_dir()):
             raise Refusal(f"{out}: lies in or around the input {given}; choose another place")
+    if is_lone(out) and os.path.lexists(journal := companion(out, JOURNAL)):
+        # also where the file has another name now: its edit must not be completed on this output
+        raise Refusal(
+            f"{out}: was left in the middle of an edit in place; `infold inspect {out}` finishes "
+            f"it, or remove {journal.name} if that file is gone"
+        )
     if not os.path.lexists(out):
         return
     if not replaces:
@@ -88,10 +94,6 @@ def check_place(
 
 def _check_file(out: Path, force: bool) -> None:
     """An output that exists, and is a single file, must be an old output, and be replaced."""
-    if os.path.lexists(companion(out, JOURNAL)):
-        raise Refusal(
-            f"{out}: was left in the middle of an edit in place; `infold inspect {out}` finishes it"
-        )
     told: Any = None
     with suppress(InfoldError):  # none, or a broken one
         told = read_receipt(out)

@@ -36,6 +36,7 @@ __all__ = [
     "read_exactly",
     "read_receipt",
     "read_shard_header",
+    "refuse_unfinished",
     "renamed",
     "without_owner",
 ]
@@ -146,6 +147,39 @@ def without_owner(path: Path, name: str) -> list[str]:
     return [f for f in found if not os.path.lexists(path.with_name(f.removesuffix(f".{name}")))]
 
 
+def refuse_unfinished(path: Path) -> None:
+    """Refuse weights that an edit in place is at, or was killed in the middle of.
+
+    path: a model's folder, or a file of one. Everybody who reads weights asks, also where somebody
+    else opens the files (transformers, a server). The edit can be of the folder or of one file of
+    it, whichever of the two is given; of what a link leads to; of a GGUF file renamed since.
+    Raises Refusal with the command that completes it.
+    """
+    files = [path]
+    if path.is_dir():
+        dense = [p for p in path.glob("*.safetensors") if not p.name.startswith("adapter_")]
+        files += sorted(dense or path.glob(f"*{GGUF}"))
+    reasons: dict[str, str] = {}  # by the journal, which has several names where links lead to it
+    for place in (place for file in files for place in (file, Path(os.path.realpath(file)))):
+        for whole in [place] if place.is_dir() else [place.parent, place]:
+            if os.path.lexists(journal := companion(whole, JOURNAL)):
+                reasons.setdefault(
+                    os.path.realpath(journal),
+                    f"{whole}: is being edited in place, or was left in the middle of it; "
+                    f"`infold inspect {whole}` finishes that",
+                )
+        for name in without_owner(place, JOURNAL) if is_lone(place) else []:
+            owner = place.with_name(name.removesuffix(f".{JOURNAL}"))
+            reasons.setdefault(
+                os.path.realpath(place.with_name(name)),
+                f"{place}: an edit of {owner}, which is not there, was left in the middle; if this "
+                f"file was renamed, undo that (mv {place} {owner}), and `infold inspect {owner}` "
+                f"finishes it; else remove {owner}.infold-undo*",
+            )
+    if reasons:
+        raise Refusal(reasons.values())
+
+
 def kept_name(folder: Path, name: str) -> str:
     """Under which name a merged folder holds the base's side file `name`: `infold deploy` moves the
     base's model card when it writes its own."""
@@ -163,15 +197,12 @@ def open_checkpoint(name: str | os.PathLike[str], *, in_place: bool = False) -> 
 
     Of a GGUF model in several parts the path is that of the first.
 
-    Raises CorruptFile for broken files, Refusal for what is no checkpoint, and for a folder that
-    was left in the middle of an edit in place, but for those who finish that (`in_place`).
+    Raises CorruptFile for broken files, Refusal for what is no checkpoint, and as
+    `refuse_unfinished` does, but for those who finish the edit (`in_place`).
     """
     path = locate(name, never=_STALE)
-    if not in_place and os.path.lexists(companion(path, JOURNAL)):
-        raise Refusal(
-            f"{path}: is being edited in place, or was left in the middle of it; "
-            f"`infold inspect {path}` finishes that"
-        )
+    if not in_place:
+        refuse_unfinished(path)
     if path.is_file():
         if path.suffix == GGUF:
             return _assemble(path, _parts(path), None)

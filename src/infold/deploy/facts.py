@@ -35,6 +35,7 @@ from infold.checkpoint.shards import (
     is_loaded,
     is_lone,
     open_checkpoint,
+    refuse_unfinished,
 )
 from infold.checkpoint.staging import storage_errors
 from infold.errors import Refusal
@@ -124,6 +125,7 @@ class Facts:
 def read_facts(merged: str | os.PathLike[str]) -> Facts:
     """The facts of a merged folder. Raises Refusal for a folder that infold did not make."""
     folder = locate(merged)
+    refuse_unfinished(folder)
     if is_lone(folder):
         raise Refusal(
             f"{merged}: a GGUF file gets no bundle: it is all that llama.cpp needs; try --smoke"
@@ -193,6 +195,7 @@ def check_as_merged(merged: str | os.PathLike[str]) -> None:
     """Read all files of a merged folder, or a merged GGUF file, and refuse what is no longer what
     was merged. One without a receipt tells of nothing."""
     place = locate(merged)
+    refuse_unfinished(place)
     if exists(companion(place, RECEIPT)):
         checkpoint = open_checkpoint(place)
         if wrong := _changed(checkpoint.home, checkpoint, checked_receipt(place)):
@@ -203,6 +206,7 @@ def check_for_report(folder: Path) -> str | None:
     """As `check_as_merged`, for a folder that may hold records alone: a receipt without any shard
     beside it is one. A GGUF file is checked, too. Returns the digest of the receipt, None where
     there is none."""
+    refuse_unfinished(folder)
     if not exists(companion(folder, RECEIPT)):
         return None
     if is_lone(folder) or any(any(folder.glob(kind)) for kind in ("*.safetensors*", f"*{GGUF}")):

@@ -22,6 +22,7 @@ from infold.checkpoint.shards import (
     companion,
     is_lone,
     open_checkpoint,
+    refuse_unfinished,
     renamed,
     without_owner,
 )
@@ -58,6 +59,7 @@ def describe_path(
         return _adapter(open_adapter(place), None if base is None else open_checkpoint(base))
     if base is not None:
         raise Refusal(f"{path}: --base is for adapters, and this is none")
+    refuse_unfinished(place)
     if (place.is_dir() or is_lone(place)) and companion(place, RECEIPT).exists():
         receipt = checked_receipt(place)
         undo = _record(place, receipt) if os.path.lexists(companion(place, UNDO)) else None

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from infold.checkpoint.files import exists, locate, read_json
-from infold.checkpoint.shards import open_checkpoint, read_receipt
+from infold.checkpoint.shards import open_checkpoint, read_receipt, refuse_unfinished
 from infold.checkpoint.staging import storage_errors
 from infold.errors import CorruptFile, ProofFailed, Refusal
 from infold.loop.config import LoopConfig, read_config
@@ -180,7 +180,9 @@ class Loop:
         """The folder with the weights of an iteration; merged anew where they are not there, or
         not what they were."""
         if number == 0:
-            return locate(self.config.base)
+            base = locate(self.config.base)
+            refuse_unfinished(base)
+            return base
         if self._current != number and not self.folder.holds(number):
             self._write_weights(number)
         self._current = number

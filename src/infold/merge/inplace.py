@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -526,10 +527,12 @@ class _Edit:
             files = InputFiles()
             opened.callback(files.close)
             crew = opened.enter_context(Crew(workers, limit, plan, files))
-            for number, works in enumerate(grouped(plan, runs, files, limit, size), 1):
-                if number > finished:
-                    self._step(writer, number, crew.compute(works))
+            steps = grouped(plan, runs, files, limit, size)
+            for works in islice(steps, finished):
                 self._advance(sum(work.count for work in works))
+            for number, pieces in enumerate(crew.compute(steps), finished + 1):
+                self._step(writer, number, pieces)
+                self._advance(sum(len(piece.data) for piece in pieces))
 
     def _step(self, writer: Places, number: int, pieces: Sequence[Piece]) -> None:
         with storage_errors(self._own(STEP)):

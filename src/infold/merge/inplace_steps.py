@@ -6,9 +6,10 @@ import errno
 import os
 import struct
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -114,12 +115,19 @@ class Crew:
     def __exit__(self, *_: object) -> None:
         self.pool.shutdown(cancel_futures=True)
 
-    def compute(self, works: Sequence[Work]) -> list[Piece]:
-        pieces = list(self.pool.map(self._compute, works))
-        for work in works:
-            if work.chunk.last:
-                work.chunk.run.release()
-        return pieces
+    def compute(self, steps: Iterable[list[Work]]) -> Iterator[list[Piece]]:
+        """The pieces of each step. While the caller writes one, the next is computed: no block
+        reads a byte that another one writes."""
+        waiting: list[tuple[Work, Future[Piece]]] = []
+        for works in chain(steps, [list[Work]()]):
+            begun = [(work, self.pool.submit(self._compute, work)) for work in works]
+            if waiting:
+                pieces = [future.result() for _, future in waiting]
+                for work, _ in waiting:
+                    if work.chunk.last:
+                        work.chunk.run.release()
+                yield pieces
+            waiting = begun
 
     def _compute(self, work: Work) -> Piece:
         if not hasattr(self.own, "buffers"):

@@ -29,6 +29,7 @@ from infold.checkpoint.shards import (
     is_lone,
     open_checkpoint,
     read_receipt,
+    refuse_unfinished,
     renamed,
     without_owner,
 )
@@ -227,6 +228,8 @@ def open_merged(folder: Path, record_name: str = UNDO, *, in_place: bool = False
         raise Refusal(
             f"{folder}: is neither a folder nor a GGUF file; infold undoes what a merge has made"
         )
+    if not in_place:
+        refuse_unfinished(folder)  # before a record is missed that an unfinished merge has not yet
     if not os.path.lexists(path := companion(folder, record_name)):
         raise Refusal(
             f"{folder}: has no {path.name}; only a merge with --undo or --in-place can be undone"

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from infold.checkpoint.files import exists, locate, read_object
-from infold.checkpoint.shards import GGUF, TOKENIZERS, is_lone, open_checkpoint
+from infold.checkpoint.shards import GGUF, TOKENIZERS, is_lone, open_checkpoint, refuse_unfinished
 from infold.errors import Refusal
 from infold.tuners.model import load as load_adapter
 
@@ -71,9 +71,10 @@ def model_folder(name: PathLike, *, quantized: bool = False) -> Path:
     """The folder of a causal language model that transformers can load; a Hub id is downloaded.
     quantized: whether its weights may be.
 
-    Raises Refusal for a folder that is none, without reading weights.
+    Raises Refusal for a folder that is none, without reading weights, and as `refuse_unfinished`.
     """
     folder = locate(name)
+    refuse_unfinished(folder)
     if not folder.is_dir() or not exists(folder / "config.json"):
         adapter = folder.is_dir() and exists(folder / "adapter_config.json")
         hint = ": it is an adapter, give its base" if adapter else ""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from infold.checkpoint.files import exists, locate
+from infold.checkpoint.shards import refuse_unfinished
 from infold.errors import Refusal
 from infold.tuners.data import DataSet, read_data
 from infold.tuners.settings import TrainSettings
@@ -45,6 +46,7 @@ def prepare(
 
     name = os.fspath(base)
     folder = locate(base, SMALL)
+    refuse_unfinished(folder)
     if not exists(folder / "config.json"):
         hint = " (an adapter: give its base)" if exists(folder / "adapter_config.json") else ""
         raise Refusal(

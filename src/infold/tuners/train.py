@@ -31,6 +31,7 @@ from blake3 import blake3
 
 from infold.checkpoint.files import exists, locate, read_bytes, read_object
 from infold.checkpoint.place import check_name
+from infold.checkpoint.shards import refuse_unfinished
 from infold.checkpoint.staging import Staging, new_folders, remove_empty, storage_errors
 from infold.errors import Refusal
 from infold.tuners.loading import calm
@@ -391,6 +392,7 @@ def _model(
     from infold.tuners.targets import find_targets
 
     folder = locate(base, (*SMALL, "*.safetensors", "*.bin"))
+    refuse_unfinished(folder)
     new: list[str] = []
     dtype = torch.bfloat16 if settings.bf16 else torch.float32
     if ready.task == "SEQ_CLS":

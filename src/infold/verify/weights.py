@@ -29,6 +29,7 @@ from infold.checkpoint.shards import (
     is_lone,
     kept_name,
     open_checkpoint,
+    refuse_unfinished,
     renamed,
 )
 from infold.errors import InfoldError, Refusal
@@ -76,6 +77,7 @@ def verify_checkpoint(
         raise Refusal(
             f"{merged}: is neither a folder nor a GGUF file; infold verifies what a merge has made"
         )
+    refuse_unfinished(folder)
     offenders: list[Offender] = []
     plan, claims = _open(base, adapters, folder, offenders)
     plan = placed(plan, folder)
