@@ -258,6 +258,23 @@ def test_a_lora_finds_no_place_in_scales(tmp_path: Path) -> None:
         infold.merge(base.path, adapter, tmp_path / "out")
 
 
+def test_a_clamp_of_some_layers_stands_between(tmp_path: Path) -> None:
+    """Step's limits are lists, by layer; its up_proj's outputs are clamped."""
+    base = make_base(tmp_path / "base", "gptq")
+    config = json.loads((base.path / "config.json").read_text())
+    config |= {"model_type": "step3p5", "swiglu_limits": [0.0], "swiglu_limits_shared": [16.0]}
+    (base.path / "config.json").write_text(json.dumps(config))
+    adapter = make_adapter(tmp_path / "adapter", vectors())
+
+    with pytest.raises(infold.Refusal, match=r"swiglu_limits_shared clamps.*--promote") as caught:
+        infold.merge(base.path, adapter, tmp_path / "out")
+
+    assert len(caught.value.reasons) == 1  # k_proj's outputs are scaled before any clamp
+    infold.merge(base.path, adapter, tmp_path / "out", promote=True)
+    assert base.parts(tmp_path / "out", "mlp.down_proj").keys() == {"weight"}
+    assert base.parts(tmp_path / "out", "mlp.up_proj").keys() > {"qweight"}
+
+
 def test_marlin_is_refused_by_name(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", "gptq")
     config = json.loads((base.path / "config.json").read_text())

@@ -29,6 +29,7 @@ from infold.formats import (
 from infold.formats.values import VALUES, NoValues
 from infold.plan.edits import Decoded, Nested
 from infold.plan.fold import Part, Place, Unfoldable
+from infold.plan.kinds import limits
 from infold.plan.layouts import is_conv1d
 from infold.plan.match import Names
 
@@ -42,7 +43,6 @@ _ACTIVATIONS = (
     "feed_forward_proj", "activation",
 )  # fmt: skip
 _OFFLINE = ("weight_input", "weight_output", "q_attn", "k_cache")
-_LIMITS = ("swiglu_limit", "clip_qkv", "clip_kqv", "activation_limit")
 # Scales of activations that were measured without the adapter.
 _MEASURED = ("input_scale", "output_scale", "input_global_scale", "k_scale", "v_scale")
 _FEW_BITS = (
@@ -303,7 +303,7 @@ class StoredModules:
         }
 
     def limits(self) -> Collection[str]:
-        return {name for name in _LIMITS for value in self._fields(name) if value}
+        return limits(self.base.config or {})
 
     def _fields(self, name: str) -> Iterator[Any]:
         """A field of the config wherever it stands: at the top or in a part of the model."""
