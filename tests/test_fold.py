@@ -92,6 +92,7 @@ class FakeModules:
     kinds: tuple[str, ...] = ("silu",)
     clamps: tuple[str, ...] = ()
     others: tuple[str, ...] = ()
+    types: tuple[str, ...] = ("llama",)
 
     def beside(self, module: str) -> set[str]:
         parent = module.rpartition(".")[0]
@@ -111,10 +112,14 @@ class FakeModules:
     def limits(self) -> tuple[str, ...]:
         return self.clamps
 
+    def model_types(self) -> tuple[str, ...]:
+        return self.types
+
 
 GATE = {"m.gate_proj": (96, 64), "m.up_proj": (96, 64), "m.down_proj": (64, 96)}
 FUSED = {"m.gate_up_proj": (192, 64), "m.down_proj": (64, 96)}
 EXPERT = {f"e.3.w{n}": size for n, size in ((1, (96, 64)), (2, (64, 96)), (3, (96, 64)))}
+HEADS = {f"a.{n}_proj": (64, 64) for n in "qkvo"}
 PAIR = {"l.fc1": (96, 64), "l.fc2": (64, 96), "l.self_attn.q_proj": (64, 64)}
 
 
@@ -171,6 +176,9 @@ def test_powers_of_relu() -> None:
             FakeModules({"a.v_proj": (64, 64), "a.v_norm": (64, 1), "a.o_proj": (64, 64)}),
             "a.o_proj", "v_norm beside it may change its inputs",
         ),
+        (FakeModules(HEADS, types=("gemma4_text",)), "a.o_proj", "attention of gemma4_text does"),
+        (FakeModules(HEADS, types=("llama", "clip")), "a.o_proj", "the attention of clip does"),
+        (FakeModules(HEADS, types=()), "a.o_proj", "what the attention does .* is not known"),
         (FakeModules({"a.dense": (64, 64)}), "a.dense", "which module makes its inputs is not"),
         (FakeModules({}), "a.down_proj", "there is no such module"),
     ],

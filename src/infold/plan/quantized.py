@@ -29,7 +29,7 @@ from infold.formats import (
 from infold.formats.values import VALUES, NoValues
 from infold.plan.edits import Decoded, Nested
 from infold.plan.fold import Part, Place, Unfoldable
-from infold.plan.kinds import limits
+from infold.plan.kinds import limits, model_types
 from infold.plan.layouts import is_conv1d
 from infold.plan.match import Names
 
@@ -304,6 +304,9 @@ class StoredModules:
 
     def limits(self) -> Collection[str]:
         return limits(self.base.config or {})
+
+    def model_types(self) -> Collection[str]:
+        return model_types(self.base.config or {})
 
     def _fields(self, name: str) -> Iterator[Any]:
         """A field of the config wherever it stands: at the top or in a part of the model."""
