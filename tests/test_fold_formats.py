@@ -19,6 +19,7 @@ import infold
 import quantized_bases
 from infold.checkpoint.record import UNDO
 from infold.cli.main import app
+from infold.plan.fold import INSTEAD
 from quantized_bases import KINDS, REFUSED, Module
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the packages that write the bases
@@ -162,6 +163,7 @@ def test_no_fold(tmp_path: Path, kind: str) -> None:
     told = [reason for reason in caught.value.reasons if "ia3_l" in reason]
     assert len(told) == 2 == len(caught.value.reasons)
     assert all(why in reason for reason in caught.value.reasons)
+    assert all(reason.endswith(INSTEAD) for reason in caught.value.reasons)
     assert not (tmp_path / "out").exists()
 
 
@@ -172,7 +174,7 @@ def test_blocks_that_cross_rows(tmp_path: Path) -> None:
         tmp_path / "base", "", lambda w: encode(w[:, :96].contiguous() if len(w) == 64 else w)
     )
 
-    with pytest.raises(infold.Refusal, match="rows of 96 elements share blocks of 64"):
+    with pytest.raises(infold.Refusal, match=r"rows of 96 elements share blocks of 64.*--promote"):
         infold.merge(base.path, make_adapter(tmp_path / "adapter", vectors()), tmp_path / "out")
 
 

@@ -28,7 +28,7 @@ from infold.formats import (
 )
 from infold.formats.values import VALUES, NoValues
 from infold.plan.edits import Decoded, Nested
-from infold.plan.fold import Part, Place, Unfoldable
+from infold.plan.fold import INSTEAD, Part, Place, Unfoldable
 from infold.plan.kinds import limits, model_types
 from infold.plan.layouts import is_conv1d
 from infold.plan.match import Names
@@ -292,7 +292,8 @@ class StoredModules:
                     lossy=scale.lossy,
                 )  # fmt: skip
         except (NoFold, NoValues) as error:
-            raise Unfoldable(f"{module} ({words_of(form, stored)}): {error}") from None
+            why = f"{module} ({words_of(form, stored)}): {error}"
+            raise Unfoldable(why + INSTEAD) from None
 
     def activations(self) -> Collection[str]:
         return {
