@@ -293,7 +293,10 @@ def test_marlin_is_refused_by_name(tmp_path: Path) -> None:
         ("q_weight", "EXL2"),
         ("trellis", "EXL3"),
         ("Qidxs", "QuIP#"),
-        ("weight_blocks", "MXFP4"),
+        ("codes codebooks scales", "AQLM"),
+        ("indices centroids.weight perm", "VPTQ"),
+        ("dense_weights row_offsets col_vals in_perm", "SpQR"),
+        ("blocks scales", "MXFP4"),
         ("B s workspace", "Marlin"),
         ("weight_packed scale_packed meta", "Marlin"),
         ("weight weight_scale weight_scale_2", "NVFP4"),
@@ -316,6 +319,43 @@ def test_formats_without_row_scales_are_refused_by_name(
 
     assert len(caught.value.reasons) == 2
     assert all(name in reason for reason in caught.value.reasons)
+
+
+def test_the_experts_of_gpt_oss_are_refused_by_name(tmp_path: Path) -> None:
+    """One tensor of codes and one of exponents for all experts of a layer; attention is dense."""
+    experts, key = f"{LAYER}.mlp.experts", f"{LAYER}.self_attn.k_proj"
+    tensors = {f"{key}.weight": torch.randn(64, 64).bfloat16()}
+    for name, outputs in (("gate_up_proj", 192), ("down_proj", 64)):
+        tensors[f"{experts}.{name}_blocks"] = torch.zeros(4, outputs, 3, 16).byte()
+        tensors[f"{experts}.{name}_scales"] = torch.zeros(4, outputs, 3).byte()
+        tensors[f"{experts}.{name}_bias"] = torch.zeros(4, outputs).bfloat16()
+    told = {"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}}
+    base = handmade.base_folder(tmp_path / "base", tensors, told)
+    lora = handmade.adapter_folder(
+        tmp_path / "lora",
+        {
+            f"{experts}.lora_A.weight": torch.randn(16, 96),
+            f"{experts}.lora_B.weight": torch.randn(64, 16),
+        },
+        {
+            "peft_type": "LORA", "r": 4, "lora_alpha": 8,
+            "target_parameters": ["mlp.experts.down_proj"],
+        },
+    )  # fmt: skip
+
+    for mode in ({}, {"dequantize": True}, {"requantize": True}):
+        with pytest.raises(infold.Refusal) as caught:
+            infold.merge(base, lora, tmp_path / "out", **mode)
+        (reason,) = caught.value.reasons
+        assert f"{experts} is quantized (MXFP4), and lora changes single elements" in reason
+        assert reason.endswith("; and MXFP4 cannot be decoded here")
+
+    (found,) = infold.inspect(base)["quantization"]
+    assert (found["format"], found["modules"]) == ("MXFP4", 1)
+    assert found["no_fold"].startswith("MXFP4 is not supported")
+    ia3 = handmade.ia3(tmp_path / "ia3", {key: torch.rand(64, 1)})
+    infold.merge(base, ia3, tmp_path / "attention")
+    assert infold.verify(base, ia3, tmp_path / "attention").ok
 
 
 def test_dense_modules_of_a_quantized_base(tmp_path: Path) -> None:

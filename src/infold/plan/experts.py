@@ -120,6 +120,9 @@ def _is_experts(path: str, meant: Collection[str]) -> bool:
 def _not_there(
     consumer: Consumer, path: str, meant: Sequence[str], parts: Mapping[str, str]
 ) -> None:
+    if (quantized := consumer.quantized(path)) is not None:
+        consumer.into_scales("lora", path, path, dict(parts), *quantized)
+        return
     names = " or ".join(meant)
     where = "a GGUF file" if consumer.draft.base.is_gguf else "the base"
     near = consumer.draft.names.nearest(f"{path}.{meant[0]}.weight")
