@@ -292,8 +292,16 @@ def torchao(weight: Tensor, kind: str) -> Module:
             PerRow,
             PerTensor,
         )
+        from torchao.quantization.quantize_.workflows import QuantizeTensorToInt8Kwargs
     made = {
         "int8": lambda w: Int8Tensor.from_hp(w, granularity=PerRow()),
+        "int8-static": lambda w: Int8Tensor.from_hp(
+            w,
+            granularity=PerRow(),
+            act_quant_kwargs=QuantizeTensorToInt8Kwargs(PerTensor()),
+            act_quant_scale=torch.tensor([[0.02]]),
+            act_quant_zero_point=torch.tensor([[3]], dtype=torch.int8),
+        ),
         "int8-tensor": lambda w: Int8Tensor.from_hp(w, granularity=PerTensor()),
         "float8": lambda w: Float8Tensor.from_hp(w, granularity=PerRow()),
         "intx": lambda w: IntxUnpackedToInt8Tensor.from_hp(w, (1, 32), torch.int4),
@@ -372,6 +380,7 @@ KINDS: dict[str, Callable[[Tensor], Module]] = {
     "eetq": eetq,
     "hqq": hqq,
     "torchao-int8": lambda w: torchao(w, "int8"),
+    "torchao-int8-static": lambda w: torchao(w, "int8-static"),
     "torchao-float8": lambda w: torchao(w, "float8"),
     "torchao-intx": lambda w: torchao(w, "intx"),
     "torchao-tinygemm": tinygemm,

@@ -428,6 +428,32 @@ def test_static_scales_of_activations_are_told(tmp_path: Path) -> None:
     assert any(note.startswith("2 static scales of activations") for note in receipt.notes)
 
 
+def test_torchao_s_static_scales_of_activations_are_told(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "torchao-int8-static")
+
+    receipt = infold.merge(
+        base.path, make_adapter(tmp_path / "adapter", vectors()), tmp_path / "out"
+    )
+
+    (note,) = [note for note in receipt.notes if "static scales" in note]
+    assert note.startswith("2 static") and "_proj._weight_act_quant_scale, ..." in note
+
+
+def test_a_reason_stands_once(tmp_path: Path) -> None:
+    """Why a vector finds no scales can be why the weight cannot be decoded, too."""
+    base = make_base(tmp_path / "base", "hqq")
+    path = base.path / "model.safetensors"
+    renamed = {n.replace(".scale", ".quant_scale"): t for n, t in load_file(path).items()}
+    save_file(renamed, path)
+
+    with pytest.raises(infold.Refusal) as caught:
+        infold.merge(base.path, make_adapter(tmp_path / "adapter", vectors()), tmp_path / "out")
+
+    assert len(caught.value.reasons) == 2
+    for reason in caught.value.reasons:
+        assert reason.endswith(": its scales are quantized themselves")
+
+
 def test_in_place_and_back(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", "bnb-nf4")
     kept = (base.path / "model.safetensors").read_bytes()

@@ -44,7 +44,10 @@ _ACTIVATIONS = (
 )  # fmt: skip
 _OFFLINE = ("weight_input", "weight_output", "q_attn", "k_cache")
 # Scales of activations that were measured without the adapter.
-_MEASURED = ("input_scale", "output_scale", "input_global_scale", "k_scale", "v_scale")
+_MEASURED = (
+    "input_scale", "output_scale", "input_global_scale", "k_scale", "v_scale",
+    "_weight_act_quant_scale",
+)  # fmt: skip
 _FEW_BITS = (
     "its scales have four bits, so that multiplying them rounds each by up to 6 %; --lossy does it "
     "and tells the error, or merge into the unquantized model"
