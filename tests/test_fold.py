@@ -150,6 +150,13 @@ def test_gated_partners(
         assert place == Place(f"{maker}.scales", settings)
 
 
+def test_values_of_an_attention_that_is_known() -> None:
+    """Old checkpoints have `rotary_emb.inv_freq` beside the projections."""
+    for others in ((), ("rotary_emb",)):
+        place = moved(FakeModules(HEADS, others=others), "a.o_proj", -1.0)
+        assert place == Place("a.v_proj.scales", Settings())
+
+
 def test_powers_of_relu() -> None:
     assert moved(FakeModules(PAIR, ("relu",)), "l.fc2").settings.root == 1
     assert moved(FakeModules(PAIR, ("relu2",)), "l.fc2").settings.root == 2

@@ -138,7 +138,7 @@ KNOWN_NAMES = frozenset(
 _APART = frozenset(
     "self_attn self_attn_layer_norm encoder_attn encoder_attn_layer_norm final_layer_norm "
     "attention sa_layer_norm output_layer_norm "
-    "q_proj k_proj q_norm k_norm q k relative_attention_bias".split()
+    "q_proj k_proj q_norm k_norm q k relative_attention_bias rotary_emb".split()
 )
 _POWERS = {"relu": 1, "relu2": 2, "relu_squared": 2, "squared_relu": 2}  # relu(a x) = a^p relu(x)
 INSTEAD = "; --promote writes this weight unquantized instead"
