@@ -80,7 +80,7 @@ def vectors(seed: int = 0, powers: bool = False) -> dict[str, Tensor]:
         vector = 1 + 0.3 * torch.randn(shape, generator=random)
         if powers:
             vector = torch.exp2(torch.randint(-2, 3, shape, generator=random).float())
-        vector.view(-1)[:3] = torch.tensor([-1.0, 0.5, 2.0])
+        vector.view(-1)[:4] = torch.tensor([-1.0, 0.5, 2.0, 0.0])
         found[f"{LAYER}.{name}"] = vector
     return found
 
@@ -176,6 +176,31 @@ def test_blocks_that_cross_rows(tmp_path: Path) -> None:
 
     with pytest.raises(infold.Refusal, match=r"rows of 96 elements share blocks of 64.*--promote"):
         infold.merge(base.path, make_adapter(tmp_path / "adapter", vectors()), tmp_path / "out")
+
+
+def test_the_experts_of_mixtral(tmp_path: Path) -> None:
+    """The vector on the inputs of one expert's w2 goes to the rows of the same expert's w3."""
+    layer = f"{LAYER}.block_sparse_moe"
+    tensors, modules = {f"{layer}.gate.weight": torch.randn(3, 64)}, {}
+    for expert in range(3):
+        for name, shape in (("w1", (128, 64)), ("w2", (64, 128)), ("w3", (128, 64))):
+            path = f"{layer}.experts.{expert}.{name}"
+            modules[path] = made = KINDS["gptq"](torch.randn(shape) * 0.05)
+            tensors |= {f"{path}.{part}": t.contiguous() for part, t in made.tensors.items()}
+    base = handmade.base_folder(tmp_path / "base", tensors, {"quantization_config": made.config})
+    vector = torch.rand(1, 128) + 0.5
+    adapter = handmade.ia3(
+        tmp_path / "adapter", {f"{layer}.experts.1.w2": vector}, feedforward_modules=["w2"]
+    )
+
+    infold.merge(base, adapter, tmp_path / "out")
+
+    after, place = load_file(tmp_path / "out/model.safetensors"), f"{layer}.experts.1.w3"
+    changed = {name for name in tensors if not same(tensors[name], after[name])}
+    assert changed == {f"{place}.scales"}
+    exact = tensors[f"{place}.scales"].double() * vector.double()
+    assert torch.equal(after[f"{place}.scales"], exact.half())
+    assert infold.verify(base, adapter, tmp_path / "out").ok
 
 
 @pytest.mark.parametrize("kind", ["gptq", "ct-pack", "bnb-nf4"])
@@ -489,9 +514,7 @@ def test_small_scales_are_counted_and_hopeless_ones_refused(
         if name.endswith("scales"):
             tensors[name] = torch.full_like(tensors[name], size)
     save_file(tensors, base.path / "model.safetensors")
-    given = vectors()
-    given[f"{LAYER}.self_attn.k_proj"][3] = 0.0  # makes zeros that are meant
-    adapter, out = make_adapter(tmp_path / "adapter", given), tmp_path / "out"
+    adapter, out = make_adapter(tmp_path / "adapter", vectors()), tmp_path / "out"
 
     if error is not None and error > 0.05:
         with pytest.raises(infold.Refusal, match="below float16's normal range") as caught:
@@ -507,7 +530,7 @@ def test_small_scales_are_counted_and_hopeless_ones_refused(
         assert not told and not any(entry["subnormal"] for entry in found)
     else:
         count = sum(entry["subnormal"] for entry in found)
-        assert count == 63 * 4 + 128 * 2  # all but the zeros that are meant
+        assert count == 63 * 4 + 127 * 2  # all but the zeros that are meant
         assert f"{count:,} of {64 * 4 + 128 * 2:,}" in told[0] and "0 fell to zero" in told[0]
         assert all(0.5 * error < entry["error"] < 2 * error for entry in found)
 
