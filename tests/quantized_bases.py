@@ -318,8 +318,16 @@ def torchao(weight: Tensor, kind: str) -> Module:
             PerRow,
             PerTensor,
         )
+        from torchao.quantization.quantize_.workflows import QuantizeTensorToInt8Kwargs
     made = {
         "int8": lambda w: Int8Tensor.from_hp(w, granularity=PerRow()),
+        "int8-static": lambda w: Int8Tensor.from_hp(
+            w,
+            granularity=PerRow(),
+            act_quant_kwargs=QuantizeTensorToInt8Kwargs(PerTensor()),
+            act_quant_scale=torch.tensor([[0.02]]),
+            act_quant_zero_point=torch.tensor([[3]], dtype=torch.int8),
+        ),
         "int8-tensor": lambda w: Int8Tensor.from_hp(w, granularity=PerTensor()),
         "float8": lambda w: Float8Tensor.from_hp(w, granularity=PerRow()),
         "intx": lambda w: IntxUnpackedToInt8Tensor.from_hp(w, (1, 32), torch.int4),
@@ -381,6 +389,40 @@ def tinygemm(weight: Tensor) -> Module:
     )  # fmt: skip
 
 
+def int4(weight: Tensor, plain: bool) -> Module:
+    """torchao's scales [groups, out], by hand: W = (code - zero) * s of Int4PlainInt32Tensor, or
+    W = (code - 8) * s + z of Int4Tensor."""
+    out, inputs, group = *weight.shape, 32
+    codes, zero, scale = asymmetric(weight, group)
+    tensors = {"_weight_scale": scale.bfloat16().t().contiguous()}
+    if plain:
+        tensors["_weight_qdata"] = pack(codes, 4)
+        tensors["_weight_zero_point"] = zero.t().to(torch.int8).contiguous()
+    else:
+        tensors["_weight_qdata"] = (codes[:, ::2] + 16 * codes[:, 1::2]).byte()
+        floats = (8 - zero).float() * scale.float()
+        tensors["_weight_zero_point"] = floats.bfloat16().t().contiguous()
+
+    def values(parts: Parts) -> Tensor:
+        scale, zero = (
+            parts[name].double().t().repeat_interleave(group, 1)
+            for name in ("_weight_scale", "_weight_zero_point")
+        )
+        words = parts["_weight_qdata"]
+        if plain:
+            return (unpack(words, 4).double() - zero) * scale
+        codes = torch.stack([words & 15, words >> 4], 2).view(out, inputs).double()
+        return (codes - 8) * scale + zero
+
+    told = {"_type": "Int4PlainInt32Tensor" if plain else "Int4Tensor"}
+    told |= {"_data": {"block_size": [1, group], "shape": [out, inputs]}}
+    folded = ("_weight_scale",) if plain else ("_weight_scale", "_weight_zero_point")
+    return Module(
+        tensors, values, folded, {"quant_method": "torchao"}, {"weight": json.dumps(told)},
+        affine=not plain,
+    )  # fmt: skip
+
+
 KINDS: dict[str, Callable[[Tensor], Module]] = {
     "gptq": gptq,
     "gptq-v2-plain-8": lambda w: gptq(w, 2, False, 8),
@@ -398,9 +440,12 @@ KINDS: dict[str, Callable[[Tensor], Module]] = {
     "eetq": eetq,
     "hqq": hqq,
     "torchao-int8": lambda w: torchao(w, "int8"),
+    "torchao-int8-static": lambda w: torchao(w, "int8-static"),
     "torchao-float8": lambda w: torchao(w, "float8"),
     "torchao-intx": lambda w: torchao(w, "intx"),
     "torchao-tinygemm": tinygemm,
+    "torchao-int4": lambda w: int4(w, False),
+    "torchao-int4-plain": lambda w: int4(w, True),
 }
 REFUSED: dict[str, tuple[Callable[[Tensor], Module], str]] = {
     "fp8-blocks": (blocks, "one scale belongs to several rows"),

@@ -33,14 +33,14 @@ SIZES = {
 }  # fmt: skip
 TOUCHED = ("self_attn.q_proj", "mlp.down_proj")
 DENSE = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.down_proj")
+UNKNOWN = (
+    "awq-gemv", "awq-gemv_fast", "eetq", "torchao-tinygemm", "torchao-int4", "torchao-int4-plain",
+)  # fmt: skip
 FORMATS: dict[str, Callable[[Tensor], Module]] = {
-    **{n: make for n, make in KINDS.items() if n not in (
-        "awq-gemv", "awq-gemv_fast", "eetq", "torchao-tinygemm"
-    )},
+    **{n: make for n, make in KINDS.items() if n not in UNKNOWN},
     **{n: make for n, (make, _) in REFUSED.items()},
     "bnb-nf4-nested": lambda w: bitsandbytes(w, "nf4-nested"),
 }  # fmt: skip
-UNKNOWN = ("awq-gemv", "awq-gemv_fast", "eetq", "torchao-tinygemm")
 NO_ROUNDING = {  # and why
     "hqq": "HQQ optimizes", "hqq-axis0": "HQQ optimizes", "ct-tensor": "the whole tensor",
     "torchao-int8-tensor": "the whole tensor", "torchao-intx": "how many of its 8 bits",
@@ -359,8 +359,9 @@ def test_vectors_without_a_place_in_scales(kind: str, tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", FORMATS[kind])
     adapter = ia3(tmp_path / "ia3", vectors(), feedforward_modules=["down_proj"])
     out = tmp_path / "merged"
-    with pytest.raises(Refusal, match=r"--promote|one scale|axis 0|whole"):
+    with pytest.raises(Refusal, match=REFUSED[kind][1]) as caught:
         infold.merge(base.path, adapter, out)
+    assert all("--promote" in reason for reason in caught.value.reasons)
 
     receipt = infold.merge(base.path, adapter, out, promote=True)
 
@@ -371,6 +372,12 @@ def test_vectors_without_a_place_in_scales(kind: str, tmp_path: Path) -> None:
     kept = set() if kind == "hqq-axis0" else {"mlp.gate_proj", "mlp.up_proj"}
     assert all(base.parts(out, n).keys() == base.parts(base.path, n).keys() for n in kept)
     assert receipt.conversion["mode"] == "promote"
+    told = json.dumps(json.loads((out / "config.json").read_text())["quantization_config"])
+    for name in ("q_proj", "v_proj"):  # which servers load with k_proj as one
+        assert_rounded(
+            base.parts(out, f"self_attn.{name}")["weight"], base.values(f"self_attn.{name}")
+        )
+        assert name in told
     assert infold.verify(out).ok
 
 

@@ -171,6 +171,35 @@ def test_touched_tensors_are_quantized_anew(kind: str, target: str, tmp_path: Pa
     assert "blk.0.ffn_down.weight" in wrong
 
 
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [({"dequantize": True}, "F16"), ({"requantize": True, "dtype": "q8_0"}, "Q8_0")],
+)
+def test_a_model_in_parts(options: dict[str, Any], kind: str, tmp_path: Path) -> None:
+    """Each part keeps its tensors, whatever becomes of their types, and the way back is exact."""
+    tensors = {
+        f"blk.{n}.{name}.weight": ("Q4_K", stored("Q4_K", 64, WIDE, n))
+        for n in range(4)
+        for name in ("attn_q", "attn_v")
+    }
+    head = {"attention.head_count": HEADS, "attention.head_count_kv": GROUPS}
+    first = ggufs.write(tmp_path / "base/m.gguf", "llama", tensors, head, parts=3)
+    shapes = {f"model.layers.{n}.self_attn.v_proj": (64, WIDE) for n in range(4)}
+    adapter, out = lora(tmp_path / "lora", shapes), tmp_path / "out"
+
+    infold.merge(first, adapter, out, undo=True, **options)
+
+    parts = sorted(first.parent.iterdir())
+    assert [p.name for p in parts] == [p.name for p in sorted(out.glob("*.gguf"))]
+    for part in parts:
+        before, after = ggufs.read(part), ggufs.read(out / part.name)
+        assert list(before) == list(after)
+        assert all(after[n][0] == (kind if "attn_v" in n else "Q4_K") for n in after)
+    assert infold.verify(out).ok
+    infold.undo(out, tmp_path / "back")
+    assert all((tmp_path / "back" / p.name).read_bytes() == p.read_bytes() for p in parts)
+
+
 def test_what_plain_rounding_does_not_make(tmp_path: Path) -> None:
     base = make(tmp_path / "base.gguf", "Q4_K")
 

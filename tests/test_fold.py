@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from infold.adapters import METHODS, Settings
 from infold.plan.edits import Operation
 from infold.plan.fold import Part, Place, Unfoldable, fold
+from infold.plan.kinds import limits
 from infold.verify.reference import reference_of
 from infold.verify.values import Values
 
@@ -87,6 +92,7 @@ class FakeModules:
     kinds: tuple[str, ...] = ("silu",)
     clamps: tuple[str, ...] = ()
     others: tuple[str, ...] = ()
+    types: tuple[str, ...] = ("llama",)
 
     def beside(self, module: str) -> set[str]:
         parent = module.rpartition(".")[0]
@@ -106,10 +112,14 @@ class FakeModules:
     def limits(self) -> tuple[str, ...]:
         return self.clamps
 
+    def model_types(self) -> tuple[str, ...]:
+        return self.types
+
 
 GATE = {"m.gate_proj": (96, 64), "m.up_proj": (96, 64), "m.down_proj": (64, 96)}
 FUSED = {"m.gate_up_proj": (192, 64), "m.down_proj": (64, 96)}
 EXPERT = {f"e.3.w{n}": size for n, size in ((1, (96, 64)), (2, (64, 96)), (3, (96, 64)))}
+HEADS = {f"a.{n}_proj": (64, 64) for n in "qkvo"}
 PAIR = {"l.fc1": (96, 64), "l.fc2": (64, 96), "l.self_attn.q_proj": (64, 64)}
 
 
@@ -140,6 +150,13 @@ def test_gated_partners(
         assert place == Place(f"{maker}.scales", settings)
 
 
+def test_values_of_an_attention_that_is_known() -> None:
+    """Old checkpoints have `rotary_emb.inv_freq` beside the projections."""
+    for others in ((), ("rotary_emb",)):
+        place = moved(FakeModules(HEADS, others=others), "a.o_proj", -1.0)
+        assert place == Place("a.v_proj.scales", Settings())
+
+
 def test_powers_of_relu() -> None:
     assert moved(FakeModules(PAIR, ("relu",)), "l.fc2").settings.root == 1
     assert moved(FakeModules(PAIR, ("relu2",)), "l.fc2").settings.root == 2
@@ -166,6 +183,9 @@ def test_powers_of_relu() -> None:
             FakeModules({"a.v_proj": (64, 64), "a.v_norm": (64, 1), "a.o_proj": (64, 64)}),
             "a.o_proj", "v_norm beside it may change its inputs",
         ),
+        (FakeModules(HEADS, types=("gemma4_text",)), "a.o_proj", "attention of gemma4_text does"),
+        (FakeModules(HEADS, types=("llama", "clip")), "a.o_proj", "the attention of clip does"),
+        (FakeModules(HEADS, types=()), "a.o_proj", "what the attention does .* is not known"),
         (FakeModules({"a.dense": (64, 64)}), "a.dense", "which module makes its inputs is not"),
         (FakeModules({}), "a.down_proj", "there is no such module"),
     ],
@@ -173,3 +193,39 @@ def test_powers_of_relu() -> None:
 def test_what_cannot_move(base: FakeModules, module: str, why: str) -> None:
     with pytest.raises(Unfoldable, match=why):
         moved(base, module, -1.0)
+
+
+@pytest.mark.parametrize(
+    ("config", "found"),
+    [
+        ({"swiglu_limit": 7.0}, {"swiglu_limit"}),
+        ({"swiglu_limits": [None, 16.0], "swiglu_limits_shared": [0, None]}, {"swiglu_limits"}),
+        ({"text_config": {"swiglu_limits_shared": [0.0, 16]}}, {"swiglu_limits_shared"}),
+        ({"thinker_config": {"text_config": {"clip_qkv": 8.0}}}, {"clip_qkv"}),
+        ({"attn_config": {"clip_qkv": None, "clamp_kqv": 6.0}}, {"clamp_kqv"}),
+        ({"mlp_up_softcap": 25.0}, {"mlp_up_softcap"}),
+        ({"model_type": "vl", "text_config": {"model_type": "gpt_oss"}}, {"model_type gpt_oss"}),
+        ({"model_type": "step3p5", "swiglu_limits": [None, 0, 0.0]}, set()),
+        ({"clip_qkv": None, "final_logit_softcapping": 30.0, "time_step_limit": [0.0, 1.0]}, set()),
+        ({"quantization_config": {"clamp": True}}, set()),
+    ],
+)
+def test_limits_that_a_config_tells(config: dict[str, Any], found: set[str]) -> None:
+    """A vector that moved across a clamp would be another model, and nothing else notices."""
+    assert limits(config) == found
+
+
+def test_models_that_clamp_by_default_are_known() -> None:
+    """Of every config class of transformers, by its source: a field that is missing in config.json
+    has the default of its class."""
+    models = Path(transformers.__file__).parent / "models"
+    seen = set()
+    for file in models.glob("*/configuration_*.py"):
+        for told in re.split(r"^class ", file.read_text(), flags=re.MULTILINE)[1:]:
+            kind = re.search(r'model_type = "(\w+)"', told)
+            fields = re.findall(r"^    (\w+): [^=\n]* = ([\d.]+)$", told, flags=re.MULTILINE)
+            found = {name: float(value) for name, value in fields if value.strip(".")}
+            if kind and limits(found):
+                seen.add(kind[1])
+    assert len(seen) >= 7
+    assert all(limits({"model_type": kind}) for kind in seen), seen

@@ -19,6 +19,7 @@ import infold
 import quantized_bases
 from infold.checkpoint.record import UNDO
 from infold.cli.main import app
+from infold.plan.fold import INSTEAD
 from quantized_bases import KINDS, REFUSED, Module
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the packages that write the bases
@@ -79,7 +80,7 @@ def vectors(seed: int = 0, powers: bool = False) -> dict[str, Tensor]:
         vector = 1 + 0.3 * torch.randn(shape, generator=random)
         if powers:
             vector = torch.exp2(torch.randint(-2, 3, shape, generator=random).float())
-        vector.view(-1)[:3] = torch.tensor([-1.0, 0.5, 2.0])
+        vector.view(-1)[:4] = torch.tensor([-1.0, 0.5, 2.0, 0.0])
         found[f"{LAYER}.{name}"] = vector
     return found
 
@@ -162,6 +163,7 @@ def test_no_fold(tmp_path: Path, kind: str) -> None:
     told = [reason for reason in caught.value.reasons if "ia3_l" in reason]
     assert len(told) == 2 == len(caught.value.reasons)
     assert all(why in reason for reason in caught.value.reasons)
+    assert all(reason.endswith(INSTEAD) for reason in caught.value.reasons)
     assert not (tmp_path / "out").exists()
 
 
@@ -172,8 +174,33 @@ def test_blocks_that_cross_rows(tmp_path: Path) -> None:
         tmp_path / "base", "", lambda w: encode(w[:, :96].contiguous() if len(w) == 64 else w)
     )
 
-    with pytest.raises(infold.Refusal, match="rows of 96 elements share blocks of 64"):
+    with pytest.raises(infold.Refusal, match=r"rows of 96 elements share blocks of 64.*--promote"):
         infold.merge(base.path, make_adapter(tmp_path / "adapter", vectors()), tmp_path / "out")
+
+
+def test_the_experts_of_mixtral(tmp_path: Path) -> None:
+    """The vector on the inputs of one expert's w2 goes to the rows of the same expert's w3."""
+    layer = f"{LAYER}.block_sparse_moe"
+    tensors, modules = {f"{layer}.gate.weight": torch.randn(3, 64)}, {}
+    for expert in range(3):
+        for name, shape in (("w1", (128, 64)), ("w2", (64, 128)), ("w3", (128, 64))):
+            path = f"{layer}.experts.{expert}.{name}"
+            modules[path] = made = KINDS["gptq"](torch.randn(shape) * 0.05)
+            tensors |= {f"{path}.{part}": t.contiguous() for part, t in made.tensors.items()}
+    base = handmade.base_folder(tmp_path / "base", tensors, {"quantization_config": made.config})
+    vector = torch.rand(1, 128) + 0.5
+    adapter = handmade.ia3(
+        tmp_path / "adapter", {f"{layer}.experts.1.w2": vector}, feedforward_modules=["w2"]
+    )
+
+    infold.merge(base, adapter, tmp_path / "out")
+
+    after, place = load_file(tmp_path / "out/model.safetensors"), f"{layer}.experts.1.w3"
+    changed = {name for name in tensors if not same(tensors[name], after[name])}
+    assert changed == {f"{place}.scales"}
+    exact = tensors[f"{place}.scales"].double() * vector.double()
+    assert torch.equal(after[f"{place}.scales"], exact.half())
+    assert infold.verify(base, adapter, tmp_path / "out").ok
 
 
 @pytest.mark.parametrize("kind", ["gptq", "ct-pack", "bnb-nf4"])
@@ -258,6 +285,23 @@ def test_a_lora_finds_no_place_in_scales(tmp_path: Path) -> None:
         infold.merge(base.path, adapter, tmp_path / "out")
 
 
+def test_a_clamp_of_some_layers_stands_between(tmp_path: Path) -> None:
+    """Step's limits are lists, by layer; its up_proj's outputs are clamped."""
+    base = make_base(tmp_path / "base", "gptq")
+    config = json.loads((base.path / "config.json").read_text())
+    config |= {"model_type": "step3p5", "swiglu_limits": [0.0], "swiglu_limits_shared": [16.0]}
+    (base.path / "config.json").write_text(json.dumps(config))
+    adapter = make_adapter(tmp_path / "adapter", vectors())
+
+    with pytest.raises(infold.Refusal, match=r"swiglu_limits_shared clamps.*--promote") as caught:
+        infold.merge(base.path, adapter, tmp_path / "out")
+
+    assert len(caught.value.reasons) == 1  # k_proj's outputs are scaled before any clamp
+    infold.merge(base.path, adapter, tmp_path / "out", promote=True)
+    assert base.parts(tmp_path / "out", "mlp.down_proj").keys() == {"weight"}
+    assert base.parts(tmp_path / "out", "mlp.up_proj").keys() > {"qweight"}
+
+
 def test_marlin_is_refused_by_name(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", "gptq")
     config = json.loads((base.path / "config.json").read_text())
@@ -274,7 +318,10 @@ def test_marlin_is_refused_by_name(tmp_path: Path) -> None:
         ("q_weight", "EXL2"),
         ("trellis", "EXL3"),
         ("Qidxs", "QuIP#"),
-        ("weight_blocks", "MXFP4"),
+        ("codes codebooks scales", "AQLM"),
+        ("indices centroids.weight perm", "VPTQ"),
+        ("dense_weights row_offsets col_vals in_perm", "SpQR"),
+        ("blocks scales", "MXFP4"),
         ("B s workspace", "Marlin"),
         ("weight_packed scale_packed meta", "Marlin"),
         ("weight weight_scale weight_scale_2", "NVFP4"),
@@ -297,6 +344,43 @@ def test_formats_without_row_scales_are_refused_by_name(
 
     assert len(caught.value.reasons) == 2
     assert all(name in reason for reason in caught.value.reasons)
+
+
+def test_the_experts_of_gpt_oss_are_refused_by_name(tmp_path: Path) -> None:
+    """One tensor of codes and one of exponents for all experts of a layer; attention is dense."""
+    experts, key = f"{LAYER}.mlp.experts", f"{LAYER}.self_attn.k_proj"
+    tensors = {f"{key}.weight": torch.randn(64, 64).bfloat16()}
+    for name, outputs in (("gate_up_proj", 192), ("down_proj", 64)):
+        tensors[f"{experts}.{name}_blocks"] = torch.zeros(4, outputs, 3, 16).byte()
+        tensors[f"{experts}.{name}_scales"] = torch.zeros(4, outputs, 3).byte()
+        tensors[f"{experts}.{name}_bias"] = torch.zeros(4, outputs).bfloat16()
+    told = {"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}}
+    base = handmade.base_folder(tmp_path / "base", tensors, told)
+    lora = handmade.adapter_folder(
+        tmp_path / "lora",
+        {
+            f"{experts}.lora_A.weight": torch.randn(16, 96),
+            f"{experts}.lora_B.weight": torch.randn(64, 16),
+        },
+        {
+            "peft_type": "LORA", "r": 4, "lora_alpha": 8,
+            "target_parameters": ["mlp.experts.down_proj"],
+        },
+    )  # fmt: skip
+
+    for mode in ({}, {"dequantize": True}, {"requantize": True}):
+        with pytest.raises(infold.Refusal) as caught:
+            infold.merge(base, lora, tmp_path / "out", **mode)
+        (reason,) = caught.value.reasons
+        assert f"{experts} is quantized (MXFP4), and lora changes single elements" in reason
+        assert reason.endswith("; and MXFP4 cannot be decoded here")
+
+    (found,) = infold.inspect(base)["quantization"]
+    assert (found["format"], found["modules"]) == ("MXFP4", 1)
+    assert found["no_fold"].startswith("MXFP4 is not supported")
+    ia3 = handmade.ia3(tmp_path / "ia3", {key: torch.rand(64, 1)})
+    infold.merge(base, ia3, tmp_path / "attention")
+    assert infold.verify(base, ia3, tmp_path / "attention").ok
 
 
 def test_dense_modules_of_a_quantized_base(tmp_path: Path) -> None:
@@ -369,6 +453,32 @@ def test_static_scales_of_activations_are_told(tmp_path: Path) -> None:
     assert any(note.startswith("2 static scales of activations") for note in receipt.notes)
 
 
+def test_torchao_s_static_scales_of_activations_are_told(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "torchao-int8-static")
+
+    receipt = infold.merge(
+        base.path, make_adapter(tmp_path / "adapter", vectors()), tmp_path / "out"
+    )
+
+    (note,) = [note for note in receipt.notes if "static scales" in note]
+    assert note.startswith("2 static") and "_proj._weight_act_quant_scale, ..." in note
+
+
+def test_a_reason_stands_once(tmp_path: Path) -> None:
+    """Why a vector finds no scales can be why the weight cannot be decoded, too."""
+    base = make_base(tmp_path / "base", "hqq")
+    path = base.path / "model.safetensors"
+    renamed = {n.replace(".scale", ".quant_scale"): t for n, t in load_file(path).items()}
+    save_file(renamed, path)
+
+    with pytest.raises(infold.Refusal) as caught:
+        infold.merge(base.path, make_adapter(tmp_path / "adapter", vectors()), tmp_path / "out")
+
+    assert len(caught.value.reasons) == 2
+    for reason in caught.value.reasons:
+        assert reason.endswith(": its scales are quantized themselves")
+
+
 def test_in_place_and_back(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", "bnb-nf4")
     kept = (base.path / "model.safetensors").read_bytes()
@@ -404,9 +514,7 @@ def test_small_scales_are_counted_and_hopeless_ones_refused(
         if name.endswith("scales"):
             tensors[name] = torch.full_like(tensors[name], size)
     save_file(tensors, base.path / "model.safetensors")
-    given = vectors()
-    given[f"{LAYER}.self_attn.k_proj"][3] = 0.0  # makes zeros that are meant
-    adapter, out = make_adapter(tmp_path / "adapter", given), tmp_path / "out"
+    adapter, out = make_adapter(tmp_path / "adapter", vectors()), tmp_path / "out"
 
     if error is not None and error > 0.05:
         with pytest.raises(infold.Refusal, match="below float16's normal range") as caught:
@@ -422,7 +530,7 @@ def test_small_scales_are_counted_and_hopeless_ones_refused(
         assert not told and not any(entry["subnormal"] for entry in found)
     else:
         count = sum(entry["subnormal"] for entry in found)
-        assert count == 63 * 4 + 128 * 2  # all but the zeros that are meant
+        assert count == 63 * 4 + 127 * 2  # all but the zeros that are meant
         assert f"{count:,} of {64 * 4 + 128 * 2:,}" in told[0] and "0 fell to zero" in told[0]
         assert all(0.5 * error < entry["error"] < 2 * error for entry in found)
 

@@ -3,6 +3,7 @@ does on the dequantized weights, in float64."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import infold
+from infold.adapters import Settings
+from infold.plan.fold import PLAIN_VALUES, Part, Place, Unfoldable, fold
+from infold.plan.kinds import limits, model_types
 from quantized_bases import Module
 
 SMALL = {
@@ -71,6 +75,13 @@ CASES = {
     ),
     "grouped values": Case(
         causal(hf.LlamaConfig(**GQA)), ["o_proj"], ["o_proj"], refused="grouped heads",
+    ),
+    "values with a norm that has no weight": Case(
+        causal(hf.Gemma4TextConfig(**{
+            **GQA, "num_key_value_heads": 4, "head_dim": 16, "global_head_dim": 16,
+            "hidden_size_per_layer_input": 0, "layer_types": ["full_attention"] * 2,
+        })),
+        ["o_proj"], ["o_proj"], refused="the attention of gemma4_text",
     ),
     "opt": Case(
         causal(hf.OPTConfig(**OPT, activation_function="relu")),
@@ -197,3 +208,107 @@ def test_folded_model(tmp_path: Path, calm: None, name: str) -> None:
     folded = outputs(dequantized(case.make(), tmp_path / "out", modules))
     assert (folded - unmerged).abs().max() < 3e-6 * size
     assert infold.verify(tmp_path / "base", tmp_path / "adapter", tmp_path / "out").ok
+
+
+TINY = {
+    **GQA, **T5, **OPT, "num_key_value_heads": 4, "head_dim": 16, "encoder_layers": 2,
+    "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 96, "decoder_ffn_dim": 96, "n_embd": 64, "n_layer": 2, "n_head": 4,
+    "n_positions": 64, "rotary_dim": 4, "embedding_size": 64, "num_experts": 4,
+    "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "bos_token_id": 1, "eos_token_id": 2, "forced_eos_token_id": 2,
+}  # fmt: skip
+
+
+def tiny(kind: str) -> nn.Module:
+    """A small model of a type, with a key and a value for each head, in float64."""
+    make = hf.CONFIG_MAPPING[kind]
+    config = make(**{name: n for name, n in TINY.items() if hasattr(make(), name)})
+    auto = hf.AutoModelForSeq2SeqLM if config.is_encoder_decoder else hf.AutoModelForMaskedLM
+    if type(config) not in auto._model_mapping:
+        auto = hf.AutoModelForCausalLM
+    torch.manual_seed(0)
+    model = auto.from_config(config, experts_implementation="eager").double().eval()
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def told(model: nn.Module) -> dict[str, Any]:
+    """The model's config.json."""
+    found: dict[str, Any] = json.loads(model.config.to_json_string())
+    return found
+
+
+@dataclass
+class InMemory:
+    """`Modules` of a model. types: what it is taken for."""
+
+    model: nn.Module
+    types: set[str]
+
+    def beside(self, module: str) -> set[str]:
+        above = self.model.get_submodule(module.rpartition(".")[0])
+        return {name for name, one in above.named_children() if list(one.parameters())}
+
+    def size(self, module: str) -> tuple[int, int] | None:
+        try:
+            layer = self.model.get_submodule(module)
+        except AttributeError:
+            return None
+        weight = getattr(layer, "weight", None)
+        return None if weight is None or weight.dim() != 2 else (len(weight), weight.shape[1])
+
+    def places(self, module: str, part: Part | None) -> list[Place]:
+        return [Place(module, Settings())]
+
+    def activations(self) -> set[str]:
+        return set()
+
+    def limits(self) -> set[str]:
+        return limits(told(self.model))
+
+    def model_types(self) -> set[str]:
+        return self.types
+
+
+def values_of_outputs(base: InMemory) -> dict[str, str]:
+    """Output projection of an attention -> where its inputs' vector goes."""
+    found = {}
+    for name, layer in base.model.named_modules():
+        if isinstance(layer, nn.Linear) and name.endswith(("o_proj", "out_proj", ".o", "dense")):
+            with contextlib.suppress(Unfoldable):
+                found[name] = fold(base, name, "in", lambda: torch.ones(1))[0].tensor
+    return found
+
+
+@pytest.mark.parametrize("kind", [*sorted(PLAIN_VALUES), "diffllama"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_factor_of_values_is_one_of_what_attention_makes_of_them(calm: None, kind: str) -> None:
+    """What the list of model types claims, in transformers' own forward. The last is not in it: a
+    difference of attentions, with a norm."""
+    model = tiny(kind)
+    pairs = values_of_outputs(InMemory(model, model_types(told(model))))
+    assert bool(pairs) == (kind in PLAIN_VALUES)
+    pairs = pairs or values_of_outputs(InMemory(model, {"llama"}))
+    assert len(pairs) >= 2
+    factors = {
+        n: 1 + 0.4 * torch.randn(model.get_submodule(v).out_features).double()
+        for n, v in pairs.items()
+    }
+    before = outputs(model)
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(lambda _, x, by=by: (x[0] * by, *x[1:]))
+        for name, by in factors.items()
+    ]
+    wanted = outputs(model)
+    for hook in hooks:
+        hook.remove()
+    for name, value in pairs.items():
+        model.get_submodule(value).register_forward_hook(lambda _, x, y, by=factors[name]: y * by)
+    moved = outputs(model)
+
+    change = (wanted - before).abs().max()
+    assert change > 0
+    assert ((moved - wanted).abs().max() < 1e-4 * change) == (kind in PLAIN_VALUES)

@@ -304,6 +304,32 @@ def test_fused_rows(kind: str, groups: int, module: str, tmp_path: Path) -> None
     assert np.array_equal(found["blk.0.attn_qkv.bias"][1], wanted[1][:, 0])
 
 
+@pytest.mark.parametrize(("name", "heads"), [("q", HEADS), ("k", GROUPS)])
+def test_a_bias_has_the_order_of_its_rows(name: str, heads: int, tmp_path: Path) -> None:
+    """Llama's queries and keys are interleaved by their own heads, and so are their biases."""
+
+    def interleaved(rows: np.ndarray) -> np.ndarray:
+        halves = rows.reshape(heads, 2, len(rows) // heads // 2, *rows.shape[1:])
+        return halves.swapaxes(1, 2).reshape(rows.shape)
+
+    weight, bias = matrix(ROWS), matrix(ROWS, 1)[:, 0]
+    scale = vectors(1, True, v=ROWS)["v"]
+    tensors = {
+        f"blk.0.attn_{name}.weight": ggufs.encode(interleaved(weight), "Q8_0"),
+        f"blk.0.attn_{name}.bias": ggufs.encode(interleaved(bias), "F32"),
+    }
+    file = one_layer(tmp_path, tensors)
+    adapter = handmade.ia3(tmp_path / "a", {f"model.layers.0.self_attn.{name}_proj": scale})
+
+    infold.merge(file, adapter, tmp_path / "m.gguf")
+
+    found = ggufs.read(tmp_path / "m.gguf")
+    by = scale.numpy().astype(np.float32)
+    wanted = ggufs.encode(interleaved(by * weight), "Q8_0")
+    assert np.array_equal(ggufs.decode(found[f"blk.0.attn_{name}.weight"]), ggufs.decode(wanted))
+    assert np.array_equal(found[f"blk.0.attn_{name}.bias"][1], interleaved(by[:, 0] * bias))
+
+
 def test_fused_rows_that_cannot_be_told_are_refused(tmp_path: Path) -> None:
     tensors = {"blk.0.attn_qkv.weight": ggufs.encode(matrix(64), "Q8_0")}
     file = one_layer(tmp_path, tensors, "falcon")  # two keys for four heads

@@ -9,6 +9,9 @@
     Int4Tensor                qdata [out, in / 2], scale and zero_point [in / group, out]
     Int4TilePackedTo4dTensor  qdata, in tiles, scale_and_zero [in / group, out, 2], padded
 
+Beside them may lie factors of the inputs (_weight_act_pre_scale), and a static scale and zero point
+of activations (_weight_act_quant_scale, _weight_act_quant_zero_point), which are no part of W.
+
 W = (code - zero_point) * scale. In the last two the zero is a value: W = code * scale + zero, with
 codes around 0, and a fold multiplies both.
 """
@@ -25,7 +28,7 @@ NAME = "torchao"
 CORE: tuple[str, ...] = ("_weight_qdata",)
 PARTS: tuple[str, ...] = (
     "_weight_qdata", "_weight_scale", "_weight_zero_point", "_weight_scale_and_zero",
-    "_weight_act_pre_scale",
+    "_weight_act_pre_scale", "_weight_act_quant_scale", "_weight_act_quant_zero_point",
 )  # fmt: skip
 _SCALE, _ZERO, _BOTH = "_weight_scale", "_weight_zero_point", "_weight_scale_and_zero"
 _BY_ROWS = ("Int8Tensor", "Float8Tensor", "IntxUnpackedToInt8Tensor")

@@ -16,18 +16,28 @@ _NAMES = {
     "Qidxs": "QuIP#",
     "indices": "VPTQ",
     "dense_weights": "SpQR",
-    "weight_blocks": "MXFP4",
     "B": "Marlin",
 }
+# The codes of gpt-oss, and the exponents beside them: by transformers, all experts of a layer as
+# one tensor each; and as OpenAI wrote them.
+_MXFP4 = {
+    "gate_up_proj_blocks": "gate_up_proj_scales",
+    "down_proj_blocks": "down_proj_scales",
+    "blocks": "scales",
+}
 NAME = "a format without scales by rows"
-CORE: tuple[str, ...] = (*_NAMES, "weight")
+CORE: tuple[str, ...] = (*_NAMES, *_MXFP4, "weight")
 PARTS: tuple[str, ...] = ()  # it is refused whatever it stores
 
 
 def accepts(stored: Stored) -> bool:
     if "weight" in stored.tensors:  # several codes a byte
         return stored.dtype("weight") == "U8" and "weight_scale" in stored.tensors
-    return any(part in stored.tensors for part in _NAMES)
+    return _is_mxfp4(stored) or any(part in stored.tensors for part in _NAMES)
+
+
+def _is_mxfp4(stored: Stored) -> bool:
+    return any(stored.tensors.keys() >= {codes, scales} for codes, scales in _MXFP4.items())
 
 
 def shape(stored: Stored) -> tuple[int, int]:
@@ -38,6 +48,8 @@ def words(stored: Stored) -> str:
     if "weight" in stored.tensors:  # under floats: BitNet's, ModelOpt's integers
         mx = stored.dtype("weight_scale") in ("U8", "F8_E8M0")
         return "MXFP4" if mx else "packed codes under a weight_scale"
+    if _is_mxfp4(stored):
+        return "MXFP4"
     return next(name for part, name in _NAMES.items() if part in stored.tensors)
 
 

@@ -274,9 +274,11 @@ class Consumer:
             places = fold(modules, path, side, lambda: self.adapter.read(key))
         except (Unfoldable, LookupError) as error:
             self.draft.stuck.add(name)
-            why = self.draft.unknown.get(name)
-            told = f"{str(error).removesuffix(INSTEAD)}; and {why}{self.instead}"
-            self.refuse(key, told if why else str(error).replace(INSTEAD, way))
+            told, why = str(error), self.draft.unknown.get(name)
+            if why is not None:  # so that no option helps
+                told = told.removesuffix(INSTEAD)
+                told += f"{'' if why in told else f'; and {why}'}{self.instead}"
+            self.refuse(key, told.replace(INSTEAD, way))
             return False
         if any(place.lossy for place in places):
             if below := int((self.adapter.read(key) < 0).sum()):

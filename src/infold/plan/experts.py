@@ -14,12 +14,13 @@ import itertools
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from infold.adapters import Settings
 from infold.adapters.exact import slices_for
 from infold.formats import NoFold
 from infold.plan.edits import Operation
+from infold.plan.kinds import model_types
 
 if TYPE_CHECKING:
     from infold.plan.consume import Consumer
@@ -45,7 +46,6 @@ _STRAIGHT = frozenset(
     "llama4_text solar_open".split()
 )
 _PEFT = 19  # 0.19 is the first that knows which dimension of an expert its outputs are
-_NESTED = 4  # levels of objects within a config.json
 _MOST = 6  # parameters of a module; which update is whose takes all their orders
 
 
@@ -120,6 +120,9 @@ def _is_experts(path: str, meant: Collection[str]) -> bool:
 def _not_there(
     consumer: Consumer, path: str, meant: Sequence[str], parts: Mapping[str, str]
 ) -> None:
+    if (quantized := consumer.quantized(path)) is not None:
+        consumer.into_scales("lora", path, path, dict(parts), *quantized)
+        return
     names = " or ".join(meant)
     where = "a GGUF file" if consumer.draft.base.is_gguf else "the base"
     near = consumer.draft.names.nearest(f"{path}.{meant[0]}.weight")
@@ -323,16 +326,6 @@ def _way_of_its_kind(consumer: Consumer) -> bool | None:
     version = re.match(r"0\.(\d+)\b", str(consumer.config.fields.get("peft_version") or "0.0"))
     if version and int(version[1]) < _PEFT:
         return None
-    kinds = _kinds(consumer.draft.base.config or {}, _NESTED)
+    kinds = model_types(consumer.draft.base.config or {})
     flipped, straight = not kinds.isdisjoint(_FLIPPED), not kinds.isdisjoint(_STRAIGHT)
     return flipped if flipped != straight else None
-
-
-def _kinds(config: Mapping[str, Any], depth: int) -> set[str]:
-    """The model types of a config and of those within it, as of a model that sees and reads."""
-    kind = config.get("model_type")
-    found = {kind} if isinstance(kind, str) else set()
-    for inner in config.values():
-        if isinstance(inner, dict) and depth:
-            found |= _kinds(inner, depth - 1)
-    return found

@@ -12,9 +12,10 @@ to the rows of the module that makes x, and to that one's bias:
     squared ReLU         x = relu(up(h))²                   sqrt(l) into up, where l >= 0
     attention            x = sum of softmax(...) * v(h)     l into v, where each head has its own v
 
-Nothing of this asks for the model's type: the partner is found by the names beside the module, the
-activation is what the config tells. What stands between the two must be known, so an unknown module
-beside them is a reason to refuse.
+The partner is found by the names beside the module, the activation is what the config tells. What
+stands between the two must be known, so an unknown module beside them is a reason to refuse. Only
+the last of these asks for the model's type: some attentions norm their values without a weight that
+would lie beside them (Gemma 4, Gemma 3n), or subtract two of them.
 
 This knows no container. What it needs of a base is the protocol `Modules`: `plan/quantized.py` is
 that of safetensors; one of GGUF answers from its own tensor names and metadata. Modules go by their
@@ -31,7 +32,16 @@ from torch import Tensor
 
 from infold.adapters import Settings
 
-__all__ = ["INSTEAD", "KNOWN_NAMES", "Modules", "Part", "Place", "Unfoldable", "fold"]
+__all__ = [
+    "INSTEAD",
+    "KNOWN_NAMES",
+    "PLAIN_VALUES",
+    "Modules",
+    "Part",
+    "Place",
+    "Unfoldable",
+    "fold",
+]
 
 
 class Unfoldable(ValueError):
@@ -91,6 +101,9 @@ class Modules(Protocol):
     def limits(self) -> Collection[str]:
         """Fields of the config that are set and clamp values inside of layers."""
 
+    def model_types(self) -> Collection[str]:
+        """What transformers calls this kind of model, and each part of it that has a config."""
+
 
 # A projection back to the hidden size -> (gate, up) beside it, or (fused,): gate first, then up.
 _GATED: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -110,6 +123,13 @@ _PLAIN = {
     "lin2": "lin1",
 }
 _VALUES = {"o_proj": "v_proj", "out_proj": "v_proj", "o": "v"}
+# Models whose attention makes its output projection's inputs by a product with the values alone,
+# by transformers' forward; a test tries it on a small model of each.
+PLAIN_VALUES = frozenset(
+    "llama mistral mixtral qwen2 qwen3 qwen2_moe qwen3_moe gemma gemma2 gemma3_text cohere cohere2 "
+    "granite olmo olmo2 olmo3 smollm3 stablelm starcoder2 nemotron opt gptj bart mbart marian "
+    "pegasus t5 mt5 umt5 bert roberta xlm-roberta camembert electra".split()
+)
 KNOWN_NAMES = frozenset(
     [*_PLAIN, *_PLAIN.values(), *_VALUES, *_VALUES.values()]
     + [name for down, ways in _GATED.items() for way in ways for name in (down, *way)]
@@ -118,7 +138,7 @@ KNOWN_NAMES = frozenset(
 _APART = frozenset(
     "self_attn self_attn_layer_norm encoder_attn encoder_attn_layer_norm final_layer_norm "
     "attention sa_layer_norm output_layer_norm "
-    "q_proj k_proj q_norm k_norm q k relative_attention_bias".split()
+    "q_proj k_proj q_norm k_norm q k relative_attention_bias rotary_emb".split()
 )
 _POWERS = {"relu": 1, "relu2": 2, "relu_squared": 2, "squared_relu": 2}  # relu(a x) = a^p relu(x)
 INSTEAD = "; --promote writes this weight unquantized instead"
@@ -232,6 +252,14 @@ def _power(base: Modules, maker: str) -> int:
 
 def _values(base: Modules, value: str, count: int) -> _Maker:
     """The values of an attention, where each head has its own."""
+    kinds = set(base.model_types())
+    unknown = kinds - PLAIN_VALUES
+    if unknown or not kinds:
+        told = f"of {', '.join(sorted(unknown))} " if unknown else ""
+        raise Unfoldable(
+            f"what the attention {told}does with the rows of {value} is not known here (maybe a "
+            f"norm without a weight), so its vector cannot be moved there{INSTEAD}"
+        )
     if limits := sorted(base.limits()):
         raise Unfoldable(f"the config's {', '.join(limits)} clamps values{INSTEAD}")
     size = base.size(value)

@@ -101,6 +101,7 @@ ARCHITECTURES: dict[str, _Architecture] = {
         activation="gelu",
     ),
 }  # fmt: skip
+_MODEL_TYPES = {"gemma3": "gemma3_text", "qwen3moe": "qwen3_moe"}  # where the names differ
 _BLOCK = re.compile(r"blk\.(\d{1,5})\.(\w+)\.weight")
 # Tensors of a block that have no part in what goes from one projection to the next.
 _APART = frozenset(
@@ -234,6 +235,9 @@ class GgufModules:
 
     def limits(self) -> Collection[str]:
         return {key for key, value in self.metadata.items() if "clamp" in key and value}
+
+    def model_types(self) -> Collection[str]:
+        return {_MODEL_TYPES.get(self.kind, self.kind)}
 
     # --- orders
 

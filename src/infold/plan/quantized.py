@@ -28,7 +28,8 @@ from infold.formats import (
 )
 from infold.formats.values import VALUES, NoValues
 from infold.plan.edits import Decoded, Nested
-from infold.plan.fold import Part, Place, Unfoldable
+from infold.plan.fold import INSTEAD, Part, Place, Unfoldable
+from infold.plan.kinds import limits, model_types
 from infold.plan.layouts import is_conv1d
 from infold.plan.match import Names
 
@@ -42,9 +43,11 @@ _ACTIVATIONS = (
     "feed_forward_proj", "activation",
 )  # fmt: skip
 _OFFLINE = ("weight_input", "weight_output", "q_attn", "k_cache")
-_LIMITS = ("swiglu_limit", "clip_qkv", "clip_kqv", "activation_limit")
 # Scales of activations that were measured without the adapter.
-_MEASURED = ("input_scale", "output_scale", "input_global_scale", "k_scale", "v_scale")
+_MEASURED = (
+    "input_scale", "output_scale", "input_global_scale", "k_scale", "v_scale",
+    "_weight_act_quant_scale",
+)  # fmt: skip
 _FEW_BITS = (
     "its scales have four bits, so that multiplying them rounds each by up to 6 %; --lossy does it "
     "and tells the error, or merge into the unquantized model"
@@ -292,7 +295,8 @@ class StoredModules:
                     lossy=scale.lossy,
                 )  # fmt: skip
         except (NoFold, NoValues) as error:
-            raise Unfoldable(f"{module} ({words_of(form, stored)}): {error}") from None
+            why = f"{module} ({words_of(form, stored)}): {error}"
+            raise Unfoldable(why + INSTEAD) from None
 
     def activations(self) -> Collection[str]:
         return {
@@ -303,7 +307,10 @@ class StoredModules:
         }
 
     def limits(self) -> Collection[str]:
-        return {name for name in _LIMITS for value in self._fields(name) if value}
+        return limits(self.base.config or {})
+
+    def model_types(self) -> Collection[str]:
+        return model_types(self.base.config or {})
 
     def _fields(self, name: str) -> Iterator[Any]:
         """A field of the config wherever it stands: at the top or in a part of the model."""
