@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from infold.adapters import METHODS, Geometry, Settings, lora, merge
 from infold.errors import Refusal
-from infold.tuners.classes import Front, put_before, take_away
+from infold.tuners.classes import Front, put_before, replaced_forward, take_away
 from infold.tuners.quantized import dequantized, is_bitsandbytes
 
 __all__ = ["DENSE", "KINDS", "Adapted", "Adapter", "Rows", "adapt", "kind_of"]
@@ -492,6 +492,8 @@ def adapt(module: nn.Module, rows: Rows) -> Adapted:
     assert kind is not None
     if hasattr(module, "adapters"):
         raise Refusal(f"{type(module).__name__} has an attribute `adapters` of its own")
+    if problem := replaced_forward(module):
+        raise Refusal(problem)
     put_before(kind, module)
     layer = cast(Adapted, module)
     layer.adapters = nn.ModuleDict()

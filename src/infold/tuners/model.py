@@ -23,6 +23,7 @@ from infold.tuners.classes import Front, put_before, take_away
 from infold.tuners.config import LoraConfig, TunerConfig
 from infold.tuners.embeddings import Swapped, bring
 from infold.tuners.layers import Adapted, Adapter, Rows, adapt
+from infold.tuners.offloading import offloaded, without_values
 from infold.tuners.parameters import adapt_parameter
 from infold.tuners.parts import layers_of, new_adapter
 from infold.tuners.quantized import keep_gradients
@@ -164,6 +165,8 @@ def insert(
     parameters = {path: module for path, (module, _) in selection.parameters.items()}
     if problems := clashes(layers | tied | parameters, selection.whole, attached.whole):
         raise Refusal(problems)
+    if problems := without_values(model, selection, _bias_names(model, selection), loaded is None):
+        raise Refusal(problems)
     if isinstance(config, LoraConfig) and config.bias != "none" and attached.biases:
         other = next(iter(attached.biases))
         raise Refusal(f"bias={config.bias!r}: the adapter {other!r} trains biases already")
@@ -193,7 +196,7 @@ def insert(
     for path, module in selection.whole.items():
         attached.whole[path] = add_whole(module, name, attached.rows)
     if isinstance(config, LoraConfig) and config.bias != "none":
-        attached.biases[name] = _biases(model, config, selection)
+        attached.biases[name] = _biases(model, _bias_names(model, selection))
 
 
 def _keep_off_fast_path(model: nn.Module, path: str, layer: nn.Module) -> None:
@@ -215,16 +218,24 @@ def _take_hook(layer: nn.Module) -> None:
             del layer._forward_pre_hooks[key]
 
 
-def _biases(model: AdaptedModel, config: LoraConfig, selection: Selection) -> Swapped:
+def _biases(model: AdaptedModel, names: set[str]) -> Swapped:
     bases = {id(place.merged): place.base for place in model._attached.merged.places}
-    own = {
-        path: bases.get(id(parameter), parameter)
-        for path, parameter in model.named_parameters()
-        if path.endswith("bias")
-        and ".adapters." not in path
-        and (config.bias == "all" or path.rpartition(".")[0] in selection.layers)
-    }
+    own = {n: bases.get(id(p), p) for n, p in model.named_parameters() if n in names}
     return Swapped(own, {name: parameter.detach().clone() for name, parameter in own.items()})
+
+
+def _bias_names(model: nn.Module, selection: Selection) -> set[str]:
+    """The biases that an adapter trains."""
+    config, layers = selection.config, selection.layers
+    wanted = config.bias if isinstance(config, LoraConfig) else "none"
+    return {
+        name
+        for name, _ in model.named_parameters()
+        if name.endswith("bias")
+        and ".adapters." not in name
+        and wanted != "none"
+        and (wanted == "all" or name.rpartition(".")[0] in layers)
+    }
 
 
 class AdaptedModel(Front):
@@ -441,8 +452,15 @@ class AdaptedModel(Front):
         """Have these adapters in the weights; other active ones run on top of them."""
         attached, wanted = self._attached, tuple(dict.fromkeys(names))
         check_order(attached, (*wanted, *attached.active))
+        self._check_in_memory(wanted)
         attached.merged = merging.merged(self, attached.merged, wanted)
         self._refresh()
+
+    def _check_in_memory(self, names: Sequence[str]) -> None:
+        layers = self._attached.layers.items()
+        own = ((p, m.holder) for p, m in layers if any(name in m.adapters for name in names))
+        if problems := offloaded(own, "cannot be merged into"):
+            raise Refusal(problems)
 
     def merge_and_unload(
         self,
@@ -462,6 +480,7 @@ class AdaptedModel(Front):
         names = tuple(dict.fromkeys((*attached.merged.names, *chosen)))
         self._known(names)
         check_order(attached, names)
+        self._check_in_memory(names)
         attached.merged = merging.merged(
             self, attached.merged, names, keep=False, dequantize=dequantize
         )

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 
 from infold.errors import Refusal
+from infold.tuners.classes import replaced_forward
 from infold.tuners.config import (
     READ_INITS,
     IA3Config,
@@ -82,6 +83,8 @@ def select(model: nn.Module, config: TunerConfig) -> Selection:
     }
     whole = {p: m for p, m in modules.items() if matches(config.modules_to_save, p)}
     problems += _unmatched("modules_to_save", config.modules_to_save, modules)
+    replaced = ((path, replaced_forward(module)) for path, module in whole.items())
+    problems += [f"modules_to_save: {path}: {why}" for path, why in replaced if why]
     # what lies in a module that is trained whole is trained with it, as in PEFT
     layers = {p: m for p, m in layers.items() if not within(p, whole)}
     for path, module in layers.items():
@@ -293,6 +296,8 @@ def _unfit(model: nn.Module, path: str, module: nn.Module, config: TunerConfig) 
             f"{path} is a {name}, which takes no adapter (kinds that do: {known}). Choose names "
             "that end at its inner layers, or give exclude_modules"
         ]
+    if problem := replaced_forward(module):
+        return [f"{path}: {problem}"]
     method = getattr(config, "method", config.METHOD)
     if method not in kind.METHODS:
         return [f"{path}: {method} does not exist for a {name}; it takes {', '.join(kind.METHODS)}"]

@@ -13,7 +13,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from infold.errors import Refusal
-from infold.tuners.classes import Front, put_before, take_away
+from infold.tuners.classes import Front, put_before, replaced_forward, take_away
 from infold.tuners.config import within
 from infold.tuners.layers import Adapted, Rows
 
@@ -81,6 +81,8 @@ def add_whole(module: nn.Module, name: str, rows: Rows) -> Whole:
         if hasattr(module, "adapters"):
             name = type(module).__name__
             raise Refusal(f"modules_to_save: a {name} has an attribute `adapters` of its own")
+        if problem := replaced_forward(module):
+            raise Refusal(f"modules_to_save: {problem}")
         own = copy.deepcopy(module)
         put_before(Whole, module)
         whole = cast(Whole, module)
