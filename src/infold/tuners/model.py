@@ -22,11 +22,12 @@ from infold.tuners import files, merging
 from infold.tuners.classes import Front, put_before, take_away
 from infold.tuners.config import LoraConfig, TunerConfig
 from infold.tuners.embeddings import Swapped, bring
-from infold.tuners.layers import Adapted, Adapter, Rows, adapt
+from infold.tuners.layers import Adapted, Adapter, adapt
 from infold.tuners.offloading import offloaded, without_values
 from infold.tuners.parameters import adapt_parameter
 from infold.tuners.parts import layers_of, new_adapter
 from infold.tuners.quantized import keep_gradients
+from infold.tuners.rows import Rows, in_order, mingling, refuse
 from infold.tuners.select import Selection, select
 from infold.tuners.vocabulary import TokenRows, check_order
 from infold.tuners.weighted import add_weighted
@@ -51,6 +52,7 @@ class Attached:
     embeddings: dict[str, Swapped] = field(default_factory=dict)  # others than the base's
     tokens: dict[str, TokenRows] = field(default_factory=dict)
     rows: Rows = field(default_factory=Rows)
+    mingling: dict[str, str] | None = None  # layers that see no rows of the batch; None: not known
     merged: merging.Merged = field(default_factory=lambda: merging.Merged())
     slow: list[nn.Module] = field(default_factory=list)  # 4-bit layers kept off a kernel
     hooked: bool = False  # whether inputs require gradients because of us
@@ -119,11 +121,14 @@ def _by_rows(cls: type[nn.Module], name: str) -> Any:
 
     @functools.wraps(plain)  # the Trainer reads forward's signature
     def method(self: AdaptedModel, *args: Any, **kwargs: Any) -> Any:
-        names = kwargs.pop("adapter_names", None)
-        if names is None:
-            return plain(self, *args, **kwargs)
-        with self._each_row(names, args, kwargs):
-            return plain(self, *args, **kwargs)
+        names, rows = kwargs.pop("adapter_names", None), self._attached.rows
+        if names is not None:
+            with self._each_row(names, args, kwargs):
+                return plain(self, *args, **kwargs)
+        if rows.index is not None:
+            with rows.one_of_many(in_order(args, kwargs)):
+                return plain(self, *args, **kwargs)
+        return plain(self, *args, **kwargs)
 
     return method
 
@@ -173,14 +178,14 @@ def insert(
     if rows.tokens and attached.merged.names:
         merged = ", ".join(attached.merged.names)
         raise Refusal(f"trainable_token_indices: unmerge {merged} first")
-    attached.configs[name] = config
+    attached.configs[name], attached.mingling = config, None
     bring(attached.embeddings, attached.merged.names)  # a new adapter begins from the base
     if not config.inference_mode:
         attached.slow += keep_gradients(model)
     if rows.tokens:
         attached.tokens[name] = rows
     adapted: dict[str, Callable[[Rows], Adapted]] = {
-        path: partial(adapt, module) for path, module in layers.items()
+        path: partial(adapt, module, path) for path, module in layers.items()
     }
     adapted |= {path: partial(adapt_parameter, *p) for path, p in selection.parameters.items()}
     for path, make in adapted.items():
@@ -191,10 +196,10 @@ def insert(
         )
         _keep_off_fast_path(model, path, layer.holder)
     for path, module in tied.items():
-        attached.layers[path] = layer = adapt(module, attached.rows)
+        attached.layers[path] = layer = adapt(module, path, attached.rows)
         layer.adapters[name] = attached.layers[rows.tied[path]].adapters[name]
     for path, module in selection.whole.items():
-        attached.whole[path] = add_whole(module, name, attached.rows)
+        attached.whole[path] = add_whole(module, path, name, attached.rows)
     if isinstance(config, LoraConfig) and config.bias != "none":
         attached.biases[name] = _biases(model, _bias_names(model, selection))
 
@@ -297,6 +302,7 @@ class AdaptedModel(Front):
         """Remove an adapter; one that is merged is taken out of the weights first."""
         self._known([adapter_name])
         attached = self._attached
+        attached.mingling = None
         left = tuple(name for name in attached.merged.names if name != adapter_name)
         attached.merged = merging.merged(self, attached.merged, left)
         if adapter_name in attached.biases:
@@ -411,20 +417,24 @@ class AdaptedModel(Front):
                 "adapter_names: with activation checkpointing, layers run again in the backward "
                 "pass, where nobody knows the rows any more; switch it off"
             )
-        inputs = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim())
-        first = next(inputs, None)
+        inputs = in_order(args, kwargs)
+        first = next((v for v in inputs if isinstance(v, Tensor) and v.dim()), None)
         if first is not None and len(first) != len(names):
             raise Refusal(f"{len(names)} adapter_names for a batch of {len(first)}")
-        used = tuple(dict.fromkeys(name for name in names if name != BASE))
-        places = {name: number for number, name in enumerate(used)} | {BASE: len(used)}
-        rows = attached.rows
-        was = (rows.names, rows.index, rows.kept)
-        rows.names, rows.index = used, torch.tensor([places[name] for name in names])
-        rows.kept = {}
-        try:
+        if len(set(names)) > 1:
+            self._check_rows(names)
+        with attached.rows.chosen(names, BASE, inputs):
             yield
-        finally:
-            rows.names, rows.index, rows.kept = was
+
+    def _check_rows(self, names: Sequence[str]) -> None:
+        """Raise Refusal where these adapters are on layers that do not see the batch's rows."""
+        attached = self._attached
+        own: dict[str, Any] = {p: m for p, m in attached.layers.items() if m.holder is m}
+        own |= attached.whole
+        if attached.mingling is None:
+            attached.mingling = mingling(self, own)
+        found = attached.mingling.items()
+        refuse({p: why for p, why in found if any(name in own[p].adapters for name in names)})
 
     # --- merging -----------------------------------------------------------------------------
 

@@ -17,7 +17,8 @@ from infold.adapters import Geometry, experts
 from infold.errors import Refusal
 from infold.tuners.classes import Front, put_before, replaced_forward, take_away
 from infold.tuners.config import LoraConfig, TunerConfig, matches
-from infold.tuners.layers import DENSE, Adapted, Rows
+from infold.tuners.layers import DENSE, Adapted
+from infold.tuners.rows import Rows
 
 __all__ = [
     "Holder",
