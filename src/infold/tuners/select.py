@@ -32,8 +32,8 @@ from infold.tuners.whole import Whole
 
 __all__ = ["Selection", "modules_of", "select"]
 
-# The kernels of these models read conv1d and out_proj's weights without calling the modules.
-_MAMBA = ("mamba", "mamba2", "falcon_mamba", "falcon_h1")
+# Mixers like Mamba's that call all of their projections but dt_proj: no kernel has the others.
+_CALLING = ("JambaMambaMixer", "ZambaMambaMixer")
 _HEADS = ("classifier", "score")  # that SEQ_CLS and TOKEN_CLS train whole, as PEFT does
 
 
@@ -150,6 +150,7 @@ def _with_targets(
             if kind_of(module) is not None
             and not isinstance(module, nn.Embedding | nn.MultiheadAttention)
             and not _is_conv(module)
+            and path.rpartition(".")[2] not in _read_by(_parent(model, path))
             and path not in output
             and not within(path, saved)
         ]
@@ -181,6 +182,29 @@ def _by_layout(config: TunerConfig, layers: dict[str, nn.Module]) -> TunerConfig
         stacklevel=3,
     )
     return replace(config, fan_in_fan_out=stored)
+
+
+def _parent(model: nn.Module, path: str) -> nn.Module:
+    return model.get_submodule(path.rpartition(".")[0])
+
+
+def _read_by(parent: nn.Module) -> tuple[str, ...]:
+    """The children of a module whose weights it reads without calling them, at least on a GPU.
+
+    State-space mixers are known by their structure: A_log beside a convolution; D, where it is not
+    linear attention. Mamba's kernels take the weights of all that comes after the convolution.
+    """
+    names = [cls.__name__ for cls in type(parent).__mro__]
+    if "WavLMAttention" in names:
+        return ("q_proj", "k_proj", "v_proj", "out_proj")
+    own, children = parent._parameters, parent._modules
+    if "A_log" not in own:
+        return ()
+    read = tuple(name for name in children if name.endswith("conv1d"))
+    if "D" not in own or "conv1d" not in children:
+        return read
+    inner = ("dt_proj",) if set(_CALLING) & set(names) else ("x_proj", "dt_proj", "out_proj")
+    return (*read, *inner)
 
 
 def _is_conv(module: nn.Module) -> bool:
@@ -306,7 +330,7 @@ def _unfit(model: nn.Module, path: str, module: nn.Module, config: TunerConfig) 
     groups = getattr(module, "n_groups", 1)  # DeepSeek-V4's grouped linear layer
     if isinstance(groups, int) and groups > 1:
         return [f"{path}: a {name} is {groups} layers side by side, not one matrix"]
-    parent = model.get_submodule(path.rpartition(".")[0])
+    parent = _parent(model, path)
     if isinstance(parent, nn.MultiheadAttention):
         return [
             f"{path}: MultiheadAttention reads this weight without calling the module; give the "
@@ -317,9 +341,11 @@ def _unfit(model: nn.Module, path: str, module: nn.Module, config: TunerConfig) 
             return [f"{path}: query, key and value of different sizes"]
         if isinstance(config, LoraConfig) and (config.lora_dropout or config.lora_bias):
             return [f"{path}: no lora_dropout and no lora_bias in MultiheadAttention"]
-    kind_of_model = getattr(getattr(model, "config", None), "model_type", None)
-    if kind_of_model in _MAMBA and path.rpartition(".")[2] in ("conv1d", "out_proj"):
-        return [f"{path}: the kernels of {kind_of_model} read this weight without calling it"]
+    if path.rpartition(".")[2] in _read_by(parent):
+        return [
+            f"{path}: {type(parent).__name__} reads this weight without calling the module, so "
+            "that an adapter on it would do nothing"
+        ]
     if isinstance(config, LoraConfig):
         if _is_conv(module) and getattr(module, "groups", 1) > 1:
             return [

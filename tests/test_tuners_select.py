@@ -1,0 +1,79 @@
+"""Configs that mean nothing, or layers on which an adapter would do nothing, are refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+
+from infold.errors import Refusal
+from infold.tuners import IA3Config, LoraConfig, attach
+
+SIZE = dict(hidden_size=16, num_hidden_layers=2, vocab_size=31)
+HEADS = dict(num_attention_heads=4, num_key_value_heads=2, intermediate_size=24)
+MAMBA2 = dict(mamba_n_heads=4, mamba_d_head=8, mamba_n_groups=1, mamba_d_state=4)
+MIXERS: dict[str, dict[str, Any]] = {
+    "mamba": SIZE,
+    "mamba2": SIZE | dict(num_heads=4, head_dim=8, n_groups=1, state_size=4),
+    "falcon_mamba": SIZE,
+    "falcon_h1": SIZE | HEADS | MAMBA2 | dict(mamba_d_ssm=32),
+    "bamba": SIZE | HEADS | MAMBA2,
+    "granitemoehybrid": SIZE | HEADS | MAMBA2 | dict(layer_types=["mamba", "attention"]),
+    "nemotron_h": {},
+    "zamba2": {},
+}
+
+
+def on_meta(kind: str, fields: dict[str, Any]) -> Any:
+    with torch.device("meta"):
+        return hf.AutoModelForCausalLM.from_config(hf.CONFIG_MAPPING[kind](**fields))
+
+
+@pytest.mark.parametrize("kind", MIXERS)
+def test_what_kernels_read_without_calling_it_is_no_target(calm: None, kind: str) -> None:
+    model = on_meta(kind, MIXERS[kind])
+    with pytest.raises(Refusal, match=r"out_proj: \w+ reads this weight without calling"):
+        attach(model, LoraConfig(r=2, target_modules=["out_proj"]))
+
+    wanted = ".*mamba.*in_proj" if kind == "zamba2" else "all-linear"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of experts that are parameters
+        attach(model, LoraConfig(r=2, target_modules=wanted))
+
+    found = {path.rpartition(".")[2] for path in model._attached.layers}
+    assert "in_proj" in found and not found & {"conv1d", "dt_proj", "out_proj"}
+
+
+def test_mixers_that_call_their_projections_take_adapters(calm: None) -> None:
+    jamba = SIZE | HEADS | dict(num_experts=1, attn_layer_period=2, attn_layer_offset=1)
+    jamba |= dict(use_mamba_kernels=False, mamba_dt_rank=4, mamba_d_state=4)
+    model = hf.AutoModelForCausalLM.from_config(hf.CONFIG_MAPPING["jamba"](**jamba)).eval()
+    attach(model, LoraConfig(r=2, target_modules=["x_proj", "mamba.out_proj"]))
+    ids = torch.randint(3, 31, (2, 5))
+
+    model(ids, labels=ids).loss.backward()
+
+    own = {n: p.grad for n, p in model.named_parameters() if "lora_B" in n}
+    assert own and all(grad is not None and grad.any() for grad in own.values())
+    with pytest.raises(Refusal, match="dt_proj: JambaMambaMixer reads this weight"):
+        attach(model.unload(), LoraConfig(r=2, target_modules=["dt_proj"]))
+
+
+def test_projections_of_linear_attention_take_adapters(calm: None) -> None:
+    fields = SIZE | HEADS | dict(head_dim=4, layer_types=["linear_attention", "full_attention"])
+    model = on_meta("qwen3_next", fields)
+    attach(model, LoraConfig(r=2, target_modules=["linear_attn.out_proj"]))
+    inputs = dict(target_modules=["conv1d"], feedforward_modules=[])
+    with pytest.raises(Refusal, match=r"conv1d: Qwen3NextGatedDeltaNet reads this weight"):
+        attach(on_meta("qwen3_next", fields), IA3Config(**inputs))
+
+
+def test_attention_that_reads_weights_is_no_target(calm: None) -> None:
+    fields = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24)
+    fields |= dict(conv_dim=[8, 8], conv_stride=[2, 2], conv_kernel=[3, 3])
+    fields |= dict(num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2)
+    model = hf.WavLMModel(hf.WavLMConfig(**fields))
+    with pytest.raises(Refusal, match=r"q_proj: WavLMAttention reads this weight"):
+        attach(model, LoraConfig(r=2, target_modules=["q_proj"]))
