@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import transformers as hf
 
 from infold.errors import Refusal
 from infold.tuners import IA3Config, LoraConfig, attach
+from tiny_models import new_model
 
 SIZE = dict(hidden_size=16, num_hidden_layers=2, vocab_size=31)
 HEADS = dict(num_attention_heads=4, num_key_value_heads=2, intermediate_size=24)
@@ -77,3 +79,17 @@ def test_attention_that_reads_weights_is_no_target(calm: None) -> None:
     model = hf.WavLMModel(hf.WavLMConfig(**fields))
     with pytest.raises(Refusal, match=r"q_proj: WavLMAttention reads this weight"):
         attach(model, LoraConfig(r=2, target_modules=["q_proj"]))
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_second_adapter_is_told_how_its_layers_store_weights(calm: None, given: bool) -> None:
+    model = attach(new_model("gpt2"), LoraConfig(r=2, fan_in_fan_out=True), "a")
+
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        attach(model, LoraConfig(r=2, fan_in_fan_out=given), "b")
+
+    assert model.peft_config["b"].fan_in_fan_out is True
+    assert [str(warning.message) for warning in told] == (
+        [] if given else ["fan_in_fan_out is set to True, since the targets are Conv1D"]
+    )

@@ -23,7 +23,7 @@ from infold.tuners.config import (
     matches,
     within,
 )
-from infold.tuners.layers import KINDS, Adapted, AdaptedOpaque, kind_of
+from infold.tuners.layers import KINDS, Adapted, AdaptedConv1D, AdaptedOpaque, kind_of
 from infold.tuners.parameters import Holder, find_parameters, named, unfit
 from infold.tuners.quantized import is_readable
 from infold.tuners.targets import find_targets, fused_experts
@@ -171,7 +171,7 @@ def _with_targets(
 
 def _by_layout(config: TunerConfig, layers: dict[str, nn.Module]) -> TunerConfig:
     """fan_in_fan_out as the layers store their weights; here nothing depends on it, but in PEFT."""
-    kinds = {type(module).__name__ == "Conv1D" for module in layers.values()}
+    kinds = {kind_of(module) is AdaptedConv1D for module in layers.values()}
     stored = kinds == {True}
     if len(kinds) > 1 or config.fan_in_fan_out == stored:
         return config
