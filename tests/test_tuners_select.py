@@ -93,3 +93,52 @@ def test_a_second_adapter_is_told_how_its_layers_store_weights(calm: None, given
     assert [str(warning.message) for warning in told] == (
         [] if given else ["fan_in_fan_out is set to True, since the targets are Conv1D"]
     )
+
+
+@pytest.mark.parametrize(
+    ("fields", "messages"),
+    [
+        (
+            dict(rank_pattern={"q_prj": 7, "v_proj": 3}, alpha_pattern={"nope": 3}),
+            [
+                "rank_pattern: 'q_prj' means no target of the adapter; near it: q_proj",
+                "alpha_pattern: 'nope' means no target of the adapter; there are: q_proj, v_proj",
+            ],
+        ),
+        (
+            dict(rank_pattern={"up_proj": 7}),  # which is there, but is no target
+            ["rank_pattern: 'up_proj' means no target of the adapter"],
+        ),
+        (
+            dict(layers_to_transform=[0, 99, 7]),
+            ["layers_to_transform: no target is in layer 7, 99; they are in 0, 1"],
+        ),
+        (
+            dict(layers_to_transform=2, layers_pattern="layers"),
+            ["layers_to_transform: no target is in layer 2; they are in 0, 1"],
+        ),
+    ],
+)
+def test_patterns_that_mean_no_target_are_refused(
+    calm: None, fields: dict[str, Any], messages: list[str]
+) -> None:
+    model = new_model("llama")
+    with pytest.raises(Refusal) as refused:
+        attach(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], **fields))
+
+    assert len(refused.value.reasons) >= len(messages)
+    for told, message in zip(refused.value.reasons, messages, strict=False):
+        assert told.startswith(f"LoraConfig: {message}")
+    assert type(model) is type(new_model("llama"))
+
+
+def test_patterns_of_parameters_and_layers_are_taken(calm: None) -> None:
+    model = new_model("llama")
+    fields = dict(layers_to_transform=[1, 0], rank_pattern={r"layers\.1\.self_attn\..*": 3})
+    attach(model, LoraConfig(r=2, target_modules=["q_proj"], **fields))
+    ranks = [
+        layer.self_attn.q_proj.adapters["default"].lora_A.shape[0] for layer in model.model.layers
+    ]
+    assert ranks == [2, 3]
+    rank = dict(rank_pattern={"q_proj.weight": 3})
+    attach(new_model("llama"), LoraConfig(r=2, target_parameters=["q_proj.weight"], **rank))

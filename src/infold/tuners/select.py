@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from torch import nn
@@ -20,6 +20,7 @@ from infold.tuners.config import (
     LoraConfig,
     Names,
     TunerConfig,
+    is_ending,
     matches,
     within,
 )
@@ -98,6 +99,7 @@ def select(model: nn.Module, config: TunerConfig) -> Selection:
             problems.append(f"{named(path)}: its module is one of {field_name}, too")
         elif problem := unfit(path, module, name):
             problems.append(problem)
+    problems += _idle(config, modules, (*layers, *map(named, parameters)))
     if not layers and not parameters and not problems:
         problems.append("no module is left: every target is excluded, or in no wanted layer")
     rows, strangers = find_rows(model, modules, config)
@@ -238,11 +240,21 @@ def _shortest(paths: Iterable[str], modules: dict[str, nn.Module]) -> list[str]:
 
 
 def _in_wanted_layer(config: TunerConfig, path: str) -> bool:
-    """PEFT's layers_to_transform: the first number of a path, or that after layers_pattern."""
+    wanted = _wanted_layers(config)
+    return wanted is None or _layer_number(config, path) in wanted
+
+
+def _wanted_layers(config: TunerConfig) -> list[int] | None:
+    """PEFT's layers_to_transform; None: all."""
     if not isinstance(config, LoraConfig) or config.layers_to_transform is None:
-        return True
+        return None
     wanted = config.layers_to_transform
-    wanted = [wanted] if isinstance(wanted, int) else wanted
+    return [wanted] if isinstance(wanted, int) else list(wanted)
+
+
+def _layer_number(config: TunerConfig, path: str) -> int | None:
+    """The number in a path that follows layers_pattern; without one, the first number."""
+    assert isinstance(config, LoraConfig)
     patterns = config.layers_pattern or []
     patterns = [patterns] if isinstance(patterns, str) else patterns
     if patterns:
@@ -250,7 +262,36 @@ def _in_wanted_layer(config: TunerConfig, path: str) -> bool:
         number = next((m for m in found if m), None)
     else:
         number = re.match(r".*\.[^.]*\.(\d+)\.", path)
-    return number is not None and int(number[1]) in wanted
+    return None if number is None else int(number[1])
+
+
+def _idle(config: TunerConfig, modules: Iterable[str], targets: Collection[str]) -> Iterator[str]:
+    """Patterns that mean no target, and numbers of layers that have none."""
+    if not isinstance(config, LoraConfig):
+        return
+    for field_name in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, field_name):
+            if not targets or any(is_ending(pattern, path) for path in targets):
+                continue
+            near = _near(pattern, {path.rpartition(".")[2] for path in targets})
+            yield f"{field_name}: {pattern!r} means no target of the adapter; {near}"
+    there = {
+        _layer_number(config, path)
+        for path in modules
+        if matches(config.target_modules, path) and not matches(config.exclude_modules, path)
+    }
+    numbers = {number for number in there if number is not None}
+    strangers = sorted(set(_wanted_layers(config) or ()) - numbers)
+    if numbers and strangers:
+        yield (
+            f"layers_to_transform: no target is in layer {', '.join(map(str, strangers))}; they "
+            f"are in {', '.join(map(str, sorted(numbers)))}"
+        )
+
+
+def _near(name: str, there: Collection[str]) -> str:
+    near = difflib.get_close_matches(name.rpartition(".")[2], sorted(there), n=4, cutoff=0.5)
+    return f"near it: {', '.join(near)}" if near else f"there are: {', '.join(sorted(there)[:20])}"
 
 
 def _unmatched(field: str, names: Names, modules: Iterable[str]) -> list[str]:
@@ -272,8 +313,7 @@ def _unmatched(field: str, names: Names, modules: Iterable[str]) -> list[str]:
             continue
         kind = "the pattern" if isinstance(names, str) else "the name"
         leaves = sorted({path.rpartition(".")[2] for path in paths} - {str(n) for n in range(999)})
-        near = difflib.get_close_matches(name.rpartition(".")[2], leaves, n=4, cutoff=0.5)
-        hint = f"near it: {', '.join(near)}" if near else f"there are: {', '.join(leaves[:20])}"
+        hint = _near(name, leaves)
         problems.append(f"{field}: {kind} {name!r} means no module of the model; {hint}")
     return problems
 
@@ -293,8 +333,7 @@ def _unmatched_parameters(
             for own, p in module.named_parameters(recurse=False)
             if p.dim() > 1
         }
-        near = difflib.get_close_matches(name.rpartition(".")[2], known, n=4, cutoff=0.5)
-        hint = f"near it: {', '.join(near)}" if near else f"there are: {', '.join(sorted(known))}"
+        hint = _near(name, known)
         problems.append(f"target_parameters: {name!r} means no parameter of the model; {hint}")
     return problems
 
