@@ -142,3 +142,20 @@ def test_patterns_of_parameters_and_layers_are_taken(calm: None) -> None:
     assert ranks == [2, 3]
     rank = dict(rank_pattern={"q_proj.weight": 3})
     attach(new_model("llama"), LoraConfig(r=2, target_parameters=["q_proj.weight"], **rank))
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_combined_adapter_is_trained_if_one_of_its_parents_is(calm: None, trained: bool) -> None:
+    model = attach(new_model("llama"), LoraConfig(r=2, inference_mode=not trained), "a")
+    attach(model, LoraConfig(r=2, inference_mode=True), "b")
+    model.add_weighted_adapter(["a", "b"], [0.5, 0.5], "c", "cat")
+    assert not any(p.requires_grad for n, p in model.named_parameters() if ".c." in n)
+
+    model.set_adapter("c")
+
+    own = [p.requires_grad for n, p in model.named_parameters() if ".adapters.c." in n]
+    assert own == [trained] * len(own) and own
+    if trained:
+        ids = torch.randint(3, 31, (2, 7))
+        model(ids, labels=ids).loss.backward()
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)

@@ -341,8 +341,9 @@ class AdaptedModel(Front):
     ) -> None:
         """Combine adapters, each with its weight, into a new one, which is not active yet.
 
-        It has the tensors that `infold combine` writes (docs/combine.md), which also tells the
-        types; default: svd for LoRA, linear for IA³. svd_rank: default the largest rank.
+        It is trained if one of them is. It has the tensors that `infold combine` writes
+        (docs/combine.md), which also tells the types; default: svd for LoRA, linear for IA³.
+        svd_rank: default the largest rank.
         svd_clamp: cuts both factors at this quantile of their elements. density: the share of
         elements that pruning keeps, in (0, 1]. seed: for DARE. What was no sum, such as a saved
         module that is carried over, is told in a warning.
