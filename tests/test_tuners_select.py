@@ -144,6 +144,38 @@ def test_patterns_of_parameters_and_layers_are_taken(calm: None) -> None:
     attach(new_model("llama"), LoraConfig(r=2, target_parameters=["q_proj.weight"], **rank))
 
 
+def bart() -> Any:
+    config = hf.BartConfig(
+        vocab_size=31, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, pad_token_id=0,
+        max_position_embeddings=64, bos_token_id=1, eos_token_id=2, decoder_start_token_id=2,
+        forced_eos_token_id=None, scale_embedding=True,
+    )  # fmt: skip
+    return hf.BartForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("make", [bart, lambda: new_model("opt")])
+@pytest.mark.parametrize("dora", [False, True])
+def test_embeddings_that_do_not_look_up_what_they_get_are_refused(
+    calm: None, make: Any, dora: bool
+) -> None:
+    with pytest.raises(Refusal, match=r"embed_positions: the forward of a \w+ is not Embedding's"):
+        attach(make(), LoraConfig(r=2, target_modules=["embed_positions"], use_dora=dora))
+
+
+def test_scaled_embeddings_are_taken(calm: None) -> None:
+    model = bart().eval()
+    attach(model, LoraConfig(r=2, target_modules=["shared"], init_lora_weights=False))
+    attach(model, LoraConfig(r=2, target_modules=["shared"], init_lora_weights=False), "second")
+    ids = torch.randint(3, 31, (2, 7))
+    with torch.no_grad():
+        adapted = model(ids, decoder_input_ids=ids).logits
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the tie is undone
+            merged = model.merge_and_unload()(ids, decoder_input_ids=ids).logits
+    assert (adapted - merged).abs().max() < 1e-5 * merged.abs().max()
+
+
 @pytest.mark.parametrize("trained", [True, False])
 def test_a_combined_adapter_is_trained_if_one_of_its_parents_is(calm: None, trained: bool) -> None:
     model = attach(new_model("llama"), LoraConfig(r=2, inference_mode=not trained), "a")

@@ -418,6 +418,13 @@ def _is_conv1d(module: nn.Module) -> bool:
     return ("transformers.pytorch_utils", "Conv1D") in names
 
 
+def _looks_up(module: nn.Module) -> bool:
+    """Whether an embedding gives rows of its table, scaled at most, for the numbers it gets; those
+    of positions often count for themselves."""
+    scaled = hasattr(module, "embed_scale") and set(module._parameters) == {"weight"}
+    return scaled or type(module).forward is nn.Embedding.forward
+
+
 def _is_dense(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     return isinstance(weight, Tensor) and weight.dtype in DENSE
@@ -438,7 +445,7 @@ DENSE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 KINDS: tuple[tuple[type[Adapted], Callable[[nn.Module], bool]], ...] = (
     (AdaptedAttention, lambda m: isinstance(m, nn.MultiheadAttention)),
     (AdaptedConv1D, _is_conv1d),
-    (AdaptedEmbedding, lambda m: isinstance(m, nn.Embedding) and _is_dense(m)),
+    (AdaptedEmbedding, lambda m: isinstance(m, nn.Embedding) and _is_dense(m) and _looks_up(m)),
     (
         AdaptedConv,
         lambda m: isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d),

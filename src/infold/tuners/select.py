@@ -353,6 +353,11 @@ def _holder(name: str, modules: Iterable[str]) -> str | None:
 def _unfit(model: nn.Module, path: str, module: nn.Module, config: TunerConfig) -> list[str]:
     kind = kind_of(module)
     name = type(module).__name__
+    if kind is None and isinstance(module, nn.Embedding):
+        return [
+            f"{path}: the forward of a {name} is not Embedding's, so nobody knows what an adapter "
+            "on its table would do"
+        ]
     if kind is None:
         known = ", ".join(k.__name__.removeprefix("Adapted") for k, _ in KINDS)
         return [
