@@ -12,6 +12,7 @@ import transformers as hf
 from infold.errors import Refusal
 from infold.tuners import IA3Config, LoraConfig, attach
 from tiny_models import new_model
+from tuner_cases import Mlp
 
 SIZE = dict(hidden_size=16, num_hidden_layers=2, vocab_size=31)
 HEADS = dict(num_attention_heads=4, num_key_value_heads=2, intermediate_size=24)
@@ -174,6 +175,12 @@ def test_scaled_embeddings_are_taken(calm: None) -> None:
             warnings.simplefilter("ignore")  # the tie is undone
             merged = model.merge_and_unload()(ids, decoder_input_ids=ids).logits
     assert (adapted - merged).abs().max() < 1e-5 * merged.abs().max()
+
+
+def test_what_is_missing_is_asked_for(calm: None) -> None:
+    with pytest.raises(Refusal, match=r"a Mlp does not tell .* give feedforward_modules \(\[\]"):
+        attach(Mlp(), IA3Config(target_modules=["lin0"]))
+    attach(Mlp(), IA3Config(target_modules=["lin0"], feedforward_modules=[]))
 
 
 @pytest.mark.parametrize("trained", [True, False])

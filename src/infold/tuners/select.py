@@ -161,7 +161,14 @@ def _with_targets(
             way = "; target_parameters names them" if isinstance(config, LoraConfig) else ""
             warnings.warn(f"all-linear: {sentence}{way}", UserWarning, stacklevel=2)
     if isinstance(config, IA3Config) and config.feedforward_modules is None:
-        found = find_targets(model, config.METHOD)
+        try:
+            found = find_targets(model, config.METHOD)
+        except Refusal:
+            raise Refusal(
+                f"IA3Config: the structure of a {type(model).__name__} does not tell which targets "
+                "are feed-forward layers, whose inputs are scaled; give feedforward_modules ([] "
+                "for none)"
+            ) from None
         inner = [
             path
             for path in modules
