@@ -269,12 +269,14 @@ def within(path: str, others: Iterable[str]) -> bool:
     return any(path == other or path.startswith(f"{other}.") for other in others)
 
 
+def is_ending(pattern: str, path: str) -> bool:
+    """Whether a pattern of rank_pattern or alpha_pattern matches a whole trailing path."""
+    return re.match(rf"(.*\.)?({pattern})$", path) is not None
+
+
 def _matching(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
-    """The value of the first pattern that matches a whole trailing path."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
-            return value
-    return default
+    """The value of the first pattern that means a path."""
+    return next((value for p, value in patterns.items() if is_ending(p, path)), default)
 
 
 def _strings(value: Any) -> bool:

@@ -201,6 +201,12 @@ def brought(
     found: dict[int, tuple[str, str, Tensor]] = {}
     for key, path in keys.items():
         parameter = parameters[path]
+        if parameter.is_meta:  # as accelerate leaves what it offloads
+            problems.append(
+                f"{file.path}: {key}: the model's own has no values to compare it with; load the "
+                "model without offloading"
+            )
+            continue
         shape = file.tensors[key].shape
         if shape != tuple(parameter.shape):
             told = f"{file.path}: {key}: shape {list(shape)}, the model has "

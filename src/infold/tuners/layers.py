@@ -8,7 +8,7 @@ Only its class becomes a subclass, made here, of the class it had (as FSDP2 does
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from infold.adapters import METHODS, Geometry, Settings, lora, merge
 from infold.errors import Refusal
-from infold.tuners.classes import Front, put_before, take_away
+from infold.tuners.classes import Front, put_before, replaced_forward, take_away
 from infold.tuners.quantized import dequantized, is_bitsandbytes
+from infold.tuners.rows import Rows
 
-__all__ = ["DENSE", "KINDS", "Adapted", "Adapter", "Rows", "adapt", "kind_of"]
+__all__ = ["DENSE", "KINDS", "Adapted", "Adapter", "adapt", "kind_of"]
 
 
 _GATHERED = 4  # rows for each adapter of a batch, up to which a table of all rows is kept
@@ -56,34 +57,6 @@ class Adapter(nn.Module):
     def extra_repr(self) -> str:
         shapes = ", ".join(f"{name} {list(part.shape)}" for name, part in self.parts.items())
         return f"{self.method}: {shapes}"
-
-
-@dataclass
-class Rows:
-    """Which adapter each row of the running batch uses; shared by all layers of a model.
-
-    names: the adapters in use. index: for each row a place in `names`, or len(names): the base.
-    kept: what layers made of that without gradients, for the rest of this forward or generate: no
-    later one sees it, so it cannot be out of date.
-    """
-
-    names: tuple[str, ...] = ()
-    index: Tensor | None = None
-    kept: dict[Any, Any] = field(default_factory=dict)
-
-    def spread(self, count: int, device: torch.device) -> Tensor:
-        """The index for `count` rows of activations: beams and tokens repeat a row in place."""
-        assert self.index is not None
-        if self.index.device != device:
-            self.index = self.index.to(device)
-        if count == len(self.index):
-            return self.index
-        if count % len(self.index):
-            raise Refusal(
-                f"adapter_names has {len(self.index)} entries, but a layer sees {count} rows; "
-                "give one name for each row of the batch"
-            )
-        return self.index.repeat_interleave(count // len(self.index))
 
 
 @dataclass(frozen=True)
@@ -188,6 +161,7 @@ class Adapted(Front):
     weight_name = "weight"  # of the parameter that the adapters change
     _runs: tuple[Adapter, ...]  # those in force, in order; empty: as the base
     _rows: Rows
+    _path: str  # in the model
 
     @property
     def holder(self) -> nn.Module:
@@ -197,7 +171,7 @@ class Adapted(Front):
     def leave(self) -> None:
         """Make the module what it was before `adapt`."""
         del self.adapters
-        for name in ("_runs", "_rows"):
+        for name in ("_runs", "_rows", "_path"):
             self.__dict__.pop(name, None)
         take_away(self)
 
@@ -240,7 +214,7 @@ class Adapted(Front):
         return found
 
     def _mix(self, count: int, device: torch.device) -> Mixture:
-        index, names = self._rows.spread(count, device), self._rows.names
+        index, names = self._rows.spread(count, device, self._path), self._rows.names
         own = self.adapters._modules
         used = {n: cast(Adapter, own[n]) for n in names if n in own}
         scales: dict[str, dict[str, Tensor]] = {"in": {}, "out": {}}
@@ -444,6 +418,13 @@ def _is_conv1d(module: nn.Module) -> bool:
     return ("transformers.pytorch_utils", "Conv1D") in names
 
 
+def _looks_up(module: nn.Module) -> bool:
+    """Whether an embedding gives rows of its table, scaled at most, for the numbers it gets; those
+    of positions often count for themselves."""
+    scaled = hasattr(module, "embed_scale") and set(module._parameters) == {"weight"}
+    return scaled or type(module).forward is nn.Embedding.forward
+
+
 def _is_dense(module: nn.Module) -> bool:
     """Whether the weight lies there as it is. torchao's tensors tell the dtype that they stand for;
     FSDP's are parts of plain ones."""
@@ -468,7 +449,7 @@ DENSE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 KINDS: tuple[tuple[type[Adapted], Callable[[nn.Module], bool]], ...] = (
     (AdaptedAttention, lambda m: isinstance(m, nn.MultiheadAttention)),
     (AdaptedConv1D, _is_conv1d),
-    (AdaptedEmbedding, lambda m: isinstance(m, nn.Embedding) and _is_dense(m)),
+    (AdaptedEmbedding, lambda m: isinstance(m, nn.Embedding) and _is_dense(m) and _looks_up(m)),
     (
         AdaptedConv,
         lambda m: isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d),
@@ -488,16 +469,18 @@ def kind_of(module: nn.Module) -> type[Adapted] | None:
     return next((kind for kind, accepts in KINDS if accepts(module)), None)
 
 
-def adapt(module: nn.Module, rows: Rows) -> Adapted:
-    """Make a module an adapted one, without adapters yet. Nothing else of it changes."""
+def adapt(module: nn.Module, path: str, rows: Rows) -> Adapted:
+    """Make the module at a path an adapted one, without adapters yet; nothing else changes."""
     if isinstance(module, Adapted):
         return module
     kind = kind_of(module)
     assert kind is not None
     if hasattr(module, "adapters"):
         raise Refusal(f"{type(module).__name__} has an attribute `adapters` of its own")
+    if problem := replaced_forward(module):
+        raise Refusal(problem)
     put_before(kind, module)
     layer = cast(Adapted, module)
     layer.adapters = nn.ModuleDict()
-    layer._runs, layer._rows = (), rows
+    layer._runs, layer._rows, layer._path = (), rows, path
     return layer

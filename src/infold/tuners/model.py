@@ -22,10 +22,12 @@ from infold.tuners import files, merging
 from infold.tuners.classes import Front, put_before, take_away
 from infold.tuners.config import LoraConfig, TunerConfig
 from infold.tuners.embeddings import Swapped, bring
-from infold.tuners.layers import Adapted, Adapter, Rows, adapt
+from infold.tuners.layers import Adapted, Adapter, adapt
+from infold.tuners.offloading import offloaded, without_values
 from infold.tuners.parameters import adapt_parameter
 from infold.tuners.parts import layers_of, new_adapter
 from infold.tuners.quantized import keep_gradients
+from infold.tuners.rows import Rows, in_order, mingling, refuse
 from infold.tuners.select import Selection, select
 from infold.tuners.vocabulary import TokenRows, check_order
 from infold.tuners.weighted import add_weighted
@@ -50,6 +52,7 @@ class Attached:
     embeddings: dict[str, Swapped] = field(default_factory=dict)  # others than the base's
     tokens: dict[str, TokenRows] = field(default_factory=dict)
     rows: Rows = field(default_factory=Rows)
+    mingling: dict[str, str] | None = None  # layers that see no rows of the batch; None: not known
     merged: merging.Merged = field(default_factory=lambda: merging.Merged())
     slow: list[nn.Module] = field(default_factory=list)  # 4-bit layers kept off a kernel
     hooked: bool = False  # whether inputs require gradients because of us
@@ -130,11 +133,14 @@ def _by_rows(cls: type[nn.Module], name: str) -> Any:
 
     @functools.wraps(plain)  # the Trainer reads forward's signature
     def method(self: AdaptedModel, *args: Any, **kwargs: Any) -> Any:
-        names = kwargs.pop("adapter_names", None)
-        if names is None:
-            return plain(self, *args, **kwargs)
-        with self._each_row(names, args, kwargs):
-            return plain(self, *args, **kwargs)
+        names, rows = kwargs.pop("adapter_names", None), self._attached.rows
+        if names is not None:
+            with self._each_row(names, args, kwargs):
+                return plain(self, *args, **kwargs)
+        if rows.index is not None:
+            with rows.one_of_many(in_order(args, kwargs)):
+                return plain(self, *args, **kwargs)
+        return plain(self, *args, **kwargs)
 
     return method
 
@@ -176,20 +182,22 @@ def insert(
     parameters = {path: module for path, (module, _) in selection.parameters.items()}
     if problems := clashes(layers | tied | parameters, selection.whole, attached.whole):
         raise Refusal(problems)
+    if problems := without_values(model, selection, _bias_names(model, selection), loaded is None):
+        raise Refusal(problems)
     if isinstance(config, LoraConfig) and config.bias != "none" and attached.biases:
         other = next(iter(attached.biases))
         raise Refusal(f"bias={config.bias!r}: the adapter {other!r} trains biases already")
     if rows.tokens and attached.merged.names:
         merged = ", ".join(attached.merged.names)
         raise Refusal(f"trainable_token_indices: unmerge {merged} first")
-    attached.configs[name] = config
+    attached.configs[name], attached.mingling = config, None
     bring(attached.embeddings, attached.merged.names)  # a new adapter begins from the base
     if not config.inference_mode:
         attached.slow += keep_gradients(model)
     if rows.tokens:
         attached.tokens[name] = rows
     adapted: dict[str, Callable[[Rows], Adapted]] = {
-        path: partial(adapt, module) for path, module in layers.items()
+        path: partial(adapt, module, path) for path, module in layers.items()
     }
     adapted |= {path: partial(adapt_parameter, *p) for path, p in selection.parameters.items()}
     for path, make in adapted.items():
@@ -200,12 +208,12 @@ def insert(
         )
         _keep_off_fast_path(model, path, layer.holder)
     for path, module in tied.items():
-        attached.layers[path] = layer = adapt(module, attached.rows)
+        attached.layers[path] = layer = adapt(module, path, attached.rows)
         layer.adapters[name] = attached.layers[rows.tied[path]].adapters[name]
     for path, module in selection.whole.items():
-        attached.whole[path] = add_whole(module, name, attached.rows)
+        attached.whole[path] = add_whole(module, path, name, attached.rows)
     if isinstance(config, LoraConfig) and config.bias != "none":
-        attached.biases[name] = _biases(model, config, selection)
+        attached.biases[name] = _biases(model, _bias_names(model, selection))
 
 
 def _keep_off_fast_path(model: nn.Module, path: str, layer: nn.Module) -> None:
@@ -227,16 +235,24 @@ def _take_hook(layer: nn.Module) -> None:
             del layer._forward_pre_hooks[key]
 
 
-def _biases(model: AdaptedModel, config: LoraConfig, selection: Selection) -> Swapped:
+def _biases(model: AdaptedModel, names: set[str]) -> Swapped:
     bases = {id(place.merged): place.base for place in model._attached.merged.places}
-    own = {
-        path: bases.get(id(parameter), parameter)
-        for path, parameter in model.named_parameters()
-        if path.endswith("bias")
-        and ".adapters." not in path
-        and (config.bias == "all" or path.rpartition(".")[0] in selection.layers)
-    }
+    own = {n: bases.get(id(p), p) for n, p in model.named_parameters() if n in names}
     return Swapped(own, {name: parameter.detach().clone() for name, parameter in own.items()})
+
+
+def _bias_names(model: nn.Module, selection: Selection) -> set[str]:
+    """The biases that an adapter trains."""
+    config, layers = selection.config, selection.layers
+    wanted = config.bias if isinstance(config, LoraConfig) else "none"
+    return {
+        name
+        for name, _ in model.named_parameters()
+        if name.endswith("bias")
+        and ".adapters." not in name
+        and wanted != "none"
+        and (wanted == "all" or name.rpartition(".")[0] in layers)
+    }
 
 
 class AdaptedModel(Front):
@@ -298,6 +314,7 @@ class AdaptedModel(Front):
         """Remove an adapter; one that is merged is taken out of the weights first."""
         self._known([adapter_name])
         attached = self._attached
+        attached.mingling = None
         left = tuple(name for name in attached.merged.names if name != adapter_name)
         attached.merged = merging.merged(self, attached.merged, left)
         if adapter_name in attached.biases:
@@ -336,8 +353,9 @@ class AdaptedModel(Front):
     ) -> None:
         """Combine adapters, each with its weight, into a new one, which is not active yet.
 
-        It has the tensors that `infold combine` writes (docs/combine.md), which also tells the
-        types; default: svd for LoRA, linear for IA³. svd_rank: default the largest rank.
+        It is trained if one of them is. It has the tensors that `infold combine` writes
+        (docs/combine.md), which also tells the types; default: svd for LoRA, linear for IA³.
+        svd_rank: default the largest rank.
         svd_clamp: cuts both factors at this quantile of their elements. density: the share of
         elements that pruning keeps, in (0, 1]. seed: for DARE. What was no sum, such as a saved
         module that is carried over, is told in a warning.
@@ -412,20 +430,24 @@ class AdaptedModel(Front):
                 "adapter_names: with activation checkpointing, layers run again in the backward "
                 "pass, where nobody knows the rows any more; switch it off"
             )
-        inputs = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim())
-        first = next(inputs, None)
+        inputs = in_order(args, kwargs)
+        first = next((v for v in inputs if isinstance(v, Tensor) and v.dim()), None)
         if first is not None and len(first) != len(names):
             raise Refusal(f"{len(names)} adapter_names for a batch of {len(first)}")
-        used = tuple(dict.fromkeys(name for name in names if name != BASE))
-        places = {name: number for number, name in enumerate(used)} | {BASE: len(used)}
-        rows = attached.rows
-        was = (rows.names, rows.index, rows.kept)
-        rows.names, rows.index = used, torch.tensor([places[name] for name in names])
-        rows.kept = {}
-        try:
+        if len(set(names)) > 1:
+            self._check_rows(names)
+        with attached.rows.chosen(names, BASE, inputs):
             yield
-        finally:
-            rows.names, rows.index, rows.kept = was
+
+    def _check_rows(self, names: Sequence[str]) -> None:
+        """Raise Refusal where these adapters are on layers that do not see the batch's rows."""
+        attached = self._attached
+        own: dict[str, Any] = {p: m for p, m in attached.layers.items() if m.holder is m}
+        own |= attached.whole
+        if attached.mingling is None:
+            attached.mingling = mingling(self, own)
+        found = attached.mingling.items()
+        refuse({p: why for p, why in found if any(name in own[p].adapters for name in names)})
 
     # --- merging -----------------------------------------------------------------------------
 
@@ -453,8 +475,15 @@ class AdaptedModel(Front):
         """Have these adapters in the weights; other active ones run on top of them."""
         attached, wanted = self._attached, tuple(dict.fromkeys(names))
         check_order(attached, (*wanted, *attached.active))
+        self._check_in_memory(wanted)
         attached.merged = merging.merged(self, attached.merged, wanted)
         self._refresh()
+
+    def _check_in_memory(self, names: Sequence[str]) -> None:
+        layers = self._attached.layers.items()
+        own = ((p, m.holder) for p, m in layers if any(name in m.adapters for name in names))
+        if problems := offloaded(own, "cannot be merged into"):
+            raise Refusal(problems)
 
     def merge_and_unload(
         self,
@@ -474,6 +503,7 @@ class AdaptedModel(Front):
         names = tuple(dict.fromkeys((*attached.merged.names, *chosen)))
         self._known(names)
         check_order(attached, names)
+        self._check_in_memory(names)
         attached.merged = merging.merged(
             self, attached.merged, names, keep=False, dequantize=dequantize
         )

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from infold.adapters import Geometry, experts
 from infold.errors import Refusal
-from infold.tuners.classes import Front, put_before, take_away
+from infold.tuners.classes import Front, put_before, replaced_forward, take_away
 from infold.tuners.config import LoraConfig, TunerConfig, matches
-from infold.tuners.layers import DENSE, Adapted, Rows
+from infold.tuners.layers import DENSE, Adapted
+from infold.tuners.rows import Rows
 
 __all__ = [
     "Holder",
@@ -69,6 +70,8 @@ def unfit(path: str, module: nn.Module, name: str) -> str | None:
         return f"{where}: its module has an adapter of its own; leave it out of target_modules"
     if not isinstance(module, Holder) and hasattr(module, "adapters"):
         return f"{where}: {type(module).__name__} has an attribute `adapters` of its own"
+    if problem := replaced_forward(module):
+        return f"{where}: {problem}"
     return None
 
 
@@ -157,6 +160,8 @@ def adapt_parameter(module: nn.Module, name: str, rows: Rows) -> Parameter:
     if not isinstance(module, Holder):
         if hasattr(module, "adapters"):
             raise Refusal(f"{type(module).__name__} has adapters, or an attribute of that name")
+        if problem := replaced_forward(module):
+            raise Refusal(problem)
         put_before(Holder, module)
         cast(Holder, module).adapters = nn.ModuleDict()
     holder = cast(Holder, module)

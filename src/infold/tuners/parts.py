@@ -13,6 +13,7 @@ from infold.adapters.exact import slices_for
 from infold.dtypes import NAMES
 from infold.tuners.config import IA3Config, LoraConfig, TunerConfig
 from infold.tuners.layers import Adapted, Adapter, Stage
+from infold.tuners.offloading import home_of
 from infold.tuners.parameters import Parameter
 from infold.tuners.parameters import named as parameter_name
 from infold.tuners.select import Selection
@@ -32,15 +33,16 @@ def new_adapter(
         width = own_parameter(layer).shape[1]
         settings, method, dropout = Settings(tokens=tokens, out=width), "trainable_tokens", 0.0
     own = own_parameter(layer)
+    home = home_of(layer.holder, own)
     if loaded is not None:
         parts = {part: value.clone() for part, value in loaded.items()}
     else:
-        with torch.device("meta" if own.is_meta else "cpu"), torch.no_grad():
+        with torch.device("meta" if home.type == "meta" else "cpu"), torch.no_grad():
             # attaching makes it the only active one: of the others it sees what is merged
             alone = Stage(layer, (), (), {})
             parts = METHODS[method].init(layer.geometry(), settings, alone)
     dtype = own.dtype if own.dtype in (torch.float32, torch.float64) else torch.float32
-    parts = {part: value.to(own.device, dtype) for part, value in parts.items()}
+    parts = {part: value.to(home, dtype) for part, value in parts.items()}
     return Adapter(method, parts, settings, dropout).train(layer.training)
 
 

@@ -7,22 +7,24 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from torch import nn
 
 from infold.errors import Refusal
+from infold.tuners.classes import replaced_forward
 from infold.tuners.config import (
     READ_INITS,
     IA3Config,
     LoraConfig,
     Names,
     TunerConfig,
+    is_ending,
     matches,
     within,
 )
-from infold.tuners.layers import KINDS, Adapted, AdaptedOpaque, kind_of
+from infold.tuners.layers import KINDS, Adapted, AdaptedConv1D, AdaptedOpaque, kind_of
 from infold.tuners.parameters import Holder, find_parameters, named, unfit
 from infold.tuners.quantized import is_readable
 from infold.tuners.targets import find_targets, fused_experts
@@ -31,8 +33,8 @@ from infold.tuners.whole import Whole
 
 __all__ = ["Selection", "modules_of", "select", "targeted"]
 
-# The kernels of these models read conv1d and out_proj's weights without calling the modules.
-_MAMBA = ("mamba", "mamba2", "falcon_mamba", "falcon_h1")
+# Mixers like Mamba's that call all of their projections but dt_proj: no kernel has the others.
+_CALLING = ("JambaMambaMixer", "ZambaMambaMixer")
 _HEADS = ("classifier", "score")  # that SEQ_CLS and TOKEN_CLS train whole, as PEFT does
 
 
@@ -76,6 +78,8 @@ def select(model: nn.Module, config: TunerConfig) -> Selection:
     whole = {p: m for p, m in modules.items() if matches(config.modules_to_save, p)}
     problems += _unmatched("modules_to_save", config.modules_to_save, modules)
     layers = targeted(modules, config, whole)
+    replaced = ((path, replaced_forward(module)) for path, module in whole.items())
+    problems += [f"modules_to_save: {path}: {why}" for path, why in replaced if why]
     for path, module in layers.items():
         problems += _unfit(model, path, module, config)
     parameters = find_parameters(modules, config)
@@ -87,6 +91,7 @@ def select(model: nn.Module, config: TunerConfig) -> Selection:
             problems.append(f"{named(path)}: its module is one of {field_name}, too")
         elif problem := unfit(path, module, name):
             problems.append(problem)
+    problems += _idle(config, modules, (*layers, *map(named, parameters)))
     if not layers and not parameters and not problems:
         problems.append("no module is left: every target is excluded, or in no wanted layer")
     rows, strangers = find_rows(model, modules, config)
@@ -154,6 +159,7 @@ def _with_targets(
             if kind_of(module) is not None
             and not isinstance(module, nn.Embedding | nn.MultiheadAttention)
             and not _is_conv(module)
+            and path.rpartition(".")[2] not in _read_by(_parent(model, path))
             and path not in output
             and not within(path, saved)
         ]
@@ -162,7 +168,14 @@ def _with_targets(
             way = "; target_parameters names them" if isinstance(config, LoraConfig) else ""
             warnings.warn(f"all-linear: {sentence}{way}", UserWarning, stacklevel=2)
     if isinstance(config, IA3Config) and config.feedforward_modules is None:
-        found = find_targets(model, config.METHOD)
+        try:
+            found = find_targets(model, config.METHOD)
+        except Refusal:
+            raise Refusal(
+                f"IA3Config: the structure of a {type(model).__name__} does not tell which targets "
+                "are feed-forward layers, whose inputs are scaled; give feedforward_modules ([] "
+                "for none)"
+            ) from None
         inner = [
             path
             for path in modules
@@ -174,7 +187,7 @@ def _with_targets(
 
 def _by_layout(config: TunerConfig, layers: dict[str, nn.Module]) -> TunerConfig:
     """fan_in_fan_out as the layers store their weights; here nothing depends on it, but in PEFT."""
-    kinds = {type(module).__name__ == "Conv1D" for module in layers.values()}
+    kinds = {kind_of(module) is AdaptedConv1D for module in layers.values()}
     stored = kinds == {True}
     if len(kinds) > 1 or config.fan_in_fan_out == stored:
         return config
@@ -185,6 +198,29 @@ def _by_layout(config: TunerConfig, layers: dict[str, nn.Module]) -> TunerConfig
         stacklevel=3,
     )
     return replace(config, fan_in_fan_out=stored)
+
+
+def _parent(model: nn.Module, path: str) -> nn.Module:
+    return model.get_submodule(path.rpartition(".")[0])
+
+
+def _read_by(parent: nn.Module) -> tuple[str, ...]:
+    """The children of a module whose weights it reads without calling them, at least on a GPU.
+
+    State-space mixers are known by their structure: A_log beside a convolution; D, where it is not
+    linear attention. Mamba's kernels take the weights of all that comes after the convolution.
+    """
+    names = [cls.__name__ for cls in type(parent).__mro__]
+    if "WavLMAttention" in names:
+        return ("q_proj", "k_proj", "v_proj", "out_proj")
+    own, children = parent._parameters, parent._modules
+    if "A_log" not in own:
+        return ()
+    read = tuple(name for name in children if name.endswith("conv1d"))
+    if "D" not in own or "conv1d" not in children:
+        return read
+    inner = ("dt_proj",) if set(_CALLING) & set(names) else ("x_proj", "dt_proj", "out_proj")
+    return (*read, *inner)
 
 
 def _is_conv(module: nn.Module) -> bool:
@@ -218,11 +254,21 @@ def _shortest(paths: Iterable[str], modules: dict[str, nn.Module]) -> list[str]:
 
 
 def _in_wanted_layer(config: TunerConfig, path: str) -> bool:
-    """PEFT's layers_to_transform: the first number of a path, or that after layers_pattern."""
+    wanted = _wanted_layers(config)
+    return wanted is None or _layer_number(config, path) in wanted
+
+
+def _wanted_layers(config: TunerConfig) -> list[int] | None:
+    """PEFT's layers_to_transform; None: all."""
     if not isinstance(config, LoraConfig) or config.layers_to_transform is None:
-        return True
+        return None
     wanted = config.layers_to_transform
-    wanted = [wanted] if isinstance(wanted, int) else wanted
+    return [wanted] if isinstance(wanted, int) else list(wanted)
+
+
+def _layer_number(config: TunerConfig, path: str) -> int | None:
+    """The number in a path that follows layers_pattern; without one, the first number."""
+    assert isinstance(config, LoraConfig)
     patterns = config.layers_pattern or []
     patterns = [patterns] if isinstance(patterns, str) else patterns
     if patterns:
@@ -230,7 +276,36 @@ def _in_wanted_layer(config: TunerConfig, path: str) -> bool:
         number = next((m for m in found if m), None)
     else:
         number = re.match(r".*\.[^.]*\.(\d+)\.", path)
-    return number is not None and int(number[1]) in wanted
+    return None if number is None else int(number[1])
+
+
+def _idle(config: TunerConfig, modules: Iterable[str], targets: Collection[str]) -> Iterator[str]:
+    """Patterns that mean no target, and numbers of layers that have none."""
+    if not isinstance(config, LoraConfig):
+        return
+    for field_name in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, field_name):
+            if not targets or any(is_ending(pattern, path) for path in targets):
+                continue
+            near = _near(pattern, {path.rpartition(".")[2] for path in targets})
+            yield f"{field_name}: {pattern!r} means no target of the adapter; {near}"
+    there = {
+        _layer_number(config, path)
+        for path in modules
+        if matches(config.target_modules, path) and not matches(config.exclude_modules, path)
+    }
+    numbers = {number for number in there if number is not None}
+    strangers = sorted(set(_wanted_layers(config) or ()) - numbers)
+    if numbers and strangers:
+        yield (
+            f"layers_to_transform: no target is in layer {', '.join(map(str, strangers))}; they "
+            f"are in {', '.join(map(str, sorted(numbers)))}"
+        )
+
+
+def _near(name: str, there: Collection[str]) -> str:
+    near = difflib.get_close_matches(name.rpartition(".")[2], sorted(there), n=4, cutoff=0.5)
+    return f"near it: {', '.join(near)}" if near else f"there are: {', '.join(sorted(there)[:20])}"
 
 
 def _unmatched(field: str, names: Names, modules: Iterable[str]) -> list[str]:
@@ -252,8 +327,7 @@ def _unmatched(field: str, names: Names, modules: Iterable[str]) -> list[str]:
             continue
         kind = "the pattern" if isinstance(names, str) else "the name"
         leaves = sorted({path.rpartition(".")[2] for path in paths} - {str(n) for n in range(999)})
-        near = difflib.get_close_matches(name.rpartition(".")[2], leaves, n=4, cutoff=0.5)
-        hint = f"near it: {', '.join(near)}" if near else f"there are: {', '.join(leaves[:20])}"
+        hint = _near(name, leaves)
         problems.append(f"{field}: {kind} {name!r} means no module of the model; {hint}")
     return problems
 
@@ -273,8 +347,7 @@ def _unmatched_parameters(
             for own, p in module.named_parameters(recurse=False)
             if p.dim() > 1
         }
-        near = difflib.get_close_matches(name.rpartition(".")[2], known, n=4, cutoff=0.5)
-        hint = f"near it: {', '.join(near)}" if near else f"there are: {', '.join(sorted(known))}"
+        hint = _near(name, known)
         problems.append(f"target_parameters: {name!r} means no parameter of the model; {hint}")
     return problems
 
@@ -294,12 +367,19 @@ def _holder(name: str, modules: Iterable[str]) -> str | None:
 def _unfit(model: nn.Module, path: str, module: nn.Module, config: TunerConfig) -> list[str]:
     kind = kind_of(module)
     name = type(module).__name__
+    if kind is None and isinstance(module, nn.Embedding):
+        return [
+            f"{path}: the forward of a {name} is not Embedding's, so nobody knows what an adapter "
+            "on its table would do"
+        ]
     if kind is None:
         known = ", ".join(k.__name__.removeprefix("Adapted") for k, _ in KINDS)
         return [
             f"{path} is a {name}, which takes no adapter (kinds that do: {known}). Choose names "
             "that end at its inner layers, or give exclude_modules"
         ]
+    if problem := replaced_forward(module):
+        return [f"{path}: {problem}"]
     method = getattr(config, "method", config.METHOD)
     if method not in kind.METHODS:
         return [f"{path}: {method} does not exist for a {name}; it takes {', '.join(kind.METHODS)}"]
@@ -308,7 +388,7 @@ def _unfit(model: nn.Module, path: str, module: nn.Module, config: TunerConfig) 
     groups = getattr(module, "n_groups", 1)  # DeepSeek-V4's grouped linear layer
     if isinstance(groups, int) and groups > 1:
         return [f"{path}: a {name} is {groups} layers side by side, not one matrix"]
-    parent = model.get_submodule(path.rpartition(".")[0])
+    parent = _parent(model, path)
     if isinstance(parent, nn.MultiheadAttention):
         return [
             f"{path}: MultiheadAttention reads this weight without calling the module; give the "
@@ -319,9 +399,11 @@ def _unfit(model: nn.Module, path: str, module: nn.Module, config: TunerConfig) 
             return [f"{path}: query, key and value of different sizes"]
         if isinstance(config, LoraConfig) and (config.lora_dropout or config.lora_bias):
             return [f"{path}: no lora_dropout and no lora_bias in MultiheadAttention"]
-    kind_of_model = getattr(getattr(model, "config", None), "model_type", None)
-    if kind_of_model in _MAMBA and path.rpartition(".")[2] in ("conv1d", "out_proj"):
-        return [f"{path}: the kernels of {kind_of_model} read this weight without calling it"]
+    if path.rpartition(".")[2] in _read_by(parent):
+        return [
+            f"{path}: {type(parent).__name__} reads this weight without calling the module, so "
+            "that an adapter on it would do nothing"
+        ]
     if isinstance(config, LoraConfig):
         if _is_conv(module) and getattr(module, "groups", 1) > 1:
             return [

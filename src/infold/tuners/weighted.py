@@ -43,7 +43,8 @@ def add_weighted(
         try:
             plan = plan_combination([folder / a for a in adapters], weights, kind, **options)
             write_combination(plan, folder / "combined.out")
-            model.load_adapter(folder / "combined.out", name)
+            trained = any(not model._attached.configs[a].inference_mode for a in adapters)
+            model.load_adapter(folder / "combined.out", name, is_trainable=trained)
         except Refusal as refusal:
             reasons = [reason.replace(f"{folder}/", "") for reason in refusal.reasons]
             raise Refusal(reasons) from None

@@ -13,9 +13,10 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from infold.errors import Refusal
-from infold.tuners.classes import Front, put_before, take_away
+from infold.tuners.classes import Front, put_before, replaced_forward, take_away
 from infold.tuners.config import within
-from infold.tuners.layers import Adapted, Rows
+from infold.tuners.layers import Adapted
+from infold.tuners.rows import Rows
 
 __all__ = ["Whole", "add_whole", "clashes", "restore_whole"]
 
@@ -26,6 +27,7 @@ class Whole(Front):
     adapters: nn.ModuleDict
     _in_force: str | None  # the adapter whose copy runs
     _rows: Rows
+    _path: str  # in the model
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         if self._rows.index is not None:
@@ -37,7 +39,7 @@ class Whole(Front):
     def _mixed(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Each row through its own adapter's copy."""
         y = cast(Tensor, super().forward(x, *args, **kwargs))
-        index = self._rows.spread(x.shape[0], x.device)
+        index = self._rows.spread(x.shape[0], x.device, self._path)
         for number, name in enumerate(self._rows.names):
             if name in self.adapters:
                 rows = (index == number).nonzero().flatten()
@@ -75,16 +77,21 @@ def _clash(adapters: nn.ModuleDict, what: str) -> str:
     return f"{', '.join(names)} {what}; leave it out, or call {gone} before"
 
 
-def add_whole(module: nn.Module, name: str, rows: Rows) -> Whole:
-    """Give a module a copy that the adapter `name` trains."""
+def add_whole(module: nn.Module, path: str, name: str, rows: Rows) -> Whole:
+    """Give the module at a path a copy that the adapter `name` trains."""
     if not isinstance(module, Whole):
         if hasattr(module, "adapters"):
-            name = type(module).__name__
-            raise Refusal(f"modules_to_save: a {name} has an attribute `adapters` of its own")
+            kind = type(module).__name__
+            raise Refusal(
+                f"modules_to_save: {path}: a {kind} has an attribute `adapters` of its own"
+            )
+        if problem := replaced_forward(module):
+            raise Refusal(f"modules_to_save: {path}: {problem}")
         own = copy.deepcopy(module)
         put_before(Whole, module)
         whole = cast(Whole, module)
-        whole.adapters, whole._in_force, whole._rows = nn.ModuleDict(), None, rows
+        whole.adapters, whole._in_force = nn.ModuleDict(), None
+        whole._rows, whole._path = rows, path
     else:
         whole = module
         own = _base_of(whole)
@@ -104,7 +111,7 @@ def restore_whole(module: Whole, keep: bool = False) -> nn.Module:
     """The module as it was; with `keep`, with the parameters of the copy in force."""
     inner = module.adapters[module._in_force] if keep and module._in_force else None
     del module.adapters
-    del module._in_force, module._rows
+    del module._in_force, module._rows, module._path
     take_away(module)
     if inner is not None:
         module._parameters, module._buffers = inner._parameters, inner._buffers

@@ -1,0 +1,174 @@
+"""An adapter for each row of a batch: which row of a layer's activations is whose.
+
+Most layers see the batch first, and its rows in order: (rows, ...), or (rows * tokens, ...). Where
+they see something else, no count of theirs tells so for certain, and rows would get the adapters of
+others. Such layers are known by their place in the model, and are refused before it runs; what is
+not known is refused when the number of its rows fits neither the batch nor its tokens.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from infold.errors import Refusal
+
+__all__ = ["Rows", "in_order", "mingling", "refuse"]
+
+WAY = "call the model once for each adapter, or leave this out of the adapters"
+
+
+@dataclass
+class Rows:
+    """Which adapter each row of the running batch uses; shared by all layers of a model.
+
+    names: the adapters in use. index: for each row a place in `names`, or len(names): the base.
+    counts: the numbers of rows that whole rows of the batch can be in a layer. kept: what layers
+    made of all that without gradients, for the rest of this forward or generate: no later one sees
+    it, so it cannot be out of date.
+    """
+
+    names: tuple[str, ...] = ()
+    index: Tensor | None = None
+    counts: frozenset[int] = frozenset()
+    kept: dict[Any, Any] = field(default_factory=dict)
+
+    @contextmanager
+    def chosen(self, names: Sequence[str], base: str, inputs: Iterable[Any]) -> Iterator[None]:
+        """While this lasts, row i of the batch uses the adapter names[i], or none if it is `base`.
+
+        inputs: the arguments of the call.
+        """
+        used = tuple(dict.fromkeys(name for name in names if name != base))
+        places = {name: number for number, name in enumerate(used)} | {base: len(used)}
+        was = (self.names, self.index, self.counts, self.kept)
+        self.names, self.index = used, torch.tensor([places[name] for name in names])
+        self.counts, self.kept = _counts(len(names), inputs), {}
+        try:
+            yield
+        finally:
+            self.names, self.index, self.counts, self.kept = was
+
+    @contextmanager
+    def one_of_many(self, inputs: Iterable[Any]) -> Iterator[None]:
+        """One of the calls that generate makes, with inputs of its own."""
+        assert self.index is not None
+        was = self.counts
+        self.counts = _counts(len(self.index), inputs)
+        try:
+            yield
+        finally:
+            self.counts = was
+
+    def spread(self, count: int, device: torch.device, path: str) -> Tensor:
+        """The index for `count` rows of activations of the module at `path`: beams and tokens
+        repeat a row in place."""
+        assert self.index is not None
+        if self.index.device != device:
+            self.index = self.index.to(device)
+        if count == len(self.index):
+            return self.index
+        if (self.index == self.index[0]).all():
+            return self.index[:1].expand(count)
+        if count not in self.counts:
+            raise Refusal(
+                f"adapter_names: {path} sees {count} rows where the batch has {len(self.index)}, "
+                f"and nothing tells which is whose; {WAY}"
+            )
+        return self.index.repeat_interleave(count // len(self.index))
+
+
+# Arguments whose first dimension is the batch, the first of which tells how often beams repeat it.
+_BATCHES = (
+    "input_ids", "inputs_embeds", "decoder_input_ids", "pixel_values", "input_features",
+    "input_values",
+)  # fmt: skip
+
+
+def _counts(batch: int, inputs: Iterable[Any]) -> frozenset[int]:
+    """The numbers of rows that whole rows of a batch can be: those of each tensor among the inputs
+    which has them all, and the tokens in it. The tensors that tell most come first in `inputs`."""
+    tensors = [own for own in inputs if isinstance(own, Tensor) and own.dim()]
+    rows = next((len(own) for own in tensors if len(own) and not len(own) % batch), batch)
+    found = {batch, rows}
+    for own in tensors:
+        if len(own) == rows:
+            # floats end in channels, and those of images have no tokens
+            depth = own.dim() if not own.is_floating_point() else 1 + (own.dim() == 3)
+            found |= {prod(own.shape[:n]) for n in range(1, depth + 1)}
+    return frozenset(found)
+
+
+def in_order(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """The arguments of a call, those first that are a batch for certain."""
+    known = [kwargs[name] for name in _BATCHES if name in kwargs]
+    return [*args, *known, *(own for name, own in kwargs.items() if name not in _BATCHES)]
+
+
+# --- places where rows are not those of the batch ------------------------------------------------
+
+# Classes whose layers see (tokens, rows, channels).
+_TOKENS_FIRST = frozenset(
+    "LongformerSelfAttention LEDEncoderSelfAttention FSMTEncoder FSMTDecoder XLNetModel "
+    "BrosRelationExtractor BridgeTowerVisionTransformer Mask2FormerMaskedAttentionDecoder "
+    "OneFormerTransformerDecoder".split()
+)
+_OTHER_INPUT = re.compile(r"vision|visual|image|video|audio|speech|vit\b|vq|qformer|perceiver")
+
+
+def mingling(model: nn.Module, paths: Iterable[str]) -> dict[str, str]:
+    """Path -> why a module there does not see the rows of the batch, of those where that is so."""
+    found = {}
+    for path in paths:
+        chain = [("", model)]
+        for name in path.split("."):
+            chain.append((name, chain[-1][1].get_submodule(name)))
+        if why := _reason(chain):
+            found[path] = why
+    return found
+
+
+def refuse(found: Mapping[str, str]) -> None:
+    """Raise Refusal for such modules; those that differ in a number are told as one."""
+    told = {
+        re.sub(r"(?<=\.)\d+(?=\.|$)|(?<=expert_)\d+", "N", path): why for path, why in found.items()
+    }
+    if told:
+        raise Refusal(f"adapter_names: {path} {why}; {WAY}" for path, why in sorted(told.items()))
+
+
+def _reason(chain: Sequence[tuple[str, nn.Module]]) -> str | None:
+    """chain: (name, module) of the model, and of each module on the way to the layer."""
+    for name, module in chain:
+        if isinstance(module, nn.ModuleList | nn.ModuleDict) and "expert" in name:
+            return "sees the tokens that are routed to it, not rows"
+        if not _TOKENS_FIRST.isdisjoint(cls.__name__ for cls in type(module).__mro__):
+            return "sees tokens in the first dimension, and rows in the second"
+        if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+            if not module.self_attn.batch_first:
+                return "sees tokens in the first dimension, and rows in the second"
+    configs = [getattr(module, "config", None) for _, module in chain]
+    for number, config in enumerate(configs):
+        fields = getattr(config, "sub_configs", None) or {}
+        parts = {name: type(getattr(config, name, None)) for name in fields}
+        text = parts.pop("text_config", None)
+        others = {kind for name, kind in parts.items() if _OTHER_INPUT.search(name)} - {text}
+        inner = {type(own) for own in configs[number + 1 :] if own is not None}
+        beside = text not in (None, *inner) and not _is_head(chain[number][1], chain[-1][1])
+        if others and (inner & others or beside):
+            return "sees images or sounds, of which a row can have several or none"
+    return None
+
+
+def _is_head(model: nn.Module, module: nn.Module) -> bool:
+    try:
+        return model.get_output_embeddings() is module  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return False
