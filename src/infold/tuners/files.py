@@ -46,7 +46,7 @@ from infold.tuners.vocabulary import (
 if TYPE_CHECKING:
     from infold.tuners.model import AdaptedModel
 
-__all__ = ["load", "save"]
+__all__ = ["load", "refuse_others", "save"]
 
 PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
@@ -309,6 +309,18 @@ def _fill(
         for key, target in biases.items():
             record = attached.biases[name]
             record.values()[target].copy_(file.read(key))
+
+
+# What transformers' and accelerate's callers pass to every model; an adapter is one small file.
+_HARMLESS = ("max_shard_size", "token", "save_peft_format")
+
+
+def refuse_others(method: str, given: Mapping[str, Any]) -> None:
+    """Refuse options that would be ignored; None and False ask for nothing."""
+    unknown = [n for n, v in given.items() if v not in (None, False) and n not in _HARMLESS]
+    if unknown:
+        hint = "; give the folder in it as the path" if "subfolder" in unknown else ""
+        raise Refusal(f"{method}: {', '.join(unknown)}: not known here{hint}")
 
 
 def _group(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -86,18 +86,6 @@ def load(
         files.load(adapted, path, name, trainable)
         adapted.set_adapter(name)
     return model
-
-
-# What transformers' and accelerate's callers pass to every model; an adapter is one small file.
-_HARMLESS = ("max_shard_size", "token", "save_peft_format")
-
-
-def _refuse_others(method: str, given: Mapping[str, Any], harmless: Collection[str]) -> None:
-    """Refuse options that would be ignored; None and False ask for nothing."""
-    unknown = [n for n, v in given.items() if v not in (None, False) and n not in harmless]
-    if unknown:
-        hint = "; give the folder in it as the path" if "subfolder" in unknown else ""
-        raise Refusal(f"{method}: {', '.join(unknown)}: not known here{hint}")
 
 
 @contextmanager
@@ -561,7 +549,7 @@ class AdaptedModel(Front):
         save_embedding_layers: write the base's embeddings too; "auto": where embed_tokens or
         lm_head is a target, or the vocabulary was resized. Raises Refusal for PEFT's other
         options."""
-        _refuse_others("save_pretrained", kwargs, _HARMLESS)
+        files.refuse_others("save_pretrained", kwargs)
         if not safe_serialization:
             raise Refusal("safe_serialization=False: adapters are written as safetensors only")
         if save_embedding_layers not in (True, False, "auto"):
@@ -583,7 +571,7 @@ class AdaptedModel(Front):
 
         revision: of a Hub id, as in `org/name@revision`. Raises Refusal for PEFT's other options.
         """
-        _refuse_others("load_adapter", kwargs, ())
+        files.refuse_others("load_adapter", kwargs)
         if revision is not None and not os.path.exists(model_id):
             model_id = f"{os.fspath(model_id)}@{revision}"
         with _adding(self, adapter_name):
