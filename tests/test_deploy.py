@@ -601,6 +601,27 @@ def test_nothing_is_ticked_that_was_not_done(made: tuple[Path, Path, Path], merg
     assert all(tool == "infold" and verb in verbs for tool, verb in named)
 
 
+@pytest.mark.parametrize("method", ["ia3", "lora", "dora"])
+def test_training_again_is_suggested_beside_the_adapter(
+    method: str, made: Any, merged: Path, tmp_path: Path
+) -> None:
+    """Under its own name a --force would replace it, and without --method by another kind."""
+    adapter = tmp_path / "my adapter"
+    (tmp_path / "my adapter-2").mkdir()
+    shutil.copytree(made[1], adapter)
+    if method != "ia3":
+        model = AutoModelForCausalLM.from_pretrained(made[0])
+        other = LoraConfig(target_modules=["k_proj"], use_dora=method == "dora")
+        get_peft_model(model, other).save_pretrained(adapter)
+
+    boxes = by_title(check_boxes(made[0], f"{adapter}/", merged))
+
+    for title in ("adapter trained and saved", "validated on held-out data"):
+        words = shlex.split(boxes[title].command)
+        told = dict(zip(words[4::2], words[5::2], strict=True))
+        assert told["--out"] == f"{tmp_path}/my adapter-3" and told["--method"] == method
+
+
 def test_what_was_changed_afterwards_fails(made: tuple[Path, Path, Path], merged: Path) -> None:
     deploy_bundle(merged, measured=False)
     with open(merged / "serving" / "vllm.sh", "a") as script:

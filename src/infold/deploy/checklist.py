@@ -7,6 +7,7 @@ import os
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -94,6 +95,8 @@ def check_boxes(
             "base": shlex.quote(os.fspath(base)),
             "adapter": shlex.quote(os.fspath(adapter)),
             "merged": shlex.quote(os.fspath(merged)),
+            "new": shlex.quote(_new_name(adapter)),
+            "method": _method(opened),
         },
         progress=progress,
     )
@@ -102,6 +105,19 @@ def check_boxes(
         status, told = check(evidence)
         boxes.append(Box(part, title, status, told, command.format(**evidence.words)))
     return boxes
+
+
+def _new_name(adapter: str | os.PathLike[str]) -> str:
+    """A name beside the adapter that nothing has: one that is trained again replaces none."""
+    given = Path(adapter) if os.path.isdir(adapter) else Path(Path(adapter).name)  # a Hub id
+    stem = given if given.name not in ("", "..") else given.resolve()
+    numbers = (stem.with_name(f"{stem.name}-{n}") for n in count(2))
+    return os.fspath(next(path for path in numbers if not os.path.lexists(path)))
+
+
+def _method(adapter: Adapter) -> str:
+    """As `infold train --method` names it."""
+    return "dora" if adapter.config.get("use_dora") else str(adapter.config["peft_type"]).lower()
 
 
 def checklist_record(boxes: list[Box], merged: str | os.PathLike[str]) -> dict[str, Any]:
@@ -365,7 +381,7 @@ def _of_record(e: _Evidence, kind: str, check: Callable[[Mapping[str, Any]], _Fo
         return "FAIL", f"records/{kind}.json cannot be read: {type(error).__name__} {error}"
 
 
-_TRAIN = "infold train {base} DATA --out {adapter} --eval-split 0.1"
+_TRAIN = "infold train {base} DATA --out {new} --method {method} --eval-split 0.1"
 _BENCH = "infold bench {base} {adapter} {merged}"
 _OUTPUTS = "infold verify {base} {adapter} {merged} --outputs"
 _DEPLOY, _SMOKE = "infold deploy {merged}", "infold deploy {merged} --smoke"
