@@ -601,6 +601,16 @@ def test_nothing_is_ticked_that_was_not_done(made: tuple[Path, Path, Path], merg
     assert all(tool == "infold" and verb in verbs for tool, verb in named)
 
 
+def test_of_a_gguf_file_it_tells_what_there_is_instead(made: Any, tmp_path: Path) -> None:
+    file = tmp_path / "my merged.gguf"
+    file.write_bytes(b"GGUF")
+    ran = CliRunner().invoke(app, ["checklist", *map(str, (made[0], made[1], file))])
+
+    said = ran.output + str(ran.exception)
+    assert ran.exit_code == 2 and "the checklist takes merged folders" in said
+    assert f"`infold verify '{file}'`" in said and f"`infold deploy '{file}' --smoke`" in said
+
+
 @pytest.mark.parametrize("method", ["ia3", "lora", "dora"])
 def test_training_again_is_suggested_beside_the_adapter(
     method: str, made: Any, merged: Path, tmp_path: Path

@@ -13,11 +13,11 @@ from typing import Any, Literal
 
 from infold.checkpoint.adapter import Adapter, open_adapter
 from infold.checkpoint.files import digest_of, exists, locate, read_object, safe_child
-from infold.checkpoint.shards import CARD, Checkpoint, open_checkpoint
+from infold.checkpoint.shards import CARD, Checkpoint, is_lone, open_checkpoint
 from infold.deploy.bundle import bundle_problems, read_config
 from infold.deploy.facts import CONFIG, UNDO, Facts, read_facts, receipt_digest
 from infold.deploy.records import read_records
-from infold.errors import InfoldError
+from infold.errors import InfoldError, Refusal
 from infold.formats import QUANTIZED
 from infold.verify.weights import verify_checkpoint
 from infold.version import __version__
@@ -82,6 +82,12 @@ def check_boxes(
     progress: called with (bytes verified, bytes in all).
     Raises Refusal for paths that are no base, adapter and merged folder.
     """
+    if is_lone(locate(merged)):
+        name = shlex.quote(os.fspath(merged))
+        raise Refusal(
+            f"{merged}: the checklist takes merged folders, and a GGUF file has none for records: "
+            f"`infold verify {name}` proves the merge, `infold deploy {name} --smoke` serves it"
+        )
     facts, opened = read_facts(merged), open_adapter(adapter)
     training = opened.path / _TRAINING
     evidence = _Evidence(
