@@ -267,6 +267,48 @@ def test_recipes_name_the_folder_from_wherever_they_are_called(merged: Path) -> 
     assert ran.stdout.splitlines()[:2] == ["serve", str(moved)], ran.stderr
 
 
+def test_llama_cpp_serves_the_merge_that_lies_there(made: Any, merged: Path) -> None:
+    """Not what another merge of that name left beside it, nor a file that came from elsewhere, nor
+    half of one; and what is converted already is not converted again."""
+    tools = merged.parent / "tools"
+    tools.mkdir()
+    # converts by the digest of the receipt; the server tells what it would serve
+    (tools / "python").write_text(
+        '#!/bin/sh\n[ -z "$TORN" ] || { echo half > "$4"; exit 1; }\n'
+        'sha256sum < "$2/infold-receipt.json" > "$4"; echo converted\n'
+    )
+    (tools / "llama-server").write_text('#!/bin/sh\ncat "$2"\n')
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    path = f"{tools}{os.pathsep}{os.environ['PATH']}"
+
+    def served(**more: str) -> tuple[str, str]:
+        ran = subprocess.run(
+            [merged / "serving" / "llamacpp.sh"], capture_output=True, text=True,
+            env={**os.environ, "PATH": path, "LLAMA_CPP": "/llama", **more},
+        )  # fmt: skip
+        return ran.stdout, ran.stderr
+
+    def expected() -> str:
+        with open(merged / "infold-receipt.json") as receipt:
+            return subprocess.run(
+                ["sha256sum"], stdin=receipt, capture_output=True, text=True, check=True
+            ).stdout
+
+    (merged.parent / "merged.gguf").write_text("a file from elsewhere\n")
+    deploy_bundle(merged, measured=False)
+    assert served(TORN="1")[0] == ""
+    first = expected()
+    assert served() == ("converted\n" + first, "")
+    again, told = served()
+    assert again == first and "which is there" in told
+
+    infold.merge(made[0], made[1], merged, force=True)
+    deploy_bundle(merged, measured=False)
+    assert served()[0] == "converted\n" + expected() != "converted\n" + first
+    assert served(GGUF=str(merged.parent / "merged.gguf"))[0] == "a file from elsewhere\n"
+
+
 def test_broken_recipes_are_found(merged: Path) -> None:
     good = recipes(read_facts(merged), 128)
 
