@@ -411,7 +411,7 @@ def test_it_tells_spread_and_files_as_they_are(merged: Path) -> None:
     assert int(written) == len(read_config(merged)["bundle"]) + 1, "and the configuration itself"
 
 
-@pytest.mark.parametrize("named", ["given", "by the adapter", "nowhere"])
+@pytest.mark.parametrize("named", ["given", "by its commit", "by the adapter", "nowhere"])
 def test_the_card_says_whose_files_the_rollback_brings(
     named: str, made: Any, tmp_path: Path
 ) -> None:
@@ -423,16 +423,19 @@ def test_the_card_says_whose_files_the_rollback_brings(
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     infold.merge(base, adapter, merged, undo=True)
     receipt = merged / "infold-receipt.json"
-    if named == "given":  # as where the base was fetched by its id
+    commit = "0a" * 20 if named == "by its commit" else ""
+    if named in ("given", "by its commit"):  # as where the base was fetched by its id
         told = json.loads(receipt.read_text())
-        receipt.write_text(json.dumps(told | {"base": told["base"] | {"path": "them/their-model"}}))
+        path = f"them/their-model@{commit}".rstrip("@")
+        receipt.write_text(json.dumps(told | {"base": told["base"] | {"path": path}}))
 
     for undo in (True, False):
         if not undo:
             (merged / "infold-undo.bin").unlink()
         way = deploy_bundle(merged, measured=False).config["rollback"]
         card = " ".join((merged / "README.md").read_text().partition("## Rollback")[2].split())
-        fetched = "hf download them/their-model --local-dir base"
+        at = f" --revision {commit}" if commit else ""
+        fetched = f"hf download them/their-model{at} --local-dir base"
         assert way["command"] == (
             "infold undo merged --out base"
             if undo
@@ -444,6 +447,17 @@ def test_the_card_says_whose_files_the_rollback_brings(
         assert ("cut into the shards that it was merged from" in card) == undo
         warned = "was a copy of it. If that was cut into other shards" in card
         assert warned == (not undo and named == "by the adapter")
+        assert ("which tells no commit" in card) == (not undo and named == "given")
+        assert ("is the base to keep" in card) == (
+            not undo and named in ("given", "by the adapter")
+        )
+        box = by_title(check_boxes(base, adapter, merged))["rollback plan"]
+        unsure = not undo and named in ("given", "by the adapter")
+        assert box.status == ("NOT DONE" if unsure else "PASS"), box.evidence
+        assert box.evidence.startswith(way["command"])
+        assert ("the files there are others" in box.evidence) == unsure
+        if unsure:
+            assert box.command == f"infold merge {base} {adapter} --out {merged}-2 --undo"
 
 
 def test_an_architecture_that_is_no_word_is_unknown(merged: Path) -> None:

@@ -66,7 +66,7 @@ class _Evidence:
 _PARTS = {"weight", *(part for form in QUANTIZED.values() for part in form.PARTS)}
 _CORES = {"weight", *(part for form in QUANTIZED.values() for part in form.CORE)}
 _Shapes = Mapping[str, tuple[int, ...]]
-_Found = tuple[Status, str]
+_Found = tuple[Status, str] | tuple[Status, str, str]  # evidence; a command before the box's own
 _Check = Callable[[_Evidence], _Found]
 
 
@@ -102,20 +102,22 @@ def check_boxes(
             "adapter": shlex.quote(os.fspath(adapter)),
             "merged": shlex.quote(os.fspath(merged)),
             "new": shlex.quote(_new_name(adapter)),
+            "again": shlex.quote(_new_name(merged)),
             "method": _method(opened),
         },
         progress=progress,
     )
     boxes = []
     for part, title, check, command in _BOXES:
-        status, told = check(evidence)
-        boxes.append(Box(part, title, status, told, command.format(**evidence.words)))
+        status, told, *better = check(evidence)
+        words = (better or [command])[0].format(**evidence.words)
+        boxes.append(Box(part, title, status, told, words))
     return boxes
 
 
-def _new_name(adapter: str | os.PathLike[str]) -> str:
-    """A name beside the adapter that nothing has: one that is trained again replaces none."""
-    given = Path(adapter) if os.path.isdir(adapter) else Path(Path(adapter).name)  # a Hub id
+def _new_name(folder: str | os.PathLike[str]) -> str:
+    """A name beside a folder that nothing has: what is made again replaces nothing."""
+    given = Path(folder) if os.path.isdir(folder) else Path(Path(folder).name)  # a Hub id
     stem = given if given.name not in ("", "..") else given.resolve()
     numbers = (stem.with_name(f"{stem.name}-{n}") for n in count(2))
     return os.fspath(next(path for path in numbers if not os.path.lexists(path)))
@@ -334,7 +336,15 @@ def _rollback(e: _Evidence) -> _Found:
         return "PASS", f"{way['command']}: from {UNDO}"
     if {s.name: digest_of(s.path) for s in e.base.shards} != e.facts.receipt["base"]["shards"]:
         return "FAIL", "the base given is not the one that was merged, by the receipt's digests"
-    return "PASS", f"{way['command']}; the base given has the receipt's digests"
+    command = str(way["command"])
+    # a bundle of an earlier version tells no caveat, and may name a download all the same
+    if caveat := way.get("caveat", "" if command.startswith("cp ") else "it tells no commit"):
+        told = (
+            f"{command}: {caveat}. Merge with --undo, which gives the base bit for bit, or keep "
+            f"{e.words['base']}, which has the receipt's digests"
+        )
+        return "NOT DONE", told, _UNDO
+    return "PASS", f"{command}; {e.words['base']} has the receipt's digests"
 
 
 def _notes(e: _Evidence) -> _Found:
@@ -389,6 +399,7 @@ def _of_record(e: _Evidence, kind: str, check: Callable[[Mapping[str, Any]], _Fo
 
 _TRAIN = "infold train {base} DATA --out {new} --method {method} --eval-split 0.1"
 _BENCH = "infold bench {base} {adapter} {merged}"
+_UNDO = "infold merge {base} {adapter} --out {again} --undo"
 _OUTPUTS = "infold verify {base} {adapter} {merged} --outputs"
 _DEPLOY, _SMOKE = "infold deploy {merged}", "infold deploy {merged} --smoke"
 _BOXES: tuple[tuple[str, str, _Check, str], ...] = (
