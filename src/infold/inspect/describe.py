@@ -62,9 +62,17 @@ def describe_path(
     refuse_unfinished(place)
     if (place.is_dir() or is_lone(place)) and companion(place, RECEIPT).exists():
         receipt = checked_receipt(place)
-        undo = _record(place, receipt) if os.path.lexists(companion(place, UNDO)) else None
+        undo = _checked(place, receipt) if os.path.lexists(companion(place, UNDO)) else None
         return {"kind": "merged", "path": str(place), "receipt": receipt, "undo": undo}
     return _checkpoint(open_checkpoint(path))  # which tells what is not fetched of a Hub repository
+
+
+def _checked(folder: Path, receipt: dict[str, Any]) -> dict[str, Any]:
+    """The undo record, or {damaged: why} of one that gives no base back: all else is there."""
+    try:
+        return _record(folder, receipt)
+    except CorruptFile as error:
+        return {"damaged": str(error)}
 
 
 def _record(folder: Path, receipt: dict[str, Any]) -> dict[str, Any]:
