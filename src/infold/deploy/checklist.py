@@ -14,6 +14,7 @@ from typing import Any, Literal
 from infold.checkpoint.adapter import Adapter, open_adapter
 from infold.checkpoint.files import digest_of, exists, locate, read_object, safe_child
 from infold.checkpoint.shards import CARD, Checkpoint, is_lone, open_checkpoint
+from infold.checkpoint.untrained import telling
 from infold.deploy.bundle import bundle_problems, read_config
 from infold.deploy.facts import CONFIG, UNDO, Facts, read_facts, receipt_digest
 from infold.deploy.records import read_records
@@ -26,7 +27,6 @@ __all__ = ["Box", "check_boxes", "checklist_record"]
 
 Status = Literal["PASS", "FAIL", "NOT DONE"]
 _TRAINING = "infold-training.json"
-_TELLING = ("ia3_l", "lora_B", "lora_embedding_B")
 _SLACK = 0.02  # a merged model that is surely slower or larger than this has not become the base
 _WIDE = 0.10  # an interval that reaches further above the base's says nothing
 _UNREADABLE = (KeyError, TypeError, ValueError, IndexError, InfoldError)  # what a record may raise
@@ -145,15 +145,15 @@ def checklist_record(boxes: list[Box], merged: str | os.PathLike[str]) -> dict[s
 
 def _trained(e: _Evidence) -> _Found:
     moved = 0
-    names = e.adapter.tensors
     # what tells: other parts are random, or the base's own, from the start
-    telling = [n for n in names if any(part in n for part in _TELLING)] or list(names)
-    for name in names:
+    starts = {name: telling(name) for name in e.adapter.tensors}
+    none = all(start is None for start in starts.values())
+    for name, start in starts.items():
         values = e.adapter.read(name).double()
         if not bool(values.isfinite().all()):
             return "FAIL", f"{name} holds values that are not finite"
-        start = 1.0 if "ia3_l" in name else 0.0
-        moved += name in telling and bool((values != start).any())
+        if none or start is not None:
+            moved += bool((values != (start or 0.0)).any())
     if not moved:
         return "FAIL", "all tensors are as they were before training: it changes nothing"
     told = f"{len(e.adapter.tensors)} tensors, finite, changed by training"

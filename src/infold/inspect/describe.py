@@ -26,6 +26,7 @@ from infold.checkpoint.shards import (
     renamed,
     without_owner,
 )
+from infold.checkpoint.untrained import untrained
 from infold.errors import CorruptFile, Refusal
 from infold.formats import NoFold, floats_of
 from infold.ggml import BLOCKS
@@ -117,8 +118,10 @@ def _adapter(adapter: Adapter, base: Checkpoint | None) -> dict[str, Any]:
                 keys.add(edit.source.key)
             for key in keys:
                 targets[key].append(edit.tensor)
-        notes += plan.notes
+        notes += plan.notes  # which have the doubt below, too
         found["base"] = str(base.path)
+    elif doubt := untrained(adapter):
+        notes.append(doubt)
     parameters = sum(math.prod(t.shape) for t in adapter.tensors.values())
     if base is not None:
         found["share_of_parameters"] = parameters / max(1, _parameters(base))
