@@ -247,6 +247,22 @@ def test_inspect_describes(pair: tuple[Path, Path], tmp_path: Path, kind: str) -
     assert json.loads(data.stdout)["kind"] == kind
 
 
+def test_inspect_says_what_is_lacking(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    weights = pair[1] / "adapter_model.safetensors"
+    ran = run("inspect", weights)
+    assert ran.returncode == 2 and f"adapter's weights; give its folder, {pair[1]}" in ran.stderr
+
+    (tmp_path / "bare").mkdir()
+    shutil.copy(weights, tmp_path / "bare")
+    ran = run("inspect", tmp_path / "bare")
+    assert ran.returncode == 2 and f"holds {weights.name} and no adapter_config.json" in ran.stderr
+
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "config.json").write_text("{}")
+    ran = run("inspect", tmp_path / "notes")
+    assert ran.returncode == 2 and "neither an adapter nor a model: " in ran.stderr
+
+
 @pytest.mark.parametrize("method", ["ia3", "lora", "lora with a bias"])
 def test_an_adapter_that_was_never_trained_is_told(
     method: str, pair: tuple[Path, Path], tmp_path: Path
