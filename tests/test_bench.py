@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 
 import infold
 from infold.bench.run import measure_models
+from infold.cli.bench import _show
 from infold.cli.main import app
 from infold.deploy.checklist import check_boxes
 from infold.errors import Refusal, StorageFailure
@@ -239,18 +240,41 @@ def test_the_verb_saves_what_checklist_and_report_read(
         assert re.search(rf"\n\| {memory['metric']} \|.*\| {told} \|\n", page), page
 
     # the same record, made to tell of other merged models
-    def box(**told: float) -> str:
+    def box(what: str = "speed", **told: float) -> str:
         for one in saved["comparisons"]:
-            if one["model"] == "merged" and one["what"] == "speed":
+            if one["model"] == "merged" and one["what"] == what:
                 one |= told
         (merged / "records" / "bench.json").write_text(json.dumps(saved))
         boxes = {box.title: box for box in check_boxes(base, adapter, merged)}
-        return boxes["speed"].status
+        assert ("one value, of no interval" in boxes[what].evidence) == (told["coverage"] == 0)
+        return boxes[what].status
 
     assert box(ratio=1.1, low=1.08, high=1.12, coverage=0.95) == "FAIL"
     assert box(ratio=1.0, low=0.99, high=1.01, coverage=0.95) == "PASS"
     assert box(ratio=1.0, low=0.70, high=1.30, coverage=0.95) == "NOT DONE"
-    assert box(ratio=1.0, low=1.00, high=1.00, coverage=0.0) == "NOT DONE"
+    assert box(ratio=1.1, low=1.08, high=1.12, coverage=0.75) == "NOT DONE"
+    assert box("memory", ratio=1.1, low=1.08, high=1.12, coverage=0.75) == "FAIL"
+    assert box("memory", ratio=1.0, low=0.99, high=1.01, coverage=0.75) == "PASS"
+    for what in ("speed", "memory"):
+        for ratio in (1.0, 1.8):
+            one = {"ratio": ratio, "low": ratio, "high": ratio, "coverage": 0.0}
+            assert box(what, **one) == "NOT DONE"
+
+
+@pytest.mark.parametrize("coverage", [0.0, 0.97])
+def test_one_value_is_shown_without_an_interval(
+    coverage: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = {"model": "merged", "what": "speed", "metric": "prefill seconds", "within_noise": False}
+    one |= {"ratio": 1.29, "low": 1.29, "high": 1.29, "coverage": coverage}
+    record = {"models": {"base": {}, "merged": {}}, "comparisons": [one], "device": "cpu"}
+    record |= {"processor": "p", "threads": 1, "dtype": "auto", "rounds": 1, "starts": 1}
+    _show(record | {"seconds": 1.0, "notes": []})
+
+    said = capsys.readouterr().out
+    assert ("1.290" in said and "1.290 to 1.290" not in said) or coverage
+    assert ("one value" in said) == (coverage == 0) and (" 0%" in said) is False
+    assert ("97%" in said) == (coverage > 0)
 
 
 def test_more_tokens_than_the_model_takes_are_refused(made: tuple[Path, Path, Path]) -> None:

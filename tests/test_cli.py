@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import infold
 from forked import infold_command as run
+from handmade import adapter_folder, ia3
 
 
 @pytest.fixture(scope="module")
@@ -244,6 +245,52 @@ def test_inspect_describes(pair: tuple[Path, Path], tmp_path: Path, kind: str) -
 
     assert text.returncode == 0 and text.stdout.startswith(kind)
     assert json.loads(data.stdout)["kind"] == kind
+
+
+def test_inspect_says_what_is_lacking(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    weights = pair[1] / "adapter_model.safetensors"
+    ran = run("inspect", weights)
+    assert ran.returncode == 2 and f"adapter's weights; give its folder, {pair[1]}" in ran.stderr
+
+    (tmp_path / "bare").mkdir()
+    shutil.copy(weights, tmp_path / "bare")
+    ran = run("inspect", tmp_path / "bare")
+    assert ran.returncode == 2 and f"holds {weights.name} and no adapter_config.json" in ran.stderr
+
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "config.json").write_text("{}")
+    ran = run("inspect", tmp_path / "notes")
+    assert ran.returncode == 2 and "neither an adapter nor a model: " in ran.stderr
+
+
+@pytest.mark.parametrize("method", ["ia3", "lora", "lora with a bias"])
+def test_an_adapter_that_was_never_trained_is_told(
+    method: str, pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """It merges without a complaint, and the result is the base."""
+    name = "model.layers.0.self_attn.k_proj"
+    out, inner = load_file(pair[0] / "model.safetensors")[f"{name}.weight"].shape
+    told = "all lora_B are zero: the adapter changes nothing; was it trained?"
+    if method == "ia3":
+        told = told.replace("lora_B are zero", "ia3_l are one")
+        fresh = ia3(tmp_path / "fresh", {name: torch.ones(out, 1)}, feedforward_modules=[])
+    else:
+        parts = {
+            f"{name}.lora_A.weight": torch.randn(2, inner),
+            f"{name}.lora_B.weight": torch.zeros(out, 2),
+        }
+        if method != "lora":
+            parts["model.norm.weight"] = torch.full((inner,), 2.0)
+            told = told.replace("the adapter changes nothing", "as in a new adapter")
+        config = {"peft_type": "LORA", "r": 2, "modules_to_save": ["norm"]}
+        fresh = adapter_folder(tmp_path / "fresh", parts, config)
+
+    seen = run("inspect", fresh)
+    merged = run("merge", pair[0], fresh, "--out", tmp_path / "out")
+    assert seen.returncode == merged.returncode == 0, seen.stderr + merged.stderr
+    assert seen.stdout.count(told) == merged.stdout.count(told) == 1
+    assert run("inspect", fresh, "--base", pair[0]).stdout.count(told) == 1
+    assert "was it trained?" not in run("inspect", pair[1]).stdout
 
 
 def test_inspect_tells_of_an_adapter_that_diverged(pair: tuple[Path, Path], tmp_path: Path) -> None:

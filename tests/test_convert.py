@@ -290,8 +290,8 @@ def test_a_small_update_that_rounding_swallows_is_told(tmp_path: Path) -> None:
 
     receipt = infold.merge(base.path, adapter, tmp_path / "merged", requantize=True)
 
-    (note,) = [n for n in receipt.notes if "rounding error is larger" in n]
-    assert "in 2 of the weights" in note and "--dequantize keeps it" in note
+    (note,) = [n for n in receipt.notes if "the rounding error is as large as" in n]
+    assert "in 2 of 2 weights" in note and "--dequantize keeps all of it" in note
 
 
 def test_several_adapters_act_in_order_before_one_rounding(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ the update's rows in that order by the converters' formula.
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -87,9 +88,9 @@ def values(tensors: dict[str, tuple[str, np.ndarray]], name: str) -> torch.Tenso
     return torch.from_numpy(ggufs.decode(tensors[name]).astype(np.float64))
 
 
-def low_rank(path: Path, *names: str) -> Path:
+def low_rank(path: Path, *names: str, **config: float) -> Path:
     names = names or tuple(PATHS)
-    return lora(path, {f"model.layers.0.{PATHS[n]}": SIZES[n] for n in names}, seed=4)
+    return lora(path, {f"model.layers.0.{PATHS[n]}": SIZES[n] for n in names}, seed=4, **config)
 
 
 def update(adapter: Path, name: str) -> torch.Tensor:
@@ -198,6 +199,39 @@ def test_a_model_in_parts(options: dict[str, Any], kind: str, tmp_path: Path) ->
     assert infold.verify(out).ok
     infold.undo(out, tmp_path / "back")
     assert all((tmp_path / "back" / p.name).read_bytes() == p.read_bytes() for p in parts)
+
+
+def test_the_note_on_rounding_ranks_the_types_as_they_are(tmp_path: Path) -> None:
+    """A small update of a Q4_1 file. Into Q4_1 again its error is that most of it is gone, into
+    Q8_0 one of the same size is noise beside all of it; into Q5_1 there is much more of that."""
+    base = make(tmp_path / "base.gguf", "Q4_1")
+    adapter = low_rank(tmp_path / "lora", "attn_q", "ffn_down", "attn_k", alpha=0.1)
+    told = {}
+    for kind in ("q4_1", "q5_1", "q8_0"):
+        out = tmp_path / f"{kind}.gguf"
+        receipt = infold.merge(base, adapter, out, requantize=True, dtype=kind)
+        (note,) = [n for n in receipt.notes if "the rounding error is as large as" in n]
+        left, noise, change = re.search(
+            r"(\d+)% of that change is left .* noise of ([\d.]+)% .* change is ([\d.]+)%", note
+        ).groups()
+        told[kind] = int(left), float(noise)
+
+        # the same from the files, by the package gguf
+        before, after = read(base), read(out)
+        changes, written, sizes = [], [], []
+        for name in ("attn_q", "ffn_down", "attn_k"):
+            changes.append(update(adapter, name).flatten() * (0.1 / 8))
+            written.append((values(after, name) - values(before, name)).flatten())
+            sizes.append(values(before, name).flatten() + changes[-1])
+        asked, got, norm = torch.cat(changes), torch.cat(written), torch.cat(sizes).norm()
+        share = float(asked @ got / (asked @ asked))
+        assert int(left) == pytest.approx(100 * min(1, max(0, share)), abs=0.6)
+        assert float(noise) == pytest.approx(
+            100 * float((got - share * asked).norm() / norm), abs=0.02
+        )
+        assert float(change) == pytest.approx(100 * float(asked.norm() / norm), abs=0.02)
+    assert told["q4_1"][0] < 60 < 80 < told["q8_0"][0]
+    assert told["q8_0"][1] < 1 < told["q5_1"][1]
 
 
 def test_what_plain_rounding_does_not_make(tmp_path: Path) -> None:

@@ -267,6 +267,48 @@ def test_recipes_name_the_folder_from_wherever_they_are_called(merged: Path) -> 
     assert ran.stdout.splitlines()[:2] == ["serve", str(moved)], ran.stderr
 
 
+def test_llama_cpp_serves_the_merge_that_lies_there(made: Any, merged: Path) -> None:
+    """Not what another merge of that name left beside it, nor a file that came from elsewhere, nor
+    half of one; and what is converted already is not converted again."""
+    tools = merged.parent / "tools"
+    tools.mkdir()
+    # converts by the digest of the receipt; the server tells what it would serve
+    (tools / "python").write_text(
+        '#!/bin/sh\n[ -z "$TORN" ] || { echo half > "$4"; exit 1; }\n'
+        'sha256sum < "$2/infold-receipt.json" > "$4"; echo converted\n'
+    )
+    (tools / "llama-server").write_text('#!/bin/sh\ncat "$2"\n')
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    path = f"{tools}{os.pathsep}{os.environ['PATH']}"
+
+    def served(**more: str) -> tuple[str, str]:
+        ran = subprocess.run(
+            [merged / "serving" / "llamacpp.sh"], capture_output=True, text=True,
+            env={**os.environ, "PATH": path, "LLAMA_CPP": "/llama", **more},
+        )  # fmt: skip
+        return ran.stdout, ran.stderr
+
+    def expected() -> str:
+        with open(merged / "infold-receipt.json") as receipt:
+            return subprocess.run(
+                ["sha256sum"], stdin=receipt, capture_output=True, text=True, check=True
+            ).stdout
+
+    (merged.parent / "merged.gguf").write_text("a file from elsewhere\n")
+    deploy_bundle(merged, measured=False)
+    assert served(TORN="1")[0] == ""
+    first = expected()
+    assert served() == ("converted\n" + first, "")
+    again, told = served()
+    assert again == first and "which is there" in told
+
+    infold.merge(made[0], made[1], merged, force=True)
+    deploy_bundle(merged, measured=False)
+    assert served()[0] == "converted\n" + expected() != "converted\n" + first
+    assert served(GGUF=str(merged.parent / "merged.gguf"))[0] == "a file from elsewhere\n"
+
+
 def test_broken_recipes_are_found(merged: Path) -> None:
     good = recipes(read_facts(merged), 128)
 
@@ -369,7 +411,7 @@ def test_it_tells_spread_and_files_as_they_are(merged: Path) -> None:
     assert int(written) == len(read_config(merged)["bundle"]) + 1, "and the configuration itself"
 
 
-@pytest.mark.parametrize("named", ["given", "by the adapter", "nowhere"])
+@pytest.mark.parametrize("named", ["given", "by its commit", "by the adapter", "nowhere"])
 def test_the_card_says_whose_files_the_rollback_brings(
     named: str, made: Any, tmp_path: Path
 ) -> None:
@@ -381,16 +423,19 @@ def test_the_card_says_whose_files_the_rollback_brings(
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     infold.merge(base, adapter, merged, undo=True)
     receipt = merged / "infold-receipt.json"
-    if named == "given":  # as where the base was fetched by its id
+    commit = "0a" * 20 if named == "by its commit" else ""
+    if named in ("given", "by its commit"):  # as where the base was fetched by its id
         told = json.loads(receipt.read_text())
-        receipt.write_text(json.dumps(told | {"base": told["base"] | {"path": "them/their-model"}}))
+        path = f"them/their-model@{commit}".rstrip("@")
+        receipt.write_text(json.dumps(told | {"base": told["base"] | {"path": path}}))
 
     for undo in (True, False):
         if not undo:
             (merged / "infold-undo.bin").unlink()
         way = deploy_bundle(merged, measured=False).config["rollback"]
         card = " ".join((merged / "README.md").read_text().partition("## Rollback")[2].split())
-        fetched = "hf download them/their-model --local-dir base"
+        at = f" --revision {commit}" if commit else ""
+        fetched = f"hf download them/their-model{at} --local-dir base"
         assert way["command"] == (
             "infold undo merged --out base"
             if undo
@@ -402,6 +447,17 @@ def test_the_card_says_whose_files_the_rollback_brings(
         assert ("cut into the shards that it was merged from" in card) == undo
         warned = "was a copy of it. If that was cut into other shards" in card
         assert warned == (not undo and named == "by the adapter")
+        assert ("which tells no commit" in card) == (not undo and named == "given")
+        assert ("is the base to keep" in card) == (
+            not undo and named in ("given", "by the adapter")
+        )
+        box = by_title(check_boxes(base, adapter, merged))["rollback plan"]
+        unsure = not undo and named in ("given", "by the adapter")
+        assert box.status == ("NOT DONE" if unsure else "PASS"), box.evidence
+        assert box.evidence.startswith(way["command"])
+        assert ("the files there are others" in box.evidence) == unsure
+        if unsure:
+            assert box.command == f"infold merge {base} {adapter} --out {merged}-2 --undo"
 
 
 def test_an_architecture_that_is_no_word_is_unknown(merged: Path) -> None:
@@ -599,6 +655,37 @@ def test_nothing_is_ticked_that_was_not_done(made: tuple[Path, Path, Path], merg
     verbs = {command.callback.__name__ for command in app.registered_commands if command.callback}
     named = [box.command.split()[:2] for box in boxes.values() if box.command]
     assert all(tool == "infold" and verb in verbs for tool, verb in named)
+
+
+def test_of_a_gguf_file_it_tells_what_there_is_instead(made: Any, tmp_path: Path) -> None:
+    file = tmp_path / "my merged.gguf"
+    file.write_bytes(b"GGUF")
+    ran = CliRunner().invoke(app, ["checklist", *map(str, (made[0], made[1], file))])
+
+    said = ran.output + str(ran.exception)
+    assert ran.exit_code == 2 and "the checklist takes merged folders" in said
+    assert f"`infold verify '{file}'`" in said and f"`infold deploy '{file}' --smoke`" in said
+
+
+@pytest.mark.parametrize("method", ["ia3", "lora", "dora"])
+def test_training_again_is_suggested_beside_the_adapter(
+    method: str, made: Any, merged: Path, tmp_path: Path
+) -> None:
+    """Under its own name a --force would replace it, and without --method by another kind."""
+    adapter = tmp_path / "my adapter"
+    (tmp_path / "my adapter-2").mkdir()
+    shutil.copytree(made[1], adapter)
+    if method != "ia3":
+        model = AutoModelForCausalLM.from_pretrained(made[0])
+        other = LoraConfig(target_modules=["k_proj"], use_dora=method == "dora")
+        get_peft_model(model, other).save_pretrained(adapter)
+
+    boxes = by_title(check_boxes(made[0], f"{adapter}/", merged))
+
+    for title in ("adapter trained and saved", "validated on held-out data"):
+        words = shlex.split(boxes[title].command)
+        told = dict(zip(words[4::2], words[5::2], strict=True))
+        assert told["--out"] == f"{tmp_path}/my adapter-3" and told["--method"] == method
 
 
 def test_what_was_changed_afterwards_fails(made: tuple[Path, Path, Path], merged: Path) -> None:

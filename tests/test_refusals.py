@@ -321,7 +321,7 @@ def test_every_left_over_tensor_is_listed_with_every_other_reason(
 def test_a_square_weight_that_nothing_tells_the_layout_of_is_refused(
     bench: Bench, refused: Refused
 ) -> None:
-    base = bench.write({"a.weight": torch.ones(4, 4)})
+    base = bench.write({"a.weight": torch.ones(4, 4), "a.bias": torch.ones(4)})
     adapter = bench.write_adapter(lora("a", rows=4, columns=4), **LORA, fan_in_fan_out=True)
     refused(base, adapter, "a.weight is square", "config.json")
 

@@ -101,6 +101,19 @@ def test_the_update_is_what_torch_says(merged: Path) -> None:
     assert sum(found["histogram"]["counts"]) == 3 * (48 + 16)
 
 
+def test_the_folders_of_a_report_are_made(merged: Path, tmp_path: Path) -> None:
+    page = tmp_path / "new" / "deeper" / "page.md"
+    refused = CliRunner().invoke(app, ["report", str(tmp_path), "--out", str(page)])
+    assert refused.exit_code == 2 and not page.parent.parent.exists()
+
+    ran = CliRunner().invoke(app, ["report", str(merged), "--out", str(page)])
+    assert ran.exit_code == 0 and [p.name for p in page.parent.iterdir()] == ["page.md"]
+
+    (tmp_path / "file").write_text("")
+    ran = CliRunner().invoke(app, ["report", str(merged), "--out", str(tmp_path / "file/x.md")])
+    assert ran.exit_code == 3 and "Traceback" not in ran.output
+
+
 def test_no_folder_of_this_machine_reaches_a_report(merged: Path, tmp_path: Path) -> None:
     """Also where base and adapter are not what was merged any more."""
     for name in ("base", "adapter"):

@@ -383,6 +383,16 @@ def test_a_damaged_record_is_refused_before_anything_is_written(merged: Path) ->
     refused(merged, "damaged at byte")
 
 
+def test_inspect_describes_a_model_whose_record_is_damaged(merged: Path, tmp_path: Path) -> None:
+    """What it is, and which digests it has, is needed all the more then."""
+    damage(merged / UNDO, 5000)
+    text, found = ran("inspect", merged), infold.inspect(merged)
+
+    assert text.returncode == 0 and "damaged at byte" in found["undo"]["damaged"]
+    assert f"undo     damaged: {merged / UNDO}" in text.stdout
+    assert all(digest in text.stdout for digest in found["receipt"]["shards"].values())
+
+
 def test_a_record_of_another_version_is_told_as_one(merged: Path) -> None:
     """It is not damaged: fetching it again would not help."""
     record = merged / UNDO

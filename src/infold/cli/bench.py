@@ -86,17 +86,21 @@ def _show(record: dict[str, Any]) -> None:
     print(table(rows) + "\n")
     rows = [("over the base", "ratio", "interval", "")]
     for c in record["comparisons"]:
-        told = "within noise" if c["within_noise"] else ""
-        if c["coverage"] < 0.9:  # of load and memory, which a start gives one value
-            share = f"of {c['coverage']:.0%}" if c["coverage"] else "one value"
-            told = f"{told}, {share}".removeprefix(", ")
-        span = f"{c['low']:.3f} to {c['high']:.3f}"
-        rows.append((f"{c['model']}: {c['metric']}", f"{c['ratio']:.3f}", span, told))
+        span, notes = f"{c['low']:.3f} to {c['high']:.3f}", []
+        if c["coverage"] <= 0:
+            span = "one value"
+        else:
+            notes += ["within noise"] if c["within_noise"] else []
+            # of load and memory, which a start gives one value
+            notes += [f"of {c['coverage']:.0%}"] if c["coverage"] < 0.9 else []
+        rows.append((f"{c['model']}: {c['metric']}", f"{c['ratio']:.3f}", span, ", ".join(notes)))
     print(table(rows) + "\n")
     least = min(c["coverage"] for c in record["comparisons"] if c["what"] == "speed")
-    told = f"median over rounds of the ratio to the base, order statistics, {least:.0%}"
-    told += ", where no other share is told"
-    print(entry("interval", told, 10))
+    if least > 0:
+        told = f"median over rounds of the ratio to the base, order statistics, {least:.0%}"
+        print(entry("interval", f"{told}, where no other share is told", 10))
+    else:
+        print(entry("interval", "none: one round in one start is one value", 10))
     where = f"{record['device']}, {record['processor']}, {plural('thread', record['threads'])}"
     print(entry("machine", f"{where}, {record['dtype']}", 10))
     count = f"{plural('round', record['rounds'])} in each of {plural('start', record['starts'])}"

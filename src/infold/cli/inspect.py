@@ -139,7 +139,10 @@ def _merged(found: dict[str, Any]) -> None:
         print(entry("note", note))
     if converted := conversion_text(receipt):
         print(entry("converted", converted, 11))
-    if record := found["undo"]:
+    record = found["undo"]
+    if record and "damaged" in record:
+        print(entry("undo", f"damaged: {record['damaged']}"))
+    elif record:
         blocks = "what was replaced, whole"  # of converted weights
         if record["blocks"]:
             blocks = plural("block", record["blocks"])

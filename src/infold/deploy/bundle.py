@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 from collections.abc import Callable, Mapping
@@ -153,20 +154,33 @@ def deployment_config(
 def rollback(facts: Facts) -> dict[str, Any]:
     """How the base comes back, and the digests that tell that it is the base.
 
-    exact: from the undo record. from_adapter: the base's name is the adapter's word.
+    exact: from the undo record. from_adapter: the base's name is the adapter's word. caveat: what
+    the files that the command fetches may differ in from what was merged, None where in nothing.
     """
+    caveat = None
     if facts.undo:
         way = f"infold undo {shlex.quote(facts.called)} --out base"
     elif facts.base_id:
         repo, _, revision = facts.base_id.partition("@")
         at = f" --revision {revision}" if revision else ""
         way = f"hf download {repo}{at} --local-dir base"
+        if not facts.base_given:
+            caveat = (
+                f"the adapter names {facts.base_id}; what was merged was a copy of it. If that was "
+                "cut into other shards, or taken at another revision, the files there are others"
+            )
+        elif not re.fullmatch("[0-9a-f]{40}", revision):
+            caveat = (
+                f"{facts.base_id} was merged by that name, which tells no commit: if the "
+                "repository has changed since, the files there are others"
+            )
     else:
         way = f"cp -r /path/to/{facts.base} base"
     return {
         "command": way,
         "exact": facts.undo,
         "from_adapter": facts.base_id is not None and not facts.base_given,
+        "caveat": caveat,
         "base_shards_blake3": dict(facts.receipt["base"]["shards"]),
     }
 

@@ -123,10 +123,7 @@ def _rollback(facts: Facts, way: Mapping[str, Any]) -> str:
         "There is no undo record here (`infold merge --undo` makes one): serve the base again."
     )
     told = f"{lacking}\n\n{command}\n\n{check}"
-    if way["from_adapter"]:
-        told += (
-            f"\n\nThe adapter names {facts.base}; what was merged was a copy of it. If that was "
-            "cut into other shards, or taken at another revision, the files there are others: then "
-            "the copy is the base to keep."
-        )
+    if caveat := way["caveat"]:
+        told += f"\n\n{caveat[0].upper()}{caveat[1:]}: "
+        told += "then the copy that was merged is the base to keep."
     return told

@@ -7,16 +7,18 @@ import os
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
 from infold.checkpoint.adapter import Adapter, open_adapter
 from infold.checkpoint.files import digest_of, exists, locate, read_object, safe_child
-from infold.checkpoint.shards import CARD, Checkpoint, open_checkpoint
+from infold.checkpoint.shards import CARD, Checkpoint, is_lone, open_checkpoint
+from infold.checkpoint.untrained import telling
 from infold.deploy.bundle import bundle_problems, read_config
 from infold.deploy.facts import CONFIG, UNDO, Facts, read_facts, receipt_digest
 from infold.deploy.records import read_records
-from infold.errors import InfoldError
+from infold.errors import InfoldError, Refusal
 from infold.formats import QUANTIZED
 from infold.verify.weights import verify_checkpoint
 from infold.version import __version__
@@ -25,11 +27,10 @@ __all__ = ["Box", "check_boxes", "checklist_record"]
 
 Status = Literal["PASS", "FAIL", "NOT DONE"]
 _TRAINING = "infold-training.json"
-_TELLING = ("ia3_l", "lora_B", "lora_embedding_B")
 _SLACK = 0.02  # a merged model that is surely slower or larger than this has not become the base
 _WIDE = 0.10  # an interval that reaches further above the base's says nothing
 _UNREADABLE = (KeyError, TypeError, ValueError, IndexError, InfoldError)  # what a record may raise
-_SURE = 0.90  # the least probability of an interval of speed; memory does not vary
+_SURE = 0.90  # the least probability of an interval of speed; memory varies little
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class _Evidence:
 _PARTS = {"weight", *(part for form in QUANTIZED.values() for part in form.PARTS)}
 _CORES = {"weight", *(part for form in QUANTIZED.values() for part in form.CORE)}
 _Shapes = Mapping[str, tuple[int, ...]]
-_Found = tuple[Status, str]
+_Found = tuple[Status, str] | tuple[Status, str, str]  # evidence; a command before the box's own
 _Check = Callable[[_Evidence], _Found]
 
 
@@ -81,6 +82,12 @@ def check_boxes(
     progress: called with (bytes verified, bytes in all).
     Raises Refusal for paths that are no base, adapter and merged folder.
     """
+    if is_lone(locate(merged)):
+        name = shlex.quote(os.fspath(merged))
+        raise Refusal(
+            f"{merged}: the checklist takes merged folders, and a GGUF file has none for records: "
+            f"`infold verify {name}` proves the merge, `infold deploy {name} --smoke` serves it"
+        )
     facts, opened = read_facts(merged), open_adapter(adapter)
     training = opened.path / _TRAINING
     evidence = _Evidence(
@@ -94,14 +101,31 @@ def check_boxes(
             "base": shlex.quote(os.fspath(base)),
             "adapter": shlex.quote(os.fspath(adapter)),
             "merged": shlex.quote(os.fspath(merged)),
+            "new": shlex.quote(_new_name(adapter)),
+            "again": shlex.quote(_new_name(merged)),
+            "method": _method(opened),
         },
         progress=progress,
     )
     boxes = []
     for part, title, check, command in _BOXES:
-        status, told = check(evidence)
-        boxes.append(Box(part, title, status, told, command.format(**evidence.words)))
+        status, told, *better = check(evidence)
+        words = (better or [command])[0].format(**evidence.words)
+        boxes.append(Box(part, title, status, told, words))
     return boxes
+
+
+def _new_name(folder: str | os.PathLike[str]) -> str:
+    """A name beside a folder that nothing has: what is made again replaces nothing."""
+    given = Path(folder) if os.path.isdir(folder) else Path(Path(folder).name)  # a Hub id
+    stem = given if given.name not in ("", "..") else given.resolve()
+    numbers = (stem.with_name(f"{stem.name}-{n}") for n in count(2))
+    return os.fspath(next(path for path in numbers if not os.path.lexists(path)))
+
+
+def _method(adapter: Adapter) -> str:
+    """As `infold train --method` names it."""
+    return "dora" if adapter.config.get("use_dora") else str(adapter.config["peft_type"]).lower()
 
 
 def checklist_record(boxes: list[Box], merged: str | os.PathLike[str]) -> dict[str, Any]:
@@ -121,15 +145,15 @@ def checklist_record(boxes: list[Box], merged: str | os.PathLike[str]) -> dict[s
 
 def _trained(e: _Evidence) -> _Found:
     moved = 0
-    names = e.adapter.tensors
     # what tells: other parts are random, or the base's own, from the start
-    telling = [n for n in names if any(part in n for part in _TELLING)] or list(names)
-    for name in names:
+    starts = {name: telling(name) for name in e.adapter.tensors}
+    none = all(start is None for start in starts.values())
+    for name, start in starts.items():
         values = e.adapter.read(name).double()
         if not bool(values.isfinite().all()):
             return "FAIL", f"{name} holds values that are not finite"
-        start = 1.0 if "ia3_l" in name else 0.0
-        moved += name in telling and bool((values != start).any())
+        if none or start is not None:
+            moved += bool((values != (start or 0.0)).any())
     if not moved:
         return "FAIL", "all tensors are as they were before training: it changes nothing"
     told = f"{len(e.adapter.tensors)} tensors, finite, changed by training"
@@ -312,7 +336,15 @@ def _rollback(e: _Evidence) -> _Found:
         return "PASS", f"{way['command']}: from {UNDO}"
     if {s.name: digest_of(s.path) for s in e.base.shards} != e.facts.receipt["base"]["shards"]:
         return "FAIL", "the base given is not the one that was merged, by the receipt's digests"
-    return "PASS", f"{way['command']}; the base given has the receipt's digests"
+    command = str(way["command"])
+    # a bundle of an earlier version tells no caveat, and may name a download all the same
+    if caveat := way.get("caveat", "" if command.startswith("cp ") else "it tells no commit"):
+        told = (
+            f"{command}: {caveat}. Merge with --undo, which gives the base bit for bit, or keep "
+            f"{e.words['base']}, which has the receipt's digests"
+        )
+        return "NOT DONE", told, _UNDO
+    return "PASS", f"{command}; {e.words['base']} has the receipt's digests"
 
 
 def _notes(e: _Evidence) -> _Found:
@@ -332,17 +364,25 @@ def _compared(record: Mapping[str, Any], what: str) -> _Found:
     found = [c for c in told_of if c.get("model", "merged") == "merged"]
     if not found:
         return "NOT DONE", f"records/bench.json compares no {what} of merged and base"
-    told = [
-        f"{c['metric']} {c['ratio']:.3f}x the base's ({c['low']:.3f} to {c['high']:.3f})"
-        for c in found
-    ]
-    if any(c["low"] > 1 + _SLACK for c in found):
-        return "FAIL", "; ".join(told)
-    few = what == "speed" and any(c.get("coverage", 1) < _SURE for c in found)
-    if few or any(c["high"] > 1 + _WIDE for c in found):
-        more = "take more rounds" if few else "take a quieter machine, or more rounds"
-        return "NOT DONE", f"too wide to tell, {more}: {'; '.join(told)}"
-    return "PASS", "; ".join(told)
+    told = "; ".join(_ratio(c) for c in found)
+    alone = [c for c in found if c.get("coverage", 1) <= 0]
+    least = _SURE if what == "speed" else 0
+    sure = [c for c in found if c not in alone and c.get("coverage", 1) >= least]
+    if any(c["low"] > 1 + _SLACK for c in sure):
+        return "FAIL", told
+    more = "starts" if what == "memory" else "rounds"  # a start gives one value of memory
+    if alone:
+        return "NOT DONE", f"one value, of no interval: measure with more {more}: {told}"
+    if len(sure) < len(found):
+        return "NOT DONE", f"too wide to tell, take more {more}: {told}"
+    if any(c["high"] > 1 + _WIDE for c in found):
+        return "NOT DONE", f"too wide to tell, take a quieter machine, or more {more}: {told}"
+    return "PASS", told
+
+
+def _ratio(c: Mapping[str, Any]) -> str:
+    span = f"{c['low']:.3f} to {c['high']:.3f}" if c.get("coverage", 1) > 0 else "one value"
+    return f"{c['metric']} {c['ratio']:.3f}x the base's ({span})"
 
 
 def _of_record(e: _Evidence, kind: str, check: Callable[[Mapping[str, Any]], _Found]) -> _Found:
@@ -357,8 +397,9 @@ def _of_record(e: _Evidence, kind: str, check: Callable[[Mapping[str, Any]], _Fo
         return "FAIL", f"records/{kind}.json cannot be read: {type(error).__name__} {error}"
 
 
-_TRAIN = "infold train {base} DATA --out {adapter} --eval-split 0.1"
+_TRAIN = "infold train {base} DATA --out {new} --method {method} --eval-split 0.1"
 _BENCH = "infold bench {base} {adapter} {merged}"
+_UNDO = "infold merge {base} {adapter} --out {again} --undo"
 _OUTPUTS = "infold verify {base} {adapter} {merged} --outputs"
 _DEPLOY, _SMOKE = "infold deploy {merged}", "infold deploy {merged} --smoke"
 _BOXES: tuple[tuple[str, str, _Check, str], ...] = (

@@ -50,10 +50,14 @@ _SCRIPTS = {
     ),
     "llamacpp": (
         "llama.cpp: LLAMA_CPP is its source folder, llama-server is on the PATH",
-        'GGUF="$${GGUF:-$$MODEL/../$name.gguf}"\n'
-        'if [ ! -e "$$GGUF" ]; then\n'
+        # a name of this merge alone: what another one left there is not served, nor a torn file
+        'NAME=$name\nGGUF="$${GGUF:-$$MODEL/../$$NAME-$digest.gguf}"\n'
+        'if [ -e "$$GGUF" ]; then\n'
+        '    echo "serving $$GGUF, which is there; without it it is converted anew" >&2\n'
+        "else\n"
         '    python "$${LLAMA_CPP:?the folder of llama.cpp}/convert_hf_to_gguf.py" "$$MODEL" \\\n'
-        '        --outfile "$$GGUF" --outtype $gguf\n'
+        '        --outfile "$$GGUF.part" --outtype $gguf\n'
+        '    mv "$$GGUF.part" "$$GGUF"\n'
         "fi\n"
         'exec llama-server -m "$$GGUF" --host "$$HOST" --port "$$PORT" -c $context\n',
     ),
@@ -82,6 +86,7 @@ def recipes(facts: Facts, context: int) -> dict[str, str]:
     writes = facts.generates or facts.architecture.endswith("ForConditionalGeneration")
     values = {
         "name": shlex.quote(facts.name),
+        "digest": facts.digest[:12],
         "dtype": _ENGINE_DTYPES.get(facts.dtype, "auto"),
         "gguf": {"BF16": "bf16", "F16": "f16"}.get(facts.dtype, "f32"),
         "context": str(context),

@@ -12,12 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infold.checkpoint.adapter import CONFIG, Adapter, open_adapter
+from infold.checkpoint.adapter import CONFIG, PICKLE, WEIGHTS, Adapter, open_adapter
 from infold.checkpoint.files import locate
 from infold.checkpoint.record import FILE, ORIGINAL, SEEN, UNDO, open_record
 from infold.checkpoint.shards import (
+    GGUF,
+    INDEX,
     RECEIPT,
     SECOND_COPIES,
+    SINGLE,
     Checkpoint,
     companion,
     is_lone,
@@ -26,6 +29,8 @@ from infold.checkpoint.shards import (
     renamed,
     without_owner,
 )
+from infold.checkpoint.staging import storage_errors
+from infold.checkpoint.untrained import untrained
 from infold.errors import CorruptFile, Refusal
 from infold.formats import NoFold, floats_of
 from infold.ggml import BLOCKS
@@ -60,11 +65,39 @@ def describe_path(
     if base is not None:
         raise Refusal(f"{path}: --base is for adapters, and this is none")
     refuse_unfinished(place)
+    _check_kind(place, path)
     if (place.is_dir() or is_lone(place)) and companion(place, RECEIPT).exists():
         receipt = checked_receipt(place)
-        undo = _record(place, receipt) if os.path.lexists(companion(place, UNDO)) else None
+        undo = _checked(place, receipt) if os.path.lexists(companion(place, UNDO)) else None
         return {"kind": "merged", "path": str(place), "receipt": receipt, "undo": undo}
     return _checkpoint(open_checkpoint(path))  # which tells what is not fetched of a Hub repository
+
+
+def _check_kind(place: Path, path: str | os.PathLike[str]) -> None:
+    """Refuse a part of an adapter, and a folder with nothing of an adapter or a model."""
+    if not place.is_dir():
+        if place.name.startswith("adapter_model."):
+            raise Refusal(f"{path}: holds an adapter's weights; give its folder, {place.parent}")
+        return
+    with storage_errors(place):
+        names = {file.name for file in place.iterdir()}
+    if not names & {INDEX, SINGLE} and (own := names & {WEIGHTS, PICKLE}):
+        raise Refusal(f"{path}: holds {min(own)} and no {CONFIG}, without which it is no adapter")
+    of_models = (".safetensors", INDEX, ".bin", GGUF, RECEIPT)
+    # of a Hub repository not all of it was fetched
+    if place == Path(path) and not any(name.endswith(of_models) for name in names):
+        raise Refusal(
+            f"{path}: neither an adapter nor a model: {CONFIG} is not there, nor {SINGLE}, {INDEX} "
+            "or a GGUF file"
+        )
+
+
+def _checked(folder: Path, receipt: dict[str, Any]) -> dict[str, Any]:
+    """The undo record, or {damaged: why} of one that gives no base back: all else is there."""
+    try:
+        return _record(folder, receipt)
+    except CorruptFile as error:
+        return {"damaged": str(error)}
 
 
 def _record(folder: Path, receipt: dict[str, Any]) -> dict[str, Any]:
@@ -109,8 +142,10 @@ def _adapter(adapter: Adapter, base: Checkpoint | None) -> dict[str, Any]:
                 keys.add(edit.source.key)
             for key in keys:
                 targets[key].append(edit.tensor)
-        notes += plan.notes
+        notes += plan.notes  # which have the doubt below, too
         found["base"] = str(base.path)
+    elif doubt := untrained(adapter):
+        notes.append(doubt)
     parameters = sum(math.prod(t.shape) for t in adapter.tensors.values())
     if base is not None:
         found["share_of_parameters"] = parameters / max(1, _parameters(base))

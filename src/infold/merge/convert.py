@@ -110,20 +110,42 @@ def parts_of(
 
 class _Error:
     """How far what is written lies from the exact values, and how far these are from what they were
-    before the adapters; relative to the values, in the Frobenius norm."""
+    before the adapters; relative to the values, in the Frobenius norm.
+
+    off, moved, norm: squared norms of error, update and values. crossed: update · error, since the
+    same error can be two things. Codes that stay as they were lose the update: the error is its
+    opposite, and of its size. Codes of a finer or another grid keep it, and add noise beside it.
+    """
 
     def __init__(self) -> None:
-        self.off = self.moved = self.norm = 0.0
+        self.off = self.moved = self.norm = self.crossed = 0.0
         self._lock = threading.Lock()
 
     def add(self, written: Tensor, values: Tensor, before: Tensor) -> None:
-        off = float((written - values).square_().sum())
-        moved = float((values - before).square_().sum())
+        error, update = written - values, values - before
+        crossed = float((error * update).sum())
+        off, moved = float(error.square_().sum()), float(update.square_().sum())
         norm = float(values.square().sum())
         with self._lock:
             self.off += off
             self.moved += moved
             self.norm += norm
+            self.crossed += crossed
+
+    def join(self, other: _Error) -> None:
+        """Count another weight's, too."""
+        self.off, self.moved = self.off + other.off, self.moved + other.moved
+        self.norm, self.crossed = self.norm + other.norm, self.crossed + other.crossed
+
+    @property
+    def left(self) -> float:
+        """The share of the update that is left: 0 where nothing moved, 1 where it is there."""
+        return min(1.0, max(0.0, 1 + self.crossed / self.moved))
+
+    @property
+    def noise(self) -> float:
+        """The error but for what is lost of the update, relative to the values."""
+        return math.sqrt(max(0.0, self.off - self.crossed**2 / self.moved) / self.norm)
 
     def describe(self) -> dict[str, float]:
         """As receipts tell it, with four digits."""
@@ -302,21 +324,25 @@ def measured_error(run: Run) -> dict[str, float] | None:
 
 
 def lost_updates(runs: Mapping[str, Run]) -> list[str]:
-    """A note on weights whose rounding error is as large as what the adapters changed there."""
-    found: dict[str, float] = {}
+    """A note on what quantizing again loses of the adapters' update, and what noise it adds, where
+    some weight's error is as large as its update."""
+    found: dict[str, _Error] = {}
     for run in runs.values():
-        if isinstance(run, PartRun):
-            told = run.error.describe()
-            if told["error"] >= told["update"] > 0:
-                weight = run.module.inner.edit.tensor
-                found[weight] = told["error"] / told["update"]
-    if not found:
+        if isinstance(run, PartRun) and run.error.moved > 0:
+            found[run.module.inner.edit.tensor] = run.error
+    larger = sum(error.off >= error.moved for error in found.values())
+    if not larger:
         return []
-    worst = max(found, key=lambda name: found[name])
+    least, total = min(found, key=lambda name: found[name].left), _Error()
+    for error in found.values():
+        total.join(error)
+    update = math.sqrt(total.moved / total.norm)
     return [
-        f"in {len(found):,} of the weights that were quantized again the rounding error is larger "
-        f"than all that the adapters change there ({worst}: {found[worst]:.1f} times as large), so "
-        "much of their effect is lost; --dequantize keeps it"
+        f"in {larger:,} of {len(found):,} weights that were quantized again the rounding error is "
+        f"as large as what the adapters change there, or larger: {total.left:.0%} of that change "
+        f"is left ({least}: {found[least].left:.0%}), and noise of {total.noise:.2%} of the "
+        f"weights was added, where the change is {update:.2%}; --dequantize keeps all of it, "
+        "without such noise"
     ]
 
 

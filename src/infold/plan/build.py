@@ -55,8 +55,8 @@ def plan_merge(
     choice: Choice | None = None,
     lossy: bool = False,
 ) -> Plan:
-    """Decide every edit. Reads no tensor data, but for the parts of a tied pair's two ends, and
-    the small tensors that tell how a module is quantized.
+    """Decide every edit. Reads no tensor data, but for the parts of a tied pair's two ends, the
+    small tensors that tell how a module is quantized, and what tells whether an adapter is new.
 
     choice: what is to happen to quantized modules into which an adapter does not fold. lossy:
     whether scales of four bits may be multiplied.

@@ -108,9 +108,9 @@ def is_conv1d(base: Checkpoint, weight: str, fan_in_fan_out: bool) -> bool | Non
     votes = named or (around[max(around)] if around else set())
     if len(votes) == 1:
         return votes.pop()
-    if votes or fan_in_fan_out or kind is None:
+    if votes or fan_in_fan_out:  # which PEFT saves as the layers were
         return None
-    return False  # of a type that is not known to have Conv1D
+    return False
 
 
 def _by_shape(base: Checkpoint, weight: str) -> bool | None:

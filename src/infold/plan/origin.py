@@ -1,5 +1,5 @@
-"""Whether adapters were trained on this base, as far as names tell. A doubt is a note: shapes are
-what decides, and local copies have any name."""
+"""Whether adapters were trained, and on this base, as far as names tell. A doubt is a note: shapes
+are what decides, and local copies have any name."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 from infold.checkpoint.adapter import Adapter
 from infold.checkpoint.shards import Checkpoint
+from infold.checkpoint.untrained import untrained
 from infold.names import kin, same
 
 __all__ = ["misfit", "origin_notes"]
@@ -21,7 +22,8 @@ _TYPE = re.compile(
 
 
 def origin_notes(base: Checkpoint, adapters: Sequence[Adapter]) -> list[str]:
-    """Notes on adapters of another base, and on adapters that are given more than once."""
+    """Notes on adapters of another base, on those that are as new, and on adapters that are given
+    more than once."""
     notes = []
     names = _names(base)
     for adapter in adapters:
@@ -31,6 +33,8 @@ def origin_notes(base: Checkpoint, adapters: Sequence[Adapter]) -> list[str]:
                 f"{adapter.path} was trained on {told}, and the base is {names[0]}: the shapes "
                 "fit, but is it the same model?"
             )
+        if doubt := untrained(adapter):
+            notes.append(f"{adapter.path}: {doubt}")
     places = [adapter.path.resolve() for adapter in adapters]
     for number, place in enumerate(places):
         if (count := places.count(place)) > 1 and places.index(place) == number:

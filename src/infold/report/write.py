@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ def write_report(
 ) -> tuple[Path, list[str]]:
     """Write the page of a folder's records; return its path and the kinds of records it shows.
 
-    out: an .html or .md file; by default NAME-report.html here. more: records from elsewhere.
+    out: an .html or .md file, whose folders are made; by default NAME-report.html here. more:
+    records from elsewhere.
     check: refuses a merged folder that is no longer what its receipt tells; gives the digest of the
     receipt, by which records of another merge are told. describe_update: gives the update record of
     a merged folder, which is not saved anywhere.
@@ -47,12 +49,14 @@ def write_report(
     page = (render_html if html else render_markdown)(records, others)
     draft = target.with_name(f".{target.name}.{os.getpid()}")
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         draft.write_text(page, encoding="utf-8")
         draft.replace(target)
     except OSError as error:
         raise StorageFailure(f"{target}: {error.strerror}") from error
     finally:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):
+            draft.unlink()
     return target, shown(records, html)
 
 
