@@ -160,15 +160,19 @@ def refuse_unfinished(path: Path) -> None:
         dense = [p for p in path.glob("*.safetensors") if not p.name.startswith("adapter_")]
         files += sorted(dense or path.glob(f"*{GGUF}"))
     reasons: dict[str, str] = {}  # by the journal, which has several names where links lead to it
-    for place in (place for file in files for place in (file, Path(os.path.realpath(file)))):
-        for whole in [place] if place.is_dir() else [place.parent, place]:
-            if os.path.lexists(journal := companion(whole, JOURNAL)):
-                reasons.setdefault(
-                    os.path.realpath(journal),
-                    f"{whole}: is being edited in place, or was left in the middle of it; "
-                    f"`infold inspect {whole}` finishes that",
-                )
-        for name in without_owner(place, JOURNAL) if is_lone(place) else []:
+    # each once: a model has hundreds of shards in one folder
+    places = list(dict.fromkeys(p for file in files for p in (file, Path(os.path.realpath(file)))))
+    wholes = dict.fromkeys(w for p in places for w in ([p] if p.is_dir() else [p.parent, p]))
+    for whole in wholes:
+        if os.path.lexists(journal := companion(whole, JOURNAL)):
+            reasons.setdefault(
+                os.path.realpath(journal),
+                f"{whole}: is being edited in place, or was left in the middle of it; "
+                f"`infold inspect {whole}` finishes that",
+            )
+    lone = {place.parent: place for place in reversed(places) if is_lone(place)}
+    for place in reversed(lone.values()):
+        for name in without_owner(place, JOURNAL):
             owner = place.with_name(name.removesuffix(f".{JOURNAL}"))
             reasons.setdefault(
                 os.path.realpath(place.with_name(name)),

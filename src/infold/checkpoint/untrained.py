@@ -7,8 +7,8 @@ from infold.checkpoint.adapter import Adapter
 __all__ = ["telling", "untrained"]
 
 # part -> the value that all its elements begin with. Other parts are random, or the base's own.
-_STARTS = {"ia3_l": 1.0, "lora_B": 0.0, "lora_embedding_B": 0.0}
-_PARTNERS = ("lora_A", "lora_embedding_A")  # which change nothing alone
+_STARTS = {"ia3_l": 1.0, "lora_B": 0.0, "lora_embedding_A": 0.0}
+_PARTNERS = ("lora_A", "lora_embedding_B")  # which change nothing alone
 
 
 def telling(name: str) -> float | None:

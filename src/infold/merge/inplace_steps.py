@@ -120,14 +120,15 @@ class Crew:
         reads a byte that another one writes."""
         waiting: list[tuple[Work, Future[Piece]]] = []
         for works in chain(steps, [list[Work]()]):
-            begun = [(work, self.pool.submit(self._compute, work)) for work in works]
-            if waiting:
-                pieces = [future.result() for _, future in waiting]
-                for work, _ in waiting:
+            ready, waiting = waiting, [(w, self.pool.submit(self._compute, w)) for w in works]
+            if ready:
+                pieces = [future.result() for _, future in ready]
+                for work, _ in ready:
                     if work.chunk.last:
                         work.chunk.run.release()
+                del ready  # the futures hold their results
                 yield pieces
-            waiting = begun
+                del pieces
 
     def _compute(self, work: Work) -> Piece:
         if not hasattr(self.own, "buffers"):

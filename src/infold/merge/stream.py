@@ -234,6 +234,7 @@ class _Pool:
         self.seen: set[tuple[str, int]] = set()  # tensors, and blocks of them that were computed
         self.earlier: set[str] = set()  # tensors of which an earlier run has written blocks
         self.refused: dict[str, NotFinite] = {}  # the first of each tensor
+        self.reasons: list[str] = []  # what else is refused where those are looked for
 
     def _tasks(self) -> Iterator[_Task]:
         """All chunks in file order. A shard is opened when its first chunk is asked for."""
@@ -294,7 +295,7 @@ class _Pool:
         workers = [Worker(self._work, f"infold-{n}") for n in range(self.threads)]
         run_all(workers, self.stopped.set)
         self.writers.shutdown(wait=False)  # each worker has waited for its own
-        if self.refused and self.error is None:
+        if self.refused and self.error is None and self.keeper.error is None:
             self._survey()
         if self.error is not None:
             raise self.error
@@ -348,6 +349,10 @@ class _Pool:
                         except NotFinite as error:
                             self._refuse(error)
                             break  # the first element of a tensor is enough
+                        except Refusal as error:
+                            with self.lock:
+                                self.reasons += error.reasons
+                            break
                         finally:
                             self.advance(one.block.count * one.run.floats.width)
                     edit[0].run.release()
@@ -385,7 +390,7 @@ class _Pool:
         for error in found:
             reasons.append(error.short if error.advice in told else str(error))
             told.add(error.advice)
-        return Refusal(reasons)
+        return Refusal([*reasons, *self.reasons])
 
     def _work(self) -> None:
         take_one_core()

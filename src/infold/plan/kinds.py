@@ -12,6 +12,8 @@ _NESTED = 4  # levels of objects within a config.json
 _QUANTIZATION = ("quantization_config", "compression_config")  # tell of weights, not of layers
 # Fields that bound values between two projections of a layer, one for all layers or a list.
 _LIMITS = re.compile(r"swiglu.*limit|activation_limit|clip_(qkv|kqv)|clamp|mlp.*softcap")
+_OTHERS = ("clamp_len", "clamp_min_for_underflow")  # of positions, and of norms
+
 # Models that do so where the field is missing, too; some also add 1 to what comes out of up_proj.
 # (transformers 5.23, the defaults of such fields; a test reads them there.)
 _LIMITED = (
@@ -38,7 +40,11 @@ def model_types(config: Mapping[str, Any]) -> set[str]:
 def limits(config: Mapping[str, Any]) -> set[str]:
     """Fields that are set and bound values inside of layers, of some layers at least. Where none
     is, and the model has such bounds by default, its model type."""
-    found = {name for name, value in _fields(config) if _LIMITS.search(name) and _is_set(value)}
+    found = {
+        name
+        for name, value in _fields(config)
+        if _LIMITS.search(name) and name not in _OTHERS and _is_set(value)
+    }
     return found or {
         f"model_type {kind}" for kind in model_types(config) if kind.startswith(_LIMITED)
     }

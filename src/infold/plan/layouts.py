@@ -108,7 +108,7 @@ def is_conv1d(base: Checkpoint, weight: str, fan_in_fan_out: bool) -> bool | Non
     votes = named or (around[max(around)] if around else set())
     if len(votes) == 1:
         return votes.pop()
-    if votes or fan_in_fan_out:  # which PEFT saves as the layers were
+    if votes or (fan_in_fan_out and kind is None):  # PEFT saves it as the layers were, mostly
         return None
     return False
 
@@ -182,7 +182,6 @@ def vocabularies(config: Mapping[str, object]) -> Iterator[int]:
     for key, value in config.items():
         if isinstance(value, dict):
             yield from vocabularies(value)
-        elif isinstance(value, int) and (
-            key.endswith("vocab_size") or key in ("n_words", "n_vocab")
-        ):
-            yield value
+        elif type(value) is int and key != "type_vocab_size":  # kinds of segments, two mostly
+            if key.endswith("vocab_size") or key in ("n_words", "n_vocab"):
+                yield value
