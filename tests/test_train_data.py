@@ -141,7 +141,11 @@ def test_csv_labels_that_count_classes_are_numbers(
     rows = "".join(f"film {i},{label}\n" for i, label in enumerate(labels.split()))
     (tmp_path / "d.csv").write_text("text,label\n" + rows)
 
-    assert [e.values["label"] for e in read_data(tmp_path / "d.csv").examples] == read
+    found = read_data(tmp_path / "d.csv")
+    assert [e.values["label"] for e in found.examples] == read
+    (tmp_path / "held.csv").write_text("text,label\nanother,1\n")
+    held = read_data(tmp_path / "held.csv", like=found)
+    assert held.examples[0].values["label"] == (1 if isinstance(read[0], int) else "1")
 
 
 def test_csv_that_is_not_utf8_tells_the_line(tmp_path: Path) -> None:

@@ -31,7 +31,6 @@ from infold.cli import (
     verify,
 )
 from infold.cli.output import Failed, complain, finish, protect_streams
-from infold.cli.startup import Ending
 from infold.errors import InfoldError, Refusal
 from infold.version import __version__
 
@@ -205,7 +204,6 @@ def _misused(error: Any) -> int:
 
 def run() -> None:
     """Read the command line and do what it says. Ends the process."""
-    ending = Ending()
     protect_streams()
     try:
         code: Any = app(standalone_mode=False) or 0
@@ -221,4 +219,4 @@ def run() -> None:
         complain(f"standard output: {unwritten.strerror}")
         code = code or 3
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is told: the exit code is the work's
-    ending.exit(code)
+    sys.exit(code)

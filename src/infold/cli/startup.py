@@ -14,12 +14,17 @@ __all__ = ["Ending", "lasting_imports", "run"]
 
 def run() -> None:
     """Entry point of the console script: what is imported first can be interrupted too."""
+    ending = Ending()
     try:
         from infold.cli.main import run as run_verb
     except KeyboardInterrupt:
         print("infold: interrupted", file=sys.stderr)
         sys.exit(130)
-    run_verb()
+    try:
+        run_verb()
+    except SystemExit as ended:
+        ending.code = 0 if ended.code is None else ended.code
+        raise
 
 
 @contextmanager
@@ -35,27 +40,22 @@ def lasting_imports() -> Iterator[None]:
 
 
 class Ending:
-    """How this process ends, made before the heavy imports: Python joins threads and calls the exit
-    handlers, of which this is the last, and then it leaves all memory to the system.
+    """How this process ends, made before the heavy imports: Python joins threads, calls the exit
+    handlers that came later, and then this, which leaves all memory to the system.
 
     To take PyTorch's modules apart is half a second of processor time, more than many a merge's
     arithmetic, and nothing depends on it: files are closed and on the disk when a verb returns.
     """
 
     def __init__(self) -> None:
-        self._code: int | None = None
+        self.code: object = None  # of the verb, when it has ended
         atexit.register(self._leave)
 
-    def exit(self, code: object) -> None:
-        """As `sys.exit`. Does not return."""
-        self._code = 0 if code is None else code if isinstance(code, int) else None
-        sys.exit(code)  # type: ignore[arg-type]
-
     def _leave(self) -> None:
-        if self._code is None:  # a text, which Python itself tells
+        if not isinstance(self.code, int):  # a text, which Python itself tells; or it never ended
             return
         for stream in (sys.stdout, sys.stderr):
             if stream is not None and not stream.closed:
                 with suppress(OSError):
                     stream.flush()
-        os._exit(self._code & 0xFF)
+        os._exit(self.code & 0xFF)

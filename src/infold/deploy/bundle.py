@@ -171,7 +171,7 @@ def rollback(facts: Facts) -> dict[str, Any]:
             )
         elif not re.fullmatch("[0-9a-f]{40}", revision):
             caveat = (
-                f"{facts.base_id} was merged by that name, which tells no commit: if the "
+                f"what was merged is named {facts.base_id}, which tells no commit: if the "
                 "repository has changed since, the files there are others"
             )
     else:

@@ -94,16 +94,20 @@ class DataSet:
 
 
 def read_data(
-    name: str | os.PathLike[str], fields: Mapping[str, str] | None = None, shape: str | None = None
+    name: str | os.PathLike[str],
+    fields: Mapping[str, str] | None = None,
+    shape: str | None = None,
+    like: DataSet | None = None,
 ) -> DataSet:
     """Read and check all rows of a file, a folder of files or a Hub data set (`org/name`).
 
     fields: our field -> the data's (`{"prompt": "question", "completion": "answer"}`). Where given,
     they are the only fields that are looked at, so they decide the shape too.
-    shape: the shape that is wanted, where something else (the training data) has decided it.
+    shape: the shape that is wanted, where something else has decided it. like: the training data of
+    these rows, which decides that, and whether the labels of a CSV file are numbers.
     Raises Refusal (bad rows, all of them; no such data) or StorageFailure.
     """
-    text = os.fspath(name)
+    text, shape = os.fspath(name), like.shape if like else shape
     known = {ours for names in SHAPES.values() for ours in names}
     if unknown := sorted(set(fields or ()) - known):
         raise Refusal(
@@ -146,7 +150,7 @@ def read_data(
             examples.append(Example(where, values))
     if shape == "label":
         if {file.suffix.lower() for file in files} <= {".csv", ".tsv"}:
-            examples = _numbered(examples)
+            examples = _numbered(examples, like)
         _check_labels(examples, source["label"], wrong)
     wrong.refuse(text, total)
     ignored = {key for _, row in rows for key in row} - set(source.values())
@@ -213,11 +217,17 @@ def _messages(value: Any, name: str, where: str, wrong: Offences) -> Any:
     ]
 
 
-def _numbered(examples: list[Example]) -> list[Example]:
+def _numbered(examples: list[Example], like: DataSet | None) -> list[Example]:
     """Labels of a CSV file as the numbers that they are, where they count classes from 0 on: the
     format has text alone."""
     labels = {example.values["label"] for example in examples}
-    if len(labels) < 2 or labels != {str(number) for number in range(len(labels))}:
+    if like is not None:
+        count = isinstance(like.examples[0].values["label"], int) and all(
+            map(str.isdecimal, labels)
+        )
+    else:
+        count = len(labels) > 1 and labels == {str(number) for number in range(len(labels))}
+    if not count:
         return examples
     return [
         replace(one, values={**one.values, "label": int(one.values["label"])}) for one in examples

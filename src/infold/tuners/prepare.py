@@ -64,7 +64,7 @@ def prepare(
     classes = _classes(found, task, settings)
     held = None
     if isinstance(settings.eval_split, str):
-        held = read_data(settings.eval_split, settings.fields, found.shape)
+        held = read_data(settings.eval_split, settings.fields, like=found)
         if classes:
             check_labels(held, classes)
 
