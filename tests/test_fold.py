@@ -208,6 +208,7 @@ def test_what_cannot_move(base: FakeModules, module: str, why: str) -> None:
         ({"model_type": "step3p5", "swiglu_limits": [None, 0, 0.0]}, set()),
         ({"clip_qkv": None, "final_logit_softcapping": 30.0, "time_step_limit": [0.0, 1.0]}, set()),
         ({"quantization_config": {"clamp": True}}, set()),
+        ({"clamp_len": -1, "clamp_min_for_underflow": True}, set()),
     ],
 )
 def test_limits_that_a_config_tells(config: dict[str, Any], found: set[str]) -> None:

@@ -44,6 +44,7 @@ from infold import Refusal
 from infold.checkpoint.adapter import open_adapter
 from infold.checkpoint.shards import open_checkpoint
 from infold.plan.build import plan_merge
+from infold.plan.layouts import vocabularies
 from peft_oracle import Bench, Merged, read_tensors
 from tiny_models import SIZE, TOKENS, model_inputs, new_model, token_ids
 
@@ -369,6 +370,13 @@ def test_an_embedding_of_an_unknown_name_is_refused_where_it_may_be_tied(
     with pytest.raises(Refusal, match=r"lookup\.embedding\.weight: is tied") as refusal:
         infold.merge(base, adapter, tmp_path / "out")
     assert "tie_word_embeddings" in str(refusal.value) and len(refusal.value.reasons) == 1
+
+
+def test_kinds_of_segments_are_no_vocabulary() -> None:
+    """BERT has two: every table of two rows, such as a classifier, would be one of tokens."""
+    bert = transformers.BertConfig(vocab_size=30).to_dict()
+
+    assert set(vocabularies({"text_config": bert, "n_words": True})) == {30}
 
 
 # --- both ends on disk -------------------------------------------------------------------------
