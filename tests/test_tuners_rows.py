@@ -187,10 +187,44 @@ def test_images_are_no_rows(calm: None) -> None:
     assert_rows(two(model, LoraConfig(r=2, target_modules=language)), inputs)
 
 
-def test_a_layer_that_all_rows_share_is_named(calm: None) -> None:
-    model = two(new_model("gpt2"), LoraConfig(r=2, target_modules=["wpe"]))
-    with pytest.raises(Refusal, match=r"transformer\.wpe sees 1 rows where the batch has 2"):
-        model(**model_inputs("gpt2"), adapter_names=NAMES)
+@pytest.mark.parametrize("tokens", [2, 7])  # of as many as rows, a table of distances sees "rows"
+@pytest.mark.parametrize(
+    ("name", "target"), [("gpt2", "wpe"), ("t5", "relative_attention_bias")], ids=str
+)
+def test_tables_that_all_rows_share_are_refused(
+    calm: None, name: str, target: str, tokens: int
+) -> None:
+    model = two(new_model(name), LoraConfig(r=2, target_modules=[target]))
+    inputs = {key: value[:, :tokens] for key, value in model_inputs(name).items()}
+    with pytest.raises(Refusal, match=rf"\.{target} is not known to look up tokens"):
+        model(**inputs, adapter_names=NAMES)
+
+
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [
+        ("gpt2", ["wte"]),
+        ("t5", ["embed_tokens"]),
+        ("bert", ["word_embeddings"]),
+        ("bert", ["token_type_embeddings"]),
+    ],
+    ids=str,
+)
+def test_tables_of_tokens_take_rows(calm: None, name: str, targets: list[str]) -> None:
+    inputs = model_inputs(name)
+    if name == "bert":
+        inputs["token_type_ids"] = (inputs["input_ids"] > 15).long()
+    assert_rows(two(new_model(name), LoraConfig(r=2, target_modules=targets)), inputs)
+
+
+def test_a_head_beside_the_text_model_takes_rows(calm: None) -> None:
+    config = VISION_MODELS["gemma3"](False)
+    config.text_config.pad_token_id = 0
+    model = hf.Gemma3ForSequenceClassification(config)
+    wanted = dict(target_modules=r".*language_model.*q_proj", task_type="SEQ_CLS")
+    model = two(model, LoraConfig(r=2, **wanted))
+    assert "score" in model._attached.whole
+    assert_rows(model, dict(input_ids=ids(tokens=7)))
 
 
 class Pairs(nn.Module):
@@ -257,3 +291,40 @@ def test_beams_have_the_adapter_of_their_row(
     for row, name in enumerate(NAMES):
         model.set_adapter(name)
         assert torch.equal(found[row], model.generate(ids()[row : row + 1], **options)[0])
+
+
+def blip2() -> nn.Module:
+    size = dict(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
+    )  # fmt: skip
+    text = dict(model_type="opt", ffn_dim=24, word_embed_proj_dim=16, max_position_embeddings=40)
+    config = hf.Blip2Config(
+        vision_config=size | dict(image_size=16, patch_size=8),
+        qformer_config=size | dict(encoder_hidden_size=16, vocab_size=31),
+        text_config=text | size | TEXT | dict(vocab_size=64),
+        num_query_tokens=4, image_token_index=62,
+    )  # fmt: skip
+    return hf.Blip2ForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(num_beams=2),
+        dict(do_sample=True, top_k=1, num_return_sequences=3),
+        dict(generation_config=hf.GenerationConfig(num_beams=3)),
+    ],
+    ids=["beams", "sequences", "config"],
+)
+def test_beams_of_a_model_inside_have_the_adapter_of_their_row(
+    calm: None, options: dict[str, Any]
+) -> None:
+    model = two(blip2(), LoraConfig(r=2, target_modules=r".*language_model.*(q_proj|fc1|fc2)"))
+    rows = torch.cat((torch.full((2, 4), 62), ids(tokens=3)), 1)
+    pictures = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(6))
+    options = dict(do_sample=False) | options | dict(max_new_tokens=4, min_new_tokens=4)
+    found = model.generate(pictures, rows, adapter_names=NAMES, **options)
+    for row, name in enumerate(NAMES):
+        model.set_adapter(name)
+        alone = model.generate(pictures[row : row + 1], rows[row : row + 1], **options)
+        assert torch.equal(found.view(2, len(alone), -1)[row], alone)

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, TypeVar
 from infold.checkpoint.files import locate, read_object, safe_child
 from infold.errors import Refusal
 
-__all__ = ["IA3Config", "LoraConfig", "TunerConfig", "matches", "read_config", "within"]
+__all__ = ["HEADS", "IA3Config", "LoraConfig", "TunerConfig", "matches", "read_config", "within"]
 
 FILE = "adapter_config.json"
 # What other versions of PEFT write without an influence on a trained adapter.
@@ -34,6 +34,7 @@ _TASKS = (
 # PEFT's initialisations that leave the base as it was: what they gave is in an adapter's file, so
 # such adapters are loaded; new ones begin in another way.
 READ_INITS = ("eva", "orthogonal", "mica")
+HEADS = ("classifier", "score")  # that SEQ_CLS and TOKEN_CLS train whole, as PEFT does
 Names = list[str] | str | None
 C = TypeVar("C", bound="TunerConfig")
 

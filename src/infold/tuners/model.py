@@ -27,7 +27,7 @@ from infold.tuners.offloading import offloaded, without_values
 from infold.tuners.parameters import adapt_parameter
 from infold.tuners.parts import layers_of, new_adapter
 from infold.tuners.quantized import keep_gradients
-from infold.tuners.rows import Rows, in_order, mingling, refuse
+from infold.tuners.rows import Rows, in_order, mingling, refuse, repeats
 from infold.tuners.select import Selection, select
 from infold.tuners.vocabulary import TokenRows, check_order
 from infold.tuners.weighted import add_weighted
@@ -123,7 +123,8 @@ def _by_rows(cls: type[nn.Module], name: str) -> Any:
     def method(self: AdaptedModel, *args: Any, **kwargs: Any) -> Any:
         names, rows = kwargs.pop("adapter_names", None), self._attached.rows
         if names is not None:
-            with self._each_row(names, args, kwargs):
+            times = repeats(self, args, kwargs) if name == "generate" else 1
+            with self._each_row(names, args, kwargs, times):
                 return plain(self, *args, **kwargs)
         if rows.index is not None:
             with rows.one_of_many(in_order(args, kwargs)):
@@ -394,7 +395,7 @@ class AdaptedModel(Front):
 
     @contextmanager
     def _each_row(
-        self, names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any], times: int
     ) -> Iterator[None]:
         attached = self._attached
         self._known([name for name in dict.fromkeys(names) if name != BASE])
@@ -424,7 +425,7 @@ class AdaptedModel(Front):
             raise Refusal(f"{len(names)} adapter_names for a batch of {len(first)}")
         if len(set(names)) > 1:
             self._check_rows(names)
-        with attached.rows.chosen(names, BASE, inputs):
+        with attached.rows.chosen(names, BASE, inputs, times):
             yield
 
     def _check_rows(self, names: Sequence[str]) -> None:

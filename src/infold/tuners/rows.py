@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from infold.errors import Refusal
+from infold.tuners.config import HEADS
 
-__all__ = ["Rows", "in_order", "mingling", "refuse"]
+__all__ = ["Rows", "in_order", "mingling", "refuse", "repeats"]
 
 WAY = "call the model once for each adapter, or leave this out of the adapters"
 
@@ -41,16 +42,19 @@ class Rows:
     kept: dict[Any, Any] = field(default_factory=dict)
 
     @contextmanager
-    def chosen(self, names: Sequence[str], base: str, inputs: Iterable[Any]) -> Iterator[None]:
+    def chosen(
+        self, names: Sequence[str], base: str, inputs: Iterable[Any], times: int = 1
+    ) -> Iterator[None]:
         """While this lasts, row i of the batch uses the adapter names[i], or none if it is `base`.
 
-        inputs: the arguments of the call.
+        inputs: the arguments of the call. times: how often it may repeat each row in place.
         """
         used = tuple(dict.fromkeys(name for name in names if name != base))
         places = {name: number for number, name in enumerate(used)} | {base: len(used)}
         was = (self.names, self.index, self.counts, self.kept)
         self.names, self.index = used, torch.tensor([places[name] for name in names])
-        self.counts, self.kept = _counts(len(names), inputs), {}
+        counts = _counts(len(names), inputs)
+        self.counts, self.kept = counts | {times * count for count in counts}, {}
         try:
             yield
         finally:
@@ -112,6 +116,21 @@ def in_order(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
     return [*args, *known, *(own for name, own in kwargs.items() if name not in _BATCHES)]
 
 
+def repeats(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """How often a call of generate repeats each row: a model that hands its own inputs to another's
+    generate (BLIP-2) is not called with the beams itself. Settings come from the arguments, or else
+    from the model and those inside of it."""
+    configs = [own for own in (*args, *kwargs.values()) if hasattr(own, "num_beams")]
+    if not configs:
+        configs = [getattr(module, "generation_config", None) for module in model.modules()]
+    found = [1]
+    for field_name in ("num_beams", "num_return_sequences"):
+        given = kwargs.get(field_name)
+        known = [given] if given else [getattr(config, field_name, None) for config in configs]
+        found += [number for number in known if isinstance(number, int)]
+    return max(found)
+
+
 # --- places where rows are not those of the batch ------------------------------------------------
 
 # Classes whose layers see (tokens, rows, channels).
@@ -120,6 +139,9 @@ _TOKENS_FIRST = frozenset(
     "BrosRelationExtractor BridgeTowerVisionTransformer Mask2FormerMaskedAttentionDecoder "
     "OneFormerTransformerDecoder".split()
 )
+# Names of tables that tokens are looked up in, beside the input embedding. Others look up positions
+# or distances, (tokens,) or (tokens, tokens), where a number of rows says nothing.
+_OF_TOKENS = re.compile(r"tok|word|wte|type|segment")
 _OTHER_INPUT = re.compile(r"vision|visual|image|video|audio|speech|vit\b|vq|qformer|perceiver")
 
 
@@ -154,6 +176,8 @@ def _reason(chain: Sequence[tuple[str, nn.Module]]) -> str | None:
         if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
             if not module.self_attn.batch_first:
                 return "sees tokens in the first dimension, and rows in the second"
+    if isinstance(chain[-1][1], nn.Embedding) and not _has_tokens(chain):
+        return "is not known to look up tokens, and positions or distances are those of all rows"
     configs = [getattr(module, "config", None) for _, module in chain]
     for number, config in enumerate(configs):
         fields = getattr(config, "sub_configs", None) or {}
@@ -161,14 +185,35 @@ def _reason(chain: Sequence[tuple[str, nn.Module]]) -> str | None:
         text = parts.pop("text_config", None)
         others = {kind for name, kind in parts.items() if _OTHER_INPUT.search(name)} - {text}
         inner = {type(own) for own in configs[number + 1 :] if own is not None}
-        beside = text not in (None, *inner) and not _is_head(chain[number][1], chain[-1][1])
+        beside = text not in (None, *inner) and not _is_head(chain[number:])
         if others and (inner & others or beside):
             return "sees images or sounds, of which a row can have several or none"
     return None
 
 
-def _is_head(model: nn.Module, module: nn.Module) -> bool:
+def _is_head(chain: Sequence[tuple[str, nn.Module]]) -> bool:
+    """chain: as `_reason` has it, from the model whose head it may be."""
+    if len(chain) > 1 and chain[1][0] in (*HEADS, "qa_outputs"):
+        return True
+    return _end(chain[0][1], "get_output_embeddings") is chain[-1][1]
+
+
+def _has_tokens(chain: Sequence[tuple[str, nn.Module]]) -> bool:
+    """Whether an embedding is known to look up tokens; in a model that tells of no input embedding
+    nothing is known."""
+    ends = [_end(module, "get_input_embeddings") for _, module in chain[:-1]]
+    table = chain[-1][1]._parameters.get("weight")
+    if not any(isinstance(end, nn.Module) for end in ends):
+        return True
+    if any(isinstance(end, nn.Module) and end._parameters.get("weight") is table for end in ends):
+        return True
+    name = next((name for name, _ in reversed(chain) if name and not name.isdigit()), "")
+    return _OF_TOKENS.search(name) is not None
+
+
+def _end(model: nn.Module, get: str) -> Any:
+    """What a model tells is its input embedding or its head; get: transformers' method for it."""
     try:
-        return model.get_output_embeddings() is module  # type: ignore[operator]
+        return getattr(model, get)()
     except (AttributeError, NotImplementedError):
-        return False
+        return None
