@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from infold.tuners.config import LoraConfig
-from infold.tuners.select import Selection
+from infold.tuners.select import Selection, modules_of
+from infold.tuners.vocabulary import alike
 
 __all__ = ["home_of", "is_offloaded", "offloaded", "without_values"]
 
@@ -56,6 +57,9 @@ def without_values(
         problems += offloaded(selection.layers.items(), "DoRA begins from their norms")
     if new:
         problems += offloaded(selection.tables.items(), "trained tokens begin from their rows")
+    elif selection.tables:
+        ends = alike(model, modules_of(model))
+        problems += offloaded(ends.items(), "nothing tells whether ends share the trained tokens")
     return problems
 
 

@@ -19,7 +19,7 @@ from infold.tuners.layers import kind_of
 if TYPE_CHECKING:
     from infold.tuners.model import Attached
 
-__all__ = ["TokenRows", "check_order", "end_of", "find_rows", "misfits", "untied"]
+__all__ = ["TokenRows", "alike", "check_order", "end_of", "find_rows", "misfits", "untied"]
 
 FIELD = "trainable_token_indices"
 INPUT, OUTPUT = "get_input_embeddings", "get_output_embeddings"
@@ -192,6 +192,18 @@ def _tied_to(embedding: str, model: nn.Module, modules: Mapping[str, nn.Module])
     """The other modules whose weight is the embedding's, where the config tells so too."""
     shared = _weight(modules[embedding]) if _says_tied(model) else None
     return [p for p, m in modules.items() if p != embedding and _weight(m) is shared is not None]
+
+
+def alike(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """The embedding and the other modules that have a table of its shape, where the config ties
+    them: accelerate leaves each a parameter of its own, which no longer tells that they are one."""
+    embedding = end_of(model, modules, INPUT)
+    shared = None if embedding is None else _weight(modules[embedding])
+    if shared is None or not _says_tied(model):
+        return {}
+    tables = ((path, module, _weight(module)) for path, module in modules.items())
+    found = {p: m for p, m, own in tables if own is not None and own.shape == shared.shape}
+    return found if len(found) > 1 else {}
 
 
 def _weight(module: nn.Module) -> Tensor | None:
