@@ -328,3 +328,31 @@ def test_beams_of_a_model_inside_have_the_adapter_of_their_row(
         model.set_adapter(name)
         alone = model.generate(pictures[row : row + 1], rows[row : row + 1], **options)
         assert torch.equal(found.view(2, len(alone), -1)[row], alone)
+
+
+def swin(kind: str) -> nn.Module:
+    sizes = dict(image_size=32, patch_size=4, embed_dim=8, depths=[2, 2], num_heads=[2, 2])
+    if kind == "donut":
+        return hf.DonutSwinModel(hf.DonutSwinConfig(**sizes, window_size=4))
+    model = hf.AutoModelForImageClassification
+    return model.from_config(hf.CONFIG_MAPPING[kind](**sizes, window_size=4))
+
+
+def timesformer() -> nn.Module:
+    config = hf.TimesformerConfig(
+        image_size=16, patch_size=8, num_frames=3, hidden_size=16, intermediate_size=24,
+        num_hidden_layers=2, num_attention_heads=2,
+    )  # fmt: skip
+    return hf.TimesformerForVideoClassification(config)
+
+
+@pytest.mark.parametrize("kind", ["swin", "swinv2", "donut", "timesformer"])
+def test_rows_that_are_cut_into_pieces_have_their_adapter(calm: None, kind: str) -> None:
+    shape = (2, 3, 3, 16, 16) if kind == "timesformer" else (2, 3, 32, 32)
+    model = timesformer() if kind == "timesformer" else swin(kind)
+    targets = [path for path, part in model.named_modules() if isinstance(part, nn.Linear)]
+    kept = [path for path in targets if "position" not in path]  # whose tables all rows share
+    model = two(model, LoraConfig(r=2, target_modules=kept))
+    pictures = torch.randn(shape, generator=torch.Generator().manual_seed(6))
+
+    assert_rows(model, dict(pixel_values=pictures))

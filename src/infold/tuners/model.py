@@ -27,7 +27,7 @@ from infold.tuners.offloading import offloaded, without_values
 from infold.tuners.parameters import adapt_parameter
 from infold.tuners.parts import layers_of, new_adapter
 from infold.tuners.quantized import keep_gradients
-from infold.tuners.rows import Rows, in_order, mingling, refuse, repeats
+from infold.tuners.rows import Rows, in_order, in_pieces, mingling, refuse, repeats
 from infold.tuners.select import Selection, select
 from infold.tuners.vocabulary import TokenRows, check_order
 from infold.tuners.weighted import add_weighted
@@ -435,6 +435,7 @@ class AdaptedModel(Front):
         own |= attached.whole
         if attached.mingling is None:
             attached.mingling = mingling(self, own)
+            attached.rows.pieces = in_pieces(self, own)
         found = attached.mingling.items()
         refuse({p: why for p, why in found if any(name in own[p].adapters for name in names)})
 

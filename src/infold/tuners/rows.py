@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from infold.errors import Refusal
 from infold.tuners.config import HEADS
 
-__all__ = ["Rows", "in_order", "mingling", "refuse", "repeats"]
+__all__ = ["Rows", "in_order", "in_pieces", "mingling", "refuse", "repeats"]
 
 WAY = "call the model once for each adapter, or leave this out of the adapters"
 
@@ -31,14 +31,15 @@ class Rows:
     """Which adapter each row of the running batch uses; shared by all layers of a model.
 
     names: the adapters in use. index: for each row a place in `names`, or len(names): the base.
-    counts: the numbers of rows that whole rows of the batch can be in a layer. kept: what layers
-    made of all that without gradients, for the rest of this forward or generate: no later one sees
-    it, so it cannot be out of date.
+    counts: the numbers of rows that whole rows of the batch can be in a layer. pieces: paths of the
+    layers where they can be any multiple. kept: what layers made of all that without gradients, for
+    the rest of this forward or generate: no later one sees it, so it cannot be out of date.
     """
 
     names: tuple[str, ...] = ()
     index: Tensor | None = None
     counts: frozenset[int] = frozenset()
+    pieces: frozenset[str] = frozenset()
     kept: dict[Any, Any] = field(default_factory=dict)
 
     @contextmanager
@@ -81,7 +82,7 @@ class Rows:
             return self.index
         if (self.index == self.index[0]).all():
             return self.index[:1].expand(count)
-        if count not in self.counts:
+        if count not in self.counts and (path not in self.pieces or count % len(self.index)):
             raise Refusal(
                 f"adapter_names: {path} sees {count} rows where the batch has {len(self.index)}, "
                 f"and nothing tells which is whose; {WAY}"
@@ -139,6 +140,10 @@ _TOKENS_FIRST = frozenset(
     "BrosRelationExtractor BridgeTowerVisionTransformer Mask2FormerMaskedAttentionDecoder "
     "OneFormerTransformerDecoder".split()
 )
+# Classes that cut each row into windows, patches or frames, which stay beside one another.
+_IN_PIECES = frozenset(
+    "SwinLayer Swinv2Layer DonutSwinLayer MaskFormerSwinLayer TimesformerModel".split()
+)
 # Names of tables that tokens are looked up in, beside the input embedding. Others look up positions
 # or distances, (tokens,) or (tokens, tokens), where a number of rows says nothing.
 _OF_TOKENS = re.compile(r"tok|word|wte|type|segment")
@@ -149,12 +154,28 @@ def mingling(model: nn.Module, paths: Iterable[str]) -> dict[str, str]:
     """Path -> why a module there does not see the rows of the batch, of those where that is so."""
     found = {}
     for path in paths:
-        chain = [("", model)]
-        for name in path.split("."):
-            chain.append((name, chain[-1][1].get_submodule(name)))
-        if why := _reason(chain):
+        if why := _reason(_chain(model, path)):
             found[path] = why
     return found
+
+
+def in_pieces(model: nn.Module, paths: Iterable[str]) -> frozenset[str]:
+    """The paths of the modules that see a row of the batch as several, one after another."""
+    return frozenset(
+        path for path in paths if any(_is_one_of(_IN_PIECES, m) for _, m in _chain(model, path))
+    )
+
+
+def _chain(model: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
+    """(name, module) of the model, and of each module on the way to a path."""
+    chain = [("", model)]
+    for name in path.split("."):
+        chain.append((name, chain[-1][1].get_submodule(name)))
+    return chain
+
+
+def _is_one_of(names: frozenset[str], module: nn.Module) -> bool:
+    return not names.isdisjoint(cls.__name__ for cls in type(module).__mro__)
 
 
 def refuse(found: Mapping[str, str]) -> None:
@@ -167,11 +188,11 @@ def refuse(found: Mapping[str, str]) -> None:
 
 
 def _reason(chain: Sequence[tuple[str, nn.Module]]) -> str | None:
-    """chain: (name, module) of the model, and of each module on the way to the layer."""
+    """chain: of `_chain`."""
     for name, module in chain:
         if isinstance(module, nn.ModuleList | nn.ModuleDict) and "expert" in name:
             return "sees the tokens that are routed to it, not rows"
-        if not _TOKENS_FIRST.isdisjoint(cls.__name__ for cls in type(module).__mro__):
+        if _is_one_of(_TOKENS_FIRST, module):
             return "sees tokens in the first dimension, and rows in the second"
         if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
             if not module.self_attn.batch_first:
