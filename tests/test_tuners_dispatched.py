@@ -165,6 +165,48 @@ def test_biases_and_embeddings_that_are_not_in_memory_are_refused(
     assert type(model) is type(base())
 
 
+TOKENS = LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[3, 4])
+
+
+def tied(tie: bool) -> Any:
+    model = new_model("llama", tie_word_embeddings=tie).eval()
+    shuffle(model.named_parameters(), 1)
+    return model
+
+
+@pytest.mark.parametrize("where", ["model.embed_tokens", "lm_head", ""])
+def test_trained_tokens_of_ends_that_may_be_one_are_refused(
+    calm: None, tmp_path: Path, where: str
+) -> None:
+    attach(tied(True), TOKENS).save_pretrained(tmp_path)
+    model = tied(True)
+    offloaded(model.get_submodule(where))
+
+    with pytest.raises(Refusal) as refused:
+        load(model, tmp_path)
+
+    ends = [where] if where else ["model.embed_tokens", "lm_head"]
+    for told, end in zip(refused.value.reasons, ends, strict=True):
+        assert told.startswith(f"{end} is offloaded by accelerate") and "share" in told
+    assert type(model) is type(base())
+
+
+def test_trained_tokens_of_ends_that_are_two_are_loaded(calm: None, tmp_path: Path) -> None:
+    trained = attach(tied(False), TOKENS)
+    shuffle(((n, p) for n, p in trained.named_parameters() if ".adapters." in n), 2)
+    trained.save_pretrained(tmp_path)
+    model = tied(False)
+    offloaded(model)
+
+    load(model, tmp_path)
+
+    ids = torch.tensor([[3, 4, 5, 3]])
+    with torch.no_grad():
+        found = model(ids).logits
+        assert_close(found, trained.eval()(ids).logits)
+        assert_differs(found, tied(False)(ids).logits)
+
+
 @pytest.mark.parametrize("config", CONFIGS[:2] + CONFIGS[4:], ids=repr)
 def test_hooks_come_and_go_while_adapters_are_there(calm: None, config: Any) -> None:
     inputs = model_inputs("llama")
@@ -196,7 +238,9 @@ def test_hooks_come_and_go_while_adapters_are_there(calm: None, config: Any) -> 
     ids=repr,
 )
 @pytest.mark.parametrize("hooked", [False, True])
-def test_a_forward_of_another_hand_is_refused(calm: None, config: Any, hooked: bool) -> None:
+def test_a_forward_of_another_hand_is_refused(
+    calm: None, tmp_path: Path, config: Any, hooked: bool
+) -> None:
     model = base()
     layer = model.model.layers[1].self_attn.q_proj
     plain = layer.forward
@@ -214,3 +258,6 @@ def test_a_forward_of_another_hand_is_refused(calm: None, config: Any, hooked: b
     assert "model.layers.1.self_attn.q_proj" in str(no.value)
     assert type(layer) is nn.Linear
     assert type(model) is type(base()) and next(model.parameters()).requires_grad
+    attach(base(), copy.deepcopy(config)).save_pretrained(tmp_path)
+    with pytest.raises(Refusal, match=r"model\.layers\.1\.self_attn\.q_proj\S*: .*tp_forward"):
+        load(model, tmp_path)

@@ -21,7 +21,7 @@ from infold.tuners.classes import Front, put_before, replaced_forward, take_away
 from infold.tuners.quantized import dequantized, is_bitsandbytes
 from infold.tuners.rows import Rows
 
-__all__ = ["DENSE", "KINDS", "Adapted", "Adapter", "adapt", "kind_of"]
+__all__ = ["DENSE", "KINDS", "Adapted", "Adapter", "adapt", "is_dense", "kind_of"]
 
 
 _GATHERED = 4  # rows for each adapter of a batch, up to which a table of all rows is kept
@@ -425,7 +425,7 @@ def _looks_up(module: nn.Module) -> bool:
     return scaled or type(module).forward is nn.Embedding.forward
 
 
-def _is_dense(module: nn.Module) -> bool:
+def is_dense(module: nn.Module) -> bool:
     """Whether the weight lies there as it is. torchao's tensors tell the dtype that they stand for;
     FSDP's are parts of plain ones."""
     weight = getattr(module, "weight", None)
@@ -449,14 +449,14 @@ DENSE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 KINDS: tuple[tuple[type[Adapted], Callable[[nn.Module], bool]], ...] = (
     (AdaptedAttention, lambda m: isinstance(m, nn.MultiheadAttention)),
     (AdaptedConv1D, _is_conv1d),
-    (AdaptedEmbedding, lambda m: isinstance(m, nn.Embedding) and _is_dense(m) and _looks_up(m)),
+    (AdaptedEmbedding, lambda m: isinstance(m, nn.Embedding) and is_dense(m) and _looks_up(m)),
     (
         AdaptedConv,
         lambda m: isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d),
     ),
     (
         AdaptedLinear,
-        lambda m: isinstance(m, nn.Linear) and not is_bitsandbytes(m) and _is_dense(m),
+        lambda m: isinstance(m, nn.Linear) and not is_bitsandbytes(m) and is_dense(m),
     ),
     (AdaptedOpaque, lambda m: bool(_features(m))),
 )
@@ -476,9 +476,9 @@ def adapt(module: nn.Module, path: str, rows: Rows) -> Adapted:
     kind = kind_of(module)
     assert kind is not None
     if hasattr(module, "adapters"):
-        raise Refusal(f"{type(module).__name__} has an attribute `adapters` of its own")
+        raise Refusal(f"{path}: {type(module).__name__} has an attribute `adapters` of its own")
     if problem := replaced_forward(module):
-        raise Refusal(problem)
+        raise Refusal(f"{path}: {problem}")
     put_before(kind, module)
     layer = cast(Adapted, module)
     layer.adapters = nn.ModuleDict()

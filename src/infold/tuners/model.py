@@ -188,7 +188,7 @@ def insert(
     adapted: dict[str, Callable[[Rows], Adapted]] = {
         path: partial(adapt, module, path) for path, module in layers.items()
     }
-    adapted |= {path: partial(adapt_parameter, *p) for path, p in selection.parameters.items()}
+    adapted |= {p: partial(adapt_parameter, *own, p) for p, own in selection.parameters.items()}
     for path, make in adapted.items():
         layer = make(attached.rows)
         attached.layers[path] = layer

@@ -155,13 +155,14 @@ class Holder(Front):
                 self.__dict__.pop(layer.weight_name, None)
 
 
-def adapt_parameter(module: nn.Module, name: str, rows: Rows) -> Parameter:
-    """The layer of a parameter, without adapters where it is new."""
+def adapt_parameter(module: nn.Module, name: str, path: str, rows: Rows) -> Parameter:
+    """The layer at a path of a parameter, without adapters where it is new."""
     if not isinstance(module, Holder):
         if hasattr(module, "adapters"):
-            raise Refusal(f"{type(module).__name__} has adapters, or an attribute of that name")
+            kind = type(module).__name__
+            raise Refusal(f"{named(path)}: {kind} has adapters, or an attribute of that name")
         if problem := replaced_forward(module):
-            raise Refusal(problem)
+            raise Refusal(f"{named(path)}: {problem}")
         put_before(Holder, module)
         cast(Holder, module).adapters = nn.ModuleDict()
     holder = cast(Holder, module)
