@@ -164,6 +164,15 @@ def test_embeddings_that_do_not_look_up_what_they_get_are_refused(
         attach(make(), LoraConfig(r=2, target_modules=["embed_positions"], use_dora=dora))
 
 
+def test_a_table_that_is_not_dense_is_called_so(calm: None) -> None:
+    model = new_model("llama")
+    packed = model.model.embed_tokens.weight.to(torch.int8)
+    model.model.embed_tokens.weight = torch.nn.Parameter(packed, requires_grad=False)
+    told = r"embed_tokens: the weight of this Embedding is not dense \(int8\)"
+    with pytest.raises(Refusal, match=told):
+        attach(model, LoraConfig(r=2, target_modules=["embed_tokens"]))
+
+
 def test_scaled_embeddings_are_taken(calm: None) -> None:
     model = bart().eval()
     attach(model, LoraConfig(r=2, target_modules=["shared"], init_lora_weights=False))

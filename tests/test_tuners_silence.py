@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import MambaConfig, MambaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from forked import infold_command
 from infold.errors import Refusal
@@ -57,6 +57,29 @@ def test_a_saved_module_without_tensors_is_refused(tmp_path: Path) -> None:
     assert not hasattr(model, "peft_config")
 
 
+def test_a_saved_adapter_that_would_do_nothing_is_told(tmp_path: Path) -> None:
+    sizes = MambaConfig(hidden_size=16, num_hidden_layers=2, vocab_size=31)
+    LoraConfig(r=2, target_modules=["out_proj"]).save_pretrained(tmp_path)
+    parts = {"lora_A": torch.ones(2, 32), "lora_B": torch.ones(16, 2)}
+    tensors = {
+        f"base_model.model.backbone.layers.{number}.mixer.out_proj.{part}.weight": value.clone()
+        for number in range(2)
+        for part, value in parts.items()
+    }
+    save_file(tensors, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    told = r"layers\.0\.mixer\.out_proj: MambaMixer reads this weight without calling the module"
+
+    with pytest.warns(UserWarning, match=rf"{told}.* until it is merged, and 1 more like it"):
+        model = load(MambaForCausalLM(sizes), tmp_path)
+    before = model.backbone.layers[0].mixer.out_proj.weight.clone()
+    merged = model.merge_and_unload().backbone.layers[0].mixer.out_proj.weight
+    assert not torch.equal(merged, before)
+
+    with pytest.raises(Refusal, match=told) as refused:
+        load(MambaForCausalLM(sizes), tmp_path, trainable=True)
+    assert len(refused.value.reasons) == 2
+
+
 def test_options_that_would_be_ignored_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -74,6 +97,9 @@ def test_options_that_would_be_ignored_are_refused(
     for name, wrong in (("subfolder", "x"), ("low_cpu_mem_usage", True), ("nonsense", 1)):
         with pytest.raises(Refusal, match=f"load_adapter: {name}: not known here"):
             model.load_adapter(tmp_path / "hub", "c", **{name: wrong})
+    model.load_adapter(tmp_path / "hub", "d", autocast_adapter_dtype=True)  # as it is anyway
+    with pytest.raises(Refusal, match="load_adapter: autocast_adapter_dtype: not known here"):
+        model.load_adapter(tmp_path / "hub", "c", autocast_adapter_dtype=False)
     for name, wrong in (
         ("safe_serialization", False), ("path_initial_model_for_weight_conversion", "x"),
     ):  # fmt: skip

@@ -31,7 +31,7 @@ from infold.tuners.parameters import (
     named,
     places_of,
 )
-from infold.tuners.select import Selection, modules_of, targeted
+from infold.tuners.select import Selection, modules_of, targeted, uncalled
 from infold.tuners.vocabulary import (
     FIELD,
     INPUT,
@@ -206,6 +206,12 @@ def _load(model: AdaptedModel, file: AdapterFile, name: str, trainable: bool) ->
         layers[place] = modules[place]
         if "ia3_l" in keys and _side(place, file.tensors[keys["ia3_l"]].shape, config) == "in":
             inner.add(place)
+    idle = [
+        f"{file.path}: {place}: {told}"
+        for place in layers
+        if (told := uncalled(modules.get(place.rpartition(".")[0], model), place))
+    ]
+    problems += idle if trainable else []
     whole = {p: m for p, m in modules.items() if matches(config.modules_to_save, p)}
     ends = {p: modules[p] for get in (INPUT, OUTPUT) if (p := end_of(model, modules, get))}
     biased = isinstance(config, LoraConfig) and config.bias != "none"
@@ -262,6 +268,9 @@ def _load(model: AdaptedModel, file: AdapterFile, name: str, trainable: bool) ->
     if swapped is not None:
         model._attached.embeddings[name] = swapped
     _fill(model, name, file, copies, biases)
+    if idle:
+        more = f", and {len(idle) - 1:,} more like it" if len(idle) > 1 else ""
+        warnings.warn(f"{idle[0]} until it is merged{more}", UserWarning, stacklevel=4)
     if left := _left(modules, config, whole, parts):
         more = f" and {len(left) - 1:,} more" if len(left) > 1 else ""
         warnings.warn(
@@ -313,11 +322,17 @@ def _fill(
 
 # What transformers' and accelerate's callers pass to every model; an adapter is one small file.
 _HARMLESS = ("max_shard_size", "token", "save_peft_format")
+_DONE = ("autocast_adapter_dtype",)  # adapters are float32 where the base has 16 bits
 
 
 def refuse_others(method: str, given: Mapping[str, Any]) -> None:
-    """Refuse options that would be ignored; None and False ask for nothing."""
-    unknown = [n for n, v in given.items() if v not in (None, False) and n not in _HARMLESS]
+    """Refuse options that would be ignored. None asks for nothing; nor does False, but of what is
+    done here anyway, of which True does not."""
+    unknown = [
+        name
+        for name, value in given.items()
+        if value not in (None, name in _DONE) and name not in _HARMLESS
+    ]
     if unknown:
         hint = "; give the folder in it as the path" if "subfolder" in unknown else ""
         raise Refusal(f"{method}: {', '.join(unknown)}: not known here{hint}")
@@ -369,8 +384,6 @@ def _misfit(
     if _TOKENS in keys and "trainable_tokens" not in kind.METHODS:
         return f"{place} is a {type(module).__name__}, not an embedding"
     if _TOKENS in keys:
-        if "trainable_tokens" not in kind.METHODS:
-            return f"{place} is a {type(module).__name__}, not an embedding"
         return _misfit_rows(place, keys, cast(Tensor, module.weight).shape, file, rows)
     method = getattr(config, "method", config.METHOD)
     if method not in kind.METHODS:

@@ -10,11 +10,12 @@ import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from infold.errors import Refusal
 from infold.tuners.classes import replaced_forward
 from infold.tuners.config import (
+    HEADS,
     READ_INITS,
     IA3Config,
     LoraConfig,
@@ -24,18 +25,17 @@ from infold.tuners.config import (
     matches,
     within,
 )
-from infold.tuners.layers import KINDS, Adapted, AdaptedConv1D, AdaptedOpaque, kind_of
+from infold.tuners.layers import KINDS, Adapted, AdaptedConv1D, AdaptedOpaque, is_dense, kind_of
 from infold.tuners.parameters import Holder, find_parameters, named, unfit
 from infold.tuners.quantized import is_readable
 from infold.tuners.targets import find_targets, fused_experts
 from infold.tuners.vocabulary import FIELD, TokenRows, find_rows, misfits, untied
 from infold.tuners.whole import Whole
 
-__all__ = ["Selection", "modules_of", "select", "targeted"]
+__all__ = ["Selection", "modules_of", "select", "targeted", "uncalled"]
 
 # Mixers like Mamba's that call all of their projections but dt_proj: no kernel has the others.
 _CALLING = ("JambaMambaMixer", "ZambaMambaMixer")
-_HEADS = ("classifier", "score")  # that SEQ_CLS and TOKEN_CLS train whole, as PEFT does
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def _with_targets(
 ) -> TunerConfig:
     """The config with targets, feed-forward modules and trained heads filled in."""
     if config.task_type in ("SEQ_CLS", "TOKEN_CLS"):
-        heads = [h for h in _HEADS if any(matches([h], path) for path in modules)]
+        heads = [h for h in HEADS if any(matches([h], path) for path in modules)]
         saved = list(config.modules_to_save or [])
         config = replace(config, modules_to_save=[*saved, *(h for h in heads if h not in saved)])
     if config.target_modules is None and getattr(config, "target_parameters", None):
@@ -223,6 +223,23 @@ def _read_by(parent: nn.Module) -> tuple[str, ...]:
     return (*read, *inner)
 
 
+def uncalled(parent: nn.Module, path: str) -> str | None:
+    """Why an adapter would do nothing on the module at a path, whose weight its parent reads."""
+    if path.rpartition(".")[2] not in _read_by(parent):
+        return None
+    return (
+        f"{type(parent).__name__} reads this weight without calling the module, so that an adapter "
+        "on it would do nothing"
+    )
+
+
+def _stored(module: nn.Embedding) -> str:
+    """How a weight lies there that is no plain tensor of floats."""
+    own = module.weight.data
+    held = "" if type(own) is Tensor else f"{type(own).__name__}, "
+    return held + str(own.dtype).removeprefix("torch.")
+
+
 def _is_conv(module: nn.Module) -> bool:
     return isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
 
@@ -234,7 +251,7 @@ def _output_heads(model: nn.Module, modules: dict[str, nn.Module]) -> set[str]:
         path
         for path, module in modules.items()
         if (head is not None and module is head)
-        or path.rpartition(".")[2] in ("lm_head", "embed_out", *_HEADS)
+        or path.rpartition(".")[2] in ("lm_head", "embed_out", *HEADS)
     }
 
 
@@ -367,6 +384,11 @@ def _holder(name: str, modules: Iterable[str]) -> str | None:
 def _unfit(model: nn.Module, path: str, module: nn.Module, config: TunerConfig) -> list[str]:
     kind = kind_of(module)
     name = type(module).__name__
+    if kind is None and isinstance(module, nn.Embedding) and not is_dense(module):
+        return [
+            f"{path}: the weight of this {name} is not dense ({_stored(module)}), and an adapter "
+            "on a table needs rows of plain floats"
+        ]
     if kind is None and isinstance(module, nn.Embedding):
         return [
             f"{path}: the forward of a {name} is not Embedding's, so nobody knows what an adapter "
@@ -399,11 +421,8 @@ def _unfit(model: nn.Module, path: str, module: nn.Module, config: TunerConfig) 
             return [f"{path}: query, key and value of different sizes"]
         if isinstance(config, LoraConfig) and (config.lora_dropout or config.lora_bias):
             return [f"{path}: no lora_dropout and no lora_bias in MultiheadAttention"]
-    if path.rpartition(".")[2] in _read_by(parent):
-        return [
-            f"{path}: {type(parent).__name__} reads this weight without calling the module, so "
-            "that an adapter on it would do nothing"
-        ]
+    if problem := uncalled(parent, path):
+        return [f"{path}: {problem}"]
     if isinstance(config, LoraConfig):
         if _is_conv(module) and getattr(module, "groups", 1) > 1:
             return [
