@@ -11,7 +11,6 @@ import sys
 import time
 from pathlib import Path
 
-import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,9 +18,6 @@ from safetensors.torch import load_file, save_file
 import infold
 from forked import infold_command as run
 from handmade import adapter_folder, ia3
-from infold.checkpoint.adapter import open_adapter
-from infold.checkpoint.untrained import untrained
-from tiny_models import new_model
 
 
 @pytest.fixture(scope="module")
@@ -295,20 +291,6 @@ def test_an_adapter_that_was_never_trained_is_told(
     assert seen.stdout.count(told) == merged.stdout.count(told) == 1
     assert run("inspect", fresh, "--base", pair[0]).stdout.count(told) == 1
     assert "was it trained?" not in run("inspect", pair[1]).stdout
-
-
-@pytest.mark.parametrize("dora", [False, True])
-def test_peft_s_own_new_adapter_is_told_as_one(tmp_path: Path, dora: bool) -> None:
-    """Of an embedding it is the other factor that begins with zeros."""
-    config = peft.LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"], use_dora=dora)
-    model = peft.get_peft_model(new_model("llama"), config)
-    model.save_pretrained(tmp_path / "new")
-    with torch.no_grad():
-        next(p for n, p in model.named_parameters() if "lora_embedding_A" in n)[0, 0] = 1e-3
-    model.save_pretrained(tmp_path / "trained")
-
-    assert "was it trained?" in str(untrained(open_adapter(tmp_path / "new")))
-    assert untrained(open_adapter(tmp_path / "trained")) is None
 
 
 def test_inspect_tells_of_an_adapter_that_diverged(pair: tuple[Path, Path], tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,6 +15,8 @@ from torch import nn
 from transformers import MambaConfig, MambaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from forked import infold_command
+from infold.checkpoint.adapter import open_adapter
+from infold.checkpoint.untrained import untrained
 from infold.errors import Refusal
 from infold.tuners import IA3Config, LoraConfig, attach, load
 from tiny_models import new_model
@@ -166,3 +169,17 @@ def test_torchao_weights_are_no_plain_ones() -> None:
     for merge in (adapted.merge_adapter, adapted.merge_and_unload):
         with pytest.raises(Refusal, match=r"lin0: (a|the weight of a) Linear"):
             merge()
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_peft_s_own_new_adapter_is_told_as_one(tmp_path: Path, dora: bool) -> None:
+    """Of an embedding it is the other factor that begins with zeros."""
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"], use_dora=dora)
+    model = peft.get_peft_model(new_model("llama"), config)
+    model.save_pretrained(tmp_path / "new")
+    with torch.no_grad():
+        next(p for n, p in model.named_parameters() if "lora_embedding_A" in n)[0, 0] = 1e-3
+    model.save_pretrained(tmp_path / "trained")
+
+    assert "was it trained?" in str(untrained(open_adapter(tmp_path / "new")))
+    assert untrained(open_adapter(tmp_path / "trained")) is None
