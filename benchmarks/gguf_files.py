@@ -381,6 +381,7 @@ def types() -> None:
                 "all": size,
                 "control": compare(plain, control),
                 "merged": compare(in_llama(merged), oracle),
+                "decoded": compare(expected(load(merged), texts), oracle),
                 "unmerged": compare(plain, oracle),
             }
             say(f"{name}: {found[name]['merged']}")
@@ -554,15 +555,18 @@ def _type_lines(found: dict[str, Any]) -> list[str]:
         "is what the receipt tells of all edited ones.", "",
         f"Logits as above, at {' or '.join(f'{n:,}' for n in positions)} positions: *control* is "
         "the base in llama.cpp against the base in transformers, *merged* and *not merged* the "
-        "merged file and the base in llama.cpp against transformers with the adapter attached.",
+        "merged file and the base in llama.cpp against transformers with the adapter attached. *Both in "
+        "transformers* is the merged file against the adapter without the runtime's rounding of "
+        "activations: what the merge itself does. The made-up adapter makes a model whose logits "
+        "depend more on that rounding than the base's do.",
         "",
         "| file, adapter | merged tensors | seconds | bytes changed | control: same best token, "
-        "rms | merged | not merged |", "|---|---|---|---|---|---|---|",
+        "rms | merged | not merged | both in transformers |", "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for name, told in found.items():
         pairs = [
             f"{told[n]['agreement']:.3f}, {told[n]['rms']:.3f}"
-            for n in ("control", "merged", "unmerged")
+            for n in ("control", "merged", "unmerged", "decoded")
         ]
         lines.append(
             f"| {name} | {', '.join(told['types'])} | {told['seconds']:.1f} "
