@@ -555,8 +555,8 @@ def _type_lines(found: dict[str, Any]) -> list[str]:
         "is what the receipt tells of all edited ones.", "",
         f"Logits as above, at {' or '.join(f'{n:,}' for n in positions)} positions: *control* is "
         "the base in llama.cpp against the base in transformers, *merged* and *not merged* the "
-        "merged file and the base in llama.cpp against transformers with the adapter attached. *Both in "
-        "transformers* is the merged file against the adapter without the runtime's rounding of "
+        "merged file and the base in llama.cpp against transformers with the adapter attached. "
+        "*Both in transformers* is the merged file against the adapter without the runtime's rounding of "
         "activations: what the merge itself does. The made-up adapter makes a model whose logits "
         "depend more on that rounding than the base's do.",
         "",
@@ -565,7 +565,7 @@ def _type_lines(found: dict[str, Any]) -> list[str]:
     ]  # fmt: skip
     for name, told in found.items():
         pairs = [
-            f"{told[n]['agreement']:.3f}, {told[n]['rms']:.3f}"
+            f"{told[n]['agreement']:.3f}, {told[n]['rms']:.3f}" if n in told else "-"
             for n in ("control", "merged", "unmerged", "decoded")
         ]
         lines.append(
