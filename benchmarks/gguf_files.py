@@ -556,9 +556,9 @@ def _type_lines(found: dict[str, Any]) -> list[str]:
         f"Logits as above, at {' or '.join(f'{n:,}' for n in positions)} positions: *control* is "
         "the base in llama.cpp against the base in transformers, *merged* and *not merged* the "
         "merged file and the base in llama.cpp against transformers with the adapter attached. "
-        "*Both in transformers* is the merged file against the adapter without the runtime's rounding of "
-        "activations: what the merge itself does. The made-up adapter makes a model whose logits "
-        "depend more on that rounding than the base's do.",
+        "*Both in transformers* is the merged file against the adapter without the runtime's "
+        "rounding of activations: what the merge itself does. The made-up adapter makes a model "
+        "whose logits depend more on that rounding than the base's do.",
         "",
         "| file, adapter | merged tensors | seconds | bytes changed | control: same best token, "
         "rms | merged | not merged | both in transformers |", "|---|---|---|---|---|---|---|---|",
