@@ -83,18 +83,29 @@ def measure(
     prompt = torch.randint(0, top, (1, prompt_tokens), generator=seed).to(device)
     mask = torch.ones_like(prompt)
 
-    def timed(count: int) -> float:
-        start = time.perf_counter()
+    def now() -> float:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def timed(count: int) -> list[float]:
+        """Seconds from the start to each token."""
+        stamps: list[float] = []
+
+        def stamp(ids: torch.Tensor, scores: torch.Tensor, **more: Any) -> torch.Tensor:
+            stamps.append(now())
+            return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+        start = now()
         model.generate(
             input_ids=prompt,
             attention_mask=mask,
             max_new_tokens=count,
             min_new_tokens=count,
             do_sample=False,
+            stopping_criteria=[stamp],
         )
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
+        return [one - start for one in stamps]
 
     def step(done: int) -> None:
         print(f"{STEP}{done} {rounds + 1}", flush=True)
@@ -103,9 +114,9 @@ def measure(
     step(1)
     firsts, rates = [], []
     for number in range(rounds):
-        first, all_tokens = timed(1), timed(1 + new_tokens)
-        firsts.append(first)
-        rates.append(new_tokens / max(1e-9, all_tokens - first))
+        seconds = timed(1 + new_tokens)
+        firsts.append(seconds[0])
+        rates.append(new_tokens / (seconds[-1] - seconds[0]))
         step(number + 2)
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else None
     return {
