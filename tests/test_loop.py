@@ -39,7 +39,7 @@ from infold.loop.run import checkout, lineage
 from infold.loop.score import score, wilson
 from infold.loop.task import check_apart, open_task
 from infold.tuners.loading import most_tokens
-from training import save_base
+from training import save_rounded_base
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.usefixtures("calm")
@@ -47,10 +47,7 @@ pytestmark = pytest.mark.usefixtures("calm")
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """In bfloat16, where merging n times is not merging once."""
-    folder = save_base(tmp_path_factory.mktemp("loop") / "base")
-    LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
-    return folder
+    return save_rounded_base(tmp_path_factory.mktemp("loop") / "base")
 
 
 def settings(base: Path, run: Path, **changed: Any) -> dict[str, Any]:

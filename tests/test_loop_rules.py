@@ -9,24 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import LlamaForCausalLM
 
 import infold
 from infold.errors import Refusal
 from infold.loop.folder import Iteration
 from infold.loop.run import _nothing, checkout
 from test_loop import settings, weights
-from training import save_base
+from training import save_rounded_base
 
 pytestmark = pytest.mark.usefixtures("calm")
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = save_base(tmp_path_factory.mktemp("rules") / "base")
-    LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
-    return folder
+    return save_rounded_base(tmp_path_factory.mktemp("rules") / "base")
 
 
 def accepting(base: Path, run: Path, **changed: Any) -> dict[str, Any]:

@@ -74,6 +74,13 @@ def save_base(folder: Path, kind: str = "llama", chat: str | None = CHAT, **opti
     return folder
 
 
+def save_rounded_base(folder: Path) -> Path:
+    """As `save_base`, in bfloat16, where merging n times is not merging once."""
+    save_base(folder)
+    LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
