@@ -43,8 +43,8 @@ class Ending:
     """How this process ends, made before the heavy imports: Python joins threads, calls the exit
     handlers that came later, and then this, which leaves all memory to the system.
 
-    To take PyTorch's modules apart is half a second of processor time, more than many a merge's
-    arithmetic, and nothing depends on it: files are closed and on the disk when a verb returns.
+    To take PyTorch's modules apart is a tenth of a second of processor time, and nothing depends on
+    it: files are closed and on the disk when a verb returns.
     """
 
     def __init__(self) -> None:
