@@ -30,7 +30,7 @@ import infold
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 from parts import machine, told
 
-STEPS, BATCH = 100, 4
+STEPS, BATCH = 100, 8
 OPTIONS = {
     "ia3": "--lr 8e-3",
     "lora": "--lr 5e-4 --rank 8 --alpha 16 --targets q_proj,k_proj,v_proj,o_proj",
