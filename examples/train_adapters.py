@@ -6,7 +6,7 @@ learn both. The loss is taken on the answer alone, so nothing is learnt of how r
 
 infold trains such adapters, too: train_reviews.py.
 
-    python examples/train_adapters.py     # 10 to 15 minutes on 2 cores
+    python examples/train_adapters.py     # 10 to 15 minutes on 2 cores; needs the extra `dev`
 """
 
 import argparse

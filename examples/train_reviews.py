@@ -3,7 +3,7 @@
 For each method: train, load the adapter in PEFT and compare, score over held-out reviews, merge,
 verify, score the merged model.
 
-    python examples/train_reviews.py                # one seed
+    python examples/train_reviews.py                # one seed; needs the extra `dev`, for PEFT
     python examples/train_reviews.py --seeds 3 --results benchmarks/results/reviews.md
 """
 

@@ -58,8 +58,11 @@ MAY_IMPORT = {
     "loop": LEAVES | {"plan", "edit", "merge", "tuners", "verify", "inspect"},
     "deploy": LEAVES | {"inspect", "verify"},
     "report": set(),
+    "api": LEAVES
+    | {"plan", "edit", "merge", "tuners", "verify", "inspect", "bench", "methods"}
+    | {"deploy", "report"},
     "cli": LEAVES
-    | {"plan", "edit", "merge", "tuners", "verify", "inspect", "bench", "methods", "loop"}
+    | {"api", "plan", "edit", "merge", "tuners", "verify", "inspect", "bench", "methods", "loop"}
     | {"deploy", "report"},
 }
 

@@ -155,13 +155,23 @@ def test_the_readme_names_what_the_demo_makes(
 def test_links_between_documents_lead_somewhere() -> None:
     pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")]
     broken = [
-        f"{page.name}: {target}"
+        f"{page.name}: {target}#{anchor}"
         for page in pages
-        for target in re.findall(r"\]\(([^)#\s]+)", page.read_text())
-        if "://" not in target and not (page.parent / target).exists()
+        for target, anchor in re.findall(r"\]\(([^)#\s]*)#?([^)\s]*)\)", page.read_text())
+        if "://" not in target and not leads_somewhere(page, target, anchor)
     ]
 
     assert broken == []
+
+
+def leads_somewhere(page: Path, target: str, anchor: str) -> bool:
+    """Whether a file is there, and has the heading: its words in lower case with dashes between."""
+    place = page.parent / target if target else page
+    if not place.exists():
+        return False
+    headings = re.findall(r"^#+ (.*)$", place.read_text(), re.MULTILINE) if anchor else []
+    slugs = [re.sub(r"[^\w\- ]", "", head).lower().replace(" ", "-") for head in headings]
+    return not anchor or anchor in slugs
 
 
 def test_the_readme_tree_names_files_that_exist() -> None:

@@ -229,6 +229,14 @@ def test_a_kill_at_any_call_is_completed_or_rolled_back(
     assert ends == {True, False}
 
 
+def test_what_only_an_output_can_have_is_refused(place: Place) -> None:
+    for name in ("force", "sha256"):
+        with pytest.raises(infold.Refusal, match=f"--{name} with --in-place"):
+            infold.merge(place.before["merge"], place.first, in_place=True, **{name: True})
+    with pytest.raises(infold.Refusal, match="--force with --in-place"):
+        infold.swap(place.before["swap"], place.second, in_place=True, force=True)
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_the_same_command_ends_what_was_begun(verb: str, place: Place, runner: Runner) -> None:
     place.lay_out(verb)

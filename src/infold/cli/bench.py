@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from infold.cli.output import complain, entry, plural, table
+import infold
+from infold.cli.output import entry, plural, table
 from infold.cli.progress import step_progress
-from infold.cli.startup import lasting_imports
 from infold.sizes import bytes_text
 
 
@@ -45,25 +45,16 @@ def bench(
 
     Load time, memory, prefill, first token, decoding and adapter swap, in turns, with intervals.
     """
-    with lasting_imports():
-        from infold.bench.run import measure_models
-        from infold.deploy.facts import check_as_merged
-        from infold.deploy.records import keep_record
-
     if picture is not None:
         from infold.report.bars import check_picture
 
         check_picture(picture)
-    if merged is not None:
-        check_as_merged(merged)
     with step_progress("measuring", quiet or as_json) as progress:
-        record = measure_models(
+        record = infold.bench(
             base, adapter, merged, batches=batch or (1, 4), prompt_tokens=prompt_tokens,
             new_tokens=new_tokens, rounds=rounds, starts=starts, device=device, dtype=dtype,
             progress=progress,
         )  # fmt: skip
-    if merged is not None:
-        keep_record(merged, record, complain)
     if picture is not None:
         from infold.report.bars import save_bars
 

@@ -7,10 +7,9 @@ from typing import Annotated
 
 import typer
 
-from infold.cli.output import Failed, complain, entry
-from infold.cli.place import settle_first
+import infold
+from infold.cli.output import Failed, entry
 from infold.cli.progress import byte_progress
-from infold.cli.startup import lasting_imports
 
 
 def checklist(
@@ -27,23 +26,15 @@ def checklist(
 
     The merge is verified anew; the rest is read from the records of other verbs.
     """
-    with lasting_imports():
-        from infold.deploy.checklist import check_boxes, checklist_record
-        from infold.deploy.records import keep_record
-
-    settle_first(merged)
-    settle_first(base, refuse=True)
     with byte_progress("verifying", as_json) as progress:
-        boxes = check_boxes(base, adapter, merged, progress=progress)
-    record = checklist_record(boxes, merged)
-    keep_record(merged, record, complain)
+        record = infold.checklist(base, adapter, merged, progress=progress)
     if as_json:
         print(json.dumps(record))
     else:
-        for box in boxes:
-            print(entry(f"{box.status:8}  {box.title:26}", box.evidence, 38))
-            if box.status != "PASS" and box.command:
-                print(entry("", box.command, 38))
-    failed = [box.title for box in boxes if box.status == "FAIL"]
+        for box in record["boxes"]:
+            print(entry(f"{box['status']:8}  {box['title']:26}", box["evidence"], 38))
+            if box["status"] != "PASS" and box["command"]:
+                print(entry("", box["command"], 38))
+    failed = [box["title"] for box in record["boxes"] if box["status"] == "FAIL"]
     if failed:
         raise Failed(f"{merged}: failed: {', '.join(failed)}")

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+import infold
 from infold.cli.output import Failed, complain, entry, plural
-from infold.cli.place import settle_first
 from infold.cli.progress import step_progress
-from infold.cli.startup import lasting_imports
 from infold.errors import Refusal
 from infold.sizes import bytes_text
 
@@ -53,7 +51,6 @@ def deploy(
 
     The bundle: deployment_config.json with measured figures, a model card, serving recipes.
     """
-    settle_first(merged)
     if smoke:
         bundled = {"--out": out, "--context": context, "--license": licence}
         given = [name for name, value in bundled.items() if value is not None]
@@ -64,24 +61,21 @@ def deploy(
         settings |= {"timeout": timeout} | ({} if prompt is None else {"prompt": prompt})
         _smoke(merged, settings, as_json, quiet)
         return
-    with lasting_imports():
-        from infold.checkpoint.record import UNDO
-        from infold.checkpoint.shards import KEPT_CARD, RECEIPT
-        from infold.deploy.bundle import deploy_bundle
-        from infold.inspect.receipt import checked_receipt
-
     with step_progress("measuring", quiet or as_json) as progress:
-        done = deploy_bundle(
-            merged, out, context=context, licence=licence, measured=not no_measure,
-            progress=progress,
-        )  # fmt: skip
+        done = infold.deploy(
+            merged, out, context=context, license=licence, no_measure=no_measure, progress=progress
+        )
     if as_json:
-        print(json.dumps(asdict(done)))
+        print(json.dumps(done))
         return
     if quiet:
         return
-    memory = done.config["deployment_requirements"]["gpu_memory"]
-    figures = done.config["performance_metrics"]
+    from infold.checkpoint.record import UNDO
+    from infold.checkpoint.shards import KEPT_CARD, RECEIPT
+    from infold.inspect.receipt import checked_receipt
+
+    memory = done["config"]["deployment_requirements"]["gpu_memory"]
+    figures = done["config"]["performance_metrics"]
     if figures["measured"]:
         rate, first = figures["decode_tokens_per_second"], figures["first_token_seconds"]
         spread = f"({rate['low']:.1f} to {rate['high']:.1f})"
@@ -93,24 +87,19 @@ def deploy(
     size = memory["total_bytes"]
     needs = "unknown: " + memory["kv_cache_formula"] if size is None else bytes_text(size)
     print(entry("memory", f"{needs}, weights and cache of {memory['context']:,} tokens", 10))
-    if done.kept:
-        print(entry("kept", f"the README.md that was there is {done.kept}", 10))
+    if done["kept"]:
+        print(entry("kept", f"the README.md that was there is {done['kept']}", 10))
     # the model's own: not what else lies there, as a repository's .git
-    receipt = checked_receipt(Path(done.out))
-    own = {*receipt["shards"], *receipt["side_files"], RECEIPT, UNDO, KEPT_CARD} - {*done.files}
-    there = sum((Path(done.out) / name).is_file() for name in own)
-    told = f"{plural('file', len(done.files))}, beside {there:,} of the merged model"
-    print(entry("bundle", f"{told}, in {done.out}", 10))
+    receipt = checked_receipt(Path(done["out"]))
+    own = {*receipt["shards"], *receipt["side_files"], RECEIPT, UNDO, KEPT_CARD} - {*done["files"]}
+    there = sum((Path(done["out"]) / name).is_file() for name in own)
+    told = f"{plural('file', len(done['files']))}, beside {there:,} of the merged model"
+    print(entry("bundle", f"{told}, in {done['out']}", 10))
 
 
 def _smoke(merged: str, settings: dict[str, Any], as_json: bool, quiet: bool) -> None:
-    with lasting_imports():
-        from infold.deploy.records import keep_record
-        from infold.deploy.smoke import smoke_test
-
     with step_progress("asking", quiet or as_json) as progress:
-        found = smoke_test(merged, **settings, progress=progress)
-    keep_record(merged, found, complain)
+        found = infold.deploy(merged, smoke=True, **settings, progress=progress)
     if as_json:
         print(json.dumps(found))
     elif not quiet:

@@ -10,9 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
+from infold.api.paths import settle_first
 from infold.cli.edits import edited_text, edits_text
 from infold.cli.output import entry, fold, plural, table
-from infold.cli.place import settle_first
 from infold.cli.startup import lasting_imports
 from infold.conversion import conversion_text
 from infold.sizes import bytes_text

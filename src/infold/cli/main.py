@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import json
+import logging
 import re
 import signal
 import sys
@@ -202,9 +203,18 @@ def _misused(error: Any) -> int:
     return int(error.exit_code)
 
 
+class _Complaints(logging.Handler):
+    """What the library says beside its results, told as the verbs tell it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        complain(record.getMessage())
+
+
 def run() -> None:
     """Read the command line and do what it says. Ends the process."""
     protect_streams()
+    logging.getLogger("infold").addHandler(_Complaints())
+    logging.getLogger("infold").propagate = False
     try:
         code: Any = app(standalone_mode=False) or 0
     except SystemExit as ended:

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from infold.api.paths import settle_first
 from infold.cli.edits import edited_text, edits_text
 from infold.cli.output import complain, entry, plural
-from infold.cli.place import check_words, one_place, settle_first
+from infold.cli.place import check_words, one_place
 from infold.cli.progress import byte_progress
 from infold.cli.startup import lasting_imports
 from infold.conversion import conversion_text
-from infold.errors import Refusal
 from infold.sizes import bytes_text
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def merge(
     was when the same command is given again. Every tensor of every adapter is used, or nothing is
     written and all that does not fit is listed.
     """
-    from infold.merge.options import Options
+    from infold.merge.options import Options, check_in_place
 
     place = one_place(out, in_place, dry_run)
     say = not (quiet or as_json)
@@ -131,8 +131,7 @@ def merge(
     inputs = [base, *adapters, *([base_16bit] if base_16bit is not None else [])]
     check_words(inputs, out=out, force=force, device=device, max_memory=max_memory)
     if in_place:
-        if force or sha256:
-            raise Refusal("--force and --sha256 go with --out, not with --in-place")
+        check_in_place(force, sha256)
         convert.check_in_place()
         _in_place(base, adapters, max_memory, device, threads, dry_run, lossy, as_json, say)
         return

@@ -1,4 +1,4 @@
-"""Where a verb reads and writes, checked before anything slow, and what a kill left there."""
+"""Where a verb reads and writes, checked before anything slow."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from infold.cli.output import complain
 from infold.errors import Refusal
 from infold.machine import check_device
 from infold.sizes import parse_bytes
 
-__all__ = ["check_words", "one_place", "settle_first"]
+__all__ = ["check_words", "one_place"]
 
 
 def check_words(
@@ -48,14 +47,3 @@ def one_place(out: str | None, in_place: bool, dry_run: bool = False) -> str:
     if in_place == (out is not None) and not (dry_run and out is None):
         raise Refusal("give either --out DIR or --in-place")
     return out or ""
-
-
-def settle_first(folder: str, *, refuse: bool = False) -> None:
-    """Finish what a kill left of an edit in place, and say what became of it."""
-    from infold.checkpoint.shards import JOURNAL, companion
-
-    if os.path.lexists(companion(Path(folder), JOURNAL)):
-        from infold.merge.inplace import settle
-
-        if settled := settle(folder, refuse=refuse):
-            complain(f"{folder}: {settled}")

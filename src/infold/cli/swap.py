@@ -8,12 +8,12 @@ from typing import Annotated
 
 import typer
 
+from infold.api.paths import settle_first
 from infold.cli.merge import done_text
 from infold.cli.output import complain
-from infold.cli.place import check_words, one_place, settle_first
+from infold.cli.place import check_words, one_place
 from infold.cli.progress import byte_progress
 from infold.cli.startup import lasting_imports
-from infold.errors import Refusal
 
 
 def swap(
@@ -58,9 +58,11 @@ def swap(
     Undo and merge in one pass: the output is what merging the base with the new adapters gives,
     byte for byte, with an undo record of its own.
     """
+    from infold.merge.options import check_in_place
+
     place = one_place(out, in_place)
-    if in_place and force:
-        raise Refusal("--force goes with --out, not with --in-place")
+    if in_place:
+        check_in_place(force)
     say = not (quiet or as_json)
     check_words(adapters, merged, out, force=force, device=device, max_memory=max_memory)
     with lasting_imports():

@@ -9,8 +9,9 @@ from typing import Annotated
 
 import typer
 
+from infold.api.paths import settle_first
 from infold.cli.output import complain, entry, plural
-from infold.cli.place import check_words, one_place, settle_first
+from infold.cli.place import check_words, one_place
 from infold.cli.progress import byte_progress
 from infold.cli.startup import lasting_imports
 from infold.sizes import bytes_text

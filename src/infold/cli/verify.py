@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from infold.api.paths import settle_first
 from infold.cli.output import Failed, complain, entry, plural, table
-from infold.cli.place import check_words, settle_first
+from infold.cli.place import check_words
 from infold.cli.progress import byte_progress, step_progress
 from infold.cli.startup import lasting_imports
 from infold.errors import Refusal

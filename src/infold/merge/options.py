@@ -9,7 +9,14 @@ from infold.checkpoint.shards import open_checkpoint
 from infold.errors import Refusal
 from infold.plan.choice import DTYPES, MODES, TYPES, Choice
 
-__all__ = ["Options"]
+__all__ = ["Options", "check_in_place"]
+
+
+def check_in_place(force: bool, sha256: bool = False) -> None:
+    """Refuse what only a new output can have."""
+    given = [name for name, wanted in (("--force", force), ("--sha256", sha256)) if wanted]
+    if given:
+        raise Refusal(f"{', '.join(given)} with --in-place: goes with --out alone")
 
 
 @dataclass(frozen=True)
