@@ -12,17 +12,13 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+from infold.adapters.peft_config import PLAIN_INITS, UNREAD, bad_patterns, is_ending
 from infold.checkpoint.files import locate, read_object, safe_child
 from infold.errors import Refusal
 
 __all__ = ["HEADS", "IA3Config", "LoraConfig", "TunerConfig", "matches", "read_config", "within"]
 
 FILE = "adapter_config.json"
-# What other versions of PEFT write without an influence on a trained adapter.
-_SILENT = frozenset(
-    "auto_mapping peft_version megatron_core loftq_config eva_config qalora_group_size "
-    "runtime_config unsloth_fixed unsloth_version".split()
-)
 _TASKS = (
     "CAUSAL_LM",
     "SEQ_2_SEQ_LM",
@@ -31,9 +27,6 @@ _TASKS = (
     "QUESTION_ANS",
     "FEATURE_EXTRACTION",
 )
-# PEFT's initialisations that leave the base as it was: what they gave is in an adapter's file, so
-# such adapters are loaded; new ones begin in another way.
-READ_INITS = ("eva", "orthogonal", "mica")
 HEADS = ("classifier", "score")  # that SEQ_CLS and TOKEN_CLS train whole, as PEFT does
 Names = list[str] | str | None
 C = TypeVar("C", bound="TunerConfig")
@@ -102,7 +95,7 @@ class TunerConfig:
         problems = [
             f"{where}: {name} = {value!r} is not supported by infold's tuners"
             for name, value in given.items()
-            if name not in known | _SILENT | {"peft_type"} and value
+            if name not in known | UNREAD | {"peft_type"} and value
         ]
         if given.get("peft_type", cls.PEFT_TYPE) != cls.PEFT_TYPE:
             problems.append(f"{where}: peft_type is {given['peft_type']!r}, not {cls.PEFT_TYPE}")
@@ -210,7 +203,7 @@ class LoraConfig(TunerConfig):
             problems.append(f"lora_dropout = {self.lora_dropout!r} must be in [0, 1)")
         if self.bias not in ("none", "all", "lora_only"):
             problems.append(f"bias = {self.bias!r} must be none, all or lora_only")
-        if self.init_lora_weights not in (True, False, "gaussian", *READ_INITS):
+        if self.init_lora_weights not in PLAIN_INITS:
             problems.append(
                 f"init_lora_weights = {self.init_lora_weights!r} must be True, False or 'gaussian'"
             )
@@ -270,11 +263,6 @@ def within(path: str, others: Iterable[str]) -> bool:
     return any(path == other or path.startswith(f"{other}.") for other in others)
 
 
-def is_ending(pattern: str, path: str) -> bool:
-    """Whether a pattern of rank_pattern or alpha_pattern matches a whole trailing path."""
-    return re.match(rf"(.*\.)?({pattern})$", path) is not None
-
-
 def _matching(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
     """The value of the first pattern that means a path."""
     return next((value for p, value in patterns.items() if is_ending(p, path)), default)
@@ -304,8 +292,4 @@ def _bad_tokens(given: Any) -> list[str]:
 
 
 def _bad_pattern(name: str, pattern: str) -> list[str]:
-    try:
-        re.compile(rf"(.*\.)?({pattern})$")
-    except (re.error, OverflowError, RecursionError) as error:
-        return [f"{name}: {pattern!r} is not a regular expression: {error}"]
-    return []
+    return [f"{name}: {problem}" for problem in bad_patterns([pattern])]

@@ -12,16 +12,15 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
+from infold.adapters.peft_config import READ_INITS, is_ending
 from infold.errors import Refusal
 from infold.tuners.classes import replaced_forward
 from infold.tuners.config import (
     HEADS,
-    READ_INITS,
     IA3Config,
     LoraConfig,
     Names,
     TunerConfig,
-    is_ending,
     matches,
     within,
 )
