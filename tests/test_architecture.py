@@ -28,6 +28,7 @@ FREE = {
     "child",
     "ggml",
     "names",
+    "disk",
 }  # every room may import these
 LEAVES = {"adapters", "formats", "checkpoint"}
 MAY_IMPORT = {
@@ -41,6 +42,7 @@ MAY_IMPORT = {
     "interval": set(),
     "child": set(),
     "names": set(),
+    "disk": set(),
     "ggml": set(),
     "machine": set(),
     "dtypes": set(),

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, TypeVar
 
 from infold.adapters.peft_config import PLAIN_INITS, UNREAD, bad_patterns, is_ending
 from infold.checkpoint.files import locate, read_object, safe_child
+from infold.disk import write_whole
 from infold.errors import Refusal
 
 __all__ = ["HEADS", "IA3Config", "LoraConfig", "TunerConfig", "matches", "read_config", "within"]
@@ -110,13 +111,12 @@ class TunerConfig:
         return cls.from_dict(read_object(safe_child(folder, FILE)), str(folder / FILE))
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write adapter_config.json into a folder, which is made where it is not there."""
-        path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
+        """Write adapter_config.json into a folder, which is made where it is not there.
+
+        Raises StorageFailure.
+        """
         text = json.dumps(self.to_dict(), indent=2, sort_keys=True)
-        draft = path / f".{FILE}.{os.getpid()}"
-        draft.write_text(text)
-        draft.replace(path / FILE)
+        write_whole(Path(folder) / FILE, text.encode())
 
 
 @dataclass(kw_only=True)

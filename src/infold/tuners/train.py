@@ -32,7 +32,8 @@ from blake3 import blake3
 from infold.checkpoint.files import exists, locate, read_bytes, read_object
 from infold.checkpoint.place import check_name
 from infold.checkpoint.shards import refuse_unfinished
-from infold.checkpoint.staging import Staging, new_folders, remove_empty, storage_errors
+from infold.checkpoint.staging import Staging
+from infold.disk import new_folders, remove_empty, storage_errors, write_whole
 from infold.errors import Refusal
 from infold.tuners.loading import calm
 from infold.tuners.prepare import SMALL, Prepared, prepare
@@ -232,9 +233,7 @@ def _open_run(run: Path, path: Path, identity: dict[str, Any], resume: bool, for
     for entry in run.iterdir():
         if entry.name != "lock":
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-    draft = run / ".identity.json"
-    draft.write_text(json.dumps(identity, indent=1))
-    draft.rename(run / "identity.json")
+    write_whole(run / "identity.json", json.dumps(identity, indent=1).encode())
 
 
 # --- with the model -------------------------------------------------------------------------------
