@@ -13,6 +13,7 @@ from typing import Any
 from blake3 import blake3
 
 from infold.checkpoint.safetensors import open_regular, parse_json
+from infold.disk import storage_errors
 from infold.errors import CorruptFile, Refusal, StorageFailure
 
 __all__ = [
@@ -157,9 +158,9 @@ def safe_child(root: Path, name: str) -> Path:
 
 
 def digest_of(path: Path) -> str:
-    """The BLAKE3 of a file, in hex. Raises OSError, and CorruptFile for what is no regular file."""
+    """The BLAKE3 of a file, in hex. Raises StorageFailure, and CorruptFile for no regular file."""
     hasher = blake3()
-    with open_regular(path) as file:
+    with storage_errors(path), open_regular(path) as file:
         while piece := file.read(1 << 20):
             hasher.update(piece)
     return hasher.hexdigest()

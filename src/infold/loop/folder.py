@@ -208,18 +208,13 @@ def digests_of_base(base: str) -> dict[str, dict[str, str]]:
     return {
         "shards": _digests([shard.path for shard in there.shards]),
         "side_files": {
-            name: _digest(safe_child(there.home, name)) for name in sides if name != CARD
+            name: digest_of(safe_child(there.home, name)) for name in sides if name != CARD
         },
     }
 
 
 def _digests(files: Sequence[Path]) -> dict[str, str]:
-    return {path.name: _digest(path) for path in files}
-
-
-def _digest(path: Path) -> str:
-    with storage_errors(path):
-        return digest_of(path)
+    return {path.name: digest_of(path) for path in files}
 
 
 def _has(folder: Path, name: str, digest: str) -> bool:
@@ -228,4 +223,4 @@ def _has(folder: Path, name: str, digest: str) -> bool:
         path = safe_child(folder, name)
     except CorruptFile:
         return False
-    return path.is_file() and _digest(path) == digest
+    return path.is_file() and digest_of(path) == digest

@@ -242,11 +242,8 @@ def digest_adapter(adapter: Adapter) -> dict[str, str]:
                 bad.append(f"{adapter.path}: {key}: {count} elements are NaN or inf")
     if bad:
         raise Refusal([*bad, "the training diverged; nothing can be merged from this adapter"])
-    digests = {}
-    for file in (adapter.path / "adapter_config.json", adapter.weights):
-        with storage_errors(file):
-            digests[file.name] = digest_of(file)
-    return digests
+    files = (adapter.path / "adapter_config.json", adapter.weights)
+    return {file.name: digest_of(file) for file in files}
 
 
 def check_space(out: Path, plan: Plan, undo: bool = False) -> None:
