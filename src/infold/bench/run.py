@@ -25,8 +25,8 @@ from typing import IO, Any, TypeVar
 from infold.checkpoint.adapter import open_adapter
 from infold.errors import Refusal, StorageFailure
 from infold.interval import median_interval, paired_ratio
-from infold.machine import processor
-from infold.tuners.loading import device_of, model_folder, most_tokens
+from infold.machine import device_of, processor
+from infold.tuners.loading import model_folder, most_tokens
 from infold.version import __version__
 
 __all__ = ["Progress", "measure_models"]

@@ -23,6 +23,7 @@ from typing import Any
 from infold.child import run_child
 from infold.errors import Refusal
 from infold.interval import paired_ratio
+from infold.machine import device_of
 from infold.methods.table import (
     BITFIT,
     NOTES,
@@ -32,7 +33,7 @@ from infold.methods.table import (
     peft_needs,
     peft_types,
 )
-from infold.tuners.loading import calm, device_of, load_model, model_folder
+from infold.tuners.loading import calm, load_model, model_folder
 
 __all__ = ["measure_methods"]
 

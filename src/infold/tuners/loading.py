@@ -24,7 +24,6 @@ __all__ = [
     "attach_all",
     "calm",
     "config_of",
-    "device_of",
     "gguf_file",
     "load_model",
     "model_folder",
@@ -38,21 +37,6 @@ PathLike = str | os.PathLike[str]
 _TALKATIVE = ("bitsandbytes", "torchao", "torch.utils._pytree")
 # What transformers raises for models that it cannot read.
 _UNREADABLE = (ValueError, OSError, KeyError, ImportError, TypeError)
-
-
-def device_of(name: str) -> torch.device:
-    """The device of "cpu", "cuda" or "cuda:N". Raises Refusal for one that is not there."""
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise Refusal(f"{name}: no such device: give cpu, cuda or cuda:N")
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= count:
-            raise Refusal(f"{name}: PyTorch sees {count or 'no'} CUDA devices; give cpu")
-    return device
 
 
 def most_tokens(config: Any) -> int | None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from infold.errors import Refusal
-from infold.tuners.loading import device_of
+from infold.machine import device_of
 from infold.verify.folder import claimed_inputs, read_claims
 from infold.verify.outputs import prove_outputs
 from infold.verify.verdict import Offender, Verdict

@@ -33,6 +33,7 @@ from torch import Tensor
 from infold.checkpoint.adapter import open_adapter
 from infold.checkpoint.shards import is_lone, open_checkpoint
 from infold.errors import CorruptFile, Refusal
+from infold.machine import device_of
 from infold.plan.build import plan_merge
 from infold.plan.choice import Choice
 from infold.plan.edits import Decoded
@@ -40,7 +41,6 @@ from infold.tuners.loading import (
     attach_all,
     calm,
     config_of,
-    device_of,
     gguf_file,
     load_model,
     model_folder,
