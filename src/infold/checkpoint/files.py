@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,12 @@ from infold.disk import storage_errors
 from infold.errors import CorruptFile, Refusal, StorageFailure
 
 __all__ = [
-    "already_here", "check_named", "digest_of", "exists", "locate", "read_bytes", "read_json",
-    "read_object", "safe_child",
+    "HUB_ID", "already_here", "check_named", "digest_of", "exists", "locate", "read_bytes",
+    "read_json", "read_object", "safe_child", "walk",
 ]  # fmt: skip
 
 MAX_JSON = 64 << 20  # the largest index in the wild is about 15 MB
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 
 
 def exists(path: Path) -> bool:
@@ -41,7 +41,7 @@ def already_here(name: str) -> Path:
     path = Path(name)
     if exists(path):
         return path
-    if _HUB_ID.fullmatch(name):
+    if HUB_ID.fullmatch(name):
         repo, _, revision = name.partition("@")
         from huggingface_hub import snapshot_download
 
@@ -61,7 +61,7 @@ def check_named(names: Iterable[str | os.PathLike[str]]) -> None:
         text = os.fspath(name)
         if not text:
             wrong.append("an empty path was given; is a variable of the command empty?")
-        elif not exists(Path(name)) and not _HUB_ID.fullmatch(text):
+        elif not exists(Path(name)) and not HUB_ID.fullmatch(text):
             wrong.append(f"{text}: no such file or folder (and not a Hub id such as org/name)")
     if wrong:
         raise Refusal(wrong)
@@ -155,6 +155,15 @@ def safe_child(root: Path, name: str) -> Path:
     if not any(real.is_relative_to(folder) for folder in allowed):
         raise CorruptFile(f"{path}: a link that leads out of the folder")
     return path
+
+
+def walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """As os.walk, which would pass over a folder that cannot be read. Raises StorageFailure."""
+
+    def unreadable(error: OSError) -> None:
+        raise StorageFailure(f"{error.filename}: {error.strerror}") from error
+
+    return os.walk(folder, onerror=unreadable)
 
 
 def digest_of(path: Path) -> str:

@@ -70,6 +70,11 @@ class TunerConfig:
     def peft_type(self) -> str:
         return self.PEFT_TYPE
 
+    @property
+    def method(self) -> str:
+        """The key in METHODS of what its modules get."""
+        return self.METHOD
+
     def _problems(self) -> list[str]:
         problems = []
         for name in ("target_modules", "exclude_modules", "feedforward_modules"):

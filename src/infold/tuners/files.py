@@ -385,7 +385,7 @@ def _misfit(
         return f"{place} is a {type(module).__name__}, not an embedding"
     if _TOKENS in keys:
         return _misfit_rows(place, keys, cast(Tensor, module.weight).shape, file, rows)
-    method = getattr(config, "method", config.METHOD)
+    method = config.method
     if method not in kind.METHODS:
         return f"{method} does not exist for a {type(module).__name__}"
     wanted = set(METHODS[method].REQUIRED)

@@ -44,6 +44,7 @@ from infold.tuners.loading import (
     gguf_file,
     load_model,
     model_folder,
+    positions_of,
     tokenizer_of,
 )
 from infold.tuners.quantized import widen
@@ -97,8 +98,7 @@ def prove_outputs(
         )
     choice = _conversion(merged)
     tokenizer = tokenizer_of(base_folder)
-    told = getattr(config_of(base_folder).get_text_config(), "max_position_embeddings", None)
-    limit = told if isinstance(told, int) and told > 0 else 1 << 20
+    limit = positions_of(config_of(base_folder)) or 1 << 20
     questions = read_questions(prompts, text, tokenizer, limit, new_tokens)
     with tempfile.TemporaryDirectory(prefix="infold-outputs-") as folder, calm():
         run = _Run(Path(folder), where, questions, new_tokens, progress)
