@@ -29,6 +29,7 @@ FREE = {
     "ggml",
     "names",
     "disk",
+    "extras",
 }  # every room may import these
 LEAVES = {"adapters", "formats", "checkpoint"}
 MAY_IMPORT = {
@@ -43,6 +44,7 @@ MAY_IMPORT = {
     "child": set(),
     "names": set(),
     "disk": set(),
+    "extras": set(),
     "ggml": set(),
     "machine": set(),
     "dtypes": set(),

@@ -170,10 +170,8 @@ class _Remote:
 @contextmanager
 def _served(model: Path, settings: Collect, log: Path) -> Iterator[Engine]:
     """Start the server's command on these weights, wait until it answers, end it behind."""
-    try:
-        from openai import OpenAI, OpenAIError
-    except ImportError:
-        raise Refusal("collect.server needs openai; pip install 'infold[serve]'") from None
+    from openai import OpenAI, OpenAIError
+
     assert settings.serve and settings.server
     words = [word.replace("{model}", str(model)) for word in shlex.split(settings.serve)]
     client = OpenAI(

@@ -22,6 +22,7 @@ from typing import Any
 
 from infold.child import run_child
 from infold.errors import Refusal
+from infold.extras import require
 from infold.interval import paired_ratio
 from infold.machine import device_of
 from infold.methods.table import (
@@ -67,8 +68,7 @@ def measure_methods(
     """
     import torch
 
-    if find_spec("peft") is None or find_spec("transformers") is None:
-        raise Refusal("PEFT and transformers are needed: pip install 'infold[methods]'")
+    require("methods", "peft", "transformers")
     if min(tokens, rounds) < 1:
         raise Refusal(f"{tokens} tokens, {rounds} rounds: at least 1 of each is needed")
     folder = model_folder(base)

@@ -28,6 +28,7 @@ from blake3 import blake3
 from infold.checkpoint.files import HUB_ID, exists
 from infold.checkpoint.safetensors import open_regular, parse_json
 from infold.errors import CorruptFile, Refusal, StorageFailure
+from infold.extras import needs
 
 __all__ = ["SHAPES", "DataSet", "Example", "Offences", "read_data"]
 
@@ -322,7 +323,7 @@ def _parquet(data: bytes, name: str, wrong: Offences) -> Rows:
         import pyarrow as arrow  # type: ignore[import-not-found,import-untyped,unused-ignore]
         from pyarrow import parquet  # type: ignore[import-not-found,import-untyped,unused-ignore]
     except ImportError:
-        raise Refusal(f"{name}: Parquet needs pyarrow; pip install 'infold[train]'") from None
+        raise Refusal(f"{name}: Parquet needs pyarrow; {needs('train')}") from None
     try:
         batches = parquet.ParquetFile(arrow.BufferReader(data)).iter_batches()
         number = 0

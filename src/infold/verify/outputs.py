@@ -33,6 +33,7 @@ from torch import Tensor
 from infold.checkpoint.adapter import open_adapter
 from infold.checkpoint.shards import is_lone, open_checkpoint
 from infold.errors import CorruptFile, Refusal
+from infold.extras import require
 from infold.machine import device_of
 from infold.plan.build import plan_merge
 from infold.plan.choice import Choice
@@ -87,6 +88,7 @@ def prove_outputs(
     load a model or the adapters do not fit; StorageFailure as `merge` does.
     """
     started = time.perf_counter()
+    require("train", "transformers")
     where = device_of(device)
     if new_tokens < 1:
         raise Refusal(f"{new_tokens} new tokens: at least 1 is needed to compare continuations")
