@@ -25,8 +25,11 @@ from infold.checkpoint.safetensors import Header, TensorInfo, parse_json, read_h
 from infold.errors import CorruptFile, Refusal, StorageFailure
 
 __all__ = [
+    "CARD",
+    "GGUF",
     "INDEX",
     "JOURNAL",
+    "KEPT_CARD",
     "NOT_CONTENT",
     "RECEIPT",
     "SECOND_COPIES",

@@ -33,8 +33,8 @@ from infold.disk import new_folders, remove_empty, storage_errors, sync_folder
 from infold.errors import Refusal
 
 __all__ = [
-    "Progress", "Staging", "copy_range", "new_folders", "remove_empty", "staging_folder",
-    "storage_errors", "sync_data", "sync_folder", "write_fully",
+    "Progress", "Staging", "copy_range", "new_folders", "staging_folder", "storage_errors",
+    "sync_data", "sync_folder", "write_fully",
 ]  # fmt: skip
 
 _PUBLISHING = "publishing"

@@ -35,7 +35,7 @@ from infold.disk import storage_errors, write_whole
 from infold.errors import Refusal
 from infold.version import __version__
 
-__all__ = ["Bundle", "bundle_problems", "deploy_bundle", "deployment_config", "read_config"]
+__all__ = ["Bundle", "bundle_problems", "deploy_bundle", "read_config"]
 
 _PACKAGES = ("torch", "transformers", "safetensors", "accelerate")
 _CONTEXT = 4096  # tokens, where none are asked for

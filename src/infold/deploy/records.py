@@ -16,7 +16,7 @@ from infold.disk import write_whole
 from infold.errors import StorageFailure
 from infold.version import __version__
 
-__all__ = ["RECORDS", "keep_record", "read_records", "save_record", "without_infinity"]
+__all__ = ["keep_record", "read_records", "save_record", "without_infinity"]
 
 RECORDS = "records"
 

@@ -20,7 +20,7 @@ from infold.errors import Refusal
 from infold.extras import require
 from infold.version import __version__
 
-__all__ = ["growth", "smoke_test"]
+__all__ = ["PROMPT", "growth", "smoke_test"]
 
 PROMPT = "Name three colours."
 _NEW_TOKENS = 16

@@ -28,7 +28,7 @@ from infold.loop.task import Prompt
 from infold.tuners.loading import calm, most_tokens, pad_id
 from infold.tuners.tokens import special_ids
 
-__all__ = ["Engine", "cut", "open_engine", "prompt_ids"]
+__all__ = ["Engine", "open_engine"]
 
 PATIENCE = 600  # seconds for a server to load a model
 _ENDING = 30  # and to end, until it is killed

@@ -36,7 +36,7 @@ from infold.tuners.combine_config import (
     scaling,
 )
 
-__all__ = ["Combination", "Combined", "plan_combination", "write_combination"]
+__all__ = ["Combination", "Combined", "check_output", "plan_combination", "write_combination"]
 
 PathLike = str | os.PathLike[str]
 

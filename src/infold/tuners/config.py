@@ -17,7 +17,16 @@ from infold.checkpoint.files import locate, read_object, safe_child
 from infold.disk import write_whole
 from infold.errors import Refusal
 
-__all__ = ["HEADS", "IA3Config", "LoraConfig", "TunerConfig", "matches", "read_config", "within"]
+__all__ = [
+    "HEADS",
+    "IA3Config",
+    "LoraConfig",
+    "Names",
+    "TunerConfig",
+    "matches",
+    "read_config",
+    "within",
+]
 
 FILE = "adapter_config.json"
 _TASKS = (

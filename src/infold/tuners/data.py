@@ -30,7 +30,7 @@ from infold.checkpoint.safetensors import open_regular, parse_json
 from infold.errors import CorruptFile, Refusal, StorageFailure
 from infold.extras import needs
 
-__all__ = ["SHAPES", "DataSet", "Example", "Offences", "read_data"]
+__all__ = ["DataSet", "Example", "Offences", "read_data"]
 
 SHAPES = {
     "chat": ("messages",),

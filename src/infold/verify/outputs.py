@@ -55,7 +55,7 @@ from infold.verify.moved import PRECISION, factors_of, write_moved
 from infold.verify.prompts import Questions, read_questions
 from infold.verify.verdict import Check, Continuation, Difference, Outputs
 
-__all__ = ["NOISE", "ROUNDING", "prove_outputs"]
+__all__ = ["prove_outputs"]
 
 PathLike = str | os.PathLike[str]
 
