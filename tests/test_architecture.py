@@ -28,6 +28,8 @@ FREE = {
     "child",
     "ggml",
     "names",
+    "disk",
+    "extras",
 }  # every room may import these
 LEAVES = {"adapters", "formats", "checkpoint"}
 MAY_IMPORT = {
@@ -41,6 +43,8 @@ MAY_IMPORT = {
     "interval": set(),
     "child": set(),
     "names": set(),
+    "disk": set(),
+    "extras": set(),
     "ggml": set(),
     "machine": set(),
     "dtypes": set(),
@@ -191,6 +195,87 @@ def test_the_verbs_stay_callable_when_the_rooms_of_the_same_name_are_loaded() ->
 def test_public_names_exist() -> None:
     assert [name for name in infold.__all__ if not hasattr(infold, name)] == []
     assert sorted(infold.__all__) == infold.__all__ or set(infold.__all__) <= set(dir(infold))
+
+
+def code_of(*folders: Path) -> dict[str, ast.Module]:
+    """The parsed files of folders by module names, of infold's own as they are imported."""
+    found = {}
+    for folder in folders:
+        for file in folder.rglob("*.py"):
+            parts = file.relative_to(folder.parent).with_suffix("").parts
+            parts = parts[:-1] if parts[-1] == "__init__" else parts
+            found[".".join(parts)] = ast.parse(file.read_text())
+    return found
+
+
+def listed(tree: ast.Module) -> set[str] | None:
+    """The names in __all__; None where a module has none, as the verbs, and what stands in a table
+    and has the names of a protocol."""
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return set(ast.literal_eval(node.value))
+    return None
+
+
+def taken_by(tree: ast.Module, modules: set[str]) -> set[tuple[str, str]]:
+    """(module, name) of what a file takes of these modules: imported, or as an attribute of one."""
+    taken, called = set(), {}
+    nodes = list(ast.walk(tree))
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                if (whole := f"{node.module}.{alias.name}") in modules:
+                    called[alias.asname or alias.name] = whole
+                else:
+                    taken.add((node.module or "", alias.name))
+        elif isinstance(node, ast.Import):
+            called |= {alias.asname or alias.name: alias.name for alias in node.names}
+    for node in nodes:
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name | ast.Attribute):
+            if (module := called.get(ast.unparse(node.value))) is not None:
+                taken.add((module, node.attr))
+    return taken
+
+
+def of_signatures(tree: ast.Module, names: set[str]) -> set[str]:
+    """The types of what listed functions and classes take, give and hold."""
+    own = [node for node in tree.body if getattr(node, "name", None) in names]
+    parts = [part for node in own for part in ast.walk(node)]
+    told = [getattr(part, of, None) for part in parts for of in ("annotation", "returns")]
+    nodes = [node for one in told if isinstance(one, ast.AST) for node in ast.walk(one)]
+    return {node.id for node in nodes if isinstance(node, ast.Name)}
+
+
+def test_all_lists_what_others_take_and_nothing_else() -> None:
+    """What is listed is the module's own word of what others may rely on. Rooms list their seam,
+    and what stands in a table lists its protocol, for those who come."""
+    from infold import adapters, formats
+    from infold.formats import values
+    from infold.loop.config import BUILT_IN
+
+    tables = (adapters.METHODS, formats.FORMATS, formats.SCALES, formats.QUANTIZED, values.VALUES)
+    seams = {module.__name__ for table in tables for module in table.values()}
+    seams |= {f"infold.loop.{name}" for name in BUILT_IN}
+    project = Path(__file__).parent.parent
+    ours = code_of(ROOT)
+    others = code_of(*(project / name for name in ("tests", "benchmarks", "examples")))
+    names = set(ours)
+    inside = {name: taken_by(tree, names) for name, tree in ours.items()}
+    outside = set().union(*(taken_by(tree, names) for tree in others.values()))
+
+    wrong = []
+    for module, tree in ours.items():
+        if (own := listed(tree)) is None:
+            continue
+        theirs = [found for name, found in inside.items() if name != module]
+        taken = {name for found in theirs for of, name in found if of == module}
+        wrong += [f"{module}: {name} is taken and not listed" for name in sorted(taken - own)]
+        if module in seams or (ROOT.parent / module.replace(".", "/")).is_dir():
+            continue
+        known = taken | {name for of, name in outside if of == module} | of_signatures(tree, own)
+        wrong += [f"{module}: {name} is listed and not taken" for name in sorted(own - known)]
+
+    assert wrong == []
 
 
 def test_no_file_grows_beyond_reading() -> None:

@@ -9,17 +9,41 @@ import resource
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from infold.errors import Refusal
 
-__all__ = ["check_device", "import_model_code", "peak_bytes", "processor", "resident_bytes"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "check_device",
+    "device_of",
+    "import_model_code",
+    "peak_bytes",
+    "processor",
+    "resident_bytes",
+]
 
 
 def check_device(name: str) -> None:
     """Refuse what is no name of a device; whether there is such a one, PyTorch knows."""
     if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
         raise Refusal(f"--device {name}: cpu, cuda or cuda:N, with the number of a GPU")
+
+
+def device_of(name: str) -> torch.device:
+    """The device of "cpu", "cuda" or "cuda:N". Raises Refusal for one that is not there."""
+    import torch
+
+    check_device(name)
+    device = torch.device(name)
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            sees = f"{count or 'no'} CUDA device{'s' if count != 1 else ''}"
+            raise Refusal(f"--device {name}: this PyTorch sees {sees}; give cpu")
+    return device
 
 
 def processor() -> str:

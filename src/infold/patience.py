@@ -14,7 +14,7 @@ from types import FrameType
 
 from infold.errors import Refusal
 
-__all__ = ["SECONDS", "patience"]
+__all__ = ["patience"]
 
 SECONDS = 20.0  # of the process's own time; the patterns of real adapters take milliseconds
 

@@ -163,7 +163,6 @@ def combine(
     majority_sign: str = "total",
     svd_rank: int | None = None,
     svd_clamp: float | None = None,
-    svd_full_matrices: bool = True,
     generator: torch.Generator | None = None,
     untouched: float = 0.0,
 ) -> tuple[dict[str, Tensor], Settings]:
@@ -176,7 +175,6 @@ def combine(
     density: share of elements kept, in (0, 1]. majority_sign: "total" (by the sum of the values)
     or "frequency" (of the signs). svd_rank: rank of the ..svd kinds, exactly; default: the largest
     of the entries. svd_clamp: cuts both factors at this quantile of their elements.
-    svd_full_matrices: taken for PEFT's sake, the result does not depend on it.
     generator: for DARE, on the parts' device; default: PyTorch's global one.
 
     Raises Refusal for options or shapes that do not suit, and for a result that is not finite.

@@ -24,9 +24,10 @@ from typing import IO, Any, TypeVar
 
 from infold.checkpoint.adapter import open_adapter
 from infold.errors import Refusal, StorageFailure
+from infold.extras import missing
 from infold.interval import median_interval, paired_ratio
-from infold.machine import processor
-from infold.tuners.loading import device_of, model_folder, most_tokens
+from infold.machine import device_of, processor
+from infold.tuners.loading import model_folder, most_tokens
 from infold.version import __version__
 
 __all__ = ["Progress", "measure_models"]
@@ -275,8 +276,7 @@ def _check(
         wrong.append(f"batch sizes {', '.join(map(str, batches))}: one is given twice")
     if dtype not in _DTYPES:
         wrong.append(f"dtype {dtype}: give {', '.join(_DTYPES)}")
-    if find_spec("psutil") is None or find_spec("transformers") is None:
-        wrong.append("transformers and psutil are needed: pip install 'infold[serve]'")
+    wrong += missing("serve", "transformers", "psutil")
     if wrong:
         raise Refusal(wrong)
 

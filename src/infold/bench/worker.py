@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from infold.errors import InfoldError
-from infold.machine import import_model_code, resident_bytes
+from infold.machine import device_of, import_model_code, resident_bytes
 
 __all__: list[str] = []
 
@@ -31,7 +31,7 @@ class _Model:
     ) -> None:
         import torch
 
-        from infold.tuners.loading import attach_all, device_of, load_model
+        from infold.tuners.loading import attach_all, load_model
 
         import_model_code(folder)
         if kind == "peft":

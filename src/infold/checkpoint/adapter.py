@@ -18,7 +18,7 @@ from infold.checkpoint.shards import read_exactly
 from infold.dtypes import NAMES, TORCH_DTYPES
 from infold.errors import CorruptFile, Refusal, StorageFailure
 
-__all__ = ["KEPT", "Adapter", "AdapterTensor", "open_adapter"]
+__all__ = ["CONFIG", "KEPT", "PICKLE", "WEIGHTS", "Adapter", "AdapterTensor", "open_adapter"]
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,16 @@ from typing import Any
 from blake3 import blake3
 
 from infold.checkpoint.safetensors import open_regular, parse_json
+from infold.disk import storage_errors
 from infold.errors import CorruptFile, Refusal, StorageFailure
 
 __all__ = [
-    "already_here", "check_named", "digest_of", "exists", "locate", "read_bytes", "read_json",
-    "read_object", "safe_child",
+    "HUB_ID", "already_here", "check_named", "digest_of", "exists", "locate", "read_bytes",
+    "read_json", "read_object", "safe_child", "walk",
 ]  # fmt: skip
 
 MAX_JSON = 64 << 20  # the largest index in the wild is about 15 MB
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 
 
 def exists(path: Path) -> bool:
@@ -40,7 +41,7 @@ def already_here(name: str) -> Path:
     path = Path(name)
     if exists(path):
         return path
-    if _HUB_ID.fullmatch(name):
+    if HUB_ID.fullmatch(name):
         repo, _, revision = name.partition("@")
         from huggingface_hub import snapshot_download
 
@@ -60,7 +61,7 @@ def check_named(names: Iterable[str | os.PathLike[str]]) -> None:
         text = os.fspath(name)
         if not text:
             wrong.append("an empty path was given; is a variable of the command empty?")
-        elif not exists(Path(name)) and not _HUB_ID.fullmatch(text):
+        elif not exists(Path(name)) and not HUB_ID.fullmatch(text):
             wrong.append(f"{text}: no such file or folder (and not a Hub id such as org/name)")
     if wrong:
         raise Refusal(wrong)
@@ -156,10 +157,19 @@ def safe_child(root: Path, name: str) -> Path:
     return path
 
 
+def walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """As os.walk, which would pass over a folder that cannot be read. Raises StorageFailure."""
+
+    def unreadable(error: OSError) -> None:
+        raise StorageFailure(f"{error.filename}: {error.strerror}") from error
+
+    return os.walk(folder, onerror=unreadable)
+
+
 def digest_of(path: Path) -> str:
-    """The BLAKE3 of a file, in hex. Raises OSError, and CorruptFile for what is no regular file."""
+    """The BLAKE3 of a file, in hex. Raises StorageFailure, and CorruptFile for no regular file."""
     hasher = blake3()
-    with open_regular(path) as file:
+    with storage_errors(path), open_regular(path) as file:
         while piece := file.read(1 << 20):
             hasher.update(piece)
     return hasher.hexdigest()

@@ -36,8 +36,6 @@ from infold.errors import CorruptFile, Refusal, StorageFailure
 from infold.ggml import BLOCKS
 
 __all__ = [
-    "MAGIC",
-    "Array",
     "gguf_header_of",
     "part_of",
     "parts_beside",

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from infold.checkpoint.files import read_json
+from infold.checkpoint.files import read_json, walk
 from infold.checkpoint.record import UNDO
 from infold.checkpoint.shards import (
     CARD,
@@ -20,7 +20,7 @@ from infold.checkpoint.shards import (
     read_receipt,
 )
 from infold.checkpoint.staging import new_folders, staging_folder
-from infold.errors import InfoldError, Refusal, StorageFailure
+from infold.errors import InfoldError, Refusal
 
 __all__ = ["check_name", "check_place"]
 
@@ -111,11 +111,7 @@ def _check_file(out: Path, force: bool) -> None:
 def _foreign(out: Path, coming: Collection[str]) -> list[str]:
     """What of a folder neither an earlier merge wrote nor this one will: it would be lost."""
     found = []
-
-    def unreadable(error: OSError) -> None:
-        raise StorageFailure(f"{error.filename}: {error.strerror}") from error
-
-    for folder, folders, files in os.walk(out, onerror=unreadable):
+    for folder, folders, files in walk(out):
         links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
         found += [os.path.relpath(os.path.join(folder, name), out) for name in [*files, *links]]
     if not found:

@@ -24,6 +24,9 @@ from infold.errors import CorruptFile, StorageFailure
 
 __all__ = [
     "DTYPE_BITS",
+    "MAX_BYTES",
+    "MAX_HEADER",
+    "MAX_NAME",
     "Header",
     "TensorInfo",
     "build_header",

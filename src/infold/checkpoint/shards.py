@@ -11,14 +11,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from infold.checkpoint.files import exists, locate, read_bytes, read_json, read_object, safe_child
+from infold.checkpoint.files import (
+    exists,
+    locate,
+    read_bytes,
+    read_json,
+    read_object,
+    safe_child,
+    walk,
+)
 from infold.checkpoint.gguf import part_of, parts_beside, read_gguf_header
 from infold.checkpoint.safetensors import Header, TensorInfo, parse_json, read_header
 from infold.errors import CorruptFile, Refusal, StorageFailure
 
 __all__ = [
+    "CARD",
+    "GGUF",
     "INDEX",
     "JOURNAL",
+    "KEPT_CARD",
     "NOT_CONTENT",
     "RECEIPT",
     "SECOND_COPIES",
@@ -350,11 +361,7 @@ def _beside(path: Path, shards: list[Shard]) -> tuple[list[str], list[str]]:
     mine = {shard.name for shard in shards} | {INDEX}
     side: list[str] = []
     left: list[str] = []
-
-    def unreadable(error: OSError) -> None:
-        raise StorageFailure(f"{error.filename}: {error.strerror}") from error
-
-    for folder, folders, files in os.walk(path, onerror=unreadable):
+    for folder, folders, files in walk(path):
         here = Path(folder).relative_to(path)
         left += [str(here / name) for name in folders if name in NOT_CONTENT]
         folders[:] = sorted(name for name in folders if name not in NOT_CONTENT)

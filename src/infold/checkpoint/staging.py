@@ -24,46 +24,25 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from infold.errors import Refusal, StorageFailure
+from infold.disk import new_folders, remove_empty, storage_errors, sync_folder
+from infold.errors import Refusal
 
-__all__ = ["Progress", "Staging", "copy_range", "new_folders", "staging_folder", "storage_errors"]
+__all__ = [
+    "Progress", "Staging", "copy_range", "new_folders", "staging_folder", "storage_errors",
+    "sync_data", "sync_folder", "write_fully",
+]  # fmt: skip
 
 _PUBLISHING = "publishing"
-
-
-@contextmanager
-def storage_errors(what: str | Path) -> Iterator[None]:
-    """Turn the system's refusals into one line that names the file."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StorageFailure(f"{what}: no space left on the disk") from error
-        name = error.filename or what
-        raise StorageFailure(f"{name}: {error.strerror or error}") from error
 
 
 def staging_folder(out: Path) -> Path:
     """Where everything lies while the output `out` is made."""
     return out.parent / f".{out.name}.infold"
-
-
-def new_folders(out: Path) -> list[Path]:
-    """The folders above `out` that are not there yet, innermost first."""
-    return [folder for folder in out.parents if not os.path.lexists(folder)]
-
-
-def remove_empty(folders: Iterable[Path]) -> None:
-    """Those that hold something stay."""
-    for folder in folders:
-        with suppress(OSError):
-            folder.rmdir()
 
 
 @dataclass(frozen=True, slots=True)
@@ -395,14 +374,6 @@ def copy_range(source: int, target: int, source_offset: int, offset: int, count:
 def sync_data(fd: int) -> None:
     """Bring a file's content to the disk. macOS has no fdatasync."""
     (os.fdatasync if hasattr(os, "fdatasync") else os.fsync)(fd)
-
-
-def sync_folder(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _exchange(one: Path, two: Path) -> bool:

@@ -25,16 +25,17 @@ from blake3 import blake3
 from infold.checkpoint.files import exists, read_bytes, read_object, safe_child
 from infold.checkpoint.place import check_name
 from infold.checkpoint.shards import CARD, INDEX, KEPT_CARD, RECEIPT
-from infold.checkpoint.staging import Staging, storage_errors
+from infold.checkpoint.staging import Staging
 from infold.conversion import conversion_figures
 from infold.deploy.card import MARK, model_card
 from infold.deploy.facts import CONFIG, UNDO, Facts, check_deployable, read_facts
 from infold.deploy.local import run_local
 from infold.deploy.recipes import FOLDER, check_recipes, recipes, usage_example
+from infold.disk import storage_errors, write_whole
 from infold.errors import Refusal
 from infold.version import __version__
 
-__all__ = ["Bundle", "bundle_problems", "deploy_bundle", "deployment_config", "read_config"]
+__all__ = ["Bundle", "bundle_problems", "deploy_bundle", "read_config"]
 
 _PACKAGES = ("torch", "transformers", "safetensors", "accelerate")
 _CONTEXT = 4096  # tokens, where none are asked for
@@ -243,29 +244,13 @@ def _kept(facts: Facts) -> bytes | None:
 
 
 def _in_place(folder: Path, files: Mapping[str, str], kept: bytes | None) -> None:
-    with storage_errors(folder):
-        with suppress(FileNotFoundError):
-            (folder / CONFIG).unlink()  # from here on the old bundle is not whole
-        if kept is not None:
-            _write(folder / KEPT_CARD, kept)
-        for name, text in files.items():  # the configuration is the last one
-            path = safe_child(folder, name)
-            path.parent.mkdir(exist_ok=True)
-            _write(path, text.encode(), executable=name.endswith(".sh"))
-
-
-def _write(path: Path, content: bytes, executable: bool = False) -> None:
-    """A whole file under its name, or what was there."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with draft.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-            os.fchmod(file.fileno(), 0o755 if executable else 0o644)
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
+    with storage_errors(folder), suppress(FileNotFoundError):
+        (folder / CONFIG).unlink()  # from here on the old bundle is not whole
+    if kept is not None:
+        write_whole(folder / KEPT_CARD, kept, 0o644)
+    for name, text in files.items():  # the configuration is the last one
+        mode = 0o755 if name.endswith(".sh") else 0o644
+        write_whole(safe_child(folder, name), text.encode(), mode)
 
 
 def _publish(facts: Facts, out: Path, files: Mapping[str, str], kept: bytes | None) -> None:

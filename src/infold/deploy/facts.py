@@ -242,12 +242,11 @@ def _changed_beside(folder: Path, checkpoint: Checkpoint, told: Mapping[str, str
         if not exists(path):
             wrong.append(f"{path}: is gone since the merge; put it back, or merge again")
             continue
-        with storage_errors(path):
-            if digest_of(path) != digest:
-                wrong.append(
-                    f"{path}: was changed after it was merged: its BLAKE3 is not the receipt's; "
-                    "put the old one back, or change the base's and merge again"
-                )
+        if digest_of(path) != digest:
+            wrong.append(
+                f"{path}: was changed after it was merged: its BLAKE3 is not the receipt's; put "
+                "the old one back, or change the base's and merge again"
+            )
     for name in (*checkpoint.side_files, *checkpoint.left_out):
         ours = name.startswith("infold-") or is_bundled(name)
         if name not in told and not ours and is_loaded(name):

@@ -10,7 +10,6 @@ import json
 import re
 import sys
 import time
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,14 @@ from infold.checkpoint.staging import storage_errors
 from infold.child import asked, run_child
 from infold.deploy.local import LocalFailure
 from infold.errors import Refusal
+from infold.extras import require
 
 __all__ = ["ask_gguf", "gguf_command"]
 
 
 def gguf_command(file: Path, port: int) -> list[str]:
     """The command that serves a file. Raises Refusal without xllamacpp, or for another format."""
-    if find_spec("xllamacpp") is None:
-        raise Refusal("xllamacpp is not installed, and serves GGUF: pip install 'infold[gguf]'")
+    require("gguf", "xllamacpp")
     with storage_errors(file), file.open("rb") as opened:
         if opened.read(4) != b"GGUF":
             raise Refusal(f"{file}: does not begin with GGUF, so it is no such file")

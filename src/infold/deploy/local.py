@@ -11,12 +11,12 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from infold.child import STEP, asked, run_child
-from infold.errors import InfoldError, Refusal
+from infold.errors import InfoldError
+from infold.extras import require
 from infold.interval import median_interval
 from infold.machine import import_model_code, processor, resident_bytes
 
@@ -42,8 +42,7 @@ def run_local(
     progress: called with (steps done, steps in all, None).
     Raises Refusal without transformers, LocalFailure where the model does not load or run.
     """
-    if find_spec("transformers") is None:
-        raise Refusal("transformers is not installed: pip install 'infold[serve]'")
+    require("serve", "transformers")
     told = run_child(
         [sys.executable, "-m", __name__, what, str(folder)],
         given,

@@ -11,12 +11,12 @@ from typing import Any
 
 from infold.checkpoint.files import exists, locate, read_object, safe_child
 from infold.checkpoint.shards import RECEIPT
-from infold.checkpoint.staging import storage_errors
 from infold.deploy.facts import receipt_digest
+from infold.disk import write_whole
 from infold.errors import StorageFailure
 from infold.version import __version__
 
-__all__ = ["RECORDS", "keep_record", "read_records", "save_record", "without_infinity"]
+__all__ = ["keep_record", "read_records", "save_record", "without_infinity"]
 
 RECORDS = "records"
 
@@ -24,15 +24,8 @@ RECORDS = "records"
 def save_record(folder: Path, record: Mapping[str, Any]) -> Path:
     """Write a record as records/KIND.json, whole or not at all; the last one of a kind stays."""
     path = safe_child(folder, f"{RECORDS}/{record['kind']}.json")
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    with storage_errors(path):
-        path.parent.mkdir(exist_ok=True)
-        try:
-            text = json.dumps(without_infinity(record), indent=1, ensure_ascii=False)
-            draft.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
-            draft.replace(path)
-        finally:
-            draft.unlink(missing_ok=True)
+    text = json.dumps(without_infinity(record), indent=1, ensure_ascii=False) + "\n"
+    write_whole(path, text.encode(errors="backslashreplace"))
     return path
 
 

@@ -7,7 +7,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -18,9 +17,10 @@ from infold.deploy.gguf import ask_gguf, gguf_command
 from infold.deploy.local import run_local
 from infold.deploy.server import Server, ServerFailure, free_port, serve
 from infold.errors import Refusal
+from infold.extras import require
 from infold.version import __version__
 
-__all__ = ["growth", "smoke_test"]
+__all__ = ["PROMPT", "growth", "smoke_test"]
 
 PROMPT = "Name three colours."
 _NEW_TOKENS = 16
@@ -50,10 +50,7 @@ def smoke_test(
     """
     place = locate(merged)
     gguf = place if place.suffix == ".gguf" else None
-    lacking = [name for name in ("openai", "psutil") if find_spec(name) is None]
-    if lacking:
-        extra = "serve" if gguf is None else "gguf"
-        raise Refusal(f"{', '.join(lacking)} not installed: pip install 'infold[{extra}]'")
+    require("serve" if gguf is None else "gguf", "openai", "psutil")
     if requests < 6:
         raise Refusal(f"--requests {requests}: at least 6, to compare their first and last thirds")
     if not (0 <= seconds < math.inf and 0 < timeout < math.inf):
@@ -140,9 +137,7 @@ def growth(latencies: Sequence[float], memory: Sequence[int]) -> list[str]:
 
 
 def _transformers(folder: Path, port: int) -> list[str]:
-    lacking = [n for n in ("transformers", "fastapi", "uvicorn") if find_spec(n) is None]
-    if lacking:
-        raise Refusal(f"{', '.join(lacking)} not installed: pip install 'infold[serve]'")
+    require("serve", "transformers", "fastapi", "uvicorn")
     start = "from transformers.cli.transformers import main; main()"
     where = ["serve", str(folder.resolve()), "--host", "127.0.0.1", "--port", str(port)]
     return [sys.executable, "-c", start, *where]

@@ -32,7 +32,6 @@ __all__ = [
     "pack_original",
     "pack_residual",
     "unpack",
-    "unpack_bound",
 ]
 
 RESIDUAL, ORIGINAL = 1, 2  # kinds of a packed block

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-__all__ = ["one_torch_thread", "processors", "take_one_core", "usual_threads"]
+__all__ = ["one_torch_thread", "take_one_core", "usual_threads"]
 
 
 def processors() -> int:

@@ -16,7 +16,6 @@ from infold.checkpoint.files import already_here, digest_of, safe_child
 from infold.checkpoint.inputs import InputFiles
 from infold.checkpoint.safetensors import DTYPE_BITS
 from infold.checkpoint.shards import Checkpoint, open_checkpoint
-from infold.checkpoint.staging import storage_errors
 from infold.dtypes import TORCH_DTYPES
 from infold.errors import InfoldError, Refusal
 from infold.inspect.receipt import checked_receipt
@@ -91,9 +90,8 @@ def describe_update(merged: str | os.PathLike[str]) -> dict[str, Any]:
 def _check(files: Mapping[str, Path], told: Mapping[str, str]) -> None:
     """Raises Refusal where the files are not those of the receipt."""
     for name, path in files.items():
-        with storage_errors(path):
-            if digest_of(path) != told.get(name):
-                raise Refusal(f"{path}: is not what was merged, or not any more")
+        if digest_of(path) != told.get(name):
+            raise Refusal(f"{path}: is not what was merged, or not any more")
 
 
 def _left_out(what: str, error: InfoldError) -> str:

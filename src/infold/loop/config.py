@@ -14,6 +14,7 @@ from typing import Any
 
 from infold.checkpoint.files import exists, read_bytes
 from infold.errors import Refusal
+from infold.extras import require
 from infold.tuners.settings import TrainSettings
 
 __all__ = ["Collect", "Evaluate", "LoopConfig", "Stop", "read_config"]
@@ -119,6 +120,7 @@ def _toml(path: Path) -> dict[str, Any]:
     if sys.version_info >= (3, 11):
         import tomllib
     else:
+        require("train", "tomli")
         import tomli as tomllib
     try:
         found: dict[str, Any] = tomllib.loads(read_bytes(path).decode())

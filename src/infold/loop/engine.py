@@ -25,10 +25,10 @@ from infold.checkpoint.staging import storage_errors
 from infold.errors import Refusal, StorageFailure
 from infold.loop.config import Collect
 from infold.loop.task import Prompt
-from infold.tuners.loading import calm, most_tokens
+from infold.tuners.loading import calm, most_tokens, pad_id
 from infold.tuners.tokens import special_ids
 
-__all__ = ["Engine", "cut", "open_engine", "prompt_ids"]
+__all__ = ["Engine", "open_engine"]
 
 PATIENCE = 600  # seconds for a server to load a model
 _ENDING = 30  # and to end, until it is killed
@@ -97,8 +97,7 @@ class _Local:
         with calm():
             loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
         self.model = loaded.to(self.device).eval()
-        pads = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
-        self.pad = next(int(i) for i in pads if i is not None)
+        self.pad = pad_id(self.tokenizer)
 
     @torch.inference_mode()
     def answers(self, prompts: Sequence[Prompt], samples: int, seed: int) -> list[list[str]]:
@@ -171,10 +170,8 @@ class _Remote:
 @contextmanager
 def _served(model: Path, settings: Collect, log: Path) -> Iterator[Engine]:
     """Start the server's command on these weights, wait until it answers, end it behind."""
-    try:
-        from openai import OpenAI, OpenAIError
-    except ImportError:
-        raise Refusal("collect.server needs openai; pip install 'infold[serve]'") from None
+    from openai import OpenAI, OpenAIError
+
     assert settings.serve and settings.server
     words = [word.replace("{model}", str(model)) for word in shlex.split(settings.serve)]
     client = OpenAI(

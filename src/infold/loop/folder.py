@@ -21,6 +21,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,14 +30,15 @@ from typing import Any
 from infold.checkpoint.files import digest_of, exists, read_bytes, read_object, safe_child
 from infold.checkpoint.safetensors import parse_json
 from infold.checkpoint.shards import CARD, INDEX, RECEIPT, open_checkpoint
-from infold.checkpoint.staging import storage_errors
+from infold.disk import storage_errors, write_whole
 from infold.errors import CorruptFile, Refusal
 from infold.loop.records import fits, read_record
 
 __all__ = ["Iteration", "Journal", "Run", "digests_of_base", "write_json", "write_lines"]
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-_EARLY = frozenset({"lock", "held_out.json", ".held_out.json.new", ".loop.json.new"})
+# In the folder of a run that did not begin, and of drafts of its first files what a kill left
+_EARLY = re.compile(r"lock|held_out\.json|\.(held_out|loop)\.json\.\d+")
 _RECEIPT = {
     "base": {"shards": dict}, "adapters": list, "shards": {...: str}, "side_files": {...: str},
 }  # fmt: skip
@@ -88,7 +90,7 @@ class Run:
         with storage_errors(self.path):
             if not self.path.is_dir() or exists(self.path / "loop.json"):
                 return []
-            return sorted(p.name for p in self.path.iterdir() if p.name not in _EARLY)[:10]
+            return sorted(p.name for p in self.path.iterdir() if not _EARLY.fullmatch(p.name))[:10]
 
     def iteration(self, number: int) -> Iteration:
         return Iteration(self.path, number)
@@ -185,34 +187,17 @@ class Journal:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write under another name, fsync, rename: the file is there as a whole or not at all."""
-    _write(path, _line(value, indent=1))
+    write_whole(path, _line(value, indent=1))
 
 
 def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    _write(path, b"".join(map(_line, rows)))
+    write_whole(path, b"".join(map(_line, rows)))
 
 
 def _line(value: Any, indent: int | None = None) -> bytes:
     """JSON with a newline. Half of a surrogate pair, which a server may send, stays an escape."""
     text = json.dumps(value, indent=indent, ensure_ascii=False) + "\n"
     return text.encode(errors="backslashreplace")
-
-
-def _write(path: Path, data: bytes) -> None:
-    with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f".{path.name}.new")
-        with open(draft, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.rename(path)
-        fd = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
 
 
 def digests_of_base(base: str) -> dict[str, dict[str, str]]:
@@ -223,18 +208,13 @@ def digests_of_base(base: str) -> dict[str, dict[str, str]]:
     return {
         "shards": _digests([shard.path for shard in there.shards]),
         "side_files": {
-            name: _digest(safe_child(there.home, name)) for name in sides if name != CARD
+            name: digest_of(safe_child(there.home, name)) for name in sides if name != CARD
         },
     }
 
 
 def _digests(files: Sequence[Path]) -> dict[str, str]:
-    return {path.name: _digest(path) for path in files}
-
-
-def _digest(path: Path) -> str:
-    with storage_errors(path):
-        return digest_of(path)
+    return {path.name: digest_of(path) for path in files}
 
 
 def _has(folder: Path, name: str, digest: str) -> bool:
@@ -243,4 +223,4 @@ def _has(folder: Path, name: str, digest: str) -> bool:
         path = safe_child(folder, name)
     except CorruptFile:
         return False
-    return path.is_file() and _digest(path) == digest
+    return path.is_file() and digest_of(path) == digest

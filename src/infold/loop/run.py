@@ -20,6 +20,7 @@ from infold.checkpoint.files import exists, locate, read_json
 from infold.checkpoint.shards import open_checkpoint, read_receipt, refuse_unfinished
 from infold.checkpoint.staging import storage_errors
 from infold.errors import CorruptFile, ProofFailed, Refusal
+from infold.extras import missing
 from infold.loop.config import LoopConfig, read_config
 from infold.loop.engine import open_engine
 from infold.loop.folder import (
@@ -115,6 +116,10 @@ class Loop:
     def _read(self) -> tuple[dict[str, Any], list[Any]]:
         """What the run is about, and the held-out problems. Nothing is written before this."""
         config, run = self.config, self.folder
+        lacking = missing("train", "transformers", "accelerate")
+        lacking += missing("serve", "openai") if config.collect.server else []
+        if lacking:
+            raise Refusal(lacking)
         if run.strangers():
             raise Refusal(f"{run.path}: is no run, and not empty: {', '.join(run.strangers())}")
         digests = digests_of_base(config.base)

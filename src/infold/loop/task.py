@@ -31,7 +31,7 @@ from typing import Any
 
 from infold.errors import Refusal
 
-__all__ = ["Task", "check_apart", "key_of", "open_task"]
+__all__ = ["Prompt", "Task", "check_apart", "key_of", "open_task"]
 
 Prompt = str | list[dict[str, str]]
 

@@ -30,7 +30,7 @@ from infold.edit.steps import (
 from infold.formats import Floats, floats_of, format_of
 from infold.plan.edits import Edit, Operation
 
-__all__ = ["EditRun", "Read", "Run", "steps_of"]
+__all__ = ["EditRun", "Read", "Run"]
 
 Read = Callable[[Block], Tensor]  # the stored elements of a block of the source
 

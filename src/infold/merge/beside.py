@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 import zstandard
@@ -16,11 +16,10 @@ from blake3 import blake3
 from infold.checkpoint.files import digest_of, safe_child
 from infold.checkpoint.record import Record
 from infold.checkpoint.shards import INDEX, SINGLE, Checkpoint, is_foreign, is_lone, kept_name
-from infold.checkpoint.staging import storage_errors
 from infold.errors import CorruptFile, Refusal
 from infold.plan.unconverted import QUANT_CONFIGS
 
-__all__ = ["LABEL", "Beside", "digest_file", "pack", "read_beside", "smallest"]
+__all__ = ["LABEL", "Beside", "pack", "read_beside", "smallest"]
 
 LABEL = "side/"  # of their frames in the manifest's `files`
 _MOST = 64 << 20  # bytes that a record keeps of them, before they are compressed
@@ -56,13 +55,6 @@ def pack(data: bytes) -> bytes:
     return zstandard.ZstdCompressor(level=_LEVEL).compress(data)
 
 
-def digest_file(folder: Path, name: str) -> str:
-    """BLAKE3 of a side file."""
-    path = safe_child(folder, name)
-    with storage_errors(path):
-        return digest_of(path)
-
-
 def read_beside(
     merged: Checkpoint,
     shards: Collection[str],
@@ -90,7 +82,7 @@ def read_beside(
         there = kept_name(folder, name)
         kept = safe_child(folder, there)
         lies = os.path.lexists(kept)
-        if not checked or (kept.is_file() and digest_file(folder, there) == digest):
+        if not checked or (kept.is_file() and digest_of(safe_child(folder, there)) == digest):
             copied.append(name)
             continue
         what = "was changed after it was merged" if lies else "is gone"

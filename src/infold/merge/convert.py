@@ -31,10 +31,7 @@ from infold.plan.edits import Amended, BaseTensor, Decoded, Edit, Original, Part
 from infold.plan.edits import Source as AnySource
 
 __all__ = [
-    "ConvertedRun",
-    "DecodedSource",
-    "PartRun",
-    "PartSource",
+    "block_elements",
     "converted_runs",
     "encoded_bytes",
     "lost_updates",

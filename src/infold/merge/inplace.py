@@ -47,7 +47,7 @@ from infold.checkpoint.shards import (
 from infold.checkpoint.staging import Progress, storage_errors, sync_data, sync_folder
 from infold.edit.threads import one_torch_thread, usual_threads
 from infold.errors import Refusal
-from infold.machine import peak_bytes
+from infold.machine import device_of, peak_bytes
 from infold.merge.apply import Run
 from infold.merge.inplace_journal import read_journal
 from infold.merge.inplace_steps import (
@@ -67,7 +67,6 @@ from infold.merge.prepare import (
     Prepared,
     block_size,
     digest_adapter,
-    open_device,
 )
 from infold.merge.receipt import Receipt
 from infold.merge.recording import Recording
@@ -300,7 +299,7 @@ def _prepare(
     threads: int | None,
     source: Merged | None,
 ) -> Prepared:
-    where, count = open_device(device), threads if threads is not None else usual_threads()
+    where, count = device_of(device), threads if threads is not None else usual_threads()
     if count < 1:
         raise Refusal(f"--threads {count}: at least 1")
     fixed = source.limit if source else None

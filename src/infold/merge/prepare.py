@@ -24,7 +24,7 @@ from infold.checkpoint.staging import staging_folder, storage_errors
 from infold.dtypes import TORCH_DTYPES
 from infold.edit.threads import one_torch_thread, usual_threads
 from infold.errors import Refusal, StorageFailure
-from infold.machine import check_device
+from infold.machine import device_of
 from infold.merge.beside import smallest
 from infold.merge.convert import block_elements, encoded_bytes
 from infold.merge.options import Options
@@ -43,7 +43,6 @@ __all__ = [
     "check_output",
     "check_space",
     "digest_adapter",
-    "open_device",
     "open_plan",
     "prepare",
 ]
@@ -114,7 +113,7 @@ def check(
 ) -> tuple[torch.device, int, int, tuple[dict[str, str], ...]]:
     """All of `prepare` that asks for no place: (device, workers, elements of a block, digests of
     the adapters)."""
-    where = open_device(device)
+    where = device_of(device)
     workers = threads if threads is not None else usual_threads()
     if workers < 1:
         raise Refusal(f"--threads {workers}: at least 1")
@@ -124,18 +123,6 @@ def check(
     fixed = source.limit if source else None
     workers, limit = block_size(plan, budget, workers, where, threads is None, undo, fixed)
     return where, workers, limit, tuple(digest_adapter(adapter) for adapter in plan.adapters)
-
-
-def open_device(name: str) -> torch.device:
-    check_device(name)
-    if name == "cpu":
-        return torch.device(name)
-    if not torch.cuda.is_available():
-        raise Refusal(f"--device {name}: this PyTorch sees no CUDA device; leave the option out")
-    found = torch.device(name)
-    if found.index is not None and found.index >= torch.cuda.device_count():
-        raise Refusal(f"--device {name}: there are only {torch.cuda.device_count()} CUDA devices")
-    return found
 
 
 def check_output(out: Path, plan: Plan, force: bool, *, replaces: bool = True) -> None:
@@ -242,11 +229,8 @@ def digest_adapter(adapter: Adapter) -> dict[str, str]:
                 bad.append(f"{adapter.path}: {key}: {count} elements are NaN or inf")
     if bad:
         raise Refusal([*bad, "the training diverged; nothing can be merged from this adapter"])
-    digests = {}
-    for file in (adapter.path / "adapter_config.json", adapter.weights):
-        with storage_errors(file):
-            digests[file.name] = digest_of(file)
-    return digests
+    files = (adapter.path / "adapter_config.json", adapter.weights)
+    return {file.name: digest_of(file) for file in files}
 
 
 def check_space(out: Path, plan: Plan, undo: bool = False) -> None:

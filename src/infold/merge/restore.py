@@ -15,14 +15,13 @@ from infold.checkpoint.shards import is_lone, kept_name
 from infold.checkpoint.staging import Staging
 from infold.edit.threads import one_torch_thread, usual_threads
 from infold.errors import Refusal
-from infold.machine import peak_bytes
+from infold.machine import device_of, peak_bytes
 from infold.merge.prepare import (
     DEFAULT_MEMORY,
     Prepared,
     block_size,
     check_output,
     check_space,
-    open_device,
     prepare,
 )
 from infold.merge.receipt import Receipt
@@ -81,7 +80,7 @@ def undo_checkpoint(
     if not os.fspath(out):
         raise Refusal("--out is empty; is a variable of the command empty?")
     path = Path(os.path.abspath(out))
-    where = open_device(device)
+    where = device_of(device)
     merged = open_merged(Path(folder))
     with merged.record, one_torch_thread():
         plan = placed(merged.undo_plan(), path)

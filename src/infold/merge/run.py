@@ -29,7 +29,7 @@ from infold.edit.blocks import Block
 from infold.edit.threads import one_torch_thread
 from infold.errors import InfoldError, ProofFailed
 from infold.machine import peak_bytes
-from infold.merge.beside import digest_file, smallest
+from infold.merge.beside import smallest
 from infold.merge.convert import lost_updates, measured_error
 from infold.merge.losses import loss_of, rounding_notes
 from infold.merge.prepare import Prepared, check_output
@@ -194,12 +194,10 @@ def make_receipt(
 
 def _side_files(plan: Plan, place: Path) -> dict[str, str]:
     """Digests of the side files, by the names that the base has for them."""
-    found = {}
-    for name in sorted([*plan.copied, *plan.rewritten]):
-        path = safe_child(place, kept_name(place, name))
-        with storage_errors(path):
-            found[name] = digest_of(path)
-    return found
+    return {
+        name: digest_of(safe_child(place, kept_name(place, name)))
+        for name in sorted([*plan.copied, *plan.rewritten])
+    }
 
 
 def finish_record(recording: Recording, receipt: Receipt, source: Merged | None) -> dict[str, Any]:
@@ -218,9 +216,7 @@ def finish_record(recording: Recording, receipt: Receipt, source: Merged | None)
     sides, copied = _base_sides(plan, source)
     origin = {"base": receipt.base, "adapters": receipt.adapters, "infold": __version__}
     inside = recording.finish(origin, receipt.shards, sides, copied)
-    with storage_errors(writer.path):
-        digest = digest_of(writer.path)
-    return {"file": UNDO, "bytes": writer.end, **inside, "blake3": digest}
+    return {"file": UNDO, "bytes": writer.end, **inside, "blake3": digest_of(writer.path)}
 
 
 def _base_sides(
@@ -245,9 +241,7 @@ def _base_sides(
     had = [name for name in plan.rewritten if name in restored or place(name).exists()]
     kept = smallest({name: size(name) for name in plan.copied})
     copied = {
-        name: blake3(restored[name]).hexdigest()
-        if name in restored
-        else digest_file(plan.base.path, place(name).relative_to(plan.base.path).as_posix())
+        name: blake3(restored[name]).hexdigest() if name in restored else digest_of(place(name))
         for name in plan.copied
     }
     return ((name, read(name)) for name in (*had, *kept)), copied

@@ -47,7 +47,7 @@ from infold.merge.stream import Streamed
 from infold.merge.whole import WholeRun
 from infold.plan.edits import Amended, BaseTensor, Decoded, Edit, OutputShard, Plan
 
-__all__ = ["Merged", "SwapRun", "UndoRun", "open_merged"]
+__all__ = ["Merged", "open_merged"]
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,9 @@ from typing import Any
 
 from infold.child import run_child
 from infold.errors import Refusal
+from infold.extras import require
 from infold.interval import paired_ratio
+from infold.machine import device_of
 from infold.methods.table import (
     BITFIT,
     NOTES,
@@ -32,7 +34,7 @@ from infold.methods.table import (
     peft_needs,
     peft_types,
 )
-from infold.tuners.loading import calm, device_of, load_model, model_folder
+from infold.tuners.loading import calm, load_model, model_folder
 
 __all__ = ["measure_methods"]
 
@@ -66,8 +68,7 @@ def measure_methods(
     """
     import torch
 
-    if find_spec("peft") is None or find_spec("transformers") is None:
-        raise Refusal("PEFT and transformers are needed: pip install 'infold[methods]'")
+    require("methods", "peft", "transformers")
     if min(tokens, rounds) < 1:
         raise Refusal(f"{tokens} tokens, {rounds} rounds: at least 1 of each is needed")
     folder = model_folder(base)

@@ -1,7 +1,8 @@
 """What an adapter_config.json asks for. Every field that changes the result is handled or refused.
 
 Sources: PEFT's LoraConfig, IA3Config and TrainableTokensConfig (0.21). A field that no method knows
-and that is not in the table below is refused, unless it is empty: silence could mean a wrong merge.
+and that is not known to be harmless is refused, unless it is empty: silence could mean a wrong
+merge.
 """
 
 from __future__ import annotations
@@ -13,21 +14,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from infold.adapters import METHODS, methods_of
+from infold.adapters.peft_config import (
+    HARMLESS,
+    INSIDE,
+    bad_patterns,
+    init_problems,
+    matching,
+    scales_inputs,
+)
 from infold.checkpoint.adapter import Adapter
 
 __all__ = ["AdapterConfig", "read_config"]
-
-# No influence on what a trained adapter does to a weight (or only on how it is trained).
-_HARMLESS = frozenset(
-    "task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode "
-    "target_modules exclude_modules modules_to_save fan_in_fan_out layers_to_transform "
-    "layers_pattern lora_dropout loftq_config eva_config megatron_core qalora_group_size "
-    "runtime_config init_ia3_weights init_weights unsloth_fixed "
-    "unsloth_version".split()
-)
-_INSIDE = ".base_layer"  # in the path of what MultiheadAttention holds
-# Initialisations of lora_A and lora_B that leave the base weight as it was.
-_PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,8 @@ class AdapterConfig:
 
     def ranks(self, module: str) -> list[int]:
         """The ranks that lora_A may have. Where several patterns match, the file tells which."""
-        return [int(r) for r in self._matching("rank_pattern", module, self.fields.get("r", 8))]
+        found = matching(self.fields, "rank_pattern", module, self.fields.get("r", 8))
+        return [int(rank) for rank in found]
 
     def scalings(self, module: str, rank: int) -> list[float]:
         """alpha / rank, or alpha / sqrt(rank) with rsLoRA; several where the patterns disagree.
@@ -57,20 +55,11 @@ class AdapterConfig:
         PEFT up to 0.21 adds the update of MultiheadAttention's output projection twice, in training
         too (its pull request 3774 tells), so such an adapter has learnt half of its update.
         """
-        alphas = self._matching("alpha_pattern", module, self.fields.get("lora_alpha", 8))
+        usual = self.fields.get("lora_alpha", 8)
+        alphas = matching(self.fields, "alpha_pattern", module, usual)
         divisor = math.sqrt(rank) if self.fields.get("use_rslora") else rank
-        times = 2 if _INSIDE in module else 1
+        times = 2 if INSIDE in module else 1
         return [times * (float(alpha) / divisor) for alpha in dict.fromkeys(alphas)]
-
-    def _matching(self, name: str, module: str, default: Any) -> list[Any]:
-        """The values of all patterns that match as a whole trailing path, else the default.
-
-        A part inside MultiheadAttention goes by the name of the whole.
-        """
-        module = module.partition(_INSIDE)[0]
-        pattern = self.fields.get(name) or {}
-        found = [v for key, v in pattern.items() if re.match(rf"(.*\.)?({key})$", module)]
-        return found or [default]
 
     @property
     def doubles(self) -> bool:
@@ -79,11 +68,7 @@ class AdapterConfig:
         return version is not None and int(version[1]) <= 21
 
     def is_feedforward(self, module: str) -> bool:
-        """PEFT's test: a full match of a regex, or any listed ending (also within a component)."""
-        wanted = self.fields.get("feedforward_modules") or ()
-        if isinstance(wanted, str):
-            return re.fullmatch(wanted, module) is not None
-        return any(module.endswith(ending) for ending in wanted)
+        return scales_inputs(self.fields, module)
 
     def tokens(self, module: str) -> tuple[int, ...] | None:
         """The token numbers that belong to an embedding's `trainable_tokens_delta`."""
@@ -130,7 +115,7 @@ def read_config(adapter: Adapter) -> tuple[AdapterConfig, list[str]]:
         return AdapterConfig(str(kind), {}), [
             f"{where}: peft_type {kind!r} is not supported; infold merges {known}"
         ]
-    handled = _HARMLESS.union(*(method.PEFT_TYPES[kind] for method in methods))
+    handled = HARMLESS.union(*(method.PEFT_TYPES[kind] for method in methods))
     refused = {name: why for method in methods for name, why in method.REFUSED.items()}
     problems = []
     for name, value in fields.items():
@@ -162,7 +147,7 @@ def _invalid(kind: str, fields: Mapping[str, Any]) -> list[str]:
         if wanted is not None and not isinstance(wanted, str) and not _strings(wanted):
             problems.append("feedforward_modules must be a list of names or a pattern")
         if isinstance(wanted, str):
-            problems += _bad_patterns([wanted])
+            problems += bad_patterns([wanted])
         return problems
     if kind != "LORA":
         return problems
@@ -175,13 +160,8 @@ def _invalid(kind: str, fields: Mapping[str, Any]) -> list[str]:
         if not isinstance(pattern, dict) or not all(_number(v, low) for v in pattern.values()):
             problems.append(f"{name} must map module names to numbers")
         else:
-            problems += _bad_patterns(list(pattern))
-    init = fields.get("init_lora_weights", True)
-    if not any(init is plain or init == plain for plain in _PLAIN_INITS):
-        problems.append(
-            f"init_lora_weights = {init!r} changed the base weight before training. Convert the "
-            "adapter with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
-        )
+            problems += bad_patterns(pattern)
+    problems += init_problems(fields)
     if fields.get("bias", "none") not in ("none", "all", "lora_only"):
         problems.append(f"bias = {fields['bias']!r} is unknown")
     targets = fields.get("target_parameters")
@@ -194,13 +174,3 @@ def _invalid(kind: str, fields: Mapping[str, Any]) -> list[str]:
 
 def _strings(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(v, str) for v in value)
-
-
-def _bad_patterns(patterns: list[str]) -> list[str]:
-    problems = []
-    for pattern in patterns:
-        try:
-            re.compile(rf"(.*\.)?({pattern})$")
-        except (re.error, OverflowError, RecursionError) as error:
-            problems.append(f"{pattern!r} is not a regular expression: {error}")
-    return problems

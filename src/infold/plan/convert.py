@@ -32,6 +32,7 @@ __all__ = [
     "Conversion",
     "Convertible",
     "convertible",
+    "loaded_as",
     "original_reasons",
     "to_dense",
     "to_quantized",

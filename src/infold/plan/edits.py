@@ -25,6 +25,7 @@ __all__ = [
     "Plan",
     "Replacement",
     "Source",
+    "describe",
 ]
 
 

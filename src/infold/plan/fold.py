@@ -32,16 +32,7 @@ from torch import Tensor
 
 from infold.adapters import Settings
 
-__all__ = [
-    "INSTEAD",
-    "KNOWN_NAMES",
-    "PLAIN_VALUES",
-    "Modules",
-    "Part",
-    "Place",
-    "Unfoldable",
-    "fold",
-]
+__all__ = ["INSTEAD", "PLAIN_VALUES", "Modules", "Part", "Place", "Unfoldable", "fold"]
 
 
 class Unfoldable(ValueError):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infold.errors import Refusal, StorageFailure
+from infold.extras import missing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,9 +20,7 @@ _WAIT = "seconds, less is better"
 
 def check_picture(path: Path) -> None:
     """Before anything is measured. Raises Refusal for a picture that cannot be drawn."""
-    wrong = []
-    if find_spec("matplotlib") is None:
-        wrong.append("matplotlib is not installed: pip install 'infold[report]'")
+    wrong = missing("report", "matplotlib")
     if path.suffix.lower() not in (".svg", ".png"):
         wrong.append(f"{path}: a picture is a .svg or a .png file")
     if not path.parent.is_dir():

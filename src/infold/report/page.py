@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
-from importlib.util import find_spec
 from math import prod
 from typing import Any
 
 from infold.conversion import conversion_text
-from infold.errors import CorruptFile, Refusal
+from infold.errors import CorruptFile
+from infold.extras import require
 from infold.report.records import Records
 from infold.sizes import bytes_text
 
@@ -40,9 +40,7 @@ def render_html(records: Records, others: Collection[str] = ()) -> str:
 
     Raises Refusal without the extra `report`, CorruptFile for odd records.
     """
-    lacking = [name for name in ("jinja2", "matplotlib") if find_spec(name) is None]
-    if lacking:
-        raise Refusal(f"{', '.join(lacking)} not installed: pip install 'infold[report]'")
+    require("report", "jinja2", "matplotlib")
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from infold.errors import CorruptFile, Refusal, StorageFailure
 
-__all__ = ["KINDS", "Records", "collect"]
+__all__ = ["Records", "collect"]
 
 Records = dict[str, dict[str, Any]]
 KINDS = ("receipt", "training", "deployment", "update", "bench", "outputs", "smoke", "checklist")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from infold.errors import Refusal, StorageFailure
+from infold.disk import write_whole
+from infold.errors import Refusal
 from infold.report.page import render_html, render_markdown, shown
 from infold.report.records import Records, collect
 
@@ -47,16 +47,7 @@ def write_report(
     told = {kind: record.get("receipt") for kind, record in records.items()}
     others = [k for k, of in told.items() if digest is not None and of not in (None, digest)]
     page = (render_html if html else render_markdown)(records, others)
-    draft = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(page, encoding="utf-8")
-        draft.replace(target)
-    except OSError as error:
-        raise StorageFailure(f"{target}: {error.strerror}") from error
-    finally:
-        with suppress(OSError):
-            draft.unlink()
+    write_whole(target, page.encode())
     return target, shown(records, html)
 
 

@@ -19,6 +19,7 @@ from blake3 import blake3
 from torch import Tensor
 
 from infold.adapters.combine import check_options, check_shapes, combine, prunes
+from infold.adapters.peft_config import scales_inputs
 from infold.adapters.settings import Settings
 from infold.checkpoint.adapter import CONFIG, WEIGHTS, Adapter, open_adapter
 from infold.checkpoint.place import check_name
@@ -31,12 +32,11 @@ from infold.tuners.combine_config import (
     combined_config,
     config_notes,
     config_problems,
-    input_side,
     largest_rank,
     scaling,
 )
 
-__all__ = ["Combination", "Combined", "plan_combination", "write_combination"]
+__all__ = ["Combination", "Combined", "check_output", "plan_combination", "write_combination"]
 
 PathLike = str | os.PathLike[str]
 
@@ -287,7 +287,7 @@ class _Planner:
             vector = tuple(shapes.get("ia3_l", ()))
             if len(vector) < 2 or math.prod(vector) not in vector:
                 raise LookupError(f"ia3_l of shape {list(vector)}; expected one long dimension")
-            told = input_side(config, module)
+            told = scales_inputs(config, module)
             inputs = told if len(vector) != 2 or vector == (1, 1) else vector[1] != 1
             return Settings(side="in" if inputs else "out")
         a, b = shapes.get("lora_A", ()), shapes.get("lora_B", ())

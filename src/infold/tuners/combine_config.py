@@ -13,6 +13,14 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from infold.adapters.peft_config import (
+    HARMLESS,
+    INSIDE,
+    bad_patterns,
+    init_problems,
+    matching,
+    scales_inputs,
+)
 from infold.names import kin, names_a_model, same
 
 __all__ = [
@@ -20,30 +28,20 @@ __all__ = [
     "combined_config",
     "config_notes",
     "config_problems",
-    "input_side",
     "largest_rank",
     "scaling",
 ]
 
 Fields = Mapping[str, Any]
 
-# No influence on what a trained adapter does, or settled by its keys and shapes.
-_HARMLESS = frozenset(
-    "task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode "
-    "target_modules exclude_modules modules_to_save fan_in_fan_out layers_to_transform "
-    "layers_pattern lora_dropout loftq_config eva_config megatron_core qalora_group_size "
-    "runtime_config init_ia3_weights feedforward_modules unsloth_fixed unsloth_version".split()
-)
 _HANDLED = {
     "LORA": frozenset(
         "r lora_alpha use_rslora rank_pattern alpha_pattern lora_bias bias init_lora_weights "
         "trainable_token_indices ensure_weight_tying".split()
     ),
-    "IA3": frozenset[str](),
+    "IA3": frozenset(("feedforward_modules",)),
 }
-_PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")  # the base stays as it was
 _NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")
-_INSIDE = ".base_layer"  # a part of MultiheadAttention goes by the name of the whole
 
 
 def config_problems(fields: Fields) -> list[str]:
@@ -59,7 +57,7 @@ def config_problems(fields: Fields) -> list[str]:
     problems = [
         f"{name} = {str(value)[:60]!r} is not supported by combine; it may change the result"
         for name, value in fields.items()
-        if value and name not in _HARMLESS | _HANDLED[kind]
+        if value and name not in HARMLESS | _HANDLED[kind]
     ]
     problems += [
         f"{name} must be a list of names or a pattern"
@@ -67,7 +65,7 @@ def config_problems(fields: Fields) -> list[str]:
         if not _names(fields.get(name))
     ]
     for pattern in (fields.get("target_modules"), fields.get("feedforward_modules")):
-        problems += _bad_patterns([pattern] if isinstance(pattern, str) else [])
+        problems += bad_patterns([pattern] if isinstance(pattern, str) else [])
     return problems + (_lora_problems(fields) if kind == "LORA" else [])
 
 
@@ -87,57 +85,27 @@ def _lora_problems(fields: Fields) -> list[str]:
     for alpha in (fields.get("lora_alpha", 8), *alphas.values()):
         if type(alpha) not in (int, float) or not abs(alpha) < 1e30:
             problems.append(f"alpha {alpha!r} must be a finite number")
-    problems += _bad_patterns([*ranks, *alphas])
-    init = fields.get("init_lora_weights", True)
-    if not any(init is plain or init == plain for plain in _PLAIN_INITS):
-        problems.append(
-            f"init_lora_weights = {init!r} changed the base weight before training. Convert the "
-            "adapter with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
-        )
+    problems += bad_patterns([*ranks, *alphas])
+    problems += init_problems(fields)
     if fields.get("bias", "none") not in ("none", "all", "lora_only"):
         problems.append(f"bias = {fields['bias']!r} is unknown")
     return problems
 
 
-def _bad_patterns(patterns: Sequence[str]) -> list[str]:
-    problems = []
-    for pattern in patterns:
-        try:
-            re.compile(rf"(.*\.)?({pattern})$")
-        except (re.error, OverflowError, RecursionError) as error:
-            problems.append(f"{pattern!r} is not a regular expression: {error}")
-    return problems
-
-
 def scaling(fields: Fields, module: str, rank: int) -> float:
     """alpha / rank, with rsLoRA alpha / sqrt(rank). LookupError tells where the config does not."""
-    ranks = _matching(fields, "rank_pattern", module, fields.get("r", 8))
+    ranks = matching(fields, "rank_pattern", module, fields.get("r", 8))
     if rank not in ranks:
         raise LookupError(f"rank {rank} in the file, {ranks[0]} by the config")
-    alphas = set(_matching(fields, "alpha_pattern", module, fields.get("lora_alpha", 8)))
+    alphas = set(matching(fields, "alpha_pattern", module, fields.get("lora_alpha", 8)))
     if len(alphas) > 1:
         raise LookupError("several of alpha_pattern match; PEFT lost their order on saving")
     return float(alphas.pop()) / (math.sqrt(rank) if fields.get("use_rslora") else rank)
 
 
-def _matching(fields: Fields, name: str, module: str, default: Any) -> list[Any]:
-    """The values of all patterns that match as a whole trailing path, else the default."""
-    path = module.partition(_INSIDE)[0]
-    pattern = fields.get(name) or {}
-    return [v for k, v in pattern.items() if re.match(rf"(.*\.)?({k})$", path)] or [default]
-
-
 def largest_rank(fields: Fields) -> int:
     """The rank that PEFT takes for an SVD when it is told none."""
     return int(max([fields.get("r", 8), *(fields.get("rank_pattern") or {}).values()]))
-
-
-def input_side(fields: Fields, module: str) -> bool:
-    """Whether IA³ scales this module's inputs. PEFT: a full match of a regex, or any ending."""
-    wanted = fields.get("feedforward_modules") or ()
-    if isinstance(wanted, str):
-        return re.fullmatch(wanted, module) is not None
-    return module.endswith(tuple(wanted))
 
 
 def config_notes(configs: Sequence[Fields]) -> list[str]:
@@ -177,7 +145,7 @@ def _filled(
     result = dict(configs[0])
     for name in ("base_model_name_or_path", "revision", "task_type"):
         result[name] = next((c[name] for c in configs if c.get(name) is not None), None)
-    modules = sorted({module.partition(_INSIDE)[0] for module in (*ranks, *inputs)})
+    modules = sorted({module.partition(INSIDE)[0] for module in (*ranks, *inputs)})
     result |= {
         "inference_mode": True,
         "fan_in_fan_out": any(c.get("fan_in_fan_out") for c in configs),
@@ -207,7 +175,7 @@ def _filled(
         problems.append("ensure_weight_tying is true in some of the adapters only: which holds?")
     if any(t != tokens[0] for t in tokens):
         problems.append("trainable_token_indices differ: such rows cannot be combined")
-    inside = any(_INSIDE in module for module in ranks)
+    inside = any(INSIDE in module for module in ranks)
     if inside and len({str(c.get("peft_version")) for c in configs}) > 1:
         problems.append(
             "updates of MultiheadAttention by different versions of PEFT, which may count them "
@@ -264,7 +232,7 @@ def _with_sides(
         (modules, exact),
     ):
         result |= {"target_modules": targets, "feedforward_modules": wanted}
-        wrong = [m for m, side in inputs.items() if input_side(result, m) != side]
+        wrong = [m for m, side in inputs.items() if scales_inputs(result, m) != side]
         if wanted is not None and not wrong:
             return result, []
         result |= dict.fromkeys(_NARROWING)
@@ -281,7 +249,7 @@ def _patterns(ranks: Mapping[str, int]) -> tuple[int, dict[str, int]]:
     count = Counter(ranks.values())
     usual = max(count, key=lambda rank: (count[rank], rank))
     by_leaf = defaultdict(set)
-    paths = {module.partition(_INSIDE)[0]: rank for module, rank in ranks.items()}
+    paths = {module.partition(INSIDE)[0]: rank for module, rank in ranks.items()}
     for path, rank in paths.items():
         by_leaf[path.rpartition(".")[2]].add(rank)
     pattern = {}

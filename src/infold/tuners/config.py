@@ -12,17 +12,23 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+from infold.adapters.peft_config import PLAIN_INITS, UNREAD, bad_patterns, is_ending
 from infold.checkpoint.files import locate, read_object, safe_child
+from infold.disk import write_whole
 from infold.errors import Refusal
 
-__all__ = ["HEADS", "IA3Config", "LoraConfig", "TunerConfig", "matches", "read_config", "within"]
+__all__ = [
+    "HEADS",
+    "IA3Config",
+    "LoraConfig",
+    "Names",
+    "TunerConfig",
+    "matches",
+    "read_config",
+    "within",
+]
 
 FILE = "adapter_config.json"
-# What other versions of PEFT write without an influence on a trained adapter.
-_SILENT = frozenset(
-    "auto_mapping peft_version megatron_core loftq_config eva_config qalora_group_size "
-    "runtime_config unsloth_fixed unsloth_version".split()
-)
 _TASKS = (
     "CAUSAL_LM",
     "SEQ_2_SEQ_LM",
@@ -31,9 +37,6 @@ _TASKS = (
     "QUESTION_ANS",
     "FEATURE_EXTRACTION",
 )
-# PEFT's initialisations that leave the base as it was: what they gave is in an adapter's file, so
-# such adapters are loaded; new ones begin in another way.
-READ_INITS = ("eva", "orthogonal", "mica")
 HEADS = ("classifier", "score")  # that SEQ_CLS and TOKEN_CLS train whole, as PEFT does
 Names = list[str] | str | None
 C = TypeVar("C", bound="TunerConfig")
@@ -76,6 +79,11 @@ class TunerConfig:
     def peft_type(self) -> str:
         return self.PEFT_TYPE
 
+    @property
+    def method(self) -> str:
+        """The key in METHODS of what its modules get."""
+        return self.METHOD
+
     def _problems(self) -> list[str]:
         problems = []
         for name in ("target_modules", "exclude_modules", "feedforward_modules"):
@@ -102,7 +110,7 @@ class TunerConfig:
         problems = [
             f"{where}: {name} = {value!r} is not supported by infold's tuners"
             for name, value in given.items()
-            if name not in known | _SILENT | {"peft_type"} and value
+            if name not in known | UNREAD | {"peft_type"} and value
         ]
         if given.get("peft_type", cls.PEFT_TYPE) != cls.PEFT_TYPE:
             problems.append(f"{where}: peft_type is {given['peft_type']!r}, not {cls.PEFT_TYPE}")
@@ -117,13 +125,12 @@ class TunerConfig:
         return cls.from_dict(read_object(safe_child(folder, FILE)), str(folder / FILE))
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write adapter_config.json into a folder, which is made where it is not there."""
-        path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
+        """Write adapter_config.json into a folder, which is made where it is not there.
+
+        Raises StorageFailure.
+        """
         text = json.dumps(self.to_dict(), indent=2, sort_keys=True)
-        draft = path / f".{FILE}.{os.getpid()}"
-        draft.write_text(text)
-        draft.replace(path / FILE)
+        write_whole(Path(folder) / FILE, text.encode())
 
 
 @dataclass(kw_only=True)
@@ -210,7 +217,7 @@ class LoraConfig(TunerConfig):
             problems.append(f"lora_dropout = {self.lora_dropout!r} must be in [0, 1)")
         if self.bias not in ("none", "all", "lora_only"):
             problems.append(f"bias = {self.bias!r} must be none, all or lora_only")
-        if self.init_lora_weights not in (True, False, "gaussian", *READ_INITS):
+        if self.init_lora_weights not in PLAIN_INITS:
             problems.append(
                 f"init_lora_weights = {self.init_lora_weights!r} must be True, False or 'gaussian'"
             )
@@ -270,11 +277,6 @@ def within(path: str, others: Iterable[str]) -> bool:
     return any(path == other or path.startswith(f"{other}.") for other in others)
 
 
-def is_ending(pattern: str, path: str) -> bool:
-    """Whether a pattern of rank_pattern or alpha_pattern matches a whole trailing path."""
-    return re.match(rf"(.*\.)?({pattern})$", path) is not None
-
-
 def _matching(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
     """The value of the first pattern that means a path."""
     return next((value for p, value in patterns.items() if is_ending(p, path)), default)
@@ -304,8 +306,4 @@ def _bad_tokens(given: Any) -> list[str]:
 
 
 def _bad_pattern(name: str, pattern: str) -> list[str]:
-    try:
-        re.compile(rf"(.*\.)?({pattern})$")
-    except (re.error, OverflowError, RecursionError) as error:
-        return [f"{name}: {pattern!r} is not a regular expression: {error}"]
-    return []
+    return [f"{name}: {problem}" for problem in bad_patterns([pattern])]

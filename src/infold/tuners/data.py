@@ -25,11 +25,12 @@ from typing import Any
 
 from blake3 import blake3
 
-from infold.checkpoint.files import exists
+from infold.checkpoint.files import HUB_ID, exists
 from infold.checkpoint.safetensors import open_regular, parse_json
 from infold.errors import CorruptFile, Refusal, StorageFailure
+from infold.extras import needs
 
-__all__ = ["SHAPES", "DataSet", "Example", "Offences", "read_data"]
+__all__ = ["DataSet", "Example", "Offences", "read_data"]
 
 SHAPES = {
     "chat": ("messages",),
@@ -39,7 +40,6 @@ SHAPES = {
 }
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 SHOWN = 20  # offenders that a refusal spells out
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 _HELD_OUT = re.compile(r"(^|[^a-z])(test|valid|validation|val|dev|eval)([^a-z]|$)")
 
 
@@ -323,7 +323,7 @@ def _parquet(data: bytes, name: str, wrong: Offences) -> Rows:
         import pyarrow as arrow  # type: ignore[import-not-found,import-untyped,unused-ignore]
         from pyarrow import parquet  # type: ignore[import-not-found,import-untyped,unused-ignore]
     except ImportError:
-        raise Refusal(f"{name}: Parquet needs pyarrow; pip install 'infold[train]'") from None
+        raise Refusal(f"{name}: Parquet needs pyarrow; {needs('train')}") from None
     try:
         batches = parquet.ParquetFile(arrow.BufferReader(data)).iter_batches()
         number = 0
@@ -375,7 +375,7 @@ def _files(name: str) -> list[Path]:
 
 
 def _download(name: str) -> Path:
-    if not _HUB_ID.fullmatch(name):
+    if not HUB_ID.fullmatch(name):
         raise Refusal(f"{name}: no such file or folder (and not a Hub data set such as org/name)")
     repo, _, revision = name.partition("@")
     from huggingface_hub import snapshot_download

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from infold.adapters import METHODS
 from infold.checkpoint.adapter import Adapter as AdapterFile
 from infold.checkpoint.adapter import open_adapter
+from infold.disk import whole_file
 from infold.errors import Refusal
 from infold.patience import patience
 from infold.tuners.config import IA3Config, LoraConfig, TunerConfig, matches, read_config
@@ -64,16 +65,15 @@ def save(
     state: Mapping[str, Tensor] | None = None,
     with_embeddings: bool | str = "auto",
 ) -> None:
-    """Write adapters: "default" into the folder, each other one into a folder of its name."""
+    """Write adapters: "default" into the folder, each other one into a folder of its name.
+
+    Raises StorageFailure.
+    """
     for name in names:
         place = Path(folder) / ("" if name == "default" else name)
-        place.mkdir(parents=True, exist_ok=True)
-        draft = place / f".{WEIGHTS}.{os.getpid()}"
         tensors = tensors_of(model, name, state, with_embeddings)
-        safetensors.torch.save_file(tensors, draft, metadata={"format": "pt"})
-        with draft.open("rb") as file:
-            os.fsync(file.fileno())
-        draft.replace(place / WEIGHTS)
+        with whole_file(place / WEIGHTS) as draft:
+            safetensors.torch.save_file(tensors, draft, metadata={"format": "pt"})
         _as_saved(model, model._attached.configs[name]).save_pretrained(place)
 
 
@@ -385,7 +385,7 @@ def _misfit(
         return f"{place} is a {type(module).__name__}, not an embedding"
     if _TOKENS in keys:
         return _misfit_rows(place, keys, cast(Tensor, module.weight).shape, file, rows)
-    method = getattr(config, "method", config.METHOD)
+    method = config.method
     if method not in kind.METHODS:
         return f"{method} does not exist for a {type(module).__name__}"
     wanted = set(METHODS[method].REQUIRED)

@@ -21,7 +21,19 @@ from infold.tuners.classes import Front, put_before, replaced_forward, take_away
 from infold.tuners.quantized import dequantized, is_bitsandbytes
 from infold.tuners.rows import Rows
 
-__all__ = ["DENSE", "KINDS", "Adapted", "Adapter", "adapt", "is_dense", "kind_of"]
+__all__ = [
+    "DENSE",
+    "KINDS",
+    "Adapted",
+    "AdaptedConv1D",
+    "AdaptedEmbedding",
+    "AdaptedOpaque",
+    "Adapter",
+    "Stage",
+    "adapt",
+    "is_dense",
+    "kind_of",
+]
 
 
 _GATHERED = 4  # rows for each adapter of a batch, up to which a table of all rows is kept

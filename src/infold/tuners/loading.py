@@ -24,11 +24,12 @@ __all__ = [
     "attach_all",
     "calm",
     "config_of",
-    "device_of",
     "gguf_file",
     "load_model",
     "model_folder",
     "most_tokens",
+    "pad_id",
+    "positions_of",
     "tokenizer_of",
 ]
 
@@ -40,31 +41,21 @@ _TALKATIVE = ("bitsandbytes", "torchao", "torch.utils._pytree")
 _UNREADABLE = (ValueError, OSError, KeyError, ImportError, TypeError)
 
 
-def device_of(name: str) -> torch.device:
-    """The device of "cpu", "cuda" or "cuda:N". Raises Refusal for one that is not there."""
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise Refusal(f"{name}: no such device: give cpu, cuda or cuda:N")
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= count:
-            raise Refusal(f"{name}: PyTorch sees {count or 'no'} CUDA devices; give cpu")
-    return device
+def positions_of(config: Any) -> int | None:
+    """Tokens in a row by a model's config; None where it does not tell."""
+    most = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return most if isinstance(most, int) and most > 0 else None
 
 
 def most_tokens(config: Any) -> int | None:
     """Tokens that a model takes in a row; None where its config does not tell, or scales its
     positions (YaRN and others), which may take it further than that number."""
     text = config.get_text_config()
-    most = getattr(text, "max_position_embeddings", None)
     told = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
     # one for all layers, or one for each kind of them
     kinds = [one for one in (told, *told.values()) if isinstance(one, dict)]
     usual = {kind.get("rope_type", kind.get("type")) for kind in kinds} <= {None, "default"}
-    return most if isinstance(most, int) and most > 0 and usual else None
+    return positions_of(config) if usual else None
 
 
 def model_folder(name: PathLike, *, quantized: bool = False) -> Path:
@@ -174,6 +165,12 @@ def tokenizer_of(folder: Path) -> Any:
             problem = problem or _first_line(error)
     hint = f"; copy the tokenizer files of its model into {place}" if options else ""
     raise Refusal(f"{folder}: the tokenizer cannot be read: {problem}{hint}")
+
+
+def pad_id(tokenizer: Any) -> int:
+    """The id that fills a row up, which an attention mask or the labels take out again."""
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(int(i) for i in ids if i is not None)
 
 
 def config_of(folder: Path) -> Any:

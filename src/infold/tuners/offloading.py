@@ -15,7 +15,7 @@ from infold.tuners.config import LoraConfig
 from infold.tuners.select import Selection, modules_of
 from infold.tuners.vocabulary import alike
 
-__all__ = ["home_of", "is_offloaded", "offloaded", "without_values"]
+__all__ = ["home_of", "offloaded", "without_values"]
 
 _WAY = "load the model without offloading, or merge on the disk with `infold merge`"
 

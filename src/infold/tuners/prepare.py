@@ -12,6 +12,7 @@ from infold.checkpoint.files import exists, locate
 from infold.checkpoint.shards import refuse_unfinished
 from infold.errors import Refusal
 from infold.tuners.data import DataSet, read_data
+from infold.tuners.loading import pad_id, positions_of
 from infold.tuners.settings import TrainSettings
 from infold.tuners.tokens import Tokens, check_labels, class_names, encode, pack
 
@@ -109,10 +110,9 @@ def prepare(
     if settings.packing:
         rows, eval_rows = pack(rows, limit), pack(eval_rows, limit)
         facts["packed_rows"] = len(rows)
-    pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    pad_id = next(int(i) for i in pads if i is not None)
+    pad = pad_id(tokenizer)
     return Prepared(
-        folder, config, tokenizer, task, classes, rows, eval_rows, pad_id, trained, facts, notes
+        folder, config, tokenizer, task, classes, rows, eval_rows, pad, trained, facts, notes
     )
 
 
@@ -172,8 +172,7 @@ def _classes(data: DataSet, task: str, settings: TrainSettings) -> list[str]:
 
 def _limit(name: str, config: Any, tokenizer: Any, settings: TrainSettings) -> int:
     """The most tokens of a row."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    positions = getattr(text, "max_position_embeddings", None)
+    text, positions = config.get_text_config(), positions_of(config)
     if positions is not None and text.model_type in ("roberta", "xlm-roberta", "camembert"):
         positions -= text.pad_token_id + 1  # their positions begin behind the padding's
     told = tokenizer.model_max_length

@@ -12,16 +12,15 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
+from infold.adapters.peft_config import READ_INITS, is_ending
 from infold.errors import Refusal
 from infold.tuners.classes import replaced_forward
 from infold.tuners.config import (
     HEADS,
-    READ_INITS,
     IA3Config,
     LoraConfig,
     Names,
     TunerConfig,
-    is_ending,
     matches,
     within,
 )
@@ -402,7 +401,7 @@ def _unfit(model: nn.Module, path: str, module: nn.Module, config: TunerConfig) 
         ]
     if problem := replaced_forward(module):
         return [f"{path}: {problem}"]
-    method = getattr(config, "method", config.METHOD)
+    method = config.method
     if method not in kind.METHODS:
         return [f"{path}: {method} does not exist for a {name}; it takes {', '.join(kind.METHODS)}"]
     if method == "dora" and kind is AdaptedOpaque and not is_readable(module):

@@ -23,7 +23,16 @@ from torch import Tensor
 from infold.errors import Refusal
 from infold.tuners.data import DataSet, Offences
 
-__all__ = ["IGNORED", "Collator", "Tokens", "class_names", "encode", "pack", "special_ids"]
+__all__ = [
+    "IGNORED",
+    "Collator",
+    "Tokens",
+    "check_labels",
+    "class_names",
+    "encode",
+    "pack",
+    "special_ids",
+]
 
 IGNORED = -100  # the label that PyTorch's cross entropy skips
 CHUNK = 512  # texts for one call of the tokenizer

@@ -32,8 +32,10 @@ from blake3 import blake3
 from infold.checkpoint.files import exists, locate, read_bytes, read_object
 from infold.checkpoint.place import check_name
 from infold.checkpoint.shards import refuse_unfinished
-from infold.checkpoint.staging import Staging, new_folders, remove_empty, storage_errors
+from infold.checkpoint.staging import Staging
+from infold.disk import new_folders, remove_empty, storage_errors, write_whole
 from infold.errors import Refusal
+from infold.extras import needs, require
 from infold.tuners.loading import calm
 from infold.tuners.prepare import SMALL, Prepared, prepare
 from infold.tuners.record import RECORD, Training, loss_picture
@@ -73,7 +75,7 @@ def train_adapter(
     started = time.monotonic()
     path = Path(os.path.abspath(out))
     main = int(os.environ.get("RANK", "0")) == 0
-    _check_libraries()
+    require("train", "transformers", "accelerate")
     _check_output(path, resume, force)
     ready = prepare(base, data, settings)
     draft = _draft(base, path, ready, settings)
@@ -86,17 +88,6 @@ def train_adapter(
 
 
 # --- before the model is loaded -------------------------------------------------------------------
-
-
-def _check_libraries() -> None:
-    missing = []
-    for name in ("transformers", "accelerate"):
-        try:
-            __import__(name)
-        except ImportError:
-            missing.append(name)
-    if missing:
-        raise Refusal(f"training needs {' and '.join(missing)}; pip install 'infold[train]'")
 
 
 def _check_output(path: Path, resume: bool, force: bool) -> None:
@@ -232,9 +223,7 @@ def _open_run(run: Path, path: Path, identity: dict[str, Any], resume: bool, for
     for entry in run.iterdir():
         if entry.name != "lock":
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-    draft = run / ".identity.json"
-    draft.write_text(json.dumps(identity, indent=1))
-    draft.rename(run / "identity.json")
+    write_whole(run / "identity.json", json.dumps(identity, indent=1).encode())
 
 
 # --- with the model -------------------------------------------------------------------------------
@@ -512,7 +501,7 @@ def _publish(
     """Put adapter, curve and record under the output's name, all at once; the run's folder goes."""
     picture = loss_picture(history)
     if picture is None:
-        note = "no loss.png: matplotlib is not installed (pip install 'infold[train]')"
+        note = f"no loss.png: matplotlib not installed; {needs('train')}"
         record = replace(record, notes=[*record.notes, note])
     with Staging(path, blake3(record.to_json().encode()).hexdigest(), force) as staging:
         for name in ("adapter_config.json", "adapter_model.safetensors"):

@@ -26,7 +26,7 @@ from transformers import Trainer, TrainerCallback
 
 from infold.errors import Refusal
 
-__all__ = ["AdapterTrainer", "Journal", "last_checkpoint", "trained_values"]
+__all__ = ["AdapterTrainer", "Journal", "entries", "last_checkpoint"]
 
 PREFIX = "checkpoint-"
 KEPT = 2  # checkpoints; the one before the last, in case the last turns out to be unreadable

@@ -19,7 +19,18 @@ from infold.tuners.layers import kind_of
 if TYPE_CHECKING:
     from infold.tuners.model import Attached
 
-__all__ = ["TokenRows", "alike", "check_order", "end_of", "find_rows", "misfits", "untied"]
+__all__ = [
+    "FIELD",
+    "INPUT",
+    "OUTPUT",
+    "TokenRows",
+    "alike",
+    "check_order",
+    "end_of",
+    "find_rows",
+    "misfits",
+    "untied",
+]
 
 FIELD = "trainable_token_indices"
 INPUT, OUTPUT = "get_input_embeddings", "get_output_embeddings"

@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from infold.errors import Refusal
-from infold.tuners.loading import device_of
+from infold.extras import require
+from infold.machine import device_of
 from infold.verify.folder import claimed_inputs, read_claims
 from infold.verify.outputs import prove_outputs
 from infold.verify.verdict import Offender, Verdict
@@ -36,7 +37,8 @@ def verify_with_outputs(
     A folder whose bytes are wrong is run all the same, to tell what that does to its outputs; if it
     cannot be run, that is one more offender. Raises as both do.
     """
-    device_of(device)  # before minutes of reading
+    require("train", "transformers")  # before minutes of reading
+    device_of(device)
     verdict = verify_checkpoint(base, adapters, merged, progress=progress)
     if base is None:
         claims = read_claims(Path(merged))

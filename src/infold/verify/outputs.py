@@ -33,6 +33,8 @@ from torch import Tensor
 from infold.checkpoint.adapter import open_adapter
 from infold.checkpoint.shards import is_lone, open_checkpoint
 from infold.errors import CorruptFile, Refusal
+from infold.extras import require
+from infold.machine import device_of
 from infold.plan.build import plan_merge
 from infold.plan.choice import Choice
 from infold.plan.edits import Decoded
@@ -40,10 +42,10 @@ from infold.tuners.loading import (
     attach_all,
     calm,
     config_of,
-    device_of,
     gguf_file,
     load_model,
     model_folder,
+    positions_of,
     tokenizer_of,
 )
 from infold.tuners.quantized import widen
@@ -53,7 +55,7 @@ from infold.verify.moved import PRECISION, factors_of, write_moved
 from infold.verify.prompts import Questions, read_questions
 from infold.verify.verdict import Check, Continuation, Difference, Outputs
 
-__all__ = ["NOISE", "ROUNDING", "prove_outputs"]
+__all__ = ["prove_outputs"]
 
 PathLike = str | os.PathLike[str]
 
@@ -86,6 +88,7 @@ def prove_outputs(
     load a model or the adapters do not fit; StorageFailure as `merge` does.
     """
     started = time.perf_counter()
+    require("train", "transformers")
     where = device_of(device)
     if new_tokens < 1:
         raise Refusal(f"{new_tokens} new tokens: at least 1 is needed to compare continuations")
@@ -97,8 +100,7 @@ def prove_outputs(
         )
     choice = _conversion(merged)
     tokenizer = tokenizer_of(base_folder)
-    told = getattr(config_of(base_folder).get_text_config(), "max_position_embeddings", None)
-    limit = told if isinstance(told, int) and told > 0 else 1 << 20
+    limit = positions_of(config_of(base_folder)) or 1 << 20
     questions = read_questions(prompts, text, tokenizer, limit, new_tokens)
     with tempfile.TemporaryDirectory(prefix="infold-outputs-") as folder, calm():
         run = _Run(Path(folder), where, questions, new_tokens, progress)

@@ -10,7 +10,7 @@ from typing import Any
 from infold.checkpoint.files import read_bytes
 from infold.errors import Refusal
 
-__all__ = ["PROMPTS", "TEXT", "Questions", "read_questions"]
+__all__ = ["TEXT", "Questions", "read_questions"]
 
 PathLike = str | os.PathLike[str]
 

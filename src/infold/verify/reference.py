@@ -30,6 +30,7 @@ from infold.verify.values import STEP, Values
 
 __all__ = [
     "LowRank",
+    "PowerOfTwo",
     "Reference",
     "Sums",
     "alpha_of",

@@ -41,7 +41,7 @@ from infold.verify.rounding import LINES
 from infold.verify.stored import decode
 from infold.verify.values import STEP, Values
 
-__all__ = ["BaseCheck", "EditCheck", "Tally", "Workspace"]
+__all__ = ["COPIED", "BaseCheck", "EditCheck", "Tally", "Workspace"]
 
 BLOCK = 1 << 20  # elements that are read at once: whole rows, or a part of one that has more
 COPIED = 4 << 20  # bytes of an unedited tensor that are compared at once

@@ -228,7 +228,7 @@ def _record(folder: Path) -> dict[str, str]:
     try:
         path = companion(folder, UNDO)
         return {path.name: digest_of(safe_child(path.parent, path.name))}
-    except (InfoldError, OSError):
+    except InfoldError:
         return {}
 
 
@@ -270,7 +270,7 @@ def _digests(folder: Path, names: Mapping[str, str]) -> dict[str, str]:
     """Of the files that can be read, by their names in the receipt. names: those -> their own."""
     found = {}
     for name, own in names.items():
-        with suppress(InfoldError, OSError):
+        with suppress(InfoldError):
             found[name] = digest_of(safe_child(folder, own))
     return found
 

@@ -30,7 +30,7 @@ from infold.formats.values.scheme import (
     to_e4m3,
 )
 
-__all__ = ["PARTS", "decode", "encode", "encoded", "scale_part", "scheme"]
+__all__ = ["PARTS", "decode", "encode", "encoded", "scheme"]
 
 PARTS = fp8.PARTS
 

@@ -17,6 +17,7 @@ from infold.formats.dense import round_to_odd
 from infold.formats.stored import Stored
 
 __all__ = [
+    "E4M3_MAX",
     "FLOATS",
     "Matrix",
     "NoValues",
