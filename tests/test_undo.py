@@ -16,7 +16,7 @@ import handmade
 import infold
 from crash_child import Runner
 from forked import infold_command as ran
-from handmade import digests
+from handmade import INDEX, digests
 from infold.checkpoint.record import MAGIC, UNDO, open_record
 from infold.edit.residual import RESIDUAL, pack_original, pack_residual, unpack
 from infold.sizes import bytes_text
@@ -492,8 +492,40 @@ def test_what_no_checkpoint_may_hold_is_refused_until_it_is_removed(
     infold.undo(merged, tmp_path / "restored")
     assert digests(tmp_path / "base") == digests(tmp_path / "restored")
 
-    (merged / "model.safetensors.index.json").unlink()
-    refused(merged, "no checkpoint")
+
+@pytest.mark.parametrize(
+    "content", [None, "", "[]", "subset"], ids=["gone", "empty", "no object", "of some shards"]
+)
+def test_an_index_that_is_lost_or_damaged_comes_back(
+    merged: Path, tmp_path: Path, content: str | None
+) -> None:
+    """The record tells the shards, and keeps the index as it keeps other side files."""
+    file = merged / INDEX
+    where = json.loads(file.read_text())["weight_map"]
+    file.unlink()
+    if content is not None:
+        first = {tensor: shard for tensor, shard in where.items() if "00001" in shard}
+        assert first and first != where
+        file.write_text(json.dumps({"weight_map": first}) if content == "subset" else content)
+    adapter = tmp_path / "adapter-lora-0"
+
+    undone = infold.undo(merged, tmp_path / "restored")
+    infold.swap(merged, adapter, tmp_path / "swapped")
+    infold.merge(tmp_path / "base", adapter, tmp_path / "expected", undo=True)
+
+    what = "is gone" if content is None else "was changed after it was merged"
+    out = "the output has the base's, from the undo record"
+    assert undone.notes == [f"{file} {what}: {out}"]
+    assert digests(tmp_path / "base") == digests(tmp_path / "restored")
+    found, expected = digests(tmp_path / "swapped"), digests(tmp_path / "expected")
+    del found[UNDO], expected[UNDO]
+    assert found == expected
+    with pytest.raises(infold.Refusal, match="--in-place leaves side files alone"):
+        infold.undo(merged, in_place=True)
+
+    (merged / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(infold.Refusal):
+        infold.undo(merged, tmp_path / "again")
 
 
 def test_side_files_too_large_for_the_record_must_be_those_of_the_base(

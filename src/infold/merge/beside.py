@@ -116,8 +116,8 @@ def _odd(merged: Checkpoint, shards: Collection[str], names: Collection[str]) ->
     if is_lone(merged.path):
         return sorted(names)
     taken = {*shards, *(shard.name for shard in merged.shards)}
-    if merged.index is None:
-        taken |= {SINGLE, INDEX}  # which would be opened instead
+    if INDEX not in names:
+        taken.add(SINGLE)  # which would be opened instead
     every = {*taken, *names}
     return sorted(
         name

@@ -239,6 +239,12 @@ def _obstacles(there: Checkpoint, plan: Plan, source: Merged | None = None) -> I
             yield (
                 f"{there.path / name}: {changed[name]}, and --in-place leaves side files alone; "
                 "put the base's back, or use --out, where it is the base's again"
+    if source and source.record.path != (mine := companion(there.path, UNDO)):
+        was = str(source.record.path).removesuffix(f".{UNDO}")
+        yield (
+            f"{there.path}: {mine.name} is not there, since this file was called {was} when it was "
+            f"merged; --in-place needs that name (mv {there.path} {was}), or use --out"
+        )
             )
         else:
             yield f"{there.path / name}: would change, which --in-place does not do; use --out"
@@ -522,7 +528,7 @@ class _Edit:
             plan, runs, limit = program(old, new)
             finished = max((line.get("step", 0) for line in self.lines), default=0)
             size = next(line["step_bytes"] for line in self.lines if "step_bytes" in line)
-            writer = opened.enter_context(Places(self.home, [s.name for s in plan.shards]))
+            writer = Places([shard.path for shard in plan.base.shards])
             finished = self._replay(writer, finished, plan.shards)
             files = InputFiles()
             opened.callback(files.close)
