@@ -7,9 +7,11 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 import handmade
@@ -542,6 +544,40 @@ def test_side_files_too_large_for_the_record_must_be_those_of_the_base(
     infold.undo(merged, tmp_path / "restored")
 
     assert digests(tmp_path / "base") == digests(tmp_path / "restored")
+
+
+@pytest.mark.parametrize("place", ["new folder", "in place"])
+@pytest.mark.parametrize("verb", ["merge", "swap", "undo"])
+def test_a_disk_without_room_for_the_record_is_told_before_anything_starts(
+    verb: str, place: str, merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As docs/undo.md counts it: of the residuals 2 bits for an element."""
+    adapter = tmp_path / "adapter-lora-0"
+    base = shutil.copytree(tmp_path / "base", tmp_path / "model")
+    files = {file: file.stat().st_size for file in base.rglob("*") if file.is_file()}
+    elements = sum(out * inner for out, inner in MODULES.values())
+    residuals = elements * 2 // 8
+    record = residuals + sum(size for file, size in files.items() if file.suffix != ".safetensors")
+    record += sum(t.nbytes for t in load_file(adapter / "adapter_model.safetensors").values())
+    needed = elements * 2 if place == "in place" else sum(files.values())  # a step, or the output
+    needed += record if verb != "undo" else 0
+    given = [base if verb == "merge" else merged, *([] if verb == "undo" else [adapter])]
+    more: dict[str, Any] = {"in_place": True} if place == "in place" else {"out": tmp_path / "out"}
+    if verb == "merge" and place == "new folder":
+        more["undo"] = True
+    before = digests(tmp_path)
+
+    def free(count: int) -> None:
+        usage = shutil._ntuple_diskusage(1, 1, count)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+
+    free(needed - residuals // 2)
+    told = r"needs [\d,]+ bytes" + ("" if verb == "undo" else ", about .* for the undo record")
+    with pytest.raises(infold.StorageFailure, match=rf"{told}, but .* has only .* free"):
+        getattr(infold, verb)(*given, **more)
+    assert digests(tmp_path) == before
+    free(needed + 200)  # the names and places in a step
+    getattr(infold, verb)(*given, **more)
 
 
 def test_a_loaders_files_of_real_size_cost_little(tmp_path: Path) -> None:
