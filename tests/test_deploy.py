@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -655,6 +656,150 @@ def test_nothing_is_ticked_that_was_not_done(made: tuple[Path, Path, Path], merg
     verbs = {command.callback.__name__ for command in app.registered_commands if command.callback}
     named = [box.command.split()[:2] for box in boxes.values() if box.command]
     assert all(tool == "infold" and verb in verbs for tool, verb in named)
+
+
+@pytest.fixture(scope="module")
+def delivered(made: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """base, adapter and merged, with all that the checklist asks for. The records of the slow verbs
+    are written by hand."""
+    root = tmp_path_factory.mktemp("delivered")
+    for name, source in zip(("base", "adapter"), made, strict=False):
+        shutil.copytree(source, root / name)
+    losses = {"eval_first": 1.0, "eval_last": 0.5, "eval_accuracy": None}
+    write_json(root / "adapter" / "infold-training.json", {"losses": losses, "steps": 3})
+    merged = root / "merged"
+    infold.merge(root / "base", root / "adapter", merged, undo=True)
+    deploy_bundle(merged)
+    compared = {"model": "merged", "ratio": 1.0, "low": 0.99, "high": 1.01, "coverage": 0.95}
+    for told in (
+        {
+            "kind": "bench",
+            "models": {"base": {"load_seconds": {"median": 0.5}}},
+            "comparisons": [
+                {"what": "speed", "metric": "prefill seconds", **compared},
+                {"what": "memory", "metric": "loaded bytes", **compared},
+            ],
+        },
+        {
+            "kind": "outputs", "ok": True, "continuations": [{"differs_at": None}],
+            "differences": {"merged": {"agreement": 1.0, "positions": 40}},
+        },
+        {
+            "kind": "smoke", "same": True, "stable": True, "problems": [], "server": "transformers",
+            "served": "red", "local": "red", "requests": 9, "seconds": 2.0,
+            "latency_seconds": {"median": 0.1}, "memory_bytes": {"first": 1000, "last": 1000},
+        },
+    ):  # fmt: skip
+        keep_record(merged, told, print)
+    return root
+
+
+def write_json(file: Path, content: Any) -> None:
+    file.write_text(json.dumps(content))
+
+
+def changed(name: str, *place: str | int, value: Any) -> Callable[[Path], None]:
+    """What puts a value into a JSON file below the root."""
+
+    def change(root: Path) -> None:
+        whole = inner = json.loads((root / name).read_text())
+        for key in place[:-1]:
+            inner = inner[key]
+        inner[place[-1]] = value
+        write_json(root / name, whole)
+
+    return change
+
+
+def untrained(root: Path) -> None:
+    file = root / "adapter" / "adapter_model.safetensors"
+    ones = {name: torch.ones_like(tensor) for name, tensor in load_file(file).items()}
+    save_file(ones, file, {"format": "pt"})
+
+
+def other_weights(root: Path) -> None:
+    file = root / "merged" / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+
+def lost_tensor(root: Path) -> None:
+    file = root / "merged" / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.norm.weight"]
+    save_file(tensors, file, {"format": "pt"})
+
+
+def other_recipe(root: Path) -> None:
+    with open(root / "merged" / "serving" / "vllm.sh", "a") as script:
+        script.write("--port 1\n")
+
+
+BENCH, SMOKE = "merged/records/bench.json", "merged/records/smoke.json"
+CONFIG = "merged/deployment_config.json"
+# by the box: what it is there to notice, and which others must notice that too
+BREAKS: dict[str, tuple[Callable[[Path], Any], set[str]]] = {
+    "adapter trained and saved": (untrained, {"merged"}),
+    "validated on held-out data": (
+        changed("adapter/infold-training.json", "losses", "eval_last", value=1.5), set()
+    ),
+    "baseline recorded": (
+        changed(BENCH, "models", "base", "load_seconds", "median", value="fast"), set()
+    ),
+    "merged": (other_weights, set()),
+    "parameter count unchanged": (lost_tensor, {"merged"}),
+    "functions normally": (changed(SMOKE, "same", value=False), set()),
+    "speed": (changed(BENCH, "comparisons", 0, "low", value=1.05), set()),
+    "memory": (changed(BENCH, "comparisons", 1, "low", value=1.05), set()),
+    "outputs sampled": (changed("merged/records/outputs.json", "ok", value=False), set()),
+    "stable over time": (changed(SMOKE, "stable", value=False), set()),
+    "configuration saved": (other_recipe, set()),
+    "benchmark recorded": (
+        changed(CONFIG, "performance_metrics", "decode_tokens_per_second", value="fast"), set()
+    ),
+    "rollback plan": (lambda root: (root / "merged" / "infold-undo.bin").unlink(), {"merged"}),
+    "API notes": (
+        lambda root: (root / "merged" / "serving" / "vllm.sh").unlink(), {"configuration saved"}
+    ),
+}  # fmt: skip
+
+
+def test_every_box_can_be_ticked(delivered: Path) -> None:
+    boxes = check_boxes(*(delivered / name for name in ("base", "adapter", "merged")))
+
+    assert [box.title for box in boxes] == list(BREAKS), "each has its break below"
+    assert {box.status for box in boxes} == {"PASS"}, boxes
+
+
+@pytest.mark.parametrize("title", BREAKS)
+def test_every_box_notices_what_it_is_there_for(
+    title: str, delivered: Path, tmp_path: Path
+) -> None:
+    root = shutil.copytree(delivered, tmp_path / "root")
+    breaks, others = BREAKS[title]
+    breaks(root)
+
+    boxes = check_boxes(*(root / name for name in ("base", "adapter", "merged")))
+
+    assert {box.title for box in boxes if box.status == "FAIL"} == {title, *others}, boxes
+
+
+@pytest.mark.parametrize("kind", ["bench", "outputs", "smoke"])
+def test_no_box_is_ticked_by_the_record_of_another_merge(
+    kind: str, delivered: Path, tmp_path: Path
+) -> None:
+    root = shutil.copytree(delivered, tmp_path / "root")
+    changed(f"merged/records/{kind}.json", "receipt", value="0" * 64)(root)
+
+    boxes = check_boxes(*(root / name for name in ("base", "adapter", "merged")))
+
+    failed = {
+        "bench": {"baseline recorded", "speed", "memory"},
+        "outputs": {"outputs sampled"},
+        "smoke": {"functions normally", "stable over time"},
+    }
+    assert {box.title for box in boxes if box.status == "FAIL"} == failed[kind], boxes
 
 
 def test_of_a_gguf_file_it_tells_what_there_is_instead(made: Any, tmp_path: Path) -> None:

@@ -667,33 +667,79 @@ def test_an_interrupted_merge_goes_on_where_it_was(
     assert (tmp_path / "again.gguf").read_bytes() == base.read_bytes()
 
 
+def test_a_renamed_file_finds_its_record_by_its_digest(
+    base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    """Of several that lie beside, and also where record and receipt were renamed with it."""
+    old, new = tmp_path / "merged.gguf", tmp_path / "better.gguf"
+    infold.merge(base, adapter, old, undo=True)
+    other = tmp_path / "a.gguf"
+    infold.swap(old, scaling(tmp_path / "other", 5), other)
+    expected = other.read_bytes()
+    other.unlink()  # its record and receipt stay
+    old.rename(new)
+
+    infold.undo(new, tmp_path / "back.gguf")
+    infold.swap(new, tmp_path / "other", tmp_path / "swapped.gguf")
+    assert (tmp_path / "back.gguf").read_bytes() == base.read_bytes()
+    assert (tmp_path / "swapped.gguf").read_bytes() == expected
+    with pytest.raises(infold.Refusal, match=rf"called {old} when .* \(mv {new} {old}\)"):
+        infold.undo(new, in_place=True)
+    (note,) = infold.inspect(new)["notes"]
+    assert "better.gguf.infold-receipt.json is not there" in note
+    assert infold.inspect(base)["notes"] == [], "an old name that lies beside is no model's own"
+
+    for name in ("infold-undo.bin", "infold-receipt.json"):
+        Path(f"{old}.{name}").rename(f"{new}.{name}")
+    infold.undo(new, tmp_path / "again.gguf")
+    assert (tmp_path / "again.gguf").read_bytes() == base.read_bytes()
+    infold.undo(new, in_place=True)
+    assert new.read_bytes() == base.read_bytes()
+
+
+def test_a_file_is_undone_in_place_whatever_its_base_is_called(
+    base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    """And a file that has the base's name beside it is left alone."""
+    out, decoy = tmp_path / "merged.gguf", tmp_path / base.name
+    infold.merge(base, adapter, out, undo=True)
+    right, merged = base.read_bytes(), out.read_bytes()
+    decoy.write_bytes(merged)
+
+    infold.undo(out, in_place=True)
+
+    assert out.read_bytes() == right != merged and decoy.read_bytes() == merged
+    names = {"adapter", "base", out.name, decoy.name}
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
 def test_a_renamed_file_is_told_what_it_lacks(base: Path, adapter: Path, tmp_path: Path) -> None:
     """Receipt and record are found by the file's name: what was looked for, and what lies there."""
     old, new = tmp_path / "merged.gguf", tmp_path / "better.gguf"
     infold.merge(base, adapter, old, undo=True)
     old.rename(new)
     back = rf"\(mv {new} {old}\)"
-    verbs = {
-        "infold-undo.bin": [
-            lambda file: infold.undo(file, tmp_path / "never.gguf"),
-            lambda file: infold.swap(file, adapter, tmp_path / "never.gguf"),
-            lambda file: infold.undo(file, in_place=True),
-        ],
-        "infold-receipt.json": [lambda file: infold.verify(file)],
-    }
-    for name, uses in verbs.items():
-        for use in uses:
-            told = rf"has no better.gguf.{name}.*Beside it lies merged.gguf.{name}: .*{back}"
-            with pytest.raises(infold.Refusal, match=told):
-                use(new)
-    (note,) = infold.inspect(new)["notes"]
-    assert re.search(rf"better.gguf.infold-receipt.json is not there.*{back}", note)
-    assert infold.inspect(base)["notes"] == [], "an old name that lies beside is no model's own"
+    told = r"has no better.gguf.{}.*Beside it lies merged.gguf.{}: .*"
+    name = "infold-receipt.json"
+    with pytest.raises(infold.Refusal, match=told.format(name, name) + back):
+        infold.verify(new)
 
-    for name in verbs:
+    data = bytearray(new.read_bytes())
+    data[-1] ^= 1  # another file than the one that was merged
+    new.write_bytes(data)
+    name = "infold-undo.bin"
+    for use in (
+        lambda: infold.undo(new, tmp_path / "never.gguf"),
+        lambda: infold.swap(new, adapter, tmp_path / "never.gguf"),
+        lambda: infold.undo(new, in_place=True),
+    ):
+        with pytest.raises(infold.Refusal, match=told.format(name, name) + back):
+            use()
+    for name in ("infold-undo.bin", "infold-receipt.json"):
         shutil.copy(f"{old}.{name}", f"{new}.{name}")
-    with pytest.raises(infold.Refusal, match=r"is called merged.gguf; give the files their old"):
+    with pytest.raises(infold.Refusal, match="was changed after it was merged"):
         infold.undo(new, tmp_path / "never.gguf")
+    assert not (tmp_path / "never.gguf").exists()
     (tmp_path / "away").mkdir()
     shutil.copy(new, tmp_path / "away" / "merged.gguf")
     with pytest.raises(infold.Refusal, match="renamed or moved, undo that"):

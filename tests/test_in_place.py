@@ -10,6 +10,7 @@ import random
 import shutil
 import statistics
 import threading
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -433,6 +434,64 @@ def test_the_next_step_is_computed_while_one_is_written(
     monkeypatch.setattr(inplace, "pack_step", watched)
     infold.merge(place.folder, place.first, in_place=True, threads=2)
     place.check("merge", True)
+
+
+def test_the_memory_of_steps_is_counted_and_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With little memory the steps are smaller; what `--max-memory` is told to need is enough."""
+    prepare({"block": 1 << 16, "step": 4 << 20}, monkeypatch.setattr)
+    monkeypatch.setattr(inplace, "LEAST_STEP", 1 << 20)
+    modules = {f"m.{n}": (1024, 1024) for n in range(6)}
+    base = handmade.base_folder(
+        tmp_path / "base", {f"{module}.weight": torch.ones(1024, 1024) for module in modules}
+    )
+    adapter = handmade.lora(tmp_path / "adapter", modules)
+    steps, peaks = [], []
+
+    def written(edit: inplace._Edit, workers: int) -> None:
+        steps.append(next(line["step_bytes"] for line in edit.lines if "step_bytes" in line))
+        tracemalloc.start()
+        try:
+            write(edit, workers)
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+
+    write = inplace._Edit._steps
+    monkeypatch.setattr(inplace._Edit, "_steps", written)
+    with pytest.raises(infold.Refusal, match=r"this merge needs \d+ MiB") as refusal:
+        infold.merge(base, adapter, in_place=True, threads=2, max_memory=1)
+    needed = int(str(refusal.value).partition("needs ")[2].partition(" MiB")[0]) << 20
+    for memory in (1 << 30, needed):
+        folder = shutil.copytree(base, tmp_path / f"model-{memory}")
+        infold.merge(folder, adapter, in_place=True, threads=2, max_memory=memory)
+
+    assert steps == [4 << 20, 1 << 20]
+    for step, peak in zip(steps, peaks, strict=True):
+        assert 2 * step < peak < inplace_steps.step_memory(step) + (2 << 20), (step, peak)
+
+
+def test_a_completion_takes_no_more_workers_than_the_edit(
+    place: Place, runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose memory was asked for with that many."""
+    place.lay_out("merge")
+    calls = runner.ask(**place.request("merge"))["calls"]
+    place.lay_out("merge")
+    killed = runner.ask(**place.request("merge"), threads=3, at=calls * 2 // 3, how="kill before")
+    assert killed["status"] == "killed"
+    workers = []
+
+    def crew(count: int, *rest: Any) -> inplace_steps.Crew:
+        workers.append(count)
+        return inplace_steps.Crew(count, *rest)
+
+    monkeypatch.setattr(inplace, "Crew", crew)
+    monkeypatch.setattr(inplace, "usual_threads", lambda: 8)
+    settled = inplace.settle(place.folder)
+
+    assert settled and settled.completed and workers == [3]
 
 
 @pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS])

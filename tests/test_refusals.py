@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import handmade
 import infold
 from infold import Refusal
 from infold.checkpoint.adapter import Adapter
+from infold.merge.apply import EditRun
 from peft_oracle import Bench
 from tiny_models import new_model
 
@@ -435,6 +437,53 @@ def test_all_tensors_that_overflow_are_told_with_their_first_element(
     assert reasons[0].endswith("check the adapter's scale, or use a base in F32")
     assert sum("check the adapter's scale" in reason for reason in reasons) == 1
     assert tree(bench.folder) == before
+
+
+def test_the_search_for_them_has_all_workers_at_one_tensor(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model may be one large tensor. Of what is refused there its first element is told, though
+    another worker comes to a later one at the same time."""
+    from infold.merge import prepare, stream
+
+    monkeypatch.setattr(prepare, "_BLOCK", 256)
+    monkeypatch.setattr(prepare, "_SMALLEST_BLOCK", 256)
+    tensors = {f"m.{n}.weight": torch.ones(64, 64, dtype=torch.float16) for n in range(2)}
+    tensors["m.0.weight"][0, 0] = 6e4
+    for row in (8, 13):  # in two blocks of four rows, which are looked at side by side
+        tensors["m.1.weight"][row, 1] = 6e4
+    base = handmade.base_folder(bench.place("base"), tensors)
+    given = {key: part for n in range(2) for key, part in ia3(f"m.{n}", 64, 1).items()}
+    adapter = bench.write_adapter(given, peft_type="IA3")
+    together, released = threading.Barrier(2), list[str]()
+
+    def compute(pool: Any, task: Any, work: Any, *rest: Any) -> None:
+        if (work.run.edit.tensor, work.number) != ("m.0.weight", 0):
+            pool.stopped.wait(20)
+            raise stream._Stopped
+        computed(pool, task, work, *rest)
+
+    def rehearse(pool: Any, work: Any, *rest: Any) -> None:
+        if work.run.edit.tensor == "m.1.weight" and work.number in (2, 3):
+            together.wait(20)
+        rehearsed(pool, work, *rest)
+
+    def release(run: EditRun) -> None:
+        released.append(run.edit.tensor)
+        forget(run)
+
+    computed, rehearsed = stream._Pool._compute, stream._Pool._rehearse
+    forget = EditRun.release
+    monkeypatch.setattr(stream._Pool, "_compute", compute)
+    monkeypatch.setattr(stream._Pool, "_rehearse", rehearse)
+    monkeypatch.setattr(EditRun, "release", release)
+    with pytest.raises(Refusal) as refusal:
+        infold.merge(base, adapter, bench.place("merged"), threads=2)
+
+    assert [reason.split(":")[0] for reason in refusal.value.reasons] == [
+        "m.0.weight[0, 0]", "m.1.weight[8, 1]"
+    ]  # fmt: skip
+    assert released == ["m.1.weight"]
 
 
 def test_on_a_terminal_tensors_that_overflow_alike_are_told_together() -> None:

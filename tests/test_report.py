@@ -55,8 +55,9 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     boxes = [
         {"status": "PASS", "title": "configuration saved", "evidence": f"evidence {long}"},
         {"status": "NOT DONE", "title": "merged", "evidence": long},
-        {"status": "FAIL", "title": "<script>alert(1)</script>", "evidence": "<b>&"},
-    ]
+        {"status": "FAIL", "title": "<script>alert(1)</script>", "evidence": "<b>&",
+         "command": f"infold verify Tiny-1B '{folder}/the adapter' {folder}/merged"},
+    ]  # fmt: skip
     (folder / "merged" / "records").mkdir()
     record = {"kind": "checklist", "version": 1, "boxes": boxes}
     (folder / "merged" / "records" / "checklist.json").write_text(json.dumps(record))
@@ -154,7 +155,19 @@ def test_markdown_has_the_same_figures(records: Records) -> None:
 
     assert "| FAIL | " + "x" * 300 + " | 5.00e-01 | 2.50e-01 |" in text
     assert "token by token | 1 of 2 |" in text
-    assert "## Checklist" in text and "| FAIL | <script>alert(1)</script> | <b>& |" in text
+    assert "## Checklist" in text and "| FAIL | <script>alert(1)</script> | <b>& | infold" in text
+
+
+def test_a_box_has_its_command_without_folders_of_this_machine(
+    records: Records, merged: Path
+) -> None:
+    """And a command that is none is told as any other odd record."""
+    for page in (render_markdown(records), html.unescape(render_html(records))):
+        assert "infold verify Tiny-1B 'the adapter' merged" in page
+        assert str(merged.parent) not in page
+    boxes = [{**records["checklist"]["boxes"][2], "command": "infold 'verify"}]
+    with pytest.raises(infold.CorruptFile, match="the checklist record is not one"):
+        render_markdown({"checklist": {"boxes": boxes}})
 
 
 def test_the_training_record_is_found_beside_the_adapter(merged: Path, tmp_path: Path) -> None:

@@ -7,16 +7,18 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 import handmade
 import infold
 from crash_child import Runner
 from forked import infold_command as ran
-from handmade import digests
+from handmade import INDEX, digests
 from infold.checkpoint.record import MAGIC, UNDO, open_record
 from infold.edit.residual import RESIDUAL, pack_original, pack_residual, unpack
 from infold.sizes import bytes_text
@@ -492,8 +494,40 @@ def test_what_no_checkpoint_may_hold_is_refused_until_it_is_removed(
     infold.undo(merged, tmp_path / "restored")
     assert digests(tmp_path / "base") == digests(tmp_path / "restored")
 
-    (merged / "model.safetensors.index.json").unlink()
-    refused(merged, "no checkpoint")
+
+@pytest.mark.parametrize(
+    "content", [None, "", "[]", "subset"], ids=["gone", "empty", "no object", "of some shards"]
+)
+def test_an_index_that_is_lost_or_damaged_comes_back(
+    merged: Path, tmp_path: Path, content: str | None
+) -> None:
+    """The record tells the shards, and keeps the index as it keeps other side files."""
+    file = merged / INDEX
+    where = json.loads(file.read_text())["weight_map"]
+    file.unlink()
+    if content is not None:
+        first = {tensor: shard for tensor, shard in where.items() if "00001" in shard}
+        assert first and first != where
+        file.write_text(json.dumps({"weight_map": first}) if content == "subset" else content)
+    adapter = tmp_path / "adapter-lora-0"
+
+    undone = infold.undo(merged, tmp_path / "restored")
+    infold.swap(merged, adapter, tmp_path / "swapped")
+    infold.merge(tmp_path / "base", adapter, tmp_path / "expected", undo=True)
+
+    what = "is gone" if content is None else "was changed after it was merged"
+    out = "the output has the base's, from the undo record"
+    assert undone.notes == [f"{file} {what}: {out}"]
+    assert digests(tmp_path / "base") == digests(tmp_path / "restored")
+    found, expected = digests(tmp_path / "swapped"), digests(tmp_path / "expected")
+    del found[UNDO], expected[UNDO]
+    assert found == expected
+    with pytest.raises(infold.Refusal, match="--in-place leaves side files alone"):
+        infold.undo(merged, in_place=True)
+
+    (merged / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(infold.Refusal):
+        infold.undo(merged, tmp_path / "again")
 
 
 def test_side_files_too_large_for_the_record_must_be_those_of_the_base(
@@ -510,6 +544,40 @@ def test_side_files_too_large_for_the_record_must_be_those_of_the_base(
     infold.undo(merged, tmp_path / "restored")
 
     assert digests(tmp_path / "base") == digests(tmp_path / "restored")
+
+
+@pytest.mark.parametrize("place", ["new folder", "in place"])
+@pytest.mark.parametrize("verb", ["merge", "swap", "undo"])
+def test_a_disk_without_room_for_the_record_is_told_before_anything_starts(
+    verb: str, place: str, merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As docs/undo.md counts it: of the residuals 2 bits for an element."""
+    adapter = tmp_path / "adapter-lora-0"
+    base = shutil.copytree(tmp_path / "base", tmp_path / "model")
+    files = {file: file.stat().st_size for file in base.rglob("*") if file.is_file()}
+    elements = sum(out * inner for out, inner in MODULES.values())
+    residuals = elements * 2 // 8
+    record = residuals + sum(size for file, size in files.items() if file.suffix != ".safetensors")
+    record += sum(t.nbytes for t in load_file(adapter / "adapter_model.safetensors").values())
+    needed = elements * 2 if place == "in place" else sum(files.values())  # a step, or the output
+    needed += record if verb != "undo" else 0
+    given = [base if verb == "merge" else merged, *([] if verb == "undo" else [adapter])]
+    more: dict[str, Any] = {"in_place": True} if place == "in place" else {"out": tmp_path / "out"}
+    if verb == "merge" and place == "new folder":
+        more["undo"] = True
+    before = digests(tmp_path)
+
+    def free(count: int) -> None:
+        usage = shutil._ntuple_diskusage(1, 1, count)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+
+    free(needed - residuals // 2)
+    told = r"needs [\d,]+ bytes" + ("" if verb == "undo" else ", about .* for the undo record")
+    with pytest.raises(infold.StorageFailure, match=rf"{told}, but .* has only .* free"):
+        getattr(infold, verb)(*given, **more)
+    assert digests(tmp_path) == before
+    free(needed + 200)  # the names and places in a step
+    getattr(infold, verb)(*given, **more)
 
 
 def test_a_loaders_files_of_real_size_cost_little(tmp_path: Path) -> None:

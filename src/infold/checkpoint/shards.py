@@ -6,7 +6,7 @@ from __future__ import annotations
 import fnmatch
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -207,10 +207,14 @@ def read_shard_header(path: Path) -> Header:
     return read_gguf_header(path) if path.suffix == GGUF else read_header(path)
 
 
-def open_checkpoint(name: str | os.PathLike[str], *, in_place: bool = False) -> Checkpoint:
+def open_checkpoint(
+    name: str | os.PathLike[str], *, in_place: bool = False, told: Collection[str] = ()
+) -> Checkpoint:
     """Open a folder, a .safetensors or .gguf file or a Hub id; read and check every header.
 
-    Of a GGUF model in several parts the path is that of the first.
+    Of a GGUF model in several parts the path is that of the first. told: names of the shards of a
+    folder, where something else than its index tells them. If they are there, they are the shards;
+    the index is not looked at.
 
     Raises CorruptFile for broken files, Refusal for what is no checkpoint, and as
     `refuse_unfinished` does, but for those who finish the edit (`in_place`).
@@ -226,6 +230,11 @@ def open_checkpoint(name: str | os.PathLike[str], *, in_place: bool = False) -> 
                 f"{path}: neither a .safetensors nor a .gguf file; infold reads no others"
             )
         return _assemble(path, [Shard(path.name, path, read_header(path))], None)
+    files = {n: safe_child(path, n) for n in sorted(told) if n.endswith(".safetensors")}
+    if files and all(map(exists, files.values())):
+        return _assemble(
+            path, [Shard(n, file, read_header(file)) for n, file in files.items()], None
+        )
     if exists(path / INDEX):
         index = read_json(safe_child(path, INDEX))
         return _assemble(path, _indexed(path, index), index)

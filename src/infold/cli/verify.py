@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from infold.api.paths import settle_first
-from infold.cli.output import Failed, complain, entry, plural, table
+from infold.cli.output import Failed, complain, entry, fold, plural, table
 from infold.cli.place import check_words
 from infold.cli.progress import byte_progress, step_progress
 from infold.cli.startup import lasting_imports
 from infold.errors import Refusal
 
 if TYPE_CHECKING:
-    from infold.verify.verdict import Outputs, Verdict
+    from infold.verify.verdict import Offender, Outputs, Verdict
 
-_SHOWN = 20  # offenders as lines; --json has all
+_SHOWN = 20  # lines of offenders; --json has all
+_NUMBER = re.compile(r"[-+]?(\d[\d.,e+-]*|\b(inf|nan)\b)")
 
 
 def verify(
@@ -97,11 +100,7 @@ def verify(
             _show(verdict.outputs)
     if not verdict.ok:
         if not as_json:
-            for offender in verdict.offenders[:_SHOWN]:
-                complain(f"{offender.where}: {offender.what}: {offender.detail}")
-            if len(verdict.offenders) > _SHOWN:
-                rest = len(verdict.offenders) - _SHOWN
-                complain(f"and {rest:,} more; --json lists all of them")
+            _list(verdict.offenders)
         failed = [plural("offender", len(verdict.offenders))] if verdict.offenders else []
         if verdict.outputs is not None and not verdict.outputs.ok:
             failed.append("the outputs differ")
@@ -123,6 +122,17 @@ def _with_outputs(
     if verdict.outputs is not None:
         keep_record(merged, asdict(verdict.outputs), complain)
     return verdict
+
+
+def _list(offenders: Sequence[Offender]) -> None:
+    """A line for each, or for those of many layers that are of one kind but for their numbers."""
+    folded = fold(offenders, lambda o: o.where, lambda o: (o.what, _NUMBER.sub("#", o.detail)))
+    for where, alike in folded[:_SHOWN]:
+        first = alike[0]
+        count = "" if len(alike) == 1 else f"{len(alike):,} alike, the first: "
+        complain(f"{where}: {first.what}: {count}{first.detail}")
+    if rest := sum(len(alike) for _, alike in folded[_SHOWN:]):
+        complain(f"and {rest:,} more; --json lists all of them")
 
 
 def _show(found: Outputs) -> None:

@@ -5,7 +5,7 @@ merged folder is no reason to lose the base's."""
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -19,7 +19,7 @@ from infold.checkpoint.shards import INDEX, SINGLE, Checkpoint, is_foreign, is_l
 from infold.errors import CorruptFile, Refusal
 from infold.plan.unconverted import QUANT_CONFIGS
 
-__all__ = ["LABEL", "Beside", "pack", "read_beside", "smallest"]
+__all__ = ["LABEL", "Beside", "pack", "read_beside", "side_sizes", "smallest"]
 
 LABEL = "side/"  # of their frames in the manifest's `files`
 _MOST = 64 << 20  # bytes that a record keeps of them, before they are compressed
@@ -49,6 +49,13 @@ def smallest(sizes: Mapping[str, int]) -> list[str]:
             break
         kept.append(name)
     return kept
+
+
+def side_sizes(base: Checkpoint, names: Iterable[str]) -> dict[str, int]:
+    """Bytes of side files of a base, of those that lie there: what does not comes from a record."""
+    files = {name: base.path / name for name in names}
+    with storage_errors(base.path):
+        return {name: file.stat().st_size for name, file in files.items() if file.exists()}
 
 
 def pack(data: bytes) -> bytes:
@@ -108,8 +115,8 @@ def _odd(merged: Checkpoint, shards: Collection[str], names: Collection[str]) ->
     if is_lone(merged.path):
         return sorted(names)
     taken = {*shards, *(shard.name for shard in merged.shards)}
-    if merged.index is None:
-        taken |= {SINGLE, INDEX}  # which would be opened instead
+    if INDEX not in names:
+        taken.add(SINGLE)  # which would be opened instead
     every = {*taken, *names}
     return sorted(
         name

@@ -59,6 +59,7 @@ from infold.merge.inplace_steps import (
     program,
     read_step,
     reserve,
+    step_memory,
     step_room,
     write_file,
 )
@@ -67,9 +68,10 @@ from infold.merge.prepare import (
     Prepared,
     block_size,
     digest_adapter,
+    refuse_full,
 )
 from infold.merge.receipt import Receipt
-from infold.merge.recording import Recording
+from infold.merge.recording import Recording, record_room
 from infold.merge.restore import Undone, check_restored, undone
 from infold.merge.run import finish_record, make_receipt
 from infold.merge.stream import Streamed, stream
@@ -82,6 +84,7 @@ __all__ = ["Settled", "merge_in_place", "settle", "swap_in_place", "undo_in_plac
 
 PART, STEP, TOLD = "infold-undo.part", "infold-undo.step", "infold-undo.receipt"
 STEP_BYTES = 32 << 20  # of one step; more at once is not faster
+LEAST_STEP = 2 << 20  # where there is no memory for those
 
 PathLike = str | os.PathLike[str]
 Advance = Callable[[int, int], None]
@@ -131,6 +134,7 @@ def merge_in_place(
     plan = plan_edit(checkpoint, opened, lossy)
     _refuse([*_merged_already(checkpoint), *_obstacles(checkpoint, plan)])
     prepared = _prepare(plan, folder, max_memory, device, threads, None)
+    _check_space(prepared, plan, record_room(plan))
     if dry_run:
         return plan.summary()
     names = (os.fspath(base), [os.fspath(adapter) for adapter in adapters])
@@ -166,6 +170,7 @@ def swap_in_place(
         over = source.swap_plan(plan)
         _refuse(_obstacles(source.checkpoint, over, source))
         prepared = _prepare(plan, folder, max_memory, device, threads, source)
+        _check_space(prepared, over, record_room(plan))
         names = (str(folder), [os.fspath(adapter) for adapter in adapters])
         with _Edit(folder, "swap", progress) as edit:
             return edit.merge(prepared, names)
@@ -192,6 +197,7 @@ def undo_in_place(
         plan = source.undo_plan()
         _refuse(_obstacles(source.checkpoint, plan, source))
         prepared = _prepare(plan, folder, max_memory, device, threads, source)
+        _check_space(prepared, plan, 0)
         with _Edit(folder, "undo", progress) as edit:
             return edit.undo(prepared)
 
@@ -232,6 +238,12 @@ def _obstacles(there: Checkpoint, plan: Plan, source: Merged | None = None) -> I
                 f"{there.home / shard.name}: its layout would change (new or resized tensors, "
                 "untied embeddings), which --in-place does not do; use --out"
             )
+    if source and source.record.path != (mine := companion(there.path, UNDO)):
+        was = str(source.record.path).removesuffix(f".{UNDO}")
+        yield (
+            f"{there.path}: {mine.name} is not there, since this file was called {was} when it was "
+            f"merged; --in-place needs that name (mv {there.path} {was}), or use --out"
+        )
     changed = source.beside.changed if source else {}
     for name in {**plan.rewritten, **(source.rewritten if source else {})}:
         if name in changed:
@@ -302,15 +314,31 @@ def _prepare(
     where, count = device_of(device), threads if threads is not None else usual_threads()
     if count < 1:
         raise Refusal(f"--threads {count}: at least 1")
-    fixed = source.limit if source else None
-    workers, limit = block_size(
-        plan, parse_bytes(max_memory), count, where, threads is None, True, fixed
-    )
+    fixed, budget = source.limit if source else None, parse_bytes(max_memory)
+
+    def sized(step: int) -> tuple[int, int]:
+        beside = step_memory(step)
+        return block_size(plan, budget, count, where, threads is None, True, fixed, beside)
+
+    step = STEP_BYTES
+    try:
+        workers, limit = sized(step)
+    except Refusal:
+        step = min(LEAST_STEP, STEP_BYTES)
+        workers, limit = sized(step)
     mine = (
         source is None or plan.base is not source.checkpoint
     )  # an undo has no adapters of its own
     digests = tuple(digest_adapter(a) for a in plan.adapters) if mine else ()
-    return Prepared(plan, folder, False, where, workers, limit, digests, True, source)
+    return Prepared(plan, folder, False, where, workers, limit, digests, True, source, step=step)
+
+
+def _check_space(prepared: Prepared, over: Plan, record: int) -> None:
+    """Whether the disk has room for a record of this size and for a step. over: the plan, over what
+    lies there."""
+    out = prepared.out
+    needed = record + step_room(over, prepared.limit, prepared.step)
+    refuse_full(out, out.parent if is_lone(out) else out, needed, record)
 
 
 # --- one edit ----------------------------------------------------------------------------------
@@ -477,16 +505,17 @@ class _Edit:
         if not self.committed:
             self._forget()
             return Settled(self.what, False, {})
-        result = next(line["result"] for line in self.lines if "result" in line)
-        self._finish(result, usual_threads())
-        return Settled(self.what, True, result)
+        told = next(line for line in self.lines if "result" in line)
+        self._finish(told["result"], min(told["workers"], usual_threads()))
+        return Settled(self.what, True, told["result"])
 
     def _write(self, result: Mapping[str, Any], plan: Plan, prepared: Prepared) -> None:
         with storage_errors(self._own(STEP)):
-            reserve(self._own(STEP), step_room(plan, prepared.limit, STEP_BYTES))
+            reserve(self._own(STEP), step_room(plan, prepared.limit, prepared.step))
             sync_folder(self.home)  # the record's name too: from here on it is needed
         with storage_errors(self._own(JOURNAL)):
-            self._log({"result": result, "step_bytes": STEP_BYTES})
+            held = {"step_bytes": prepared.step, "workers": prepared.workers}
+            self._log({"result": result, **held})
         self.committed = True
         self._finish(result, prepared.workers)
 
@@ -521,7 +550,7 @@ class _Edit:
             plan, runs, limit = program(old, new)
             finished = max((line.get("step", 0) for line in self.lines), default=0)
             size = next(line["step_bytes"] for line in self.lines if "step_bytes" in line)
-            writer = opened.enter_context(Places(self.home, [s.name for s in plan.shards]))
+            writer = Places([shard.path for shard in plan.base.shards])
             finished = self._replay(writer, finished, plan.shards)
             files = InputFiles()
             opened.callback(files.close)

@@ -1,7 +1,8 @@
 """The journal of an edit in place, read as if it were hostile.
 
-JSON lines in this order: {"what": verb}; {"result": of the edit, "step_bytes": count}, from which
-on the edit will be completed; {"step": number} for each finished one; {"written": true}.
+JSON lines in this order: {"what": verb}; {"result": of the edit, "step_bytes": count, "workers":
+count}, from which on the edit will be completed; {"step": number} for each finished one;
+{"written": true}.
 """
 
 from __future__ import annotations
@@ -51,11 +52,10 @@ def _fits(line: Mapping[str, Any], before: Iterable[Mapping[str, Any]]) -> bool:
     if "written" in known:
         return False
     if "result" not in known:
-        count = line.get("step_bytes")
+        counts = [line.get(name) for name in ("step_bytes", "workers")]
         return (
-            line.keys() == {"result", "step_bytes"}
-            and type(count) is int
-            and count > 0
+            line.keys() == {"result", "step_bytes", "workers"}
+            and all(type(count) is int and count > 0 for count in counts)
             and _is_result(line["result"], VERBS[known["what"]])
         )
     return line == {"step": known.get("step", 0) + 1} or line == {"written": True}

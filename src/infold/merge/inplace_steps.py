@@ -37,6 +37,7 @@ __all__ = [
     "program",
     "read_step",
     "reserve",
+    "step_memory",
     "step_room",
     "write_file",
 ]
@@ -55,7 +56,7 @@ class Piece:
 
     shard: int
     offset: int
-    data: bytes
+    data: bytes | bytearray
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +129,7 @@ class Crew:
                         work.chunk.run.release()
                 del ready  # the futures hold their results
                 yield pieces
-                del pieces
+                pieces.clear()  # the caller's loop still has the list
 
     def _compute(self, work: Work) -> Piece:
         if not hasattr(self.own, "buffers"):
@@ -141,19 +142,14 @@ class Crew:
         out = chunk.source.room(run.floats, block, memoryview(data))
         run.run(raw, out, block, workspace)
         chunk.source.fill(run.floats, out, memoryview(data), buffers)
-        return Piece(work.shard, chunk.target, bytes(data))
+        return Piece(work.shard, chunk.target, data)
 
 
 class Places:
-    """The shards, open for writing."""
+    """The shards that lie there, which may have other names than a plan's output."""
 
-    def __init__(self, folder: Path, names: Sequence[str]) -> None:
-        self.paths = [folder / name for name in names]
-
-    def __enter__(self) -> Places:
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = paths
 
     def write(self, pieces: Sequence[Piece]) -> None:
         """All pieces to their places, and on the disk."""
@@ -170,10 +166,20 @@ class Places:
                     os.close(fd)
 
 
-def pack_step(number: int, pieces: Sequence[Piece]) -> bytes:
+def pack_step(number: int, pieces: Sequence[Piece]) -> bytearray:
     """A step as its file holds it."""
-    body = b"".join(_PLACE.pack(p.shard, p.offset, len(p.data)) + p.data for p in pieces)
-    return _STEP.pack(_MAGIC, number, len(body), blake3(body).digest()) + body
+    length = sum(_PLACE.size + len(piece.data) for piece in pieces)
+    step = bytearray(_STEP.size + length)
+    position = _STEP.size
+    for piece in pieces:
+        end = position + _PLACE.size + len(piece.data)
+        _PLACE.pack_into(step, position, piece.shard, piece.offset, len(piece.data))
+        step[position + _PLACE.size : end] = piece.data
+        position = end
+    with memoryview(step) as whole:
+        digest = blake3(whole[_STEP.size :]).digest()
+    _STEP.pack_into(step, 0, _MAGIC, number, length, digest)
+    return step
 
 
 def read_step(path: Path, wanted: int, shards: Sequence[OutputShard]) -> list[Piece] | None:
@@ -212,6 +218,13 @@ def read_step(path: Path, wanted: int, shards: Sequence[OutputShard]) -> list[Pi
     return pieces
 
 
+def step_memory(size: int) -> int:
+    """Bytes that steps take, which end after `size` bytes: one is computed while one is written,
+    and that one is also held as its file will be. The block that a step may be longer by lies in
+    what the rehearsal had for it."""
+    return 3 * size
+
+
 def step_room(plan: Plan, limit: int, size: int) -> int:
     """The most bytes that the file of a step can have. limit: elements of a block; size: after so
     many bytes a step ends."""
@@ -242,7 +255,7 @@ def reserve(path: Path, size: int) -> None:
         os.close(fd)
 
 
-def write_file(path: Path, data: bytes, *, cut: bool = True) -> None:
+def write_file(path: Path, data: bytes | bytearray, *, cut: bool = True) -> None:
     """A whole file, on the disk. A link in its place is not followed, wherever it leads. Without
     `cut` a longer file keeps its length, and with it its room on the disk."""
     fd = os.open(path, _WRITE | (os.O_TRUNC if cut else 0), 0o644)

@@ -25,10 +25,10 @@ from infold.dtypes import TORCH_DTYPES
 from infold.edit.threads import one_torch_thread, usual_threads
 from infold.errors import Refusal, StorageFailure
 from infold.machine import device_of
-from infold.merge.beside import smallest
+from infold.merge.beside import side_sizes
 from infold.merge.convert import block_elements, encoded_bytes
 from infold.merge.options import Options
-from infold.merge.recording import kept_whole, unkept
+from infold.merge.recording import record_room, unkept
 from infold.merge.undo import Merged
 from infold.plan.build import plan_merge
 from infold.plan.edits import Part, Plan
@@ -45,6 +45,7 @@ __all__ = [
     "digest_adapter",
     "open_plan",
     "prepare",
+    "refuse_full",
 ]
 
 DEFAULT_MEMORY = 1 << 30
@@ -76,6 +77,7 @@ class Prepared:
     undo: bool = False  # whether a record is written
     source: Merged | None = None  # swap: what the base is restored from, block by block
     expected: Mapping[str, str] | None = None  # BLAKE3 by name, where the shards are known before
+    step: int = 0  # in place: the bytes after which a step ends
 
 
 def prepare(
@@ -141,13 +143,15 @@ def block_size(
     fewer: bool,
     undo: bool = False,
     fixed: int | None = None,
+    beside: int = 0,
 ) -> tuple[int, int]:
     """(workers, elements of a block), so that all workers together stay within the budget.
 
     `fewer`: the number of workers is ours to lower. On a GPU the budget is the host's. `undo`: a
-    record is written or read; `fixed`: its blocks have this size.
+    record is written or read; `fixed`: its blocks have this size; `beside`: bytes that are held for
+    something else.
     """
-    sizes, shared = sorted(_held_bytes(plan), reverse=True), _shared_bytes(plan)
+    sizes, shared = sorted(_held_bytes(plan), reverse=True), _shared_bytes(plan) + beside
     # bytes an element takes at most: stored and computed, twice, and staged
     widest = 48 if undo else 20
     if plan.conversion is not None:
@@ -234,8 +238,8 @@ def digest_adapter(adapter: Adapter) -> dict[str, str]:
 
 
 def check_space(out: Path, plan: Plan, undo: bool = False) -> None:
-    """undo: whether a record is written, which can be large where weights are converted, and keeps
-    side files; that it compresses them is not counted on."""
+    """undo: whether a record is written. Raises StorageFailure where there is not enough space, or
+    `out` cannot be made."""
     parent = out.parent
     staged = staging_folder(out)
     with storage_errors(parent):
@@ -247,14 +251,22 @@ def check_space(out: Path, plan: Plan, undo: bool = False) -> None:
             closed = os.statvfs(parent).f_flag & os.ST_RDONLY
             why = os.strerror(errno.EROFS if closed else errno.EACCES)
             raise StorageFailure(f"{staged}: {why}")
-        free = shutil.disk_usage(parent).free
-        beside = {name: plan.base.path / name for name in plan.copied}
-        sizes = {n: file.stat().st_size for n, file in beside.items() if file.exists()}
-    needed = plan.nbytes + sum(sizes.values())  # what is not there comes from a record
-    if undo:
-        needed += sum(plan.base.info(name).nbytes for name in kept_whole(plan))
-        needed += sum(sizes[name] for name in smallest(sizes))
-    with suppress(FileNotFoundError):  # an interrupted run has part of it already
+    needed = plan.nbytes + sum(side_sizes(plan.base, plan.copied).values())
+    needed += sum(map(len, plan.rewritten.values()))
+    record = record_room(plan) if undo else 0
+    with storage_errors(staged), suppress(FileNotFoundError):
+        # an interrupted run has part of it already
         needed -= sum(f.stat().st_blocks * 512 for f in staged.rglob("*") if f.is_file())
+    refuse_full(out, parent, needed + record, record)
+
+
+def refuse_full(out: Path, home: Path, needed: int, record: int) -> None:
+    """Raises StorageFailure where the disk of the folder `home` has less space than is needed.
+    record: how much of it is estimated for an undo record."""
+    with storage_errors(home):
+        free = shutil.disk_usage(home).free
     if needed > free:
-        raise StorageFailure(f"{out}: needs {needed:,} bytes, but {parent} has only {free:,} free")
+        told = f", about {record:,} of them for the undo record" if record else ""
+        raise StorageFailure(
+            f"{out}: needs {needed:,} bytes{told}, but {home} has only {free:,} free"
+        )

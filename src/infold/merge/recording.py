@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from infold.checkpoint.adapter import Adapter
 from infold.checkpoint.inputs import InputFiles
 from infold.checkpoint.record import SEEN, RecordWriter
+from infold.checkpoint.safetensors import DTYPE_BITS
 from infold.checkpoint.shards import Checkpoint, Shard
 from infold.dtypes import SCALE_DTYPES
 from infold.edit.blocks import Block, cut
@@ -19,7 +21,7 @@ from infold.edit.residual import content, pack_original, pack_residual
 from infold.edit.steps import Workspace
 from infold.formats import Floats, floats_of, format_of
 from infold.merge.apply import Run
-from infold.merge.beside import LABEL, pack
+from infold.merge.beside import LABEL, pack, side_sizes, smallest
 from infold.plan.edits import BaseTensor, Edit, Plan, Replacement
 
 __all__ = [
@@ -27,11 +29,13 @@ __all__ = [
     "Recording",
     "block_of",
     "kept_whole",
+    "record_room",
     "undone_by_residual",
     "unkept",
 ]
 
 _PIECE = 1 << 20
+_RESIDUAL_BITS = 2  # of an element, where the update is as large as the weight
 BlockOf = Callable[[str, Block], Tensor]  # stored elements (rows, columns) of a tensor by its name
 
 
@@ -170,6 +174,32 @@ def kept_whole(plan: Plan) -> list[str]:
         for name, info in shard.header.tensors.items()
         if name not in there or remade(plan.edits.get(name), info.dtype)
     ]
+
+
+def record_room(plan: Plan) -> int:
+    """Bytes that the record of a merge may take.
+
+    How large its residuals are, only the merge tells. For each element 2 bits are counted: an
+    update as large as the weight needs so many (docs/undo.md), and what is merged in practice
+    needs less. Of all else the size before it is compressed. Raises StorageFailure for side files
+    that cannot be read.
+    """
+    base, kept = plan.base, set(kept_whole(plan))
+    total = sum(base.info(name).nbytes for name in kept)
+    for adapter in plan.adapters:
+        for info in adapter.tensors.values():
+            total += math.prod(info.shape) * DTYPE_BITS[info.dtype] // 8
+    for name, edit in plan.edits.items():
+        if name not in base.where or name in kept:
+            continue
+        if undone_by_residual(edit):
+            floats = _floats(base, name)
+            total += floats.rows * floats.columns * _RESIDUAL_BITS // 8
+        else:
+            total += base.info(name).nbytes
+    sizes = side_sizes(base, plan.copied)
+    total += sum(sizes[name] for name in smallest(sizes))
+    return total + sum(side_sizes(base, plan.rewritten).values())
 
 
 def unkept(plan: Plan) -> list[str]:

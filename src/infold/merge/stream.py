@@ -11,6 +11,7 @@ finished stretches to the disk and into the journal meanwhile.
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -327,9 +328,32 @@ class _Pool:
         return frozenset(self.earlier - again)
 
     def _survey(self) -> None:
-        """Look for values that are not finite in the blocks that were not computed yet."""
-        todo = self._unseen()
-        self.stopped.clear()
+        """Look for values that are not finite in the blocks that were not computed yet, a block at
+        a time: one large tensor that is left has all workers. Of each tensor the first block that
+        is refused tells, and those after it need no look."""
+        left: Counter[str] = Counter()  # blocks of each tensor
+        refused: dict[str, tuple[int, Refusal]] = {}
+
+        def blocks() -> Iterator[Compute]:
+            for edit in self._unseen():
+                left[edit[0].run.edit.tensor] = len(edit)
+                yield from edit
+
+        def look(one: Compute, workspace: Workspace, buffers: Buffers) -> None:
+            name = one.run.edit.tensor
+            try:
+                if name not in refused or one.number < refused[name][0]:
+                    self._rehearse(one, workspace, buffers)
+            except Refusal as error:
+                with self.lock:
+                    if name not in refused or one.number < refused[name][0]:
+                        refused[name] = one.number, error
+            with self.lock:
+                left[name] -= 1
+                last = not left[name]
+            if last:
+                one.run.release()
+            self.advance(one.block.count * one.run.floats.width)
 
         def work() -> None:
             take_one_core()
@@ -338,28 +362,21 @@ class _Pool:
                 workspace = Workspace(self.device, self.limit)
                 while not self.stopped.is_set():
                     with self.lock:
-                        edit = next(todo, None)
-                    if edit is None:
+                        one = next(todo, None)
+                    if one is None:
                         return
-                    for one in edit:
-                        if self.stopped.is_set():
-                            return
-                        try:
-                            self._rehearse(one, workspace, buffers)
-                        except NotFinite as error:
-                            self._refuse(error)
-                            break  # the first element of a tensor is enough
-                        except Refusal as error:
-                            with self.lock:
-                                self.reasons += error.reasons
-                            break
-                        finally:
-                            self.advance(one.block.count * one.run.floats.width)
-                    edit[0].run.release()
+                    look(one, workspace, buffers)
             except BaseException as error:
                 self._fail(error)
 
+        todo = blocks()
+        self.stopped.clear()
         run_all([Worker(work, f"infold-{n}") for n in range(self.threads)], self.stopped.set)
+        for name in sorted(refused, key=self._order()):
+            if isinstance(error := refused[name][1], NotFinite):
+                self._refuse(error)
+            else:
+                self.reasons += error.reasons
 
     def _unseen(self) -> Iterator[list[Compute]]:
         """The blocks of each edit that were not computed, up to where it is known to be refused."""
@@ -375,6 +392,11 @@ class _Pool:
                     blocks.setdefault(name, []).append(work)
             yield from blocks.values()
 
+    def _order(self) -> Callable[[str], tuple[int, str]]:
+        """The place of a tensor in the output, by its name."""
+        numbers = {name: number for number, name in enumerate(self.plan.edits)}
+        return lambda name: (numbers.get(name, -1), name)
+
     def _refuse(self, error: NotFinite) -> None:
         with self.lock:
             known = self.refused.get(error.tensor)
@@ -383,11 +405,10 @@ class _Pool:
 
     def _refusal(self) -> Refusal:
         """All of them, in the order of the output; what to do stands at the first of each kind."""
-        order = {name: number for number, name in enumerate(self.plan.edits)}
-        found = sorted(self.refused.values(), key=lambda e: (order.get(e.tensor, -1), e.tensor))
         told: set[str] = set()
         reasons = []
-        for error in found:
+        for name in sorted(self.refused, key=self._order()):
+            error = self.refused[name]
             reasons.append(error.short if error.advice in told else str(error))
             told.add(error.advice)
         return Refusal([*reasons, *self.reasons])

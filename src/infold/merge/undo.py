@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from infold.adapters.exact import LEAF
 from infold.checkpoint.adapter import Adapter
+from infold.checkpoint.files import digest_of, read_json, safe_child
 from infold.checkpoint.gguf import gguf_header_of
 from infold.checkpoint.inputs import InputFiles
 from infold.checkpoint.record import SEEN, UNDO, Record, open_record
@@ -33,11 +34,12 @@ from infold.checkpoint.shards import (
     renamed,
     without_owner,
 )
+from infold.checkpoint.staging import storage_errors
 from infold.dtypes import SCALE_DTYPES
 from infold.edit.blocks import Block, cut
 from infold.edit.residual import ORIGINAL, unpack
 from infold.edit.steps import Workspace
-from infold.errors import CorruptFile, Refusal
+from infold.errors import CorruptFile, InfoldError, Refusal
 from infold.formats import floats_of
 from infold.merge.apply import EditRun, Read, Run
 from infold.merge.beside import Beside, read_beside
@@ -230,7 +232,8 @@ def open_merged(folder: Path, record_name: str = UNDO, *, in_place: bool = False
         )
     if not in_place:
         refuse_unfinished(folder)  # before a record is missed that an unfinished merge has not yet
-    if not os.path.lexists(path := companion(folder, record_name)):
+    owner = _owner(folder) if record_name == UNDO and not in_place else folder
+    if not os.path.lexists(path := companion(owner, record_name)):
         raise Refusal(
             f"{folder}: has no {path.name}; only a merge with --undo or --in-place can be undone"
             + _without_record(folder)
@@ -238,23 +241,49 @@ def open_merged(folder: Path, record_name: str = UNDO, *, in_place: bool = False
     with ExitStack() as undone:
         record = open_record(path.parent, path.name)
         undone.callback(record.close)
-        checkpoint = open_checkpoint(folder, in_place=in_place)
+        with _as_written(record):
+            shards = {str(name): str(digest) for name, digest in record.manifest["shards"].items()}
+        checkpoint = open_checkpoint(folder, in_place=in_place, told=shards)
         receipt: Mapping[str, Any] = {}
         if record_name == UNDO:
-            if not os.path.lexists(told := companion(folder, RECEIPT)):
+            if not os.path.lexists(told := companion(owner, RECEIPT)):
                 raise Refusal(
                     f"{folder}: its {told.name} is missing, which tells what it is"
                     f"{renamed(folder, RECEIPT)}"
                 )
-            receipt = read_receipt(folder)
-        try:
+            receipt = read_receipt(owner)
+        with _as_written(record):
             merged = _merged(checkpoint, record, receipt, in_place)
-        except ODD as error:
-            raise CorruptFile(
-                f"{record.path}: its manifest is none that this infold writes ({error})"
-            ) from None
         undone.pop_all()
         return merged
+
+
+@contextmanager
+def _as_written(record: Record) -> Iterator[None]:
+    """A block that reads a record's manifest as infold writes it."""
+    try:
+        yield
+    except ODD as error:
+        raise CorruptFile(
+            f"{record.path}: its manifest is none that this infold writes ({error})"
+        ) from None
+
+
+def _owner(path: Path) -> Path:
+    """The name that the record of a merged model goes by: its own, or of a GGUF file that was
+    renamed without its companions the one that it had. A receipt beside tells it by the digest."""
+    if not is_lone(path) or os.path.lexists(companion(path, UNDO)):
+        return path
+    digest = ""
+    for name in without_owner(path, UNDO):
+        was = path.with_name(name.removesuffix(f".{UNDO}"))
+        with suppress(InfoldError):  # no receipt, or a broken one
+            told = read_receipt(was).get("shards")
+            with storage_errors(path):
+                digest = digest or digest_of(path)
+            if told == {was.name: digest}:
+                return was
+    return path
 
 
 def _without_record(folder: Path) -> str:
@@ -271,19 +300,21 @@ def _merged(
     told = record.manifest
     files: dict[str, int] = {str(k): int(v) for k, v in told["files"].items()}
     shards = []
-    if [s.name for s in checkpoint.shards] != sorted(told["shards"]):
-        which = f"has other shards ({', '.join(sorted(told['shards']))})"
-        if is_lone(checkpoint.path):
-            which = f"is called {', '.join(told['shards'])}; give the files their old names"
-        raise Refusal(f"{record.path}: belongs to another output, which {which}")
+    there, merged = [shard.name for shard in checkpoint.shards], sorted(told["shards"])
+    # what a single file is called tells nothing; its digest does
+    if there != merged and not (is_lone(checkpoint.path) and len(there) == len(merged) == 1):
+        raise Refusal(
+            f"{record.path}: belongs to another output, which has other shards "
+            f"({', '.join(merged)})"
+        )
     if receipt and receipt.get("shards") != told["shards"]:
         raise Refusal(
             f"{record.path}: belongs to another output: its shards are not those of "
-            f"{companion(checkpoint.path, RECEIPT)}; put the record back that was written with "
-            "this output"
+            f"{str(record.path).removesuffix(UNDO)}{RECEIPT}; put the record back that was written "
+            "with this output"
         )
     names = sorted(told["base"]["shards"])  # which a single file need not have kept
-    if odd := _odd_names(names, [shard.name for shard in checkpoint.shards]):
+    if odd := _odd_names(names, there):
         raise CorruptFile(f"{record.path}: tells of shards that no base has: {odd}")
     for shard, name in zip(checkpoint.shards, names, strict=True):
         header = shard.header
@@ -297,11 +328,21 @@ def _merged(
     # an interrupted edit in place is finished, whatever became of files that it leaves alone
     beside = read_beside(checkpoint, names, record, files, told["side_files"], not in_place)
     rewritten = beside.rewritten
-    config, index = checkpoint.config, checkpoint.index
+    config, index = checkpoint.config, None
     if "config.json" in rewritten:
         config = parse_json(rewritten["config.json"], str(record.path), infinity=True)
     if INDEX in rewritten:
         index = parse_json(rewritten[INDEX], str(record.path))
+    elif INDEX in beside.copied and not in_place:
+        index = read_json(safe_child(checkpoint.path, INDEX))
+    if index is not None and index.get("weight_map") != {
+        tensor: name
+        for shard, name in zip(shards, names, strict=True)
+        for tensor in shard.header.tensors
+    }:
+        raise CorruptFile(
+            f"{record.path}: tells of side files that no base has: an {INDEX} of other tensors"
+        )
     sides = sorted({*beside.copied, *rewritten} - {INDEX})
     where = {n: number for number, shard in enumerate(shards) for n in shard.header.tensors}
     base = Checkpoint(
@@ -343,7 +384,7 @@ def _merged(
     return Merged(
         checkpoint, base, record, receipt, adapters, edits, beside, limit,
         {s.name: str(told["base"]["shards"][n]) for s, n in zip(shards, names, strict=True)},
-        {str(n): str(d) for n, d in told["shards"].items()},
+        {name: str(told["shards"][n]) for name, n in zip(there, merged, strict=True)},
         kept,
     )  # fmt: skip
 

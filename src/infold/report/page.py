@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
@@ -108,7 +109,7 @@ def _sections(
         ("bench", _BENCH, _bench_heads(records), _bench),
         ("outputs", "Consistency", ("", "outputs", "measured", "bound"), _outputs),
         ("smoke", "Served", ("", ""), _smoke),
-        ("checklist", "Checklist", ("", "box", "evidence"), _checklist),
+        ("checklist", "Checklist", ("", "box", "evidence", "by"), _checklist),
     )
     found = []
     for kind, title, heads, make in makers:
@@ -250,4 +251,13 @@ def _smoke(r: Mapping[str, Any]) -> Rows:
 
 
 def _checklist(r: Mapping[str, Any]) -> Rows:
-    return [(box["status"], box["title"], box["evidence"]) for box in r["boxes"]]
+    """Each box with its evidence, and the command that makes it."""
+    return [
+        (box["status"], box["title"], box["evidence"], _command(box.get("command", "")))
+        for box in r["boxes"]
+    ]
+
+
+def _command(text: str) -> str:
+    """A command, its paths without what they say of the machine."""
+    return shlex.join(map(_place, shlex.split(text)))

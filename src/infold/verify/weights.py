@@ -97,7 +97,9 @@ def verify_checkpoint(
             # a shard that is missing or cannot be read is an offender already
             unread = {shard.name for shard in plan.shards} - {shard.name for shard in shards}
             claimed = {n: digest for n, digest in claims.shards.items() if n not in unread}
-            offenders += _compare_digests("digest", claimed, output, "the output")
+            changed = _compare_digests("digest", claimed, output, "the output")
+            why = _explained(plan, shards)  # each by other offenders
+            offenders += [o for o in changed if o.where not in why or o.where not in claimed]
             known = {offender.where for offender in different}  # a file is one offender
             offenders += [o for o in _changed_sides(claims, plan, folder) if o.where not in known]
         if claims is not None and base is None:
@@ -248,6 +250,18 @@ def _compare_digests(
             continue
         offenders.append(Offender(what, name, told))
     return offenders
+
+
+def _explained(plan: Plan, shards: Sequence[Found]) -> set[str]:
+    """The shards whose header, tensors, or bytes between them are not as they must be."""
+    headers = {planned.name: planned.header.raw for planned in plan.shards}
+    return {
+        shard.name
+        for shard in shards
+        if shard.header.raw != headers[shard.name]
+        or any(check.tally.wrong for check in shard.checks.values())
+        or (shard.between is not None and shard.between.tally.wrong)
+    }
 
 
 def _changed_sides(claims: Claims, plan: Plan, folder: Path) -> list[Offender]:
