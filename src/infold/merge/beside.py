@@ -16,6 +16,7 @@ from blake3 import blake3
 from infold.checkpoint.files import digest_of, safe_child
 from infold.checkpoint.record import Record
 from infold.checkpoint.shards import INDEX, SINGLE, Checkpoint, is_foreign, is_lone, kept_name
+from infold.disk import storage_errors
 from infold.errors import CorruptFile, Refusal
 from infold.plan.unconverted import QUANT_CONFIGS
 
