@@ -28,7 +28,6 @@ __all__ = [
     "BlockOf",
     "Recording",
     "block_of",
-    "kept_whole",
     "record_room",
     "undone_by_residual",
     "unkept",
@@ -72,7 +71,7 @@ class Recording:
     def __init__(self, writer: RecordWriter, plan: Plan, limit: int) -> None:
         self.writer, self.plan, self.limit = writer, plan, limit
         names = [name for shard in plan.base.shards for name in shard.header.tensors]
-        self.kept = kept_whole(plan)
+        self.kept = _kept_whole(plan)
         # new tensors have no number, since they have no way back
         edited = [t for t in names if t in plan.edits and t not in self.kept]
         self.numbers = {name: n for n, name in enumerate(edited)}
@@ -157,7 +156,7 @@ class Recording:
         return {"adapters": inside, "side_files": beside}
 
 
-def kept_whole(plan: Plan) -> list[str]:
+def _kept_whole(plan: Plan) -> list[str]:
     """The base's tensors that the output lacks, or has with bytes that are made of something else
     than their floats: codes and scales of converted modules, nested scales that became plain. All
     of their bytes are kept, since no arithmetic brings codes back."""
@@ -184,7 +183,7 @@ def record_room(plan: Plan) -> int:
     needs less. Of all else the size before it is compressed. Raises StorageFailure for side files
     that cannot be read.
     """
-    base, kept = plan.base, set(kept_whole(plan))
+    base, kept = plan.base, set(_kept_whole(plan))
     total = sum(base.info(name).nbytes for name in kept)
     for adapter in plan.adapters:
         for info in adapter.tensors.values():
