@@ -447,19 +447,23 @@ def test_the_memory_of_steps_is_counted_and_bounded(
         tmp_path / "base", {f"{module}.weight": torch.ones(1024, 1024) for module in modules}
     )
     adapter = handmade.lora(tmp_path / "adapter", modules)
-    steps, peaks = [], []
+    steps, peaks = list[int](), list[int]()
 
     def written(edit: inplace._Edit, workers: int) -> None:
         steps.append(next(line["step_bytes"] for line in edit.lines if "step_bytes" in line))
-        tracemalloc.start()
         try:
             write(edit, workers)
             peaks.append(tracemalloc.get_traced_memory()[1])
         finally:
             tracemalloc.stop()
 
-    write = inplace._Edit._steps
+    def begun(*given: Any) -> Any:
+        tracemalloc.start()  # the records are open
+        return group(*given)
+
+    write, group = inplace._Edit._steps, inplace.grouped
     monkeypatch.setattr(inplace._Edit, "_steps", written)
+    monkeypatch.setattr(inplace, "grouped", begun)
     with pytest.raises(infold.Refusal, match=r"this merge needs \d+ MiB") as refusal:
         infold.merge(base, adapter, in_place=True, threads=2, max_memory=1)
     needed = int(str(refusal.value).partition("needs ")[2].partition(" MiB")[0]) << 20
@@ -481,7 +485,7 @@ def test_a_completion_takes_no_more_workers_than_the_edit(
     place.lay_out("merge")
     killed = runner.ask(**place.request("merge"), threads=3, at=calls * 2 // 3, how="kill before")
     assert killed["status"] == "killed"
-    workers = []
+    workers = list[int]()
 
     def crew(count: int, *rest: Any) -> inplace_steps.Crew:
         workers.append(count)

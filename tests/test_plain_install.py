@@ -105,8 +105,9 @@ def test_verbs_that_need_an_extra_name_it_and_write_nothing(tmp_path: Path) -> N
         '[collect]\nserver = "http://127.0.0.1:1/v1"\nserve = "none {model}"\n'
     )
     before = handmade.digests(tmp_path)
+    reads_toml = sys.version_info >= (3, 11)  # else the extra brings the parser, too
     commands = {
-        ("loop", config): ("train", "serve"),
+        ("loop", config): ("train", "serve") if reads_toml else ("train",),
         ("verify", base, lora, merged, "--outputs"): ("train",),
         ("train", base, data, "--out", tmp_path / "new"): ("train",),
         ("bench", base, lora, merged): ("serve",),

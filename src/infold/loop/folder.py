@@ -37,7 +37,7 @@ from infold.loop.records import fits, read_record
 __all__ = ["Iteration", "Journal", "Run", "digests_of_base", "write_json", "write_lines"]
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-# In the folder of a run that did not begin, and of drafts of its first files what a kill left
+# What a kill leaves of a run before it has begun: its first files, or drafts of them
 _EARLY = re.compile(r"lock|held_out\.json|\.(held_out|loop)\.json\.\d+")
 _RECEIPT = {
     "base": {"shards": dict}, "adapters": list, "shards": {...: str}, "side_files": {...: str},

@@ -129,7 +129,7 @@ class Crew:
                         work.chunk.run.release()
                 del ready  # the futures hold their results
                 yield pieces
-                pieces.clear()  # the caller's loop still has the list
+                del pieces
 
     def _compute(self, work: Work) -> Piece:
         if not hasattr(self.own, "buffers"):
@@ -219,9 +219,9 @@ def read_step(path: Path, wanted: int, shards: Sequence[OutputShard]) -> list[Pi
 
 
 def step_memory(size: int) -> int:
-    """Bytes that steps take, which end after `size` bytes: one is computed while one is written,
-    and that one is also held as its file will be. The block that a step may be longer by lies in
-    what the rehearsal had for it."""
+    """Bytes that steps take, which end after `size` bytes: the next one is computed while one is
+    written, which is also held as its file will be. The block that a step may be longer by lies in
+    what the rehearsal had for blocks."""
     return 3 * size
 
 

@@ -328,7 +328,8 @@ def _merged(
     # an interrupted edit in place is finished, whatever became of files that it leaves alone
     beside = read_beside(checkpoint, names, record, files, told["side_files"], not in_place)
     rewritten = beside.rewritten
-    config, index = checkpoint.config, None
+    config = checkpoint.config
+    index: dict[str, Any] | None = None
     if "config.json" in rewritten:
         config = parse_json(rewritten["config.json"], str(record.path), infinity=True)
     if INDEX in rewritten:
