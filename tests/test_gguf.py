@@ -547,6 +547,32 @@ def test_in_place(base: Path, adapter: Path, tmp_path: Path) -> None:
     assert os.listdir(file.parent) == ["m.gguf"]
 
 
+@pytest.mark.parametrize("beside", [True, False])
+def test_in_place_after_a_merge_to_another_name(
+    beside: bool, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    """The record tells the base's name. What is edited is the merged file, wherever the base is."""
+    other, pristine = scaling(tmp_path / "other", 9), base.read_bytes()
+    infold.merge(base, other, tmp_path / "wanted.gguf")
+    first, second = (base.with_name(name) for name in ("first.gguf", "second.gguf"))
+    for out in (first, second):
+        infold.merge(base, adapter, out, undo=True)
+    if not beside:
+        base.unlink()
+
+    infold.swap(first, other, in_place=True)
+    assert first.read_bytes() == (tmp_path / "wanted.gguf").read_bytes()
+    back = [infold.undo(out, in_place=True) for out in (first, second)]
+
+    assert first.read_bytes() == second.read_bytes() == pristine
+    assert [list(undone.shards) for undone in back] == [["first.gguf"], ["second.gguf"]]
+    left = ["first.gguf", "second.gguf"]
+    if beside:
+        left.insert(1, "model.gguf")
+        assert base.read_bytes() == pristine
+    assert sorted(os.listdir(base.parent)) == left
+
+
 def test_a_changed_file_is_not_undone(base: Path, adapter: Path, tmp_path: Path) -> None:
     out = tmp_path / "merged.gguf"
     infold.merge(base, adapter, out, undo=True)

@@ -190,7 +190,7 @@ def undo_in_place(
         return Undone(**settled.result)
     source = open_merged(folder)
     with source.record:
-        plan = source.undo_plan()
+        plan = source.undo_plan(in_place=True)
         _refuse(_obstacles(source.checkpoint, plan, source))
         prepared = _prepare(plan, folder, max_memory, device, threads, source)
         with _Edit(folder, "undo", progress) as edit:
@@ -522,7 +522,7 @@ class _Edit:
             plan, runs, limit = program(old, new)
             finished = max((line.get("step", 0) for line in self.lines), default=0)
             size = next(line["step_bytes"] for line in self.lines if "step_bytes" in line)
-            writer = opened.enter_context(Places(self.home, [s.name for s in plan.shards]))
+            writer = Places([shard.path for shard in plan.base.shards])
             finished = self._replay(writer, finished, plan.shards)
             files = InputFiles()
             opened.callback(files.close)

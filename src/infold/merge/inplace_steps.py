@@ -145,15 +145,10 @@ class Crew:
 
 
 class Places:
-    """The shards, open for writing."""
+    """The shards that lie there, which may have other names than a plan's output."""
 
-    def __init__(self, folder: Path, names: Sequence[str]) -> None:
-        self.paths = [folder / name for name in names]
-
-    def __enter__(self) -> Places:
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = paths
 
     def write(self, pieces: Sequence[Piece]) -> None:
         """All pieces to their places, and on the disk."""
