@@ -68,6 +68,7 @@ from infold.merge.prepare import (
     block_size,
     digest_adapter,
     open_device,
+    refuse_changed,
 )
 from infold.merge.receipt import Receipt
 from infold.merge.recording import Recording
@@ -483,6 +484,7 @@ class _Edit:
         return Settled(self.what, True, result)
 
     def _write(self, result: Mapping[str, Any], plan: Plan, prepared: Prepared) -> None:
+        refuse_changed(plan)
         with storage_errors(self._own(STEP)):
             reserve(self._own(STEP), step_room(plan, prepared.limit, STEP_BYTES))
             sync_folder(self.home)  # the record's name too: from here on it is needed
