@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -667,6 +668,37 @@ def test_a_killed_merge_to_a_file_goes_on(
 
     assert infold.verify(out).ok and not (tmp_path / ".merged.gguf.infold").exists()
     assert json.loads((tmp_path / "merged.gguf.infold-receipt.json").read_text())["undo"]
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_merge_to_a_file_that_gets_no_name_is_kept(
+    old: bool, base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By then the record and the receipt of an old file are gone, and the new ones are there."""
+    out, hidden, real = tmp_path / "merged.gguf", tmp_path / ".merged.gguf.infold", os.rename
+    if old:
+        infold.merge(base, scaling(tmp_path / "other", 9), out, undo=True)
+
+    def renamed(source: Any, target: Any) -> None:
+        if str(target) == str(out):
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), str(source))
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", renamed)
+        for _ in range(2):
+            with pytest.raises(infold.StorageFailure, match="no space left on the disk"):
+                infold.merge(base, adapter, out, undo=True, force=True)
+            assert (hidden / "output" / out.name).exists()
+    if old:
+        infold.merge(base, adapter, out, undo=True, force=True)
+    else:
+        with pytest.raises(infold.Refusal, match="exists now"):
+            infold.merge(base, adapter, out, undo=True)
+
+    assert infold.verify(base, adapter, out).ok and not hidden.exists()
+    infold.undo(out, in_place=True)
+    assert out.read_bytes() == base.read_bytes()
 
 
 def test_an_interrupted_merge_goes_on_where_it_was(
