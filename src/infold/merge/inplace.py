@@ -24,7 +24,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -349,6 +349,7 @@ class _Edit:
     def __enter__(self) -> _Edit:
         path = self._own(JOURNAL)
         with storage_errors(path):
+            fresh = bool(self.what) and not os.path.lexists(path)
             flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_CREAT if self.what else 0)
             self.fd = os.open(path, flags, 0o644)
             try:
@@ -356,6 +357,12 @@ class _Edit:
                 mine = path.exists() and os.path.samestat(os.stat(path), os.fstat(self.fd))
             except BlockingIOError:
                 mine = False
+            except OSError:  # no locks on this file system, say
+                self._close()
+                if fresh:  # else nobody could read the folder any more, nor end this edit
+                    with suppress(OSError):
+                        os.unlink(path)
+                raise
             if not mine:
                 self._close()
                 raise Refusal(f"{self.folder}: is being edited in place right now")
