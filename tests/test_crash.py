@@ -27,6 +27,7 @@ import handmade
 import infold
 from crash_child import PRIMITIVES, Runner, prepare
 from handmade import RECEIPT, digests
+from infold.checkpoint import staging
 from infold.checkpoint.place import check_name
 from infold.merge import chain
 from infold.merge.receipt import Receipt
@@ -488,6 +489,37 @@ def test_an_old_output_that_was_set_aside_survives_a_next_run_that_fails(place: 
     assert failed["status"] == "StorageFailure"
     assert digests(place.out) == digests(place.old)
     assert not place.hidden.exists()
+
+
+@pytest.mark.parametrize("back", [True, False])
+def test_an_old_output_outlives_a_system_that_does_not_rename_the_new_one(
+    back: bool, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """back: whether it lets the old one return to its name."""
+    place.place_old()
+    old, real = digests(place.old), os.rename
+
+    def rename(source: Path, target: Path) -> None:
+        if target == place.out and (source == place.staged or not back):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(source), None, str(target))
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(staging, "_exchange", lambda one, two: False)
+        patch.setattr(os, "rename", rename)
+        told = os.strerror(errno.EIO) + ("$" if back else f".* kept in {place.hidden}")
+        with pytest.raises(infold.StorageFailure, match=told):
+            infold.merge(place.base, place.adapter, place.out, force=True)
+        if not back:
+            with pytest.raises(infold.StorageFailure, match=os.strerror(errno.EIO)):
+                infold.merge(place.base, place.adapter, place.out, force=True)
+    if not back:
+        assert digests(place.hidden / "replaced") == old
+        with pytest.raises(infold.Refusal, match="exists again"):
+            infold.merge(place.base, place.adapter, place.out)
+
+    assert digests(place.out) == old and not place.hidden.exists()
+    place.finish(force=True)
 
 
 def test_an_old_output_that_was_set_aside_is_not_overwritten_without_force(place: Place) -> None:

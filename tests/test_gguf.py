@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -547,6 +548,32 @@ def test_in_place(base: Path, adapter: Path, tmp_path: Path) -> None:
     assert os.listdir(file.parent) == ["m.gguf"]
 
 
+@pytest.mark.parametrize("beside", [True, False])
+def test_in_place_after_a_merge_to_another_name(
+    beside: bool, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    """The record tells the base's name. What is edited is the merged file, wherever the base is."""
+    other, pristine = scaling(tmp_path / "other", 9), base.read_bytes()
+    infold.merge(base, other, tmp_path / "wanted.gguf")
+    first, second = (base.with_name(name) for name in ("first.gguf", "second.gguf"))
+    for out in (first, second):
+        infold.merge(base, adapter, out, undo=True)
+    if not beside:
+        base.unlink()
+
+    infold.swap(first, other, in_place=True)
+    assert first.read_bytes() == (tmp_path / "wanted.gguf").read_bytes()
+    back = [infold.undo(out, in_place=True) for out in (first, second)]
+
+    assert first.read_bytes() == second.read_bytes() == pristine
+    assert [list(undone.shards) for undone in back] == [["first.gguf"], ["second.gguf"]]
+    left = ["first.gguf", "second.gguf"]
+    if beside:
+        left.insert(1, "model.gguf")
+        assert base.read_bytes() == pristine
+    assert sorted(os.listdir(base.parent)) == left
+
+
 def test_a_changed_file_is_not_undone(base: Path, adapter: Path, tmp_path: Path) -> None:
     out = tmp_path / "merged.gguf"
     infold.merge(base, adapter, out, undo=True)
@@ -641,6 +668,37 @@ def test_a_killed_merge_to_a_file_goes_on(
 
     assert infold.verify(out).ok and not (tmp_path / ".merged.gguf.infold").exists()
     assert json.loads((tmp_path / "merged.gguf.infold-receipt.json").read_text())["undo"]
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_merge_to_a_file_that_gets_no_name_is_kept(
+    old: bool, base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By then the record and the receipt of an old file are gone, and the new ones are there."""
+    out, hidden, real = tmp_path / "merged.gguf", tmp_path / ".merged.gguf.infold", os.rename
+    if old:
+        infold.merge(base, scaling(tmp_path / "other", 9), out, undo=True)
+
+    def renamed(source: Any, target: Any) -> None:
+        if str(target) == str(out):
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), str(source))
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", renamed)
+        for _ in range(2):
+            with pytest.raises(infold.StorageFailure, match="no space left on the disk"):
+                infold.merge(base, adapter, out, undo=True, force=True)
+            assert (hidden / "output" / out.name).exists()
+    if old:
+        infold.merge(base, adapter, out, undo=True, force=True)
+    else:
+        with pytest.raises(infold.Refusal, match="exists now"):
+            infold.merge(base, adapter, out, undo=True)
+
+    assert infold.verify(base, adapter, out).ok and not hidden.exists()
+    infold.undo(out, in_place=True)
+    assert out.read_bytes() == base.read_bytes()
 
 
 def test_an_interrupted_merge_goes_on_where_it_was(

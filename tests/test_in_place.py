@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import logging
 import os
@@ -520,6 +521,31 @@ def test_room_is_taken_on_file_systems_that_cannot_do_it_themselves(
     monkeypatch.setattr(inplace_steps, "write_fully", None)  # is not needed then
     reserve(tmp_path / "step", 100)
     assert (tmp_path / "step").stat().st_size == 100
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_without_locks_nothing_is_left_in_the_folder(
+    verb: str, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A journal, even an empty one, would keep all of infold from reading the model."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    place.lay_out(verb)
+    before, descriptors = digests(place.folder), open_descriptors()
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", refuse)
+        given = [] if verb == "undo" else [place.adapter[verb]]
+        with pytest.raises(infold.StorageFailure, match=os.strerror(errno.ENOLCK)):
+            getattr(infold, verb)(place.model, *given, in_place=True)
+
+    assert digests(place.folder) == before and open_descriptors() == descriptors
+    infold.inspect(place.model)
+
+
+def open_descriptors() -> list[str]:
+    return os.listdir("/proc/self/fd") if os.path.exists("/proc/self/fd") else []
 
 
 def test_nobody_else_edits_the_folder_meanwhile(place: Place, runner: Runner) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import math
 import os
@@ -536,6 +537,18 @@ def test_two_loops_do_not_run_in_one_folder(base: Path, whole: Path) -> None:
     ):
         infold.Loop(settings(base, whole, iterations=3)).run()
     assert outcome(whole) == before
+
+
+def test_a_lock_that_the_system_refuses_is_one_clear_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    told = f"{tmp_path}: {os.strerror(errno.ENOLCK)}"
+    with pytest.raises(infold.StorageFailure, match=told), Run(tmp_path).locked():
+        pass
 
 
 RECORDS = {

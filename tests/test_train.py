@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import re
@@ -428,10 +429,17 @@ def test_a_training_that_fails_leaves_no_new_folder(
     def fail(*_: object) -> None:
         raise ArithmeticError
 
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
     out = tmp_path / "some" / "where" / "out"
     with monkeypatch.context() as patch, pytest.raises(infold.StorageFailure, match="no space"):
         patch.setattr("infold.tuners.train.os.open", full)
         infold.train(base, data, out, **QUICK)
+    with monkeypatch.context() as patch, pytest.raises(infold.StorageFailure):
+        patch.setattr(fcntl, "flock", no_locks)
+        infold.train(base, data, out, **QUICK)
+    assert list(tmp_path.iterdir()) == []
     with pytest.raises(ArithmeticError):
         infold.train(base, data, out, **QUICK, progress=fail)
     with pytest.raises(Refusal, match=r"is 2 bytes too long: .NAME.training lies beside it"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import handmade
@@ -20,6 +21,7 @@ from crash_child import Runner
 from forked import infold_command as ran
 from handmade import INDEX, digests
 from infold.checkpoint.record import MAGIC, UNDO, open_record
+from infold.checkpoint.staging import Staging
 from infold.edit.residual import RESIDUAL, pack_original, pack_residual, unpack
 from infold.sizes import bytes_text
 
@@ -238,6 +240,39 @@ def test_many_small_blocks_and_threads(case: str, tmp_path: Path) -> None:
     found = digests(tmp_path / "swapped")
     del found[UNDO]
     assert digests(tmp_path / "expected") == found
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("at", [0.6, 1.0], ids=["in the middle", "at the record's end"])
+@pytest.mark.parametrize("case", ["lora", "saved"])
+def test_a_resumed_merge_records_the_base_as_it_is_now(
+    case: str, at: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of blocks that are merged again, since the base has changed, what an earlier run has recorded
+    is worth nothing."""
+    base, merged = new_base(tmp_path / "base"), tmp_path / "merged"
+    adapters = make(tmp_path, case)
+
+    def stop(done: int, total: int) -> None:
+        if at < 1 and done >= at * total:
+            raise KeyboardInterrupt
+
+    def stop_at_the_end(staging: Staging, name: str) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Staging, "adopt", stop_at_the_end)
+        with pytest.raises(KeyboardInterrupt):
+            infold.merge(base, adapters, merged, undo=True, threads=1, progress=stop)
+    for file in base.glob("*.safetensors"):
+        was, tensors = file.stat(), load_file(file)
+        save_file({name: 1.5 * tensor for name, tensor in tensors.items()}, file, {"format": "pt"})
+        os.utime(file, ns=(was.st_atime_ns, was.st_mtime_ns))  # nothing but the values tells of it
+    infold.merge(base, adapters, merged, undo=True, threads=1)
+
+    infold.undo(merged, tmp_path / "restored")
+
+    assert digests(base) == digests(tmp_path / "restored")
 
 
 @pytest.mark.parametrize("slices", [1, 2])

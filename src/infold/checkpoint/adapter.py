@@ -6,7 +6,7 @@ import os
 import threading
 import zipfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,6 +15,7 @@ import torch
 from infold.checkpoint.files import exists, locate, read_object, safe_child
 from infold.checkpoint.safetensors import open_regular, read_header
 from infold.checkpoint.shards import read_exactly
+from infold.checkpoint.stamps import Stamp, changes, stamp_of
 from infold.dtypes import NAMES, TORCH_DTYPES
 from infold.errors import CorruptFile, Refusal, StorageFailure
 
@@ -48,6 +49,8 @@ class Adapter:
     _loaded: Mapping[str, torch.Tensor] | None = None  # only for .bin
     _kept: dict[str, torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, compare=False, repr=False)
+    # of its files; none of what lies in an undo record
+    stamps: Mapping[Path, Stamp] = field(default_factory=dict, compare=False, repr=False)
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor `name`, in its stored dtype and shape, in memory of its own."""
@@ -95,6 +98,8 @@ class Adapter:
         except OSError as error:
             raise StorageFailure(f"{self.weights}: {error.strerror}") from error
         try:
+            if reasons := changes(self.weights, self.stamps.get(self.weights), fd):
+                raise Refusal(reasons)
             read_exactly(fd, memoryview(buffer), begin, self.weights)
         finally:
             os.close(fd)
@@ -102,16 +107,27 @@ class Adapter:
 
 
 def open_adapter(name: str | os.PathLike[str]) -> Adapter:
-    """Open a PEFT folder or a Hub id. Raises Refusal for what is no adapter."""
+    """Open a PEFT folder or a Hub id.
+
+    Raises Refusal for what is no adapter, and later, when it is read, for one that was changed.
+    """
     path = locate(name, ("adapter_*", "*.json"))
     if not path.is_dir():
         raise Refusal(f"{path}: an adapter is a folder with {CONFIG} and {WEIGHTS}")
     if not exists(path / CONFIG):
         hint = " (it looks like a base model)" if exists(path / "config.json") else ""
         raise Refusal(f"{path}: no {CONFIG}, so this is not a PEFT adapter{hint}")
-    config = read_object(safe_child(path, CONFIG))
+    stamps: dict[Path, Stamp] = {}
+
+    def stamped(name: str) -> Path:
+        """A file of it, before anything is read there."""
+        file = safe_child(path, name)
+        stamps[file] = stamp_of(file)
+        return file
+
+    config = read_object(stamped(CONFIG))
     if exists(path / WEIGHTS):
-        file = safe_child(path, WEIGHTS)
+        file = stamped(WEIGHTS)
         header = read_header(file)
         odd = [t for t in header.tensors.values() if t.dtype not in TORCH_DTYPES]
         if odd:
@@ -121,15 +137,14 @@ def open_adapter(name: str | os.PathLike[str]) -> Adapter:
         tensors = {
             t.name: AdapterTensor(t.dtype, t.shape, t.begin, t.end) for t in header.tensors.values()
         }
-        return Adapter(path, config, tensors, file)
+        return Adapter(path, config, tensors, file, stamps=stamps)
     if exists(path / PICKLE):
-        return _open_pickle(path, config)
+        return replace(_open_pickle(path, config, stamped(PICKLE)), stamps=stamps)
     raise Refusal(f"{path}: no {WEIGHTS}; the adapter's weights are missing")
 
 
-def _open_pickle(path: Path, config: dict[str, Any]) -> Adapter:
+def _open_pickle(path: Path, config: dict[str, Any], file: Path) -> Adapter:
     """A .bin adapter, by torch's weights_only unpickler, which runs no code of the file."""
-    file = safe_child(path, PICKLE)
     try:
         with open_regular(file) as stream:
             if _compressed(stream):  # torch never writes one; it could unpack to any size

@@ -14,11 +14,10 @@ A string array (a vocabulary) is walked over; nothing is allocated for its eleme
 from __future__ import annotations
 
 import math
-import os
 import re
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -32,6 +31,7 @@ from infold.checkpoint.safetensors import (
     TensorInfo,
     open_regular,
 )
+from infold.checkpoint.stamps import stamp_of
 from infold.errors import CorruptFile, Refusal, StorageFailure
 from infold.ggml import BLOCKS
 
@@ -163,7 +163,8 @@ def read_gguf_header(path: Path) -> Header:
     """
     try:
         with open_regular(path) as file:
-            return _parse(_Header(file, path, os.fstat(file.fileno()).st_size))
+            stamp = stamp_of(path, file.fileno())
+            return replace(_parse(_Header(file, path, stamp[0])), stamp=stamp)
     except OSError as error:
         raise StorageFailure(f"{path}: {error.strerror}") from error
 

@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from infold.checkpoint.shards import read_exactly
-from infold.errors import StorageFailure
+from infold.checkpoint.shards import Checkpoint, read_exactly
+from infold.checkpoint.stamps import changes
+from infold.errors import Refusal, StorageFailure
 
 __all__ = ["InputFiles"]
 
@@ -24,9 +25,14 @@ class _Opened:
 
 
 class InputFiles:
-    """Opens files when they are read, and closes those that were not read for longest."""
+    """Opens files when they are read, and closes those that were not read for longest.
 
-    def __init__(self) -> None:
+    Of the checkpoints given, which nobody may write meanwhile, no other file is ever opened than
+    the one whose header was read.
+    """
+
+    def __init__(self, *checkpoints: Checkpoint) -> None:
+        self._stamps = {s.path: s.header.stamp for c in checkpoints for s in c.shards}
         self._opened: dict[Path, _Opened] = {}  # the one that was used last comes last
         self._lock = threading.Lock()
 
@@ -34,10 +40,10 @@ class InputFiles:
     def use(self, path: Path) -> Iterator[int]:
         """The descriptor of a file, which stays open for the length of the block.
 
-        Raises StorageFailure when it cannot be opened.
+        Raises StorageFailure when it cannot be opened, Refusal where it was changed.
         """
         with self._lock:
-            opened = self._opened.pop(path, None) or _open(path)
+            opened = self._opened.pop(path, None) or self._open(path)
             opened.readers += 1
             self._opened[path] = opened
             idle = [p for p, other in self._opened.items() if not other.readers]
@@ -60,9 +66,12 @@ class InputFiles:
             os.close(opened.fd)
         self._opened.clear()
 
-
-def _open(path: Path) -> _Opened:
-    try:
-        return _Opened(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
-    except OSError as error:
-        raise StorageFailure(f"{path}: {error.strerror}") from error
+    def _open(self, path: Path) -> _Opened:
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise StorageFailure(f"{path}: {error.strerror}") from error
+        if reasons := changes(path, self._stamps.get(path), fd):
+            os.close(fd)
+            raise Refusal(reasons)
+        return _Opened(fd)

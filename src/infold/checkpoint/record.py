@@ -2,7 +2,8 @@
 
     magic       16 bytes
     frames      each: tensor u32, number u32, kind u8, length u64, 16 bytes of BLAKE3 (of payload
-                and head), then the payload; little-endian, in any order
+                and head), then the payload; little-endian, in any order, but those at FILE last; of
+                two of one block the later one counts
     manifest    the last frame (tensor MANIFEST): JSON, which says what the frames belong to
     trailer     offset of the manifest's frame u64, magic
 
@@ -54,10 +55,12 @@ class Frame:
     kind: int
     begin: int
     length: int
+    digest: bytes
 
 
 class RecordWriter:
-    """Writes frames, from any thread. `resume`: whole ones of an earlier run are kept."""
+    """Writes frames, from any thread. `resume`: whole ones of an earlier run are kept, but for
+    those at FILE, which end a record."""
 
     def __init__(self, path: Path, *, resume: bool = False) -> None:
         self.path, self._lock = path, threading.Lock()
@@ -70,27 +73,29 @@ class RecordWriter:
                 if self.end < len(MAGIC):
                     self.frames, self.end = {}, len(MAGIC)
                     write_fully(self.fd, memoryview(MAGIC), 0)
+                self._forget_files()
                 os.ftruncate(self.fd, self.end)
             except BaseException:
                 self.close()
                 raise
 
     def append(self, tensor: int, number: int, kind: int, payload: bytes) -> None:
-        """One frame. One that is there already is not written again: it is the same."""
+        """One frame. One that an earlier run has written is not written again where it is the same;
+        else, as where the base has changed since, this one counts."""
         digest = _digest(blake3(payload), tensor, number, kind, len(payload))
         with self._lock:
-            if (tensor, number) in self.frames:
+            earlier = self.frames.get((tensor, number))
+            if earlier is not None and earlier.digest == digest:
                 return
             head = _FRAME.pack(tensor, number, kind, len(payload), digest)
             begin = self.end + len(head)
             with storage_errors(self.path):
                 write_fully(self.fd, memoryview(head + payload), self.end)
             self.end = begin + len(payload)
-            self.frames[tensor, number] = Frame(kind, begin, len(payload))
+            self.frames[tensor, number] = Frame(kind, begin, len(payload), digest)
 
     def append_stream(self, number: int, pieces: Iterable[bytes]) -> int:
         """A frame of FILE, of any length; returns how many bytes it has."""
-        self.drop(FILE, number)
         with self._lock, storage_errors(self.path):
             start, position = self.end, self.end + _FRAME.size
             hasher = blake3()
@@ -103,19 +108,16 @@ class RecordWriter:
             head = _FRAME.pack(FILE, number, DATA, length, digest)
             write_fully(self.fd, memoryview(head), start)
             self.end = position
-            self.frames[FILE, number] = Frame(DATA, start + _FRAME.size, length)
+            self.frames[FILE, number] = Frame(DATA, start + _FRAME.size, length, digest)
         return length
 
-    def drop(self, tensor: int, number: int) -> None:
-        """Forget this frame, and cut off all that an earlier run wrote from there on."""
-        with self._lock:
-            old = self.frames.get((tensor, number))
-            if old is None:
-                return
-            self.frames = {k: f for k, f in self.frames.items() if f.begin < old.begin}
-            self.end = old.begin - _FRAME.size
-            with storage_errors(self.path):
-                os.ftruncate(self.fd, self.end)
+    def _forget_files(self) -> None:
+        """Go back to the end of the blocks."""
+        files = [frame for (tensor, _), frame in self.frames.items() if tensor >= FILE]
+        if files:
+            first = min(frame.begin for frame in files)
+            self.frames = {key: f for key, f in self.frames.items() if f.begin < first}
+            self.end = first - _FRAME.size
 
     def sync(self) -> None:
         with storage_errors(self.path):
@@ -251,7 +253,7 @@ def _scan(fd: int, path: Path, size: int) -> tuple[dict[Key, Frame], int]:
         read_exactly(fd, memoryview(head), position, path)
         tensor, number, kind, length, digest = _FRAME.unpack(head)
         begin = position + _FRAME.size
-        if length > size - begin or (tensor, number) in frames:
+        if length > size - begin:
             break
         hasher = blake3()
         for offset in range(0, length, _PIECE):
@@ -260,6 +262,6 @@ def _scan(fd: int, path: Path, size: int) -> tuple[dict[Key, Frame], int]:
             hasher.update(part)
         if _digest(hasher, tensor, number, kind, length) != digest:
             break
-        frames[tensor, number] = Frame(kind, begin, length)
+        frames[tensor, number] = Frame(kind, begin, length, digest)
         position = begin + length
     return frames, position

@@ -16,10 +16,11 @@ import math
 import os
 import stat
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from infold.checkpoint.stamps import Stamp, stamp_of
 from infold.errors import CorruptFile, StorageFailure
 
 __all__ = [
@@ -72,6 +73,7 @@ class Header:
     raw: bytes
     file_size: int
     table: int = 0  # of GGUF: where in `raw` the list of tensors begins
+    stamp: Stamp | None = None  # of the file, where the header was read from one
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -119,7 +121,8 @@ def read_header(path: Path) -> Header:
     """
     try:
         with open_regular(path) as file:
-            size = os.fstat(file.fileno()).st_size
+            stamp = stamp_of(path, file.fileno())
+            size = stamp[0]
             prefix = file.read(8)
             if len(prefix) < 8:
                 raise CorruptFile(f"{path}: {size} bytes are too few for a safetensors file")
@@ -136,7 +139,8 @@ def read_header(path: Path) -> Header:
             text = file.read(length)
     except OSError as error:
         raise StorageFailure(f"{path}: {error.strerror}") from error
-    return _check(path, prefix + text, parse_json(text, f"{path}: header"), size)
+    header = _check(path, prefix + text, parse_json(text, f"{path}: header"), size)
+    return replace(header, stamp=stamp)
 
 
 def header_of(raw: bytes, where: str) -> Header:

@@ -7,7 +7,8 @@ While a merge runs, everything lies in `.NAME.infold/` beside the output:
     output/   the future output
 
 Publishing is one rename of `output/`. With --force an existing output is exchanged in one step
-where the system can (Linux). A killed merge leaves only the hidden folder; the next one continues
+where the system can (Linux); else the old one is set aside in `replaced`, and stays there if neither
+of the two can have the name. A killed merge leaves only the hidden folder; the next one continues
 from what the journal tells, after checking it, or starts over where base or adapters differ.
 
 An output that is a single file is published by a rename for each file in `output/`: first those
@@ -57,7 +58,8 @@ class Progress:
 class Staging:
     """The hidden folder of one merge. Use as `with Staging(...) as staging`.
 
-    An InfoldError removes it; an interruption or a crash leaves it for the next run.
+    An InfoldError removes it, but where the next run has to finish its publishing; an interruption
+    or a crash leaves it for the next run.
     """
 
     writes = True
@@ -80,9 +82,7 @@ class Staging:
             try:
                 self._open()
             except BaseException as error:
-                if isinstance(error, Exception):
-                    self.discard()
-                self._release()
+                self.__exit__(type(error), error, None)
                 raise
         return self
 
@@ -265,6 +265,17 @@ class Staging:
 
     def publish(self) -> None:
         """Give the output its name. After this line returned it survives a power cut."""
+        try:
+            self._publish()
+        except StorageFailure as error:
+            if not self._half_published():
+                raise
+            raise StorageFailure(
+                f"{error}; nothing is lost: what has no name is kept in {self.folder}, and the "
+                f"next merge to {self.out} begins with giving it back"
+            ) from error
+
+    def _publish(self) -> None:
         with storage_errors(self.out):
             for folder, _, _ in os.walk(self.output):
                 sync_folder(Path(folder))
@@ -279,19 +290,29 @@ class Staging:
                 os.rename(self.output, self.out)
             elif not _exchange(self.output, self.out):
                 os.rename(self.out, self.folder / "replaced")
-                os.rename(self.output, self.out)
+                try:
+                    os.rename(self.output, self.out)
+                except OSError:
+                    os.rename(self.folder / "replaced", self.out)
+                    raise
             sync_folder(self.out.parent)
             self.discard()
 
     def _announce(self) -> None:
         """Tell the next run what is about to get its name."""
-        fd = os.open(self.folder / _PUBLISHING, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        marker = self.folder / _PUBLISHING
         try:
-            write_fully(fd, memoryview(json.dumps(os.listdir(self.output)).encode()), 0)
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        sync_folder(self.folder)
+            fd = os.open(marker, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+            try:
+                write_fully(fd, memoryview(json.dumps(os.listdir(self.output)).encode()), 0)
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            sync_folder(self.folder)
+        except OSError:
+            with suppress(OSError):
+                os.unlink(marker)  # nothing has got its name yet
+            raise
 
     def _move_files(self) -> None:
         """Give each file of a single-file output its name, the model's own last. What belonged to
@@ -329,9 +350,15 @@ class Staging:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: Any
     ) -> None:
-        if isinstance(error, Exception):
+        if isinstance(error, Exception) and not self._half_published():
             self.discard()
         self._release()
+
+    def _half_published(self) -> bool:
+        """Whether the old output, or a part of the new one, lies in the hidden folder alone."""
+        if (self.folder / _PUBLISHING).exists():
+            return self.output.is_dir() and any(self.output.iterdir())
+        return (self.folder / "replaced").exists() and not os.path.lexists(self.out)
 
 
 def write_fully(fd: int, view: memoryview, offset: int) -> None:

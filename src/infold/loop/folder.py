@@ -146,10 +146,12 @@ class Run:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise Refusal(f"{self.path}: another loop is running there right now") from None
+            with storage_errors(self.path):  # no locks on this file system, say
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    told = f"{self.path}: another loop is running there right now"
+                    raise Refusal(told) from None
             yield
         finally:
             os.close(lock)

@@ -24,7 +24,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -68,6 +68,7 @@ from infold.merge.prepare import (
     Prepared,
     block_size,
     digest_adapter,
+    refuse_changed,
     refuse_full,
 )
 from infold.merge.receipt import Receipt
@@ -194,7 +195,7 @@ def undo_in_place(
         return Undone(**settled.result)
     source = open_merged(folder)
     with source.record:
-        plan = source.undo_plan()
+        plan = source.undo_plan(in_place=True)
         _refuse(_obstacles(source.checkpoint, plan, source))
         prepared = _prepare(plan, folder, max_memory, device, threads, source)
         _check_space(prepared, plan, 0)
@@ -375,6 +376,7 @@ class _Edit:
     def __enter__(self) -> _Edit:
         path = self._own(JOURNAL)
         with storage_errors(path):
+            fresh = bool(self.what) and not os.path.lexists(path)
             flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_CREAT if self.what else 0)
             self.fd = os.open(path, flags, 0o644)
             try:
@@ -382,6 +384,12 @@ class _Edit:
                 mine = path.exists() and os.path.samestat(os.stat(path), os.fstat(self.fd))
             except BlockingIOError:
                 mine = False
+            except OSError:  # no locks on this file system, say
+                self._close()
+                if fresh:  # else nobody could read the folder any more, nor end this edit
+                    with suppress(OSError):
+                        os.unlink(path)
+                raise
             if not mine:
                 self._close()
                 raise Refusal(f"{self.folder}: is being edited in place right now")
@@ -510,6 +518,7 @@ class _Edit:
         return Settled(self.what, True, told["result"])
 
     def _write(self, result: Mapping[str, Any], plan: Plan, prepared: Prepared) -> None:
+        refuse_changed(plan)
         with storage_errors(self._own(STEP)):
             reserve(self._own(STEP), step_room(plan, prepared.limit, prepared.step))
             sync_folder(self.home)  # the record's name too: from here on it is needed

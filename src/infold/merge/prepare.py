@@ -21,6 +21,7 @@ from infold.checkpoint.shards import (
     open_checkpoint,
 )
 from infold.checkpoint.staging import staging_folder, storage_errors
+from infold.checkpoint.stamps import changes
 from infold.dtypes import TORCH_DTYPES
 from infold.edit.threads import one_torch_thread, usual_threads
 from infold.errors import Refusal, StorageFailure
@@ -45,6 +46,7 @@ __all__ = [
     "digest_adapter",
     "open_plan",
     "prepare",
+    "refuse_changed",
     "refuse_full",
 ]
 
@@ -133,6 +135,17 @@ def check_output(out: Path, plan: Plan, force: bool, *, replaces: bool = True) -
     inputs += [shard.path for shard in plan.base.shards]
     coming = {*plan.copied, *plan.rewritten, *(shard.name for shard in plan.shards)}
     check_place(out, inputs, coming, force, replaces=replaces)
+
+
+def refuse_changed(plan: Plan) -> None:
+    """To be called when all is read and nothing is final: refuse where a file of the base or of an
+    adapter is not the one that was opened. Nothing is read again for it."""
+    shards = (shard for base in plan.checkpoints for shard in base.shards)
+    stamps = {shard.path: shard.header.stamp for shard in shards}
+    for adapter in plan.adapters:
+        stamps |= adapter.stamps
+    if reasons := [why for path, stamp in stamps.items() for why in changes(path, stamp)]:
+        raise Refusal(reasons)
 
 
 def block_size(

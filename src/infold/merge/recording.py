@@ -204,7 +204,7 @@ def record_room(plan: Plan) -> int:
 def unkept(plan: Plan) -> list[str]:
     """Reasons why no record brings a base back bit for bit: what lies between the tensors of a GGUF
     file, which is nothing as a rule, is written as zeros where its layout changes."""
-    files = InputFiles()
+    files = InputFiles(plan.base)
 
     def stray(shard: Shard) -> bool:
         ends = [len(shard.header.raw), *(t.end for t in shard.header.tensors.values())]
@@ -229,7 +229,7 @@ def unkept(plan: Plan) -> list[str]:
 
 def _stored(base: Checkpoint, name: str) -> Iterator[bytes]:
     """The bytes of a tensor, some at a time."""
-    info, files = base.info(name), InputFiles()
+    info, files = base.info(name), InputFiles(base)
     try:
         for begin in range(info.begin, info.end, _PIECE):
             piece = bytearray(min(_PIECE, info.end - begin))

@@ -32,7 +32,7 @@ from infold.machine import peak_bytes
 from infold.merge.beside import smallest
 from infold.merge.convert import lost_updates, measured_error
 from infold.merge.losses import loss_of, rounding_notes
-from infold.merge.prepare import Prepared, check_output
+from infold.merge.prepare import Prepared, check_output, refuse_changed
 from infold.merge.receipt import Receipt
 from infold.merge.recording import Recording, block_of
 from infold.merge.stream import Streamed, stream
@@ -128,6 +128,7 @@ def _execute(
             peak_memory=peak_bytes(),
         )
         staging.write_bytes(companion(path, RECEIPT).name, receipt.to_file())
+        refuse_changed(over)
         if prepared.force:
             check_output(path, plan, True)  # what came meanwhile is not lost either
         staging.publish()
@@ -202,7 +203,7 @@ def _side_files(plan: Plan, place: Path) -> dict[str, str]:
 
 def finish_record(recording: Recording, receipt: Receipt, source: Merged | None) -> dict[str, Any]:
     """Write what is left of the record. Returns what the receipt tells of it."""
-    plan, writer, files = recording.plan, recording.writer, InputFiles()
+    plan, writer, files = recording.plan, recording.writer, InputFiles(recording.plan.base)
 
     def base(name: str, block: Block) -> Tensor:
         if source:
@@ -282,8 +283,10 @@ def _identity(prepared: Prepared) -> str:
     """What an interrupted run must have been doing, for its pieces to be of use."""
     plan, adapters, source = prepared.plan, prepared.digests, prepared.source
     hasher = blake3(f"infold {__version__}\n".encode())
-    for shard in plan.base.shards:
+    for shard in (shard for base in plan.checkpoints for shard in base.shards):
         hasher.update(os.fsencode(shard.name) + blake3(shard.header.raw).digest())
+        # a block may depend on more than what its digests cover: DoRA's norms, scales that follow
+        hasher.update(repr(shard.header.stamp).encode())
     for output in plan.shards:
         hasher.update(blake3(output.header.raw).digest())
     hasher.update(repr([plan.copied, sorted(plan.rewritten.items())]).encode())

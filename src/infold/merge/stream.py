@@ -125,7 +125,7 @@ def stream(
     Raises Refusal where values are not finite, with one reason for each tensor, its first element:
     after the first of them nothing more is written, but what is left of the edits is computed.
     """
-    files = InputFiles()
+    files = InputFiles(*plan.checkpoints)
     keeper = Keeper(staging, recording)
     if runs is None:
         runs = converted_runs(plan, device)

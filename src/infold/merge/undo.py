@@ -97,9 +97,11 @@ class Merged:
 
         return recall
 
-    def undo_plan(self) -> Plan:
-        """The way back, as a plan over what lies there. The shards have the base's names."""
-        names = sorted(self.record.manifest["base"]["shards"])
+    def undo_plan(self, *, in_place: bool = False) -> Plan:
+        """The way back, as a plan over what lies there. The shards have the base's names, or in
+        place those that they have: a merge can give a single file another one."""
+        there = [shard.name for shard in self.checkpoint.shards]
+        names = there if in_place else sorted(self.record.manifest["base"]["shards"])
         shards = tuple(
             OutputShard(names[number], was.header, number, was.header.raw == now.header.raw)
             for number, (was, now) in enumerate(

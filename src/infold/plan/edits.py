@@ -149,6 +149,11 @@ class Plan:
     conversion: Mapping[str, Any] | None = None  # how quantized modules are converted, for receipts
 
     @property
+    def checkpoints(self) -> tuple[Checkpoint, ...]:
+        """Those that values come from."""
+        return (self.base,) if self.original is None else (self.base, self.original)
+
+    @property
     def nbytes(self) -> int:
         """Size of the output in bytes, without side files that are only copied."""
         return sum(s.header.file_size for s in self.shards) + sum(map(len, self.rewritten.values()))

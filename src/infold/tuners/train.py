@@ -191,12 +191,18 @@ def _run_folder(
     try:
         with storage_errors(run):
             run.mkdir(parents=True, exist_ok=True)
+            fresh = not os.path.lexists(run / "lock")
             lock = os.open(run / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 told = f"{path}: another training is writing this output right now"
                 raise Refusal(told) from None
+            except OSError:  # no locks on this file system, say
+                if fresh:
+                    with suppress(OSError):
+                        os.unlink(run / "lock")
+                raise
             mine = True
             _open_run(run, path, identity, resume, force)
         yield run
