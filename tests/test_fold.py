@@ -112,7 +112,7 @@ class FakeModules:
     def limits(self) -> tuple[str, ...]:
         return self.clamps
 
-    def model_types(self) -> tuple[str, ...]:
+    def model_types(self, module: str) -> tuple[str, ...]:
         return self.types
 
 

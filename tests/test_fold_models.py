@@ -19,9 +19,13 @@ from torch import Tensor, nn
 
 import infold
 from infold.adapters import Settings
+from infold.checkpoint.shards import open_checkpoint
 from infold.plan.fold import PLAIN_VALUES, Part, Place, Unfoldable, fold
 from infold.plan.kinds import limits, model_types
+from infold.plan.match import Names
+from infold.plan.quantized import StoredModules
 from quantized_bases import Module
+from tiny_models import gemma3, llava
 
 SMALL = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -166,11 +170,16 @@ def dequantized(model: nn.Module, folder: Path, modules: dict[str, Module]) -> n
 
 def outputs(model: nn.Module) -> Tensor:
     torch.manual_seed(3)
-    tokens = torch.randint(1, 80, (2, 12))
-    extra = {"decoder_input_ids": tokens[:, :5]} if model.config.is_encoder_decoder else {}
+    tokens = torch.randint(3, 80, (2, 12))
+    seen = {"pixel_values": (2, 3, 32, 32), "input_features": (2, 80, 32), "input_values": (2, 800)}
+    name = model.main_input_name
+    inputs = {name: torch.randn(seen[name]).to(model.dtype) if name in seen else tokens}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = tokens[:, :5]
     with torch.no_grad():
-        logits: Tensor = model(input_ids=tokens, **extra).logits
-    return logits
+        found = model(**inputs)
+    made: Tensor = found.logits if "logits" in found else found.last_hidden_state
+    return made
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -217,7 +226,16 @@ TINY = {
     "n_positions": 64, "rotary_dim": 4, "embedding_size": 64, "num_experts": 4,
     "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
     "shared_expert_intermediate_size": 32,
-    "bos_token_id": 1, "eos_token_id": 2, "forced_eos_token_id": 2,
+    "bos_token_id": 1, "eos_token_id": 2, "forced_eos_token_id": 2, "max_source_positions": 16,
+    "max_target_positions": 64, "attention_types": [[["global", "local"], 1]], "image_size": 32,
+    "patch_size": 16, "projection_dim": 64,
+}  # fmt: skip
+# What models are of whose type there is no Auto class of a task that they have a head for.
+PARTS = {
+    "clip_text_model": "CLIPTextModel", "clip_vision_model": "CLIPVisionModel",
+    "siglip_text_model": "SiglipTextModel", "siglip_vision_model": "SiglipVisionModel",
+    "wav2vec2": "Wav2Vec2Model", "hubert": "HubertModel", "qwen3_vl_text": "Qwen3VLTextModel",
+    "whisper": "WhisperForConditionalGeneration",
 }  # fmt: skip
 
 
@@ -229,7 +247,10 @@ def tiny(kind: str) -> nn.Module:
     if type(config) not in auto._model_mapping:
         auto = hf.AutoModelForCausalLM
     torch.manual_seed(0)
-    model = auto.from_config(config, experts_implementation="eager").double().eval()
+    if kind in PARTS:
+        model = getattr(hf, PARTS[kind])(config).double().eval()
+    else:
+        model = auto.from_config(config, experts_implementation="eager").double().eval()
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     return model
@@ -269,7 +290,7 @@ class InMemory:
     def limits(self) -> set[str]:
         return limits(told(self.model))
 
-    def model_types(self) -> set[str]:
+    def model_types(self, module: str) -> set[str]:
         return self.types
 
 
@@ -312,3 +333,39 @@ def test_a_factor_of_values_is_one_of_what_attention_makes_of_them(calm: None, k
     change = (wanted - before).abs().max()
     assert change > 0
     assert ((moved - wanted).abs().max() < 1e-4 * change) == (kind in PLAIN_VALUES)
+
+
+SEEN = {**SMALL, "image_size": 32, "patch_size": 16, "projection_dim": 64}
+COMPOSITES = {
+    "clip": (lambda: hf.CLIPConfig(text_config=SMALL, vision_config=SEEN), "CLIPModel"),
+    "llava": (lambda: llava(False), "LlavaForConditionalGeneration"),
+    "gemma3": (lambda: gemma3(False), "Gemma3ForConditionalGeneration"),
+}
+TOWERS = {
+    "clip": {"vision": "clip_vision_model", "text": "clip_text_model"},
+    "llava": {"vision": "clip_vision_model", "language": "llama"},
+    "gemma3": {"vision": "siglip_vision_model", "language": "gemma3_text"},
+}
+
+
+@pytest.mark.parametrize("name", COMPOSITES)
+@pytest.mark.filterwarnings("ignore")
+def test_a_part_of_a_model_is_asked_for_its_own_type(tmp_path: Path, calm: None, name: str) -> None:
+    """By the names of the tensors that transformers writes: that of the whole is no type of
+    attention."""
+    config, kind = COMPOSITES[name]
+    getattr(hf, kind)(config()).save_pretrained(tmp_path)
+    base = open_checkpoint(tmp_path)
+    modules = StoredModules(base, Names(base.where))
+    values = [n.removesuffix(".weight") for n in base.where if n.endswith("v_proj.weight")]
+
+    found = {value: set(modules.model_types(value)) for value in values}
+
+    assert {type_ for types in found.values() for type_ in types} == set(TOWERS[name].values())
+    for part, type_ in TOWERS[name].items():
+        assert all(types == {type_} for value, types in found.items() if part in value)
+    for value in values:
+        if "vision" in value:
+            output = value.replace("v_proj", "out_proj")
+            places = fold(modules, output, "in", lambda: torch.ones(1))
+            assert [place.tensor for place in places] == [f"{value}.weight", f"{value}.bias"]

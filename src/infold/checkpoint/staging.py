@@ -7,9 +7,10 @@ While a merge runs, everything lies in `.NAME.infold/` beside the output:
     output/   the future output
 
 Publishing is one rename of `output/`. With --force an existing output is exchanged in one step
-where the system can (Linux); else the old one is set aside in `replaced`, and stays there if neither
-of the two can have the name. A killed merge leaves only the hidden folder; the next one continues
-from what the journal tells, after checking it, or starts over where base or adapters differ.
+where the system can (Linux); else the old one is set aside in `replaced`, and stays there if
+neither of the two can have the name. A killed merge leaves only the hidden folder; the next one
+continues from what the journal tells, after checking it, or starts over where base or adapters
+differ.
 
 An output that is a single file is published by a rename for each file in `output/`: first those
 that belong to it, then itself. Before the first a file `publishing` comes to the disk, and the next
@@ -31,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from infold.disk import new_folders, remove_empty, storage_errors, sync_folder
-from infold.errors import Refusal
+from infold.errors import Refusal, StorageFailure
 
 __all__ = [
     "Progress", "Staging", "copy_range", "new_folders", "staging_folder", "storage_errors",

@@ -92,8 +92,9 @@ class Modules(Protocol):
     def limits(self) -> Collection[str]:
         """Fields of the config that are set and clamp values inside of layers."""
 
-    def model_types(self) -> Collection[str]:
-        """What transformers calls this kind of model, and each part of it that has a config."""
+    def model_types(self, module: str) -> Collection[str]:
+        """What transformers calls the part of the model that a module is in, and each part of that
+        one that has a config."""
 
 
 # A projection back to the hidden size -> (gate, up) beside it, or (fused,): gate first, then up.
@@ -113,13 +114,22 @@ _PLAIN = {
     "fc_out": "fc_in",
     "lin2": "lin1",
 }
-_VALUES = {"o_proj": "v_proj", "out_proj": "v_proj", "o": "v"}
+_VALUES = {"o_proj": "v_proj", "out_proj": "v_proj", "dense": "v_proj", "o": "v"}
 # Models whose attention makes its output projection's inputs by a product with the values alone,
 # by transformers' forward; a test tries it on a small model of each.
 PLAIN_VALUES = frozenset(
-    "llama mistral mixtral qwen2 qwen3 qwen2_moe qwen3_moe gemma gemma2 gemma3_text cohere cohere2 "
-    "granite olmo olmo2 olmo3 smollm3 stablelm starcoder2 nemotron opt gptj bart mbart marian "
-    "pegasus t5 mt5 umt5 bert roberta xlm-roberta camembert electra".split()
+    # decoders
+    "llama mistral mixtral ministral ministral3 qwen2 qwen3 qwen2_moe qwen3_moe qwen3_vl_text "
+    "gemma gemma2 gemma3_text vaultgemma cohere cohere2 granite granitemoe olmo olmo2 olmo3 olmoe "
+    "smollm3 stablelm starcoder2 nemotron phi phimoe glm glm4 ernie4_5 exaone4 seed_oss arcee "
+    "llama4_text helium apertus opt gptj gpt_neo biogpt "
+    # encoders with decoders
+    "bart mbart marian pegasus plbart mvp blenderbot blenderbot-small m2m_100 nllb-moe whisper t5 "
+    "mt5 umt5 longt5 switch_transformers "
+    # encoders, of text, images and sound
+    "bert roberta xlm-roberta xlm-roberta-xl roberta-prelayernorm camembert electra ernie esm "
+    "mpnet rembert megatron-bert bert-generation data2vec-text layoutlm clip_text_model "
+    "clip_vision_model siglip_text_model siglip_vision_model wav2vec2 hubert".split()
 )
 KNOWN_NAMES = frozenset(
     [*_PLAIN, *_PLAIN.values(), *_VALUES, *_VALUES.values()]
@@ -243,7 +253,7 @@ def _power(base: Modules, maker: str) -> int:
 
 def _values(base: Modules, value: str, count: int) -> _Maker:
     """The values of an attention, where each head has its own."""
-    kinds = set(base.model_types())
+    kinds = set(base.model_types(value))
     unknown = kinds - PLAIN_VALUES
     if unknown or not kinds:
         told = f"of {', '.join(sorted(unknown))} " if unknown else ""

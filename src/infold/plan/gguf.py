@@ -236,7 +236,7 @@ class GgufModules:
     def limits(self) -> Collection[str]:
         return {key for key, value in self.metadata.items() if "clamp" in key and value}
 
-    def model_types(self) -> Collection[str]:
+    def model_types(self, module: str) -> Collection[str]:
         return {_MODEL_TYPES.get(self.kind, self.kind)}
 
     # --- orders

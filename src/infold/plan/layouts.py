@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from itertools import chain
+from typing import Any
 
 from infold.checkpoint.shards import Checkpoint
 
@@ -20,6 +21,7 @@ __all__ = [
     "leaf",
     "numeric",
     "other_ends",
+    "part_config",
     "text_keys",
     "vocabularies",
 ]
@@ -35,7 +37,14 @@ _CONV1D = {
     "clvp_decoder": _GPT2,
 }
 # What parts of a model are called in tensor names, where their configs are not called so
-_PARTS = {"language_model": "text_config", "text_model": "text_config"}
+_PARTS = {
+    "language_model": "text_config",
+    "text_model": "text_config",
+    "vision_model": "vision_config",
+    "vision_tower": "vision_config",
+    "visual": "vision_config",
+    "audio_tower": "audio_config",
+}
 
 INPUT_EMBEDDINGS = (
     "embed_tokens",
@@ -123,17 +132,27 @@ def _by_shape(base: Checkpoint, weight: str) -> bool | None:
     return length == shape[1:] if length in (shape[:1], shape[1:]) else None
 
 
+def _configs(base: Checkpoint, tensor: str) -> list[Mapping[str, Any]]:
+    """The model's config, and those nested in it, down to that of the part with a tensor."""
+    found: list[Mapping[str, Any]] = [base.config or {}]
+    for part in tensor.split("."):
+        for key in (part, f"{part}_config", _PARTS.get(part, "")):
+            if isinstance(below := found[-1].get(key), dict):
+                found.append(below)
+                break
+    return found
+
+
 def _kind(base: Checkpoint, tensor: str) -> str | None:
     """The model_type of the part of the model that a tensor belongs to, by the nested configs."""
-    config, kind = base.config or {}, None
-    for part in ("", *tensor.split(".")):
-        for key in (part, f"{part}_config", _PARTS.get(part, "")):
-            if part and isinstance(below := config.get(key), dict):
-                config = below
-                break
-        if isinstance(found := config.get("model_type"), str):
-            kind = found
-    return kind
+    told = (config.get("model_type") for config in reversed(_configs(base, tensor)))
+    return next((kind for kind in told if isinstance(kind, str)), None)
+
+
+def part_config(base: Checkpoint, tensor: str) -> Mapping[str, Any]:
+    """The config of the part of the model that a tensor belongs to; the model's own where names do
+    not tell the part."""
+    return _configs(base, tensor)[-1]
 
 
 def other_ends(base: Checkpoint) -> tuple[tuple[str, str], ...]:

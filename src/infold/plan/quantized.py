@@ -30,7 +30,7 @@ from infold.formats.values import VALUES, NoValues
 from infold.plan.edits import Decoded, Nested
 from infold.plan.fold import INSTEAD, Part, Place, Unfoldable
 from infold.plan.kinds import limits, model_types
-from infold.plan.layouts import is_conv1d
+from infold.plan.layouts import is_conv1d, part_config
 from infold.plan.match import Names
 
 __all__ = ["StoredModules", "quantization_of", "rotations", "strangers", "words_of"]
@@ -309,8 +309,8 @@ class StoredModules:
     def limits(self) -> Collection[str]:
         return limits(self.base.config or {})
 
-    def model_types(self) -> Collection[str]:
-        return model_types(self.base.config or {})
+    def model_types(self, module: str) -> Collection[str]:
+        return model_types(part_config(self.base, self._place(module) or module))
 
     def _fields(self, name: str) -> Iterator[Any]:
         """A field of the config wherever it stands: at the top or in a part of the model."""
