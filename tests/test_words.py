@@ -453,6 +453,41 @@ def test_an_adapter_of_another_base_is_noted_and_a_local_copy_is_not(
     assert len(plan["notes"]) == noted
 
 
+def test_a_shard_that_is_given_for_the_base_is_told_from_a_wrong_one(tmp_path: Path) -> None:
+    tensors = {f"{name}.weight": torch.ones(8, 8) for name in LINEARS}
+    base = handmade.base_folder(tmp_path / "base", tensors, shards=3)
+    shard = base / "model-00001-of-00003.safetensors"
+    adapter = handmade.lora(tmp_path / "adapter", LINEARS)
+    told = f"{shard}: is one shard of 3, and the base is all of them: give their folder, {base}"
+
+    with pytest.raises(infold.Refusal) as refused:
+        infold.merge(shard, adapter, tmp_path / "out")
+    assert refused.value.reasons[0] == told
+    ran = run("merge", shard, adapter, "--out", tmp_path / "out")
+    assert ran.returncode == 2 and ran.stderr.startswith(f"infold: {told}\n")
+    with pytest.raises(infold.Refusal) as refused:
+        infold.merge(base, handmade.lora(tmp_path / "wrong", {"no": (8, 8)}), tmp_path / "out")
+    assert "one shard" not in str(refused.value)
+
+    inside = handmade.lora(tmp_path / "inside", {next(iter(LINEARS)): (8, 8)})
+    notes = infold.merge(shard, inside, tmp_path / "out", dry_run=True)["notes"]
+    assert notes[0] == f"{told}; the output is the base's one file, and no whole model"
+
+
+def test_what_is_not_known_without_a_config_is_one_note(tmp_path: Path) -> None:
+    base = handmade.base_folder(tmp_path / "base", {"a.weight": torch.zeros(4, 4)})
+    adapter = handmade.lora(tmp_path / "adapter", {"a": (4, 4)})
+    file, told = base / "model.safetensors", "there is no config.json, so names and shapes alone"
+
+    assert infold.merge(base, adapter, tmp_path / "out", dry_run=True)["notes"] == []
+    (note,) = infold.merge(file, adapter, tmp_path / "out", dry_run=True)["notes"]
+    assert told in note and note.endswith(f"; give {base}, which has one")
+    (base / "config.json").unlink()
+    for given in (base, file):
+        (note,) = infold.merge(given, adapter, tmp_path / "out", dry_run=True)["notes"]
+        assert note.startswith(f"{given}: {told}") and note.endswith("changes both")
+
+
 def test_the_folder_that_an_adapter_was_trained_on_is_never_doubted(tmp_path: Path) -> None:
     base = handmade.base_folder(tmp_path / "Llama-7B", {"a.weight": torch.zeros(4, 4)})
     (tmp_path / "Other-3B").symlink_to(base)
