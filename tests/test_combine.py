@@ -522,7 +522,10 @@ def test_values_that_are_not_finite_are_all_listed(tmp_path: Path) -> None:
 
     text = refused(given, tmp_path / "out")
 
-    assert f"{Q}.ia3_l: 1 elements are NaN or inf" in text and f"{K}.ia3_l: 1 elements" in text
+    assert (
+        f"{Q}.ia3_l: NaN or inf in 1 element" in text
+        and f"{K}.ia3_l: NaN or inf in 1 element" in text
+    )
 
 
 def test_a_negative_scale_is_named_with_its_module(tmp_path: Path) -> None:
@@ -534,7 +537,7 @@ def test_a_negative_scale_is_named_with_its_module(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "options", "words"),
     [
-        ("cat", {"weights": [1.0]}, "2 adapters, but 1 weights"),
+        ("cat", {"weights": [1.0]}, "2 adapters, but 1 weight;"),
         ("product", {}, "no way to combine lora"),
         ("linear", {"density": 0.5}, "no use for a density"),
         ("linear", {"majority_sign": "frequency"}, "no use for a majority sign"),

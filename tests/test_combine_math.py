@@ -399,7 +399,7 @@ def test_parts_that_cannot_be_combined() -> None:
         combine("lora", [grouped], [1], "cat")
     with pytest.raises(Refusal, match="only ia3 and lora"):
         combine("dora", [dora], [1], "cat")
-    with pytest.raises(Refusal, match="2 adapters and 1 weights"):
+    with pytest.raises(Refusal, match="2 adapters and 1 weight"):
         combine("lora", PAIR, [1], "cat")
     with pytest.raises(Refusal, match="finite"):
         combine("lora", PAIR, [1, float("nan")], "cat")

@@ -488,6 +488,58 @@ def test_a_file_and_what_belongs_to_it(base: Path, adapter: Path, tmp_path: Path
     assert told["GGUF Q4_K"] == (8, None)
 
 
+def test_a_file_is_known_by_what_it_begins_with(base: Path, adapter: Path, tmp_path: Path) -> None:
+    """As Ollama's, which have digests for names. What goes with a merged file goes by its name."""
+    blob = tmp_path / "blobs" / "sha256-0f1e"
+    blob.parent.mkdir()
+    shutil.copy(base, blob)
+    infold.merge(base, adapter, tmp_path / "wanted.gguf")
+
+    for out, file in (("m.gguf", "m.gguf"), ("folder", "folder/sha256-0f1e.gguf")):
+        infold.merge(blob, adapter, tmp_path / out, undo=True)
+        assert (tmp_path / file).read_bytes() == (tmp_path / "wanted.gguf").read_bytes()
+        assert infold.verify(tmp_path / out).ok and infold.verify(blob, adapter, tmp_path / out).ok
+        infold.undo(tmp_path / out, tmp_path / f"back-{out}")
+    assert (tmp_path / "back-m.gguf").read_bytes() == base.read_bytes()
+    assert os.listdir(tmp_path / "back-folder") == ["sha256-0f1e.gguf"]
+    assert infold.inspect(blob)["model_type"] == "llama"
+    (tmp_path / "m.gguf").rename(tmp_path / "m.bin")
+    for use in (
+        lambda: infold.merge(blob, adapter, in_place=True),
+        lambda: infold.undo(tmp_path / "m.bin", tmp_path / "no.gguf"),
+        lambda: infold.verify(tmp_path / "m.bin"),
+    ):
+        with pytest.raises(infold.Refusal, match=r"It holds GGUF: call it \S+\.gguf"):
+            use()
+    assert os.listdir(blob.parent) == [blob.name] and blob.read_bytes() == base.read_bytes()
+
+
+def test_what_wants_a_folder_says_so(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(infold.Refusal, match="of a GGUF file give the folder that it was"):
+        infold.bench(base, tmp_path)
+    with pytest.raises(infold.Refusal, match="give the model's folder; of a GGUF file the one it"):
+        infold.train(base, tmp_path, tmp_path / "out")
+
+
+def test_what_the_output_will_be_is_said(base: Path, adapter: Path, tmp_path: Path) -> None:
+    out = tmp_path / "merged"
+    told = f"{out} is a folder, with model.gguf in it; for a file write {out}.gguf"
+    for given, noted in ((base, True), (base.parent, False)):
+        plan = infold.merge(given, adapter, out, dry_run=True)
+        assert (told in plan["notes"]) == noted
+    assert told in infold_command("merge", base, adapter, "--out", out, "--dry-run").stdout
+    plain = handmade.base_folder(tmp_path / "plain", {"v.weight": torch.ones(4, 4)})
+    scales = handmade.ia3(tmp_path / "v", {"v": torch.ones(4, 1)})
+
+    for ending in ("GGUF", "safetensors", "bin"):
+        for inputs in ((base, adapter), (plain, scales)):
+            with pytest.raises(infold.Refusal, match=rf"folder, as {out}; .* file, as {out}.gguf"):
+                infold.merge(*inputs, tmp_path / f"merged.{ending}")
+    with pytest.raises(infold.Refusal, match=rf"does not convert it; give a folder, as {out}$"):
+        infold.merge(plain, scales, tmp_path / "merged.gguf")
+    assert not list(tmp_path.glob("*merged*"))
+
+
 def test_what_an_output_replaces(base: Path, adapter: Path, tmp_path: Path) -> None:
     out, other = tmp_path / "merged.gguf", scaling(tmp_path / "other", 9)
     infold.merge(base, adapter, out)

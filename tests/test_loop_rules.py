@@ -35,7 +35,7 @@ def accepting(base: Path, run: Path, **changed: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("stop", "ended", "iterations"),
     [
-        ({"patience": 1}, "no gain in 1 iterations: iteration 0 is still the best", 1),
+        ({"patience": 1}, "no gain in 1 iteration: iteration 0 is still the best", 1),
         ({"patience": 2}, "no gain in 2 iterations: iteration 0 is still the best", 2),
         ({"minutes": 1e-6}, r"\d+\.\d minutes are spent, of 1e-06", 0),
     ],
@@ -98,6 +98,34 @@ def test_a_quantized_base_is_refused_before_anything_is_collected(
         infold.Loop(settings(folder, tmp_path / "run")).run()
 
     assert not (tmp_path / "run").exists()
+
+
+def test_a_base_that_is_a_file_is_refused_before_anything_is_collected(
+    base: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(Refusal, match=r"model\.safetensors: no folder with a config\.json"):
+        infold.Loop(settings(base / "model.safetensors", tmp_path / "run")).run()
+
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_training_refuses_is_told_by_the_keys_of_the_configuration(
+    base: Path, tmp_path: Path
+) -> None:
+    config = accepting(base, tmp_path / "run")
+    config["train"] = config["train"] | {"max_length": 2}
+
+    with pytest.raises(Refusal, match=r"^iteration 1, train: (.|\n)*or choose train\.too_long cut"):
+        infold.Loop(config).run()
+
+
+def test_held_out_problems_that_are_gone_are_not_made_anew(base: Path, tmp_path: Path) -> None:
+    """The scores that are there were of others, perhaps."""
+    infold.Loop(accepting(base, tmp_path / "run", iterations=1)).run()
+    (tmp_path / "run" / "held_out.json").unlink()
+
+    with pytest.raises(Refusal, match=r"held_out\.json: is gone.*put it back, or take another run"):
+        infold.Loop(accepting(base, tmp_path / "run", iterations=2)).run()
 
 
 def test_a_control_without_steps_would_train_longer(base: Path, tmp_path: Path) -> None:

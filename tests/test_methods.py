@@ -225,6 +225,14 @@ def test_what_it_prints_fits_a_terminal(
     assert f"bottleneck double_seq_bn was not run: {measured[-1]['why']}" in text
 
 
+def test_what_libraries_say_is_not_printed() -> None:
+    """In a process of its own: most of it is said by imports."""
+    tried = "from infold.methods import table; table.peft_types(); print(table._tried('LORA'))"
+    ran = subprocess.run([sys.executable, "-c", tried], capture_output=True, text=True)
+
+    assert (ran.stdout, ran.stderr) == ("('yes', False)\n", "")
+
+
 def test_a_bar_moves_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """PEFT and its forty types take half a minute to load and try."""
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infold.errors import CorruptFile, Refusal, StorageFailure
-from infold.tuners.data import read_data
+from infold.tuners.data import Offences, read_data
 from infold.tuners.tokens import IGNORED, Collator, Tokens, class_names, encode, pack
 from training import CHAT, new_tokenizer, write_jsonl
 
@@ -122,7 +122,7 @@ def test_csv_lines_are_those_of_an_editor(tmp_path: Path) -> None:
     with pytest.raises(Refusal) as refused:
         read_data(tmp_path / "d.csv")
 
-    assert "d.csv, line 4: has 1 fields, and the header has 2" in str(refused.value)
+    assert "d.csv, line 4: has 1 field, and the header has 2" in str(refused.value)
     assert "d.csv, line 5: field 'completion' is empty" in str(refused.value)
 
 
@@ -155,15 +155,46 @@ def test_csv_that_is_not_utf8_tells_the_line(tmp_path: Path) -> None:
         read_data(tmp_path / "d.csv")
 
 
-def test_all_offenders_are_counted_and_the_first_twenty_told(tmp_path: Path) -> None:
-    rows = [COMPLETION] * 10 + [{"prompt": 1, "completion": ""}] * 30
+def test_what_is_wrong_with_many_rows_is_told_of_three_and_counted(tmp_path: Path) -> None:
+    """And what is wrong with one of them is not lost among them."""
+    rows = [COMPLETION] * 10 + [{"prompt": 1, "completion": ""}] * 3000
+    rows[2000] = {"prompt": "a"}
 
     with pytest.raises(Refusal) as refused:
         read_data(write_jsonl(tmp_path / "d.jsonl", rows))
 
+    lines = (11, 12, 13)
+    assert str(refused.value).splitlines() == [
+        f"{tmp_path / 'd.jsonl'}: 3,000 of 3,010 rows cannot be used",
+        *(f"  d.jsonl, line {n}: field 'prompt' must be text, not a whole number" for n in lines),
+        "  and 2,996 more like these",
+        *(f"  d.jsonl, line {n}: field 'completion' is empty" for n in lines),
+        "  and 2,996 more like these",
+        "  d.jsonl, line 2001: field 'completion' is missing",
+    ]
+
+
+def test_numbers_in_a_message_make_no_other_kind(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "completion": "b" * (30 + n)} for n in range(1000)]
+
+    with pytest.raises(Refusal) as refused:
+        tokens_of(rows, tmp_path, limit=20)
+
     lines = str(refused.value).splitlines()
-    assert lines[0].endswith("30 of 40 rows cannot be used")
-    assert len(lines) == 22 and "line 20:" in lines[20] and lines[21] == "  and 40 more"
+    assert len(lines) == 5 and lines[3].startswith("  d.jsonl, line 3: has 35 tokens, 15 more than")
+    assert lines[4] == "  and 997 more like these"
+
+
+def test_kinds_beyond_the_twentieth_are_counted() -> None:
+    wrong = Offences()
+    for n in range(50):
+        wrong.add(f"line {n}", f"is wrong as {chr(97 + n % 25)}")
+
+    with pytest.raises(Refusal) as refused:
+        wrong.refuse("d.jsonl", 100)
+
+    lines = str(refused.value).splitlines()
+    assert len(lines) == 42 and lines[-1] == "  and 10 more of other kinds"
 
 
 def test_unknown_fields_are_told_and_can_be_renamed(tmp_path: Path) -> None:
@@ -353,7 +384,7 @@ def test_rows_that_are_too_long_are_refused_cut_or_dropped(tmp_path: Path) -> No
     assert [len(row.ids) for row in kept][1:] == [20] and changed == 1
     with pytest.raises(Refusal, match="line 3: none of its first 20 tokens is to be learnt"):
         tokens_of(rows, tmp_path, limit=20, too_long="cut")
-    with pytest.raises(Refusal, match="all 1 rows are longer than 20 tokens"):
+    with pytest.raises(Refusal, match="its only row is longer than 20 tokens"):
         tokens_of(rows[1:2], tmp_path, limit=20, too_long="drop")
 
 

@@ -626,7 +626,7 @@ def test_inputs_that_are_not_there(made: Scene, tmp_path: Path) -> None:
     (made.folder / RECEIPT).unlink()
     with pytest.raises(Refusal, match="give base and adapters"):
         infold.verify(None, [], made.folder)
-    with pytest.raises(Refusal, match="is neither a folder nor a GGUF file"):
+    with pytest.raises(Refusal, match=r"is neither a folder nor a \.gguf file"):
         infold.verify(made.base, made.adapters, tmp_path / "nowhere")
     with pytest.raises(Refusal, match="without a base"):
         infold.verify(None, made.adapters, made.folder)

@@ -92,6 +92,14 @@ def test_a_right_merge_passes(dtype: str, tmp_path: Path) -> None:
     assert "control" not in found.differences and not found.notes
 
 
+def test_a_base_of_another_name_is_run_too(tmp_path: Path) -> None:
+    base, adapter = new_base(tmp_path / "base", "Q8_0"), ia3(tmp_path / "ia3")
+    base = base.rename(base.with_name("sha256-0f1e"))
+    infold.merge(base, adapter, tmp_path / "merged.gguf")
+
+    assert prove(base, adapter, tmp_path / "merged.gguf").ok
+
+
 @pytest.mark.parametrize("dtype", ["IQ1_M", "IQ2_XS", "TQ1_0"])
 def test_types_that_consist_of_tables(dtype: str, tmp_path: Path) -> None:
     """A vector goes into their scales, or with --dequantize a LoRA beside their values."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import sys
 import time
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from forked import INFOLD, infold_command
 from handmade import RECEIPT
 from infold.cli.edits import edits_text
 from infold.cli.main import app
+from infold.cli.place import PATHS, with_home
 
 LAYERS = 12
 LINEARS = {f"model.layers.{n}.{m}": (8, 8) for n in range(LAYERS) for m in ("q_proj", "k_proj")}
@@ -486,6 +488,41 @@ def test_an_adapter_of_another_base_is_noted_and_a_local_copy_is_not(
     assert len(plan["notes"]) == noted
 
 
+def test_a_shard_that_is_given_for_the_base_is_told_from_a_wrong_one(tmp_path: Path) -> None:
+    tensors = {f"{name}.weight": torch.ones(8, 8) for name in LINEARS}
+    base = handmade.base_folder(tmp_path / "base", tensors, shards=3)
+    shard = base / "model-00001-of-00003.safetensors"
+    adapter = handmade.lora(tmp_path / "adapter", LINEARS)
+    told = f"{shard}: is one shard of 3, and the base is all of them: give their folder, {base}"
+
+    with pytest.raises(infold.Refusal) as refused:
+        infold.merge(shard, adapter, tmp_path / "out")
+    assert refused.value.reasons[0] == told
+    ran = run("merge", shard, adapter, "--out", tmp_path / "out")
+    assert ran.returncode == 2 and ran.stderr.startswith(f"infold: {told}\n")
+    with pytest.raises(infold.Refusal) as refused:
+        infold.merge(base, handmade.lora(tmp_path / "wrong", {"no": (8, 8)}), tmp_path / "out")
+    assert "one shard" not in str(refused.value)
+
+    inside = handmade.lora(tmp_path / "inside", {next(iter(LINEARS)): (8, 8)})
+    notes = infold.merge(shard, inside, tmp_path / "out", dry_run=True)["notes"]
+    assert notes[0] == f"{told}; the output is the base's one file, and no whole model"
+
+
+def test_what_is_not_known_without_a_config_is_one_note(tmp_path: Path) -> None:
+    base = handmade.base_folder(tmp_path / "base", {"a.weight": torch.zeros(4, 4)})
+    adapter = handmade.lora(tmp_path / "adapter", {"a": (4, 4)})
+    file, told = base / "model.safetensors", "there is no config.json, so names and shapes alone"
+
+    assert infold.merge(base, adapter, tmp_path / "out", dry_run=True)["notes"] == []
+    (note,) = infold.merge(file, adapter, tmp_path / "out", dry_run=True)["notes"]
+    assert told in note and note.endswith(f"; give {base}, which has one")
+    (base / "config.json").unlink()
+    for given in (base, file):
+        (note,) = infold.merge(given, adapter, tmp_path / "out", dry_run=True)["notes"]
+        assert note.startswith(f"{given}: {told}") and note.endswith("changes both")
+
+
 def test_the_folder_that_an_adapter_was_trained_on_is_never_doubted(tmp_path: Path) -> None:
     base = handmade.base_folder(tmp_path / "Llama-7B", {"a.weight": torch.zeros(4, 4)})
     (tmp_path / "Other-3B").symlink_to(base)
@@ -617,12 +654,73 @@ def test_short_help() -> None:
     assert run("merge", "-h").stdout.startswith("Usage: infold merge")
 
 
+def test_the_command_alone_is_the_help() -> None:
+    ran = run()
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, run("--help").stdout, "")
+
+
+def test_help_has_words_and_no_types_of_python() -> None:
+    for verb in (command.callback.__name__ for command in app.registered_commands):
+        told = CliRunner().invoke(app, [verb, "--help"], prog_name="infold").output
+
+        assert told.startswith(f"Usage: infold {verb} [OPTIONS]")
+        assert not re.search(r"<(str|int|float|list|path)\b|\{[A-Z]|\b(INTEGER|FLOAT)\b", told), (
+            told
+        )
+    usage = CliRunner().invoke(app, ["bench", "--help"], prog_name="infold").output.splitlines()[0]
+    assert usage == "Usage: infold bench [OPTIONS] BASE ADAPTER [MERGED]"
+
+
 def test_empty_paths_are_told(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     for words in (["merge", "", inputs[1]], ["merge", inputs[0], ""], ["inspect", ""]):
         more = ["--out", "out"] if words[0] == "merge" else []
         ran = run(*words, *more, cwd=tmp_path)
         assert ran.returncode == 2 and "an empty path was given" in ran.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tilde_that_the_shell_left_alone_is_the_home_folder(
+    inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of options and of arguments; what is called so, and is no user's home, stays what it is."""
+    (tmp_path / "home").mkdir()
+    (tmp_path / "~nobody-of-this-name").symlink_to(inputs[0])
+    (tmp_path / "home" / "adapter").symlink_to(inputs[1])
+    told = {**os.environ, "HOME": str(tmp_path / "home")}
+    ran = infold_command(
+        "merge", "~nobody-of-this-name", "~/adapter", "--out=~/new/m", "--json",
+        cwd=tmp_path, env=told,
+    )  # fmt: skip
+
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads(ran.stdout)["out"] == str(tmp_path / "home" / "new" / "m")
+    assert infold_command("inspect", "~/new/m", cwd=tmp_path, env=told).returncode == 0
+    assert {p.name for p in tmp_path.iterdir()} == {"home", "~nobody-of-this-name"}
+    named = with_home({"path": "~root", "out": Path("~"), "prompt": "~/x", "record": ["~", "a/~"]})
+    (tmp_path / "~root").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert with_home({"path": "~root"}) == {"path": "~root"}
+    home = os.path.expanduser("~")
+    assert named["path"] == os.path.expanduser("~root") != "~root", "a user's"
+    assert (named["out"], named["prompt"]) == (Path(home), "~/x")
+    assert named["record"] == [home, "a/~"]
+
+
+def test_every_argument_that_is_a_text_is_known_as_a_path_or_as_none() -> None:
+    """A new option would else forget the `~`."""
+    texts = {
+        "device", "dtype", "feedforward", "fields", "kind", "labels", "licence", "majority_sign",
+        "max_memory", "method", "parameters", "prompt", "schedule", "targets", "task", "template",
+        "tokens", "too_long", "weights",
+    }  # fmt: skip
+    found = {
+        name
+        for command in app.registered_commands
+        for name, kind in get_type_hints(command.callback).items()
+        if name != "return" and re.search(r"\b(str|Path)\b", str(kind))
+    }
+
+    assert found - texts == PATHS and texts - found == set()
 
 
 def test_reasons_that_are_not_alike_stay_lines_and_the_rest_is_counted(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Sizes in bytes, as people write and read them."""
+"""Sizes in bytes and counts, as people write and read them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 from infold.errors import Refusal
 
-__all__ = ["bytes_text", "parse_bytes"]
+__all__ = ["bytes_text", "parse_bytes", "plural"]
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
@@ -33,3 +33,8 @@ def bytes_text(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} TB"
+
+
+def plural(word: str, count: int) -> str:
+    """`1 shard`, `4 shards`."""
+    return f"{count:,} {word}" if count == 1 else f"{count:,} {word}s"

@@ -198,7 +198,7 @@ def test_a_diverged_adapter_is_refused_listing_all_tensors(
         tensor[1, 2] = value
     save_file(tensors, adapter / WEIGHTS)
 
-    message = refused(base, adapter, "1 elements are NaN or inf", kind=infold.Refusal)
+    message = refused(base, adapter, "NaN or inf in 1 element", kind=infold.Refusal)
 
     assert all(name in message for name in tensors)
 

@@ -31,6 +31,7 @@ from torch import Tensor
 from infold.adapters.exact import slices_for
 from infold.adapters.settings import Settings
 from infold.errors import Refusal
+from infold.sizes import plural
 
 __all__ = ["KINDS", "check_options", "check_shapes", "combine", "prunes"]
 
@@ -95,7 +96,7 @@ def check_options(
     if kind not in KINDS[method]:
         problems.append(f"{kind!r} is no way to combine {method}; there are {_listed(method)}")
     if not all(math.isfinite(weight) for weight in weights):
-        problems.append(f"weights {list(weights)} must be finite numbers")
+        problems.append(f"weights {', '.join(map(str, weights))}: must be finite numbers")
     if prunes(kind) and density is None:
         problems.append(f"{kind} needs a density: the share of elements to keep, such as 0.5")
     if density is not None and not 0 < density <= 1:
@@ -184,7 +185,7 @@ def combine(
         svd_clamp=svd_clamp,
     )  # fmt: skip
     if not problems and (not entries or len(entries) != len(weights)):
-        problems = [f"{len(entries)} adapters and {len(weights)} weights"]
+        problems = [f"{plural('adapter', len(entries))} and {plural('weight', len(weights))}"]
     shapes = [{name: part.shape for name, part in parts.items()} for parts, _ in entries]
     problems = problems or check_shapes(method, kind, shapes)
     if len({settings.side for _, settings in entries}) > 1:

@@ -59,7 +59,8 @@ def merge(
 ) -> Receipt | dict[str, Any]:
     """Merge adapters, in the order given and with one rounding at the end, into a new checkpoint.
 
-    base: a folder, a .safetensors file or a Hub id. adapters: PEFT folders or Hub ids.
+    base: a folder, a .safetensors or GGUF file, or a Hub id. adapters: PEFT folders or Hub ids.
+    out: a new folder, or of a GGUF base a .gguf file.
     max_memory: for buffers and factors, on top of what Python and PyTorch take: bytes, or a text
     such as "512MiB". device: "cpu", "cuda" or "cuda:N". threads: by default the processors, at
     most 8. dry_run: check everything, write nothing, and return the plan as JSON-ready values;
@@ -102,7 +103,7 @@ def merge(
         plan, out, max_memory=max_memory, device=device, threads=threads, force=force, undo=undo
     )
     if dry_run:
-        return plan.summary()
+        return prepared.plan.summary()
     names = os.fspath(base), [os.fspath(a) for a in given]
     return execute(prepared, sha256=sha256, progress=progress, names=names)
 
@@ -117,10 +118,10 @@ def undo(
     in_place: bool = False,
     progress: Progress | None = None,
 ) -> Undone:
-    """Restore the base of a merged folder that has an undo record, byte for byte.
+    """Restore the base of a merged folder or GGUF file that has an undo record, byte for byte.
 
-    Neither base nor adapters are needed. out: the new folder; in_place: turn the folder itself
-    back into the base, instead of `out`. The other arguments are those of `merge`.
+    Neither base nor adapters are needed. out: the new folder or .gguf file; in_place: turn the
+    model itself back into the base, instead of `out`. The other arguments are those of `merge`.
     Raises Refusal (CorruptFile) where there is no record, or it is damaged or of another output,
     before anything is written; where the shards were changed, nothing is left. StorageFailure as
     `merge` does.
@@ -154,7 +155,7 @@ def swap(
     lossy: bool = False,
     progress: Progress | None = None,
 ) -> Receipt:
-    """Undo a merged folder and merge other adapters, in one pass and without the base.
+    """Undo a merged folder or GGUF file and merge other adapters, in one pass, without the base.
 
     The output is what merging the base with `adapters` would give, with an undo record. `merged`
     must have one, too. The arguments are those of `merge`; raises as `undo` and `merge` do.
@@ -236,7 +237,7 @@ def combine(
 
 
 def inspect(path: PathLike, *, base: PathLike | None = None) -> dict[str, Any]:
-    """Describe an adapter, a checkpoint or a merged folder, as JSON-ready values.
+    """Describe an adapter, a checkpoint (a GGUF file too) or a merged model, JSON-ready.
 
     `kind` in the result tells which of the three it is. base: for an adapter, the checkpoint whose
     tensors it would edit. Raises Refusal for what is none of them, for a receipt that infold did
@@ -290,11 +291,11 @@ def verify(
     new_tokens: int = 32,
     device: str = "cpu",
 ) -> Verdict:
-    """Prove that a merged folder is what base and adapters make, byte for byte.
+    """Prove that a merged folder or GGUF file is what base and adapters make, byte for byte.
 
     `verify(merged)` takes base and adapters from the receipt, and checks their digests;
     `verify(base, adapters, merged)` takes those that are given.
-    outputs: also run the base with its adapters unmerged, and the merged folder, and compare their
+    outputs: also run the base with its adapters unmerged, and the merged model, and compare their
     logits (docs/verify.md; needs transformers). prompts, text: files for that, one prompt a line.
     new_tokens: of each greedy continuation. device: "cpu", "cuda" or "cuda:N", for the outputs.
     What running found is kept in records/outputs.json of the merged folder, for `checklist`.

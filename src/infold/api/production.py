@@ -185,7 +185,7 @@ def report(
 ) -> Path:
     """Write one self-contained page of what was merged, measured and checked (docs/report.md).
 
-    folder: a merged folder, or one of JSON records. out: the .html or .md file; by default
+    folder: a merged folder or GGUF file, or JSON records. out: the .html or .md file; by default
     NAME-report.html here. record: JSON records from elsewhere. Returns the page's path.
     Raises Refusal (no records, shards that changed after the merge), CorruptFile, StorageFailure.
     """

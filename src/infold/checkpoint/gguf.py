@@ -155,6 +155,18 @@ class _Header:
             self.at = end
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether a file begins as GGUF does, whatever it is called: Ollama's have digests for names.
+
+    Raises StorageFailure when it cannot be read.
+    """
+    try:
+        with open_regular(path) as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError as error:
+        raise StorageFailure(f"{path}: {error.strerror}") from error
+
+
 def read_gguf_header(path: Path) -> Header:
     """Parse and check the header of the GGUF file at `path`. Its `metadata` are the file's keys.
 

@@ -12,6 +12,7 @@ from infold.checkpoint.files import read_json, walk
 from infold.checkpoint.record import UNDO
 from infold.checkpoint.shards import (
     CARD,
+    GGUF,
     JOURNAL,
     RECEIPT,
     companion,
@@ -23,6 +24,20 @@ from infold.checkpoint.staging import new_folders, staging_folder
 from infold.errors import InfoldError, Refusal
 
 __all__ = ["check_name", "check_place"]
+
+# Endings of single files that no output has: it would be a folder of that name
+_FILES = (GGUF, ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".onnx")
+
+
+def _check_ending(out: Path) -> None:
+    """Refuse a new output that is called as a file and would be a folder: every output is one, but
+    for `.gguf` files."""
+    if out.suffix.lower() in _FILES and not is_lone(out) and not os.path.lexists(out):
+        raise Refusal(
+            f"{out}: would be a folder of that name: a model's files lie in a folder, as "
+            f"{out.with_suffix('')}; only of a GGUF base the output can be a file, as "
+            f"{out.with_suffix(GGUF)}"
+        )
 
 
 def check_name(out: Path, beside: Path | None = None) -> None:
@@ -60,6 +75,7 @@ def check_place(
     the verb has --force at all.
     """
     check_name(out)
+    _check_ending(out)
     real = out.resolve()
     for given in inputs:
         other = given.resolve()

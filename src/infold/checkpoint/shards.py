@@ -20,7 +20,7 @@ from infold.checkpoint.files import (
     safe_child,
     walk,
 )
-from infold.checkpoint.gguf import part_of, parts_beside, read_gguf_header
+from infold.checkpoint.gguf import is_gguf, part_of, parts_beside, read_gguf_header
 from infold.checkpoint.safetensors import Header, TensorInfo, parse_json, read_header
 from infold.errors import CorruptFile, Refusal, StorageFailure
 
@@ -43,6 +43,7 @@ __all__ = [
     "is_loaded",
     "is_lone",
     "kept_name",
+    "misnamed",
     "open_checkpoint",
     "read_exactly",
     "read_receipt",
@@ -152,6 +153,14 @@ def renamed(path: Path, name: str) -> str:
     return f". Beside it lies {listed}: if this file was renamed, undo that (mv {path} {first})"
 
 
+def misnamed(path: Path) -> str:
+    """Advice on a GGUF file of another name, where what belongs to it is looked for by that name;
+    empty for what is none."""
+    if is_lone(path) or not path.is_file() or not is_gguf(path):
+        return ""
+    return f". It holds GGUF: call it {path.name}{GGUF}, since the files that go with it go by that"
+
+
 def without_owner(path: Path, name: str) -> list[str]:
     """Companions beside a GGUF file of files that are not there."""
     found = sorted(file.name for file in path.parent.glob(f"*{GGUF}.{name}"))
@@ -210,7 +219,7 @@ def read_shard_header(path: Path) -> Header:
 def open_checkpoint(
     name: str | os.PathLike[str], *, in_place: bool = False, told: Collection[str] = ()
 ) -> Checkpoint:
-    """Open a folder, a .safetensors or .gguf file or a Hub id; read and check every header.
+    """Open a folder, a .safetensors or GGUF file or a Hub id; read and check every header.
 
     Of a GGUF model in several parts the path is that of the first. told: names of the shards of a
     folder, where something else than its index tells them. If they are there, they are the shards;
@@ -223,12 +232,10 @@ def open_checkpoint(
     if not in_place:
         refuse_unfinished(path)
     if path.is_file():
-        if path.suffix == GGUF:
+        if path.suffix == GGUF or is_gguf(path):
             return _assemble(path, _parts(path), None)
         if path.suffix != ".safetensors":
-            raise Refusal(
-                f"{path}: neither a .safetensors nor a .gguf file; infold reads no others"
-            )
+            raise Refusal(f"{path}: neither a .safetensors nor a GGUF file; infold reads no others")
         return _assemble(path, [Shard(path.name, path, read_header(path))], None)
     files = {n: safe_child(path, n) for n in sorted(told) if n.endswith(".safetensors")}
     if files and all(map(exists, files.values())):
@@ -282,8 +289,8 @@ def _parts(path: Path) -> list[Shard]:
     """A GGUF file, or all parts of the model that it is the first of."""
     header = read_gguf_header(path)
     count = part_of(path, header.metadata)[1]
-    if count == 1:
-        return [Shard(path.name, path, header)]
+    if count == 1:  # of another name: what it would be called in a folder
+        return [Shard(path.name.removesuffix(GGUF) + GGUF, path, header)]
     files = parts_beside(path, count)
     if lacking := [file for file in files if not exists(file)]:
         raise CorruptFile(f"{file}: a part of {path}, and not there" for file in lacking)

@@ -9,30 +9,43 @@ from typing import Annotated, Any
 import typer
 
 import infold
-from infold.cli.output import entry, plural, table
+from infold.cli.output import entry, table
 from infold.cli.progress import step_progress
-from infold.sizes import bytes_text
+from infold.sizes import bytes_text, plural
 
 
 def bench(
-    base: Annotated[str, typer.Argument(help="The base: a folder or a Hub id.")],
-    adapter: Annotated[str, typer.Argument(help="The adapter: a PEFT folder or a Hub id.")],
+    base: Annotated[str, typer.Argument(metavar="BASE", help="The base: a folder or a Hub id.")],
+    adapter: Annotated[
+        str, typer.Argument(metavar="ADAPTER", help="The adapter: a PEFT folder or a Hub id.")
+    ],
     merged: Annotated[
-        str | None, typer.Argument(help="Their merged folder. Without it, it is not measured.")
+        str | None,
+        typer.Argument(
+            metavar="MERGED", help="Their merged folder. Without it, it is not measured."
+        ),
     ] = None,
     batch: Annotated[
-        list[int] | None, typer.Option(help="Batch size; may be given often. Default: 1 and 4.")
+        list[int] | None,
+        typer.Option(metavar="N", help="Batch size; may be given often. Default: 1 and 4."),
     ] = None,
-    prompt_tokens: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 128,
-    new_tokens: Annotated[int, typer.Option(help="Tokens decoded after the first.")] = 32,
-    rounds: Annotated[int, typer.Option(help="Rounds from model to model, in each start.")] = 5,
-    starts: Annotated[int, typer.Option(help="How often every process is launched anew.")] = 3,
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    prompt_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens of each prompt.")] = 128,
+    new_tokens: Annotated[
+        int, typer.Option(metavar="N", help="Tokens decoded after the first.")
+    ] = 32,
+    rounds: Annotated[
+        int, typer.Option(metavar="N", help="Rounds from model to model, in each start.")
+    ] = 5,
+    starts: Annotated[
+        int, typer.Option(metavar="N", help="How often every process is launched anew.")
+    ] = 3,
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda or cuda:N.")] = "cpu",
     dtype: Annotated[
-        str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")
+        str, typer.Option(metavar="TYPE", help="auto (as stored), float32, bfloat16 or float16.")
     ] = "auto",
     picture: Annotated[
-        Path | None, typer.Option(help="Draw the figures into this .svg or .png file.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw the figures into this .svg or .png file."),
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object instead of text.")

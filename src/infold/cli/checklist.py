@@ -13,9 +13,9 @@ from infold.cli.progress import byte_progress
 
 
 def checklist(
-    base: Annotated[str, typer.Argument(help="The base.")],
-    adapter: Annotated[str, typer.Argument(help="The adapter.")],
-    merged: Annotated[str, typer.Argument(help="The merged folder.")],
+    base: Annotated[str, typer.Argument(metavar="BASE", help="The base.")],
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="The adapter.")],
+    merged: Annotated[str, typer.Argument(metavar="MERGED", help="The merged folder.")],
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object instead of text.")
     ] = False,

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from infold.cli.output import plural
 from infold.cli.startup import lasting_imports
 from infold.errors import Refusal
-from infold.sizes import bytes_text
+from infold.sizes import bytes_text, plural
 
 if TYPE_CHECKING:
     from infold.tuners.combine import Combination
@@ -37,24 +36,35 @@ def combine(
             "magnitude_prune_svd.",
         ),
     ],
-    out: Annotated[str, typer.Option("--out", "-o", help="The folder to create.")],
+    out: Annotated[str, typer.Option("--out", "-o", metavar="DIR", help="The folder to create.")],
     density: Annotated[
         float | None,
-        typer.Option(help="The share of elements that ties, dare and magnitude_prune keep."),
+        typer.Option(
+            metavar="SHARE", help="The share of elements that ties, dare and magnitude_prune keep."
+        ),
     ] = None,
     majority_sign: Annotated[
         str,
-        typer.Option(help="How ties elects a sign: total (of the values) or frequency."),
+        typer.Option(
+            metavar="HOW", help="How ties elects a sign: total (of the values) or frequency."
+        ),
     ] = "total",
     svd_rank: Annotated[
         int | None,
-        typer.Option(help="The rank of the svd types. Default: the adapters' largest."),
+        typer.Option(
+            metavar="N", help="The rank of the svd types. Default: the adapters' largest."
+        ),
     ] = None,
     svd_clamp: Annotated[
         float | None,
-        typer.Option(help="Cut the factors of the svd types at this quantile, such as 0.99."),
+        typer.Option(
+            metavar="QUANTILE",
+            help="Cut the factors of the svd types at this quantile, such as 0.99.",
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="For dare: which elements are dropped.")] = 0,
+    seed: Annotated[
+        int, typer.Option(metavar="N", help="For dare: which elements are dropped.")
+    ] = 0,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be combined and write nothing.")
     ] = False,

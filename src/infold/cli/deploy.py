@@ -9,23 +9,32 @@ from typing import Annotated, Any
 import typer
 
 import infold
-from infold.cli.output import Failed, complain, entry, plural
+from infold.cli.output import Failed, complain, entry
 from infold.cli.progress import step_progress
 from infold.errors import Refusal
-from infold.sizes import bytes_text
+from infold.sizes import bytes_text, plural
 
 
 def deploy(
-    merged: Annotated[str, typer.Argument(help="A merged folder; with --smoke also a GGUF file.")],
+    merged: Annotated[
+        str,
+        typer.Argument(metavar="MERGED", help="A merged folder; with --smoke also a GGUF file."),
+    ],
     out: Annotated[
         str | None,
-        typer.Option("--out", "-o", help="A new folder for model and bundle. Default: in place."),
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="DIR",
+            help="A new folder for model and bundle. Default: in place.",
+        ),
     ] = None,
     context: Annotated[
-        int | None, typer.Option(help="Tokens that GPU memory is computed for.")
+        int | None, typer.Option(metavar="N", help="Tokens that GPU memory is computed for.")
     ] = None,
     licence: Annotated[
-        str | None, typer.Option("--license", help="The licence that the model card names.")
+        str | None,
+        typer.Option("--license", metavar="NAME", help="The licence that the model card names."),
     ] = None,
     no_measure: Annotated[
         bool, typer.Option("--no-measure", help="Do not load and measure the model.")
@@ -33,13 +42,24 @@ def deploy(
     smoke: Annotated[
         bool, typer.Option("--smoke", help="Serve it on loopback, ask it, watch it, stop it.")
     ] = False,
-    port: Annotated[int, typer.Option(help="With --smoke: the port; 0 takes a free one.")] = 0,
-    requests: Annotated[int, typer.Option(help="With --smoke: how many requests.")] = 30,
-    seconds: Annotated[float, typer.Option(help="With --smoke: the time they spread over.")] = 10,
+    port: Annotated[
+        int, typer.Option(metavar="N", help="With --smoke: the port; 0 takes a free one.")
+    ] = 0,
+    requests: Annotated[
+        int, typer.Option(metavar="N", help="With --smoke: how many requests.")
+    ] = 30,
+    seconds: Annotated[
+        float, typer.Option(metavar="SECONDS", help="With --smoke: the time they spread over.")
+    ] = 10,
     timeout: Annotated[
-        float, typer.Option(help="With --smoke: seconds until the server must be ready.")
+        float,
+        typer.Option(
+            metavar="SECONDS", help="With --smoke: seconds until the server must be ready."
+        ),
     ] = 300,
-    prompt: Annotated[str | None, typer.Option(help="With --smoke: what is asked.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="With --smoke: what is asked.")
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object instead of text.")
     ] = False,

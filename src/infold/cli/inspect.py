@@ -12,25 +12,31 @@ import typer
 
 from infold.api.paths import settle_first
 from infold.cli.edits import edited_text, edits_text
-from infold.cli.output import entry, fold, plural, table
+from infold.cli.output import entry, fold, table
 from infold.cli.startup import lasting_imports
 from infold.conversion import conversion_text
-from infold.sizes import bytes_text
+from infold.sizes import bytes_text, plural
 
 
 def inspect(
     path: Annotated[
-        str, typer.Argument(help="An adapter, a checkpoint or a merged folder (or a Hub id).")
+        str,
+        typer.Argument(
+            metavar="PATH",
+            help="An adapter, a checkpoint or a merged model: a folder, a file or a Hub id.",
+        ),
     ],
     base: Annotated[
         str | None,
-        typer.Option(help="For an adapter: also show which tensors of this base it edits."),
+        typer.Option(
+            metavar="BASE", help="For an adapter: also show which tensors of this base it edits."
+        ),
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object instead of text.")
     ] = False,
 ) -> None:
-    """Describe an adapter, a checkpoint or a merged folder."""
+    """Describe an adapter, a checkpoint or a merged model."""
     with lasting_imports():
         from infold.inspect.describe import describe_path
 
@@ -76,7 +82,7 @@ def _kind(module: dict[str, Any]) -> Hashable:
 def _statistics(every: list[dict[str, float]]) -> str:
     """The statistics of one part over all its layers."""
     lost = sum(one.get("not_finite", 0) for one in every)
-    told = f"; {lost:,} are NaN or inf" if lost else ""
+    told = f"; {lost:,} {'is' if lost == 1 else 'are'} NaN or inf" if lost else ""
     every = [one for one in every if "max" in one]
     if not every:
         return "no finite value" + told if told else "empty"

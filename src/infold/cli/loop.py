@@ -23,10 +23,11 @@ def loop(
         ),
     ],
     run: Annotated[
-        str | None, typer.Option(help="The run's folder, instead of the configuration's.")
+        str | None,
+        typer.Option(metavar="DIR", help="The run's folder, instead of the configuration's."),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(help="The seed, instead of the configuration's.")
+        int | None, typer.Option(metavar="N", help="The seed, instead of the configuration's.")
     ] = None,
     control: Annotated[
         bool,
@@ -36,7 +37,8 @@ def loop(
         ),
     ] = False,
     out: Annotated[
-        str | None, typer.Option("--out", "-o", help="checkout: the folder to create.")
+        str | None,
+        typer.Option("--out", "-o", metavar="DIR", help="checkout: the folder to create."),
     ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="checkout: replace the output of an earlier merge.")
@@ -56,7 +58,8 @@ def loop(
     action = words[0] if words[0] in ("show", "checkout") else "run"
     if len(words) != {"run": 1, "show": 2, "checkout": 3}[action]:
         raise Refusal(f"cannot read {' '.join(words)!r}; write {_USAGE}")
-    _check_options(action, bool(run or seed is not None or control), bool(out or force))
+    for_run = run is not None or seed is not None or control
+    _check_options(action, for_run, out is not None or force)
     with lasting_imports():
         from infold.loop.run import Loop, checkout, lineage
     if action == "run":
@@ -69,10 +72,13 @@ def loop(
         result = lineage(words[1])
         told = _shown(result)
     else:
-        if not out:
-            raise Refusal("checkout needs --out DIR")
+        if out is None:
+            raise Refusal(f"checkout needs --out DIR: infold loop {' '.join(words)} --out DIR")
         if not words[2].isdecimal():
-            raise Refusal(f"{words[2]!r} is no iteration: give a whole number")
+            raise Refusal(
+                f"{words[2]}: is no iteration; give a whole number, as infold loop show "
+                f"{words[1]} tells them"
+            )
         result = checkout(words[1], int(words[2]), out, force=force)
         told = f"output   {result['out']}: iteration {result['iteration']}, byte-identical"
     if as_json:

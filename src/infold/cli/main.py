@@ -15,6 +15,7 @@ from itertools import groupby
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from infold.cli import (
     bench,
@@ -32,6 +33,7 @@ from infold.cli import (
     verify,
 )
 from infold.cli.output import Failed, complain, finish, protect_streams
+from infold.cli.place import with_home
 from infold.errors import InfoldError, Refusal
 from infold.version import __version__
 
@@ -73,7 +75,7 @@ def _guarded(verb: Callable[..., None]) -> Callable[..., None]:
         writing = (merge.merge, undo.undo, swap.swap, combine.combine, train.train)
         writes = verb in writing and not given.get("dry_run")
         try:
-            verb(*args, **given)
+            verb(*args, **with_home(given))
         except KeyboardInterrupt:
             runs = verb is not loop.loop or given["words"][0] not in ("show", "checkout")
             again = _CONTINUES.get(verb, "") if runs and not given.get("dry_run") else ""
@@ -160,8 +162,34 @@ _VERBS = (
     checklist.checklist,
     report.report,
 )
+
+
+class _Verb(TyperCommand):
+    """A verb whose help calls arguments by their words alone: typer adds the types of Python."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        there = [p for p in self.get_params(ctx) if p.param_type_name == "argument"]
+        return ["[OPTIONS]", *(_word(p) if p.required else f"[{_word(p)}]" for p in there)]
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        told: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
+        for parameter in self.get_params(ctx):
+            if (record := parameter.get_help_record(ctx)) is not None:
+                option = parameter.param_type_name == "option"
+                row = (record[0] if option else _word(parameter), record[1])
+                told["Options" if option else "Arguments"].append(row)
+        for title, rows in told.items():
+            if rows:
+                with formatter.section(title):
+                    formatter.write_dl(rows)
+
+
+def _word(argument: Any) -> str:
+    return str(argument.metavar or argument.name)
+
+
 for _verb in _VERBS:
-    app.command()(_guarded(_verb))
+    app.command(cls=_Verb)(_guarded(_verb))
 
 
 def _version(wanted: bool) -> None:
@@ -185,6 +213,9 @@ def _misused(error: Any) -> int:
     Whether the verb would print JSON, nobody has parsed then: the word alone tells.
     """
     message: str = error.format_message()
+    if type(error).__name__ == "NoArgsIsHelpError":  # `infold` alone: its message is the help
+        print(message)
+        return 0
     context: Any = getattr(error, "ctx", None)
     name = context.info_name if context else "".join(sys.argv[1:2])  # not every error has it
     verb = {v.__name__: v for v in _VERBS}.get(name)

@@ -12,12 +12,12 @@ import typer
 
 from infold.api.paths import settle_first
 from infold.cli.edits import edited_text, edits_text
-from infold.cli.output import complain, entry, plural
+from infold.cli.output import complain, entry
 from infold.cli.place import check_words, one_place
 from infold.cli.progress import byte_progress
 from infold.cli.startup import lasting_imports
 from infold.conversion import conversion_text
-from infold.sizes import bytes_text
+from infold.sizes import bytes_text, plural
 
 if TYPE_CHECKING:
     from infold.merge.receipt import Receipt
@@ -28,7 +28,8 @@ def merge(
     base: Annotated[
         str,
         typer.Argument(
-            metavar="BASE", help="The base model: a folder, a .safetensors file or a Hub id."
+            metavar="BASE",
+            help="The base model: a folder, a .safetensors or GGUF file, or a Hub id.",
         ),
     ],
     adapters: Annotated[
@@ -41,7 +42,11 @@ def merge(
     out: Annotated[
         str | None,
         typer.Option(
-            "--out", "-o", help="The folder to create, or a .gguf file.", show_default=False
+            "--out",
+            "-o",
+            metavar="PATH",
+            help="The folder to create, or of a GGUF base a .gguf file.",
+            show_default=False,
         ),
     ] = None,
     in_place: Annotated[
@@ -71,14 +76,16 @@ def merge(
     dtype: Annotated[
         str,
         typer.Option(
-            help="What the first two write: auto (as the config), bf16, f16 or f32. Of a GGUF "
-            "file, what the third writes: q8_0, q5_1, q5_0, q4_1 or q4_0."
+            metavar="TYPE",
+            help="What --promote and --dequantize write: auto (as the config), bf16, f16 or f32. "
+            "What --requantize writes into a GGUF file: q8_0, q5_1, q5_0, q4_1 or q4_0.",
         ),
     ] = "auto",
     base_16bit: Annotated[
         str | None,
         typer.Option(
             "--base-16bit",
+            metavar="BASE",
             help="Take the values of quantized weights that change from this unquantized base.",
             show_default=False,
         ),
@@ -90,13 +97,18 @@ def merge(
     max_memory: Annotated[
         str,
         typer.Option(
-            help="Memory for buffers and factors, on top of what Python and PyTorch take."
+            metavar="SIZE",
+            help="Memory for buffers and factors, on top of what Python and PyTorch take.",
         ),
     ] = "1GiB",
-    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda or cuda:N.")] = "cpu",
+    device: Annotated[
+        str, typer.Option(metavar="DEVICE", help="Where to compute: cpu, cuda or cuda:N.")
+    ] = "cpu",
     threads: Annotated[
         int | None,
-        typer.Option(min=1, help="Workers. Default: one for each processor, at most 8."),
+        typer.Option(
+            min=1, metavar="N", help="Workers. Default: one for each processor, at most 8."
+        ),
     ] = None,
     dry_run: Annotated[
         bool,
@@ -148,6 +160,7 @@ def merge(
         prepared = prepare(
             plan, out, max_memory=max_memory, device=device, threads=threads, force=force, undo=undo
         )
+        plan = prepared.plan  # which tells what the place makes of it
     if say:
         print(_summary(plan))
     if dry_run:

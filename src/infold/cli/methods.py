@@ -20,13 +20,21 @@ if TYPE_CHECKING:
 def methods(
     measure: Annotated[
         str | None,
-        typer.Option(help="Also run each, unmerged, on this base: a folder or a Hub id."),
+        typer.Option(
+            metavar="BASE", help="Also run each, unmerged, on this base: a folder or a Hub id."
+        ),
     ] = None,
-    tokens: Annotated[int, typer.Option(help="With --measure: tokens of the forward pass.")] = 64,
-    rounds: Annotated[int, typer.Option(help="With --measure: timed rounds of each.")] = 9,
+    tokens: Annotated[
+        int, typer.Option(metavar="N", help="With --measure: tokens of the forward pass.")
+    ] = 64,
+    rounds: Annotated[
+        int, typer.Option(metavar="N", help="With --measure: timed rounds of each.")
+    ] = 9,
     adapters_python: Annotated[
         str | None,
-        typer.Option(help="With --measure: the Python of an environment with `adapters`."),
+        typer.Option(
+            metavar="PYTHON", help="With --measure: the Python of an environment with `adapters`."
+        ),
     ] = None,
     markdown: Annotated[
         bool, typer.Option("--markdown", help="Print tables for docs/methods.md.")

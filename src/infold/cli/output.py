@@ -25,7 +25,6 @@ __all__ = [
     "entry",
     "finish",
     "fold",
-    "plural",
     "protect_streams",
     "results_alone",
     "table",
@@ -159,11 +158,6 @@ def table(rows: Iterable[Sequence[str]]) -> str:
             f"  {row[0]}\n{entry('', rest, 6)}" for row, rest in zip(listed, rests, strict=True)
         )
     return "\n".join("  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in listed)
-
-
-def plural(word: str, count: int) -> str:
-    """`1 shard`, `4 shards`."""
-    return f"{count:,} {word}" if count == 1 else f"{count:,} {word}s"
 
 
 def fold(

@@ -3,14 +3,38 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from infold.errors import Refusal
 from infold.machine import check_device
 from infold.sizes import parse_bytes
 
-__all__ = ["check_words", "one_place"]
+__all__ = ["PATHS", "check_words", "one_place", "with_home"]
+
+# What the verbs call arguments and options that are paths, or can be
+PATHS = frozenset({
+    "adapter", "adapters", "adapters_python", "base", "base_16bit", "data", "eval_split", "folder",
+    "measure", "merged", "out", "path", "paths", "picture", "prompts", "record", "run", "text",
+    "words",
+})  # fmt: skip
+
+
+def with_home(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a verb with a leading `~` of its paths expanded: shells leave it alone in
+    `--out=~/x` and between quotes."""
+
+    def expanded(value: Any) -> Any:
+        if isinstance(value, list):
+            return [expanded(one) for one in value]
+        text = str(value)
+        user = text.partition("/")[0]  # one that is not there expands to itself
+        if not text.startswith("~") or (user != "~" and os.path.lexists(user)):
+            return value
+        return type(value)(os.path.expanduser(text))
+
+    return {name: expanded(v) if name in PATHS else v for name, v in given.items()}
 
 
 def check_words(

@@ -18,10 +18,13 @@ def report(
     ],
     out: Annotated[
         str | None,
-        typer.Option("--out", "-o", help="The HTML (.html) or Markdown (.md) file to write."),
+        typer.Option(
+            "--out", "-o", metavar="FILE", help="The HTML (.html) or Markdown (.md) file to write."
+        ),
     ] = None,
     record: Annotated[
-        list[str] | None, typer.Option("--record", help="A JSON record from elsewhere; repeatable.")
+        list[str] | None,
+        typer.Option("--record", metavar="FILE", help="A JSON record from elsewhere; repeatable."),
     ] = None,
 ) -> None:
     """Make one page of it all.

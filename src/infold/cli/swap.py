@@ -18,14 +18,22 @@ from infold.cli.startup import lasting_imports
 
 def swap(
     merged: Annotated[
-        str, typer.Argument(metavar="MERGED", help="A merged folder with an undo record.")
+        str,
+        typer.Argument(metavar="MERGED", help="A merged folder or .gguf file with an undo record."),
     ],
     adapters: Annotated[
         list[str],
         typer.Argument(metavar="ADAPTER...", help="What to merge into its base instead."),
     ],
     out: Annotated[
-        str | None, typer.Option("--out", "-o", help="The folder to create.", show_default=False)
+        str | None,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="PATH",
+            help="The folder or .gguf file to create.",
+            show_default=False,
+        ),
     ] = None,
     in_place: Annotated[
         bool, typer.Option("--in-place", help="Edit MERGED itself instead.")
@@ -37,13 +45,18 @@ def swap(
     max_memory: Annotated[
         str,
         typer.Option(
-            help="Memory for buffers and factors, on top of what Python and PyTorch take."
+            metavar="SIZE",
+            help="Memory for buffers and factors, on top of what Python and PyTorch take.",
         ),
     ] = "1GiB",
-    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda or cuda:N.")] = "cpu",
+    device: Annotated[
+        str, typer.Option(metavar="DEVICE", help="Where to compute: cpu, cuda or cuda:N.")
+    ] = "cpu",
     threads: Annotated[
         int | None,
-        typer.Option(min=1, help="Workers. Default: one for each processor, at most 8."),
+        typer.Option(
+            min=1, metavar="N", help="Workers. Default: one for each processor, at most 8."
+        ),
     ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Replace an output of an earlier merge.")
@@ -53,7 +66,7 @@ def swap(
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
-    """Exchange the adapters of a merged folder, without its base.
+    """Exchange the adapters of a merged model, without its base.
 
     Undo and merge in one pass: the output is what merging the base with the new adapters gives,
     byte for byte, with an undo record of its own.

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from infold.cli.output import plural
 from infold.cli.progress import step_progress
 from infold.cli.startup import lasting_imports
 from infold.errors import Refusal
+from infold.sizes import plural
 
 if TYPE_CHECKING:
     from infold.tuners.prepare import Prepared
@@ -31,75 +31,108 @@ def train(
             metavar="DATA", help="JSONL, JSON, CSV, TSV or Parquet; a folder; a Hub data set id."
         ),
     ],
-    out: Annotated[str, typer.Option("--out", "-o", help="The adapter folder to create.")],
-    method: Annotated[str, typer.Option(help="lora, dora or ia3.")] = "lora",
+    out: Annotated[
+        str, typer.Option("--out", "-o", metavar="DIR", help="The adapter folder to create.")
+    ],
+    method: Annotated[str, typer.Option(metavar="METHOD", help="lora, dora or ia3.")] = "lora",
     task: Annotated[
         str | None,
-        typer.Option(help="CAUSAL_LM or SEQ_CLS. Default: what base and data are made for."),
+        typer.Option(
+            metavar="TASK", help="CAUSAL_LM or SEQ_CLS. Default: what base and data are made for."
+        ),
     ] = None,
-    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 3.0,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of --epochs.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Rows for each device and forward pass.")] = 8,
-    accumulate: Annotated[int, typer.Option(help="Forward passes for each optimizer step.")] = 1,
+    epochs: Annotated[float, typer.Option(metavar="N", help="Passes over the data.")] = 3.0,
+    steps: Annotated[
+        int | None, typer.Option(metavar="N", help="Optimizer steps, instead of --epochs.")
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option(metavar="N", help="Rows for each device and forward pass.")
+    ] = 8,
+    accumulate: Annotated[
+        int, typer.Option(metavar="N", help="Forward passes for each optimizer step.")
+    ] = 1,
     lr: Annotated[
-        float | None, typer.Option(help="Learning rate. Default: 2e-4, for ia3 3e-3.")
+        float | None,
+        typer.Option(metavar="RATE", help="Learning rate. Default: 2e-4, for ia3 3e-3."),
     ] = None,
     schedule: Annotated[
-        str, typer.Option(help="After the warmup: linear, cosine or constant.")
+        str, typer.Option(metavar="NAME", help="After the warmup: linear, cosine or constant.")
     ] = "linear",
     warmup: Annotated[
-        float, typer.Option(help="The fraction of the steps in which the rate rises.")
+        float,
+        typer.Option(metavar="SHARE", help="The fraction of the steps in which the rate rises."),
     ] = 0.03,
-    weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.")] = 0.0,
-    rank: Annotated[int, typer.Option(help="Rank of LoRA and DoRA.")] = 16,
+    weight_decay: Annotated[float, typer.Option(metavar="X", help="AdamW's weight decay.")] = 0.0,
+    rank: Annotated[int, typer.Option(metavar="N", help="Rank of LoRA and DoRA.")] = 16,
     alpha: Annotated[
-        float | None, typer.Option(help="Scale of LoRA and DoRA. Default: twice the rank.")
+        float | None,
+        typer.Option(metavar="X", help="Scale of LoRA and DoRA. Default: twice the rank."),
     ] = None,
-    dropout: Annotated[float, typer.Option(help="Dropout of LoRA and DoRA.")] = 0.0,
+    dropout: Annotated[
+        float, typer.Option(metavar="SHARE", help="Dropout of LoRA and DoRA.")
+    ] = 0.0,
     targets: Annotated[
         str | None,
         typer.Option(
-            help="Modules that get an adapter, as q_proj,v_proj. Default: by the structure."
+            metavar="NAME,...",
+            help="Modules that get an adapter, as q_proj,v_proj. Default: by the structure.",
         ),
     ] = None,
     feedforward: Annotated[
         str | None,
-        typer.Option(help="For ia3: the targets whose inputs are scaled, as down_proj."),
+        typer.Option(
+            metavar="NAME,...", help="For ia3: the targets whose inputs are scaled, as down_proj."
+        ),
     ] = None,
     parameters: Annotated[
         str | None,
-        typer.Option(help="For lora: parameters too, as experts.gate_up_proj,experts.down_proj."),
+        typer.Option(
+            metavar="NAME,...",
+            help="For lora: parameters too, as experts.gate_up_proj,experts.down_proj.",
+        ),
     ] = None,
     tokens: Annotated[
         str | None,
         typer.Option(
-            help="For lora and dora: tokens whose embeddings are trained too, as <think>,</think>."
+            metavar="TOKEN,...",
+            help="For lora and dora: tokens whose embeddings are trained too, as <think>,</think>.",
         ),
     ] = None,
     max_length: Annotated[
-        int | None, typer.Option(help="Tokens of a row. Default: what the model takes.")
+        int | None,
+        typer.Option(metavar="N", help="Tokens of a row. Default: what the model takes."),
     ] = None,
     too_long: Annotated[
-        str, typer.Option(help="Longer rows: refuse, cut (at the end) or drop.")
+        str, typer.Option(metavar="HOW", help="Longer rows: refuse, cut (at the end) or drop.")
     ] = "refuse",
     fields: Annotated[
         str | None,
-        typer.Option(help="Other field names, as prompt=question,completion=answer."),
+        typer.Option(
+            metavar="OURS=THEIRS,...",
+            help="Other field names, as prompt=question,completion=answer.",
+        ),
     ] = None,
     labels: Annotated[
         str | None,
-        typer.Option(help="Names of the classes 0, 1, ..., as negative,positive."),
+        typer.Option(
+            metavar="NAME,...", help="Names of the classes 0, 1, ..., as negative,positive."
+        ),
     ] = None,
     template: Annotated[
-        str, typer.Option(help=r"The prompt of a text/label row; \n is a line break.")
+        str,
+        typer.Option(metavar="TEXT", help=r"The prompt of a text/label row; \n is a line break."),
     ] = r"{text}\nLabel:",
     eval_split: Annotated[
-        str | None, typer.Option(help="Held-out rows: a fraction, as 0.1, or a file.")
+        str | None,
+        typer.Option(metavar="SHARE|FILE", help="Held-out rows: a fraction, as 0.1, or a file."),
     ] = None,
     eval_every: Annotated[
-        int | None, typer.Option(help="Steps between evaluations. Default: after each epoch.")
+        int | None,
+        typer.Option(metavar="N", help="Steps between evaluations. Default: after each epoch."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of initial values, order and dropout.")] = 0,
+    seed: Annotated[
+        int, typer.Option(metavar="N", help="Of initial values, order and dropout.")
+    ] = 0,
     bf16: Annotated[
         bool, typer.Option("--bf16", help="Base and computation in bfloat16, not float32.")
     ] = False,
@@ -115,7 +148,8 @@ def train(
         bool, typer.Option("--compile", help="Compile the model with torch.compile.")
     ] = False,
     save_every: Annotated[
-        int | None, typer.Option(help="Steps between checkpoints. Default: after each epoch.")
+        int | None,
+        typer.Option(metavar="N", help="Steps between checkpoints. Default: after each epoch."),
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue an interrupted training.")

@@ -10,19 +10,27 @@ from typing import Annotated
 import typer
 
 from infold.api.paths import settle_first
-from infold.cli.output import complain, entry, plural
+from infold.cli.output import complain, entry
 from infold.cli.place import check_words, one_place
 from infold.cli.progress import byte_progress
 from infold.cli.startup import lasting_imports
-from infold.sizes import bytes_text
+from infold.sizes import bytes_text, plural
 
 
 def undo(
     merged: Annotated[
-        str, typer.Argument(metavar="MERGED", help="A merged folder with an undo record.")
+        str,
+        typer.Argument(metavar="MERGED", help="A merged folder or .gguf file with an undo record."),
     ],
     out: Annotated[
-        str | None, typer.Option("--out", "-o", help="The folder to create.", show_default=False)
+        str | None,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="PATH",
+            help="The folder or .gguf file to create.",
+            show_default=False,
+        ),
     ] = None,
     in_place: Annotated[
         bool, typer.Option("--in-place", help="Edit MERGED itself instead.")
@@ -30,20 +38,25 @@ def undo(
     max_memory: Annotated[
         str,
         typer.Option(
-            help="Memory for buffers and factors, on top of what Python and PyTorch take."
+            metavar="SIZE",
+            help="Memory for buffers and factors, on top of what Python and PyTorch take.",
         ),
     ] = "1GiB",
-    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda or cuda:N.")] = "cpu",
+    device: Annotated[
+        str, typer.Option(metavar="DEVICE", help="Where to compute: cpu, cuda or cuda:N.")
+    ] = "cpu",
     threads: Annotated[
         int | None,
-        typer.Option(min=1, help="Workers. Default: one for each processor, at most 8."),
+        typer.Option(
+            min=1, metavar="N", help="Workers. Default: one for each processor, at most 8."
+        ),
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object instead of text.")
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
-    """Restore the base of a merged folder, byte for byte.
+    """Restore the base of a merged model, byte for byte.
 
     Neither the base nor the adapters are needed: the record that `infold merge --undo` wrote has
     all that is not in the merged weights. A record that is damaged, or of another output, is

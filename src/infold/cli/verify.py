@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from infold.api.paths import settle_first
-from infold.cli.output import Failed, complain, entry, fold, plural, table
+from infold.cli.output import Failed, complain, entry, fold, table
 from infold.cli.place import check_words
 from infold.cli.progress import byte_progress, step_progress
 from infold.cli.startup import lasting_imports
 from infold.errors import Refusal
+from infold.sizes import plural
 
 if TYPE_CHECKING:
     from infold.verify.verdict import Offender, Outputs, Verdict
@@ -30,29 +31,34 @@ def verify(
         list[str],
         typer.Argument(
             metavar="BASE ADAPTER... MERGED",
-            help="Base, adapters in their order, merged folder. Or only the merged folder: its "
-            "receipt tells the rest.",
+            help="Base, adapters in their order, merged folder or .gguf file. Or only the last: "
+            "its receipt tells the rest.",
         ),
     ],
     outputs: Annotated[
         bool,
         typer.Option(
             "--outputs",
-            help="Also run the base with its adapters unmerged, and the merged folder, and compare "
+            help="Also run the base with its adapters unmerged, and the merged model, and compare "
             "their logits. Needs transformers.",
         ),
     ] = False,
     prompts: Annotated[
-        str | None, typer.Option(help="With --outputs: a file of prompts, one a line.")
+        str | None,
+        typer.Option(metavar="FILE", help="With --outputs: a file of prompts, one a line."),
     ] = None,
     text: Annotated[
-        str | None, typer.Option(help="With --outputs: a file whose perplexity is measured.")
+        str | None,
+        typer.Option(metavar="FILE", help="With --outputs: a file whose perplexity is measured."),
     ] = None,
     new_tokens: Annotated[
-        int, typer.Option(help="With --outputs: tokens of each greedy continuation.")
+        int, typer.Option(metavar="N", help="With --outputs: tokens of each greedy continuation.")
     ] = 32,
     device: Annotated[
-        str, typer.Option(help="With --outputs: cpu, cuda or cuda:N, to run the models on.")
+        str,
+        typer.Option(
+            metavar="DEVICE", help="With --outputs: cpu, cuda or cuda:N, to run the models on."
+        ),
     ] = "cpu",
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object instead of text.")

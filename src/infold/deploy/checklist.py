@@ -20,6 +20,7 @@ from infold.deploy.facts import CONFIG, UNDO, Facts, read_facts, receipt_digest
 from infold.deploy.records import read_records
 from infold.errors import InfoldError, Refusal
 from infold.formats import QUANTIZED
+from infold.sizes import plural
 from infold.verify.weights import verify_checkpoint
 from infold.version import __version__
 
@@ -156,7 +157,7 @@ def _trained(e: _Evidence) -> _Found:
             moved += bool((values != (start or 0.0)).any())
     if not moved:
         return "FAIL", "all tensors are as they were before training: it changes nothing"
-    told = f"{len(e.adapter.tensors)} tensors, finite, changed by training"
+    told = f"{plural('tensor', len(e.adapter.tensors))}, finite, changed by training"
     if e.training is not None:
         told += f"; {e.training.get('steps')} steps, recorded"
     return "PASS", told
@@ -192,7 +193,8 @@ def _merged(e: _Evidence) -> _Found:
     verdict = verify_checkpoint(e.base.path, [e.adapter.path], e.facts.folder, progress=e.progress)
     if not verdict.ok:
         first = verdict.offenders[0]
-        return "FAIL", f"{len(verdict.offenders)} offenders, first {first.where}: {first.detail}"
+        count = plural("offender", len(verdict.offenders))
+        return "FAIL", f"{count}, first {first.where}: {first.detail}"
     return "PASS", (
         f"{verdict.identical} tensors equal to the base's, {verdict.recomputed} to their "
         f"recomputation, proven in {verdict.seconds:.1f} s"
@@ -212,10 +214,11 @@ def _parameters(e: _Evidence) -> _Found:
     ]
     different = [*(differing - parts), *lost]
     if different:
-        return "FAIL", f"{len(different)} tensors differ in shape or name, as {min(different)}"
+        count_of = plural("tensor", len(different))
+        return "FAIL", f"shape or name of {count_of} differ, as of {min(different)}"
     count = sum(math.prod(shape) for shape in now.values())
     what = "packed elements" if e.facts.parameters is None else "parameters"
-    told = f"{count:,} {what} in {len(now)} tensors, each of the base's shape"
+    told = f"{count:,} {what} in {plural('tensor', len(now))}, each of the base's shape"
     if differing:
         told += f"; but for the parts of {len(stored)} quantized weights, which are stored "
         told += "otherwise now"

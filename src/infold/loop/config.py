@@ -17,7 +17,7 @@ from infold.errors import Refusal
 from infold.extras import require
 from infold.tuners.settings import TrainSettings
 
-__all__ = ["Collect", "Evaluate", "LoopConfig", "Stop", "read_config"]
+__all__ = ["Collect", "Evaluate", "LoopConfig", "Stop", "in_keys", "read_config"]
 
 BUILT_IN = ("arithmetic", "classify")
 FUNCTIONS = ("problems", "prompt", "verify")
@@ -113,6 +113,13 @@ def read_config(
     if isinstance(source, Mapping):
         return _checked({**source, **instead}, "the configuration", Path.cwd())
     path = Path(source)
+    if not exists(path):
+        raise Refusal(f"{path}: no such file; give a configuration, a .toml file")
+    if path.is_dir():
+        raise Refusal(
+            f"{path}: is a folder; give a configuration, a .toml file (a run that began is "
+            "continued by its own, and shown by infold loop show)"
+        )
     return _checked({**_toml(path), **instead}, str(path), path.parent)
 
 
@@ -125,7 +132,7 @@ def _toml(path: Path) -> dict[str, Any]:
     try:
         found: dict[str, Any] = tomllib.loads(read_bytes(path).decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise Refusal(f"{path}: is no TOML: {error}") from None
+        raise Refusal(f"{path}: is no TOML file: {error}") from None
     return found
 
 
@@ -148,7 +155,7 @@ def _checked(given: dict[str, Any], where: str, folder: Path) -> LoopConfig:
     train = dict(given.get("train", {}))
     wrong += _unknown(train, [item.name for item in fields(TrainSettings)], where, "train")
     required = [f.name for f in fields(LoopConfig) if f.default is f.default_factory is MISSING]
-    wrong += [f"{where}: {name} is missing" for name in required if name not in given]
+    wrong += [f"{where}: {n} is missing: {_REQUIRED[n]}" for n in required if n not in given]
     wrong += _task_problems(given.get("task", {}), where) if "task" in given else []
     wrong += _value_problems(given, where)
     if "seed" in train:
@@ -157,7 +164,7 @@ def _checked(given: dict[str, Any], where: str, folder: Path) -> LoopConfig:
         try:
             TrainSettings.of(train)
         except Refusal as error:
-            wrong += [f"{where}: train: {reason}" for reason in error.reasons]
+            wrong += [f"{where}: {in_keys(reason)}" for reason in error.reasons]
     if wrong:
         raise Refusal(wrong)
     collect = dict(given.get("collect", {}))
@@ -176,6 +183,24 @@ def _checked(given: dict[str, Any], where: str, folder: Path) -> LoopConfig:
             "stop": Stop(**given.get("stop", {})),
         }
     )
+
+
+_REQUIRED = {
+    "base": "the model to begin with, a folder or a Hub id",
+    "run": "the folder that the run is kept in",
+    "task": "the table [task], with the name of a built-in one or with three functions",
+}
+
+
+def in_keys(reason: str) -> str:
+    """A reason of a training's, with the keys of [train] where it names options."""
+    names = {item.name for item in fields(TrainSettings)}
+
+    def key(option: re.Match[str]) -> str:
+        name = option[1].replace("-", "_")
+        return f"train.{name}" if name in names else option[0]
+
+    return re.sub(r"--([a-z0-9]+(?:-[a-z0-9]+)*)", key, reason)
 
 
 def _place(text: str, folder: Path) -> str:

@@ -24,8 +24,9 @@ import torch
 from infold.checkpoint.staging import storage_errors
 from infold.errors import Refusal, StorageFailure
 from infold.loop.config import Collect
-from infold.loop.task import Prompt
-from infold.tuners.loading import calm, most_tokens, pad_id
+from infold.loop.task import Prompt, short
+from infold.sizes import plural
+from infold.tuners.loading import calm, load_model, most_tokens, pad_id, tokenizer_of
 from infold.tuners.tokens import special_ids
 
 __all__ = ["Engine", "open_engine"]
@@ -67,7 +68,9 @@ def prompt_ids(prompt: Prompt, tokenizer: Any) -> list[int]:
     try:
         text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template is a program, and refuses as it likes
-        raise Refusal(f"task: the base's chat template does not take {prompt}: {error}") from error
+        raise Refusal(
+            f"task: the base's chat template does not take {short(prompt)}: {error}"
+        ) from error
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
@@ -77,37 +80,29 @@ def cut(text: str, stop: Sequence[str]) -> str:
     return text[: min(ends)] if ends else text
 
 
-def _tokenizer(model: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(model)
-
-
 class _Local:
     """transformers' generate on one device."""
 
     def __init__(self, model: Path, settings: Collect) -> None:
-        from transformers import AutoModelForCausalLM
-
         self.settings = settings
-        self.tokenizer = _tokenizer(model)
+        self.tokenizer = tokenizer_of(model)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         # float32 holds every bfloat16 and float16 exactly, and processors compute with it faster
         dtype: Any = "auto" if self.device == "cuda" else torch.float32
-        with calm():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
-        self.model = loaded.to(self.device).eval()
+        self.model = load_model(model, torch.device(self.device), dtype)
         self.pad = pad_id(self.tokenizer)
 
     @torch.inference_mode()
     def answers(self, prompts: Sequence[Prompt], samples: int, seed: int) -> list[list[str]]:
         rows = [prompt_ids(prompt, self.tokenizer) for prompt in prompts]
-        width = max(map(len, rows))
+        widths = list(map(len, rows))
+        width = max(widths)
         most = most_tokens(self.model.config)
         if most is not None and width + self.settings.max_tokens > most:
             raise Refusal(
                 f"task: a prompt has {width:,} tokens, with collect.max_tokens "
-                f"{width + self.settings.max_tokens:,}, and the base takes {most:,}"
+                f"{width + self.settings.max_tokens:,}, and the base takes {most:,}; lower "
+                f"collect.max_tokens, or shorten the prompt: {short(prompts[widths.index(width)])}"
             )
         ids = torch.tensor([[self.pad] * (width - len(row)) + row for row in rows])
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
@@ -121,15 +116,16 @@ class _Local:
                 "num_return_sequences": samples,
             }
         stop = list(self.settings.stop)
-        out = self.model.generate(
-            input_ids=ids.to(self.device),
-            attention_mask=mask.to(self.device),
-            max_new_tokens=self.settings.max_tokens,
-            pad_token_id=self.pad,
-            top_k=None,
-            **({"stop_strings": stop, "tokenizer": self.tokenizer} if stop else {}),
-            **sampling,
-        )
+        with calm():
+            out = self.model.generate(
+                input_ids=ids.to(self.device),
+                attention_mask=mask.to(self.device),
+                max_new_tokens=self.settings.max_tokens,
+                pad_token_id=self.pad,
+                top_k=None,
+                **({"stop_strings": stop, "tokenizer": self.tokenizer} if stop else {}),
+                **sampling,
+            )
         texts = self.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
         each = max(1, samples)
         return [
@@ -143,7 +139,7 @@ class _Remote:
 
     def __init__(self, client: Any, model: Path, name: str, settings: Collect) -> None:
         self.client, self.name, self.settings = client, name, settings
-        self.tokenizer = _tokenizer(model)
+        self.tokenizer = tokenizer_of(model)
 
     def answers(self, prompts: Sequence[Prompt], samples: int, seed: int) -> list[list[str]]:
         each = max(1, samples)
@@ -160,8 +156,9 @@ class _Remote:
         choices = sorted(found.choices, key=lambda choice: choice.index)
         if len(choices) != each * len(prompts):
             raise StorageFailure(
-                f"{self.settings.server}: gave {len(choices)} answers to {len(prompts)} prompts, "
-                f"{each} each"
+                f"collect.server {self.settings.server}: gave {plural('answer', len(choices))} to "
+                f"{plural('prompt', len(prompts))}, where {each} to each were asked for; does it "
+                "take lists of prompts, and n?"
             )
         texts = [cut(choice.text, self.settings.stop) for choice in choices]
         return [texts[start : start + each] for start in range(0, len(texts), each)]
@@ -201,12 +198,15 @@ def _served(model: Path, settings: Collect, log: Path) -> Iterator[Engine]:
                     f"collect.serve: the server ended with code {child.returncode}; see {log}"
                 )
             if time.monotonic() > deadline:
-                raise StorageFailure(f"{settings.server}: no answer for {PATIENCE} s; see {log}")
+                raise StorageFailure(
+                    f"collect.server {settings.server}: no answer for {PATIENCE} s; is that where "
+                    f"collect.serve listens? See {log}"
+                )
             time.sleep(0.2)
         try:
             yield _Remote(client, model, names[0], settings)
         except OpenAIError as error:
-            raise StorageFailure(f"{settings.server}: {error}; see {log}") from error
+            raise StorageFailure(f"collect.server {settings.server}: {error}; see {log}") from error
     finally:
         assert child.stdin is not None
         child.stdin.close()

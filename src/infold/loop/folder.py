@@ -77,8 +77,13 @@ class Run:
     def open(cls, path: str | os.PathLike[str]) -> Run:
         """A run that exists. Raises Refusal for another folder."""
         run = cls(path)
+        if not exists(run.path):
+            raise Refusal(f"{run.path}: no such folder")
         if not exists(run.path / "loop.json"):
-            raise Refusal(f"{run.path}: is no run of infold loop: it has no loop.json")
+            raise Refusal(
+                f"{run.path}: is no run of infold loop: it has no loop.json; give the folder that "
+                "the configuration calls `run`"
+            )
         return run
 
     @property
@@ -150,8 +155,10 @@ class Run:
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    told = f"{self.path}: another loop is running there right now"
-                    raise Refusal(told) from None
+                    raise Refusal(
+                        f"{self.path}: another loop is running there right now; wait for its end, "
+                        "or give another folder with --run"
+                    ) from None
             yield
         finally:
             os.close(lock)

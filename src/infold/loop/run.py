@@ -21,7 +21,7 @@ from infold.checkpoint.shards import open_checkpoint, read_receipt, refuse_unfin
 from infold.checkpoint.staging import storage_errors
 from infold.errors import CorruptFile, ProofFailed, Refusal
 from infold.extras import missing
-from infold.loop.config import LoopConfig, read_config
+from infold.loop.config import FREE, LoopConfig, in_keys, read_config
 from infold.loop.engine import open_engine
 from infold.loop.folder import (
     Iteration,
@@ -39,6 +39,8 @@ from infold.merge.prepare import open_plan, prepare
 from infold.merge.receipt import Receipt
 from infold.merge.run import execute
 from infold.plan.quantized import quantization_of
+from infold.sizes import plural
+from infold.tuners.loading import model_folder
 from infold.tuners.settings import TrainSettings
 from infold.tuners.train import train_adapter
 from infold.version import __version__
@@ -121,8 +123,12 @@ class Loop:
         if lacking:
             raise Refusal(lacking)
         if run.strangers():
-            raise Refusal(f"{run.path}: is no run, and not empty: {', '.join(run.strangers())}")
+            raise Refusal(
+                f"{run.path}: is no run, and not empty: {', '.join(run.strangers())}; choose "
+                "another folder"
+            )
         digests = digests_of_base(config.base)
+        model_folder(config.base, quantized=True)
         method = TrainSettings.of(config.train).method
         if method != "ia3" and quantization_of(open_checkpoint(config.base)):
             raise Refusal(
@@ -152,6 +158,11 @@ class Loop:
                     "or another run folder"
                 )
             _same(run.path, before["config"], config)
+            if not exists(run.path / "held_out.json"):
+                raise Refusal(
+                    f"{run.path / 'held_out.json'}: is gone, which tells what the scores are of; "
+                    "put it back, or take another run folder"
+                )
             if read_json(run.path / "held_out.json") != held:
                 raise Refusal(
                     f"{run.path}: the task's held-out problems are not those of this run, so "
@@ -164,11 +175,13 @@ class Loop:
         """Which rule ends the loop now."""
         stop, last = self.config.stop, len(done) - 1
         if last >= self.config.iterations:
-            return f"all {self.config.iterations} iterations are done"
+            count = self.config.iterations
+            return f"all {count} iterations are done" if count > 1 else "its one iteration is done"
         shares = [read_record(it / "scores.json")["score"]["share"] for it in done]
         best = shares.index(max(shares))
         if stop.patience and last - best >= stop.patience:
-            return f"no gain in {last - best} iterations: iteration {best} is still the best"
+            told = plural("iteration", last - best)
+            return f"no gain in {told}: iteration {best} is still the best"
         spent = sum(_seconds(it) for it in done)
         if stop.minutes and spent >= 60 * stop.minutes:
             return f"{spent / 60:.1f} minutes are spent, of {stop.minutes:g}"
@@ -302,12 +315,16 @@ class Loop:
         settings = TrainSettings.of({**self.config.train, "seed": seed})
         with measured() as timing:
             base = self._weights(it.number - 1)
-            record = train_adapter(base, it / "kept.jsonl", it.adapter, settings, resume=True)
+            try:
+                record = train_adapter(base, it / "kept.jsonl", it.adapter, settings, resume=True)
+            except Refusal as error:
+                reasons = map(in_keys, error.reasons)
+                raise Refusal(f"iteration {it.number}, train: {r}" for r in reasons) from None
         facts = {"steps": record.steps, "parameters": record.parameters, "losses": record.losses,
                  "adapter": it.adapter_digests()}  # fmt: skip
         write_json(it / "train.json", facts | timing)
         losses = record.losses
-        told = f"{record.steps} steps, loss {losses['first']:.3f} -> {losses['last']:.3f}"
+        told = f"{plural('step', record.steps)}, loss {losses['first']:.3f} -> {losses['last']:.3f}"
         say(_line(it, "train", told, timing))
 
     def _merge(self, it: Iteration, say: Say) -> None:
@@ -381,8 +398,8 @@ def checkout(run: PathLike, number: int, out: PathLike, *, force: bool = False) 
     if number == 0:
         raise Refusal(f"{folder.path}: iteration 0 is the base itself, {base['path']}; copy it")
     if number not in merged:
-        there = f"1 to {merged[-1]}" if merged else "none"
-        raise Refusal(f"{folder.path}: has no merged iteration {number}; there are {there}")
+        there = f"it has {', '.join(map(str, merged))}" if merged else "nor any other yet"
+        raise Refusal(f"{folder.path}: has no merged iteration {number}; {there}")
     if other := _others(base, digests_of_base(base["path"])):
         raise Refusal(
             f"{base['path']}: is not the base of {folder.path} any more: {other} changed; put back "
@@ -426,11 +443,12 @@ def _merged(folder: Run) -> list[int]:
 
 
 def _same(path: Path, before: Mapping[str, Any], config: LoopConfig) -> None:
-    now = config.identity
+    was, now = _flat(before), _flat(config.identity)
+    names = sorted({*now, *(n for n in was if n.partition(".")[0] not in FREE)})
     other = [
-        f"  {name}: {before.get(name)!r} there, {now[name]!r} now"
-        for name in sorted(now)
-        if before.get(name) != now[name]
+        f"  {name}: {_told(was, name)} there, {_told(now, name)} now"
+        for name in names
+        if _told(was, name) != _told(now, name)
     ]
     if other:
         raise Refusal(
@@ -439,6 +457,21 @@ def _same(path: Path, before: Mapping[str, Any], config: LoopConfig) -> None:
                  "folder (iterations and stop may change)", *other]
             )
         )  # fmt: skip
+
+
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration by the names that it has in messages: `collect.samples`."""
+    found: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            found |= {f"{name}.{key}": inner for key, inner in value.items()}
+        else:
+            found[name] = value
+    return found
+
+
+def _told(config: Mapping[str, Any], name: str) -> str:
+    return json.dumps(config[name], ensure_ascii=False) if name in config else "nothing"
 
 
 def _others(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -22,6 +22,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,8 +31,9 @@ from types import FrameType
 from typing import Any
 
 from infold.errors import Refusal
+from infold.sizes import plural
 
-__all__ = ["Prompt", "Task", "check_apart", "key_of", "open_task"]
+__all__ = ["Prompt", "Task", "check_apart", "key_of", "open_task", "short"]
 
 Prompt = str | list[dict[str, str]]
 
@@ -55,14 +57,16 @@ class Task:
         except _WHATEVER as error:
             raise Refusal(f"task: problems({split!r}, {count}, {seed}) {_raised(error)}") from error
         if not found:
-            raise Refusal(f"task: problems({split!r}, {count}, {seed}) gave none")
+            raise Refusal(
+                f"task: problems({split!r}, {count}, {seed}) gave none; it must give at least one"
+            )
         return found[:count]
 
     def prompt(self, problem: Any) -> Prompt:
         try:
             found = self.ask(problem)
         except _WHATEVER as error:
-            raise Refusal(f"task: prompt {_raised(error)} on {_short(problem)}") from error
+            raise Refusal(f"task: prompt {_raised(error)} on {short(problem)}") from error
         if isinstance(found, str) and found:
             return found
         if (
@@ -71,7 +75,10 @@ class Task:
             and all(isinstance(m, Mapping) and {"role", "content"} <= set(m) for m in found)
         ):
             return found
-        raise Refusal(f"task: the prompt of {_short(problem)} is neither a text nor messages")
+        raise Refusal(
+            f"task: prompt gave {short(found)} for {short(problem)}; it must give a text with "
+            'something in it, or messages: [{"role": ..., "content": ...}, ...]'
+        )
 
     def verify(self, problem: Any, answer: str) -> bool:
         try:
@@ -79,18 +86,20 @@ class Task:
                 found = self.check(problem, answer)
             if clock.over:  # and the verifier went on, whatever it made of the interruption
                 raise _TooLong
-            if found not in (True, False):
-                raise TypeError(f"gave {found!r}, which is neither True nor False")
-            return bool(found)
+            judged = found in (True, False)
+            what = "" if judged else f"gave {found!r}, which is neither True nor False"
         except _TooLong:
             what = f"did not end within {self.seconds:g} s (stop.verify_seconds)"
             raise self._unjudged(what, problem, answer) from None
         except _WHATEVER as error:
             raise self._unjudged(_raised(error), problem, answer) from error
+        if not judged:
+            raise self._unjudged(what, problem, answer)
+        return bool(found)
 
     def _unjudged(self, what: str, problem: Any, answer: str) -> Refusal:
         return Refusal(
-            f"task: verify {what}; problem: {_short(problem)}; answer: {_short(answer)}. The run "
+            f"task: verify {what}; problem: {short(problem)}; answer: {short(answer)}. The run "
             "is kept: correct the function and run again"
         )
 
@@ -189,8 +198,8 @@ def check_apart(held: Sequence[Prompt], collected: Sequence[Prompt]) -> None:
     known = {key_of(prompt) for prompt in held}
     both = sorted({key for prompt in collected if (key := key_of(prompt)) in known})
     if both:
-        shown = [f"task: is held out and would be learnt from: {_short(key)}" for key in both[:10]]
-        more = [f"and {len(both) - 10} more"] if len(both) > 10 else []
+        shown = [f"task: held out and would be learnt from: {short(key)}" for key in both[:10]]
+        more = [f"and {plural('other', len(both) - 10)}"] if len(both) > 10 else []
         raise Refusal([*shown, *more, "let problems() keep the splits collect and evaluate apart"])
 
 
@@ -218,9 +227,16 @@ def _function(name: str) -> Callable[..., Any]:
 
 
 def _raised(error: BaseException) -> str:
-    return f"raised {type(error).__name__}: {error}"
+    """What a task's function raised, and where in its own file."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = (__file__, importlib.__file__)
+    theirs = [f for f in frames if f.filename not in ours and not f.filename.startswith("<frozen")]
+    lines = [f.lineno for f in theirs if f.filename == theirs[0].filename]
+    where = f" ({theirs[0].filename}, line {lines[-1]})" if lines else ""
+    return f"raised {type(error).__name__}: {error}{where}"
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A value of the task's, as JSON, for a message."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 300 else f"{text[:300]}..."

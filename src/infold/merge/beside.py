@@ -83,7 +83,7 @@ def read_beside(
         n for n in ("config.json", INDEX, *QUANT_CONFIGS) if LABEL + n in files and n not in told
     ]
     if odd := _odd(merged, shards, {*told, *mine}):
-        raise CorruptFile(f"{record.path}: tells of side files that no base has: {odd}")
+        raise CorruptFile(f"{record.path}: tells of side files that no base has: {', '.join(odd)}")
     rewritten = {name: _unpack(record, files[LABEL + name], _MOST) for name in mine}
     copied, changed, lost = [], {}, []
     for name, digest in told.items():

@@ -42,6 +42,7 @@ from infold.checkpoint.shards import (
     companion,
     is_bundled,
     is_lone,
+    misnamed,
     open_checkpoint,
 )
 from infold.checkpoint.staging import Progress, storage_errors, sync_data, sync_folder
@@ -226,7 +227,8 @@ def _folder(name: PathLike) -> Path:
     path = Path(os.path.abspath(name))
     if not path.is_dir() and not (is_lone(path) and path.is_file()):
         raise Refusal(
-            f"{name}: is no folder or GGUF file here; --in-place edits what lies on this machine"
+            f"{name}: is neither a folder nor a .gguf file here; --in-place edits what lies on "
+            f"this machine{misnamed(path)}"
         )
     return path
 

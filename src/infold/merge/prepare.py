@@ -34,7 +34,7 @@ from infold.merge.undo import Merged
 from infold.plan.build import plan_merge
 from infold.plan.edits import Part, Plan
 from infold.plan.output import placed
-from infold.sizes import parse_bytes
+from infold.sizes import parse_bytes, plural
 
 __all__ = [
     "DEFAULT_MEMORY",
@@ -243,7 +243,7 @@ def digest_adapter(adapter: Adapter) -> dict[str, str]:
                 if not math.isfinite(piece.sum().item()):  # mostly it is, and needs no second look
                     count += int((~torch.isfinite(piece)).sum())
             if count:
-                bad.append(f"{adapter.path}: {key}: {count} elements are NaN or inf")
+                bad.append(f"{adapter.path}: {key}: NaN or inf in {plural('element', count)}")
     if bad:
         raise Refusal([*bad, "the training diverged; nothing can be merged from this adapter"])
     files = (adapter.path / "adapter_config.json", adapter.weights)

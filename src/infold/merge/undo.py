@@ -28,6 +28,7 @@ from infold.checkpoint.shards import (
     Shard,
     companion,
     is_lone,
+    misnamed,
     open_checkpoint,
     read_receipt,
     refuse_unfinished,
@@ -230,7 +231,8 @@ def open_merged(folder: Path, record_name: str = UNDO, *, in_place: bool = False
     """
     if not folder.is_dir() and not (is_lone(folder) and folder.is_file()):
         raise Refusal(
-            f"{folder}: is neither a folder nor a GGUF file; infold undoes what a merge has made"
+            f"{folder}: is neither a folder nor a .gguf file; infold undoes what a merge has made"
+            f"{misnamed(folder)}"
         )
     if not in_place:
         refuse_unfinished(folder)  # before a record is missed that an unfinished merge has not yet
@@ -317,7 +319,7 @@ def _merged(
         )
     names = sorted(told["base"]["shards"])  # which a single file need not have kept
     if odd := _odd_names(names, there):
-        raise CorruptFile(f"{record.path}: tells of shards that no base has: {odd}")
+        raise CorruptFile(f"{record.path}: tells of shards that no base has: {', '.join(odd)}")
     for shard, name in zip(checkpoint.shards, names, strict=True):
         header = shard.header
         if (label := f"header/{name}") in files:
@@ -367,7 +369,9 @@ def _merged(
         if name in where and record.length(number) != base.info(name).nbytes
     ]
     if short:
-        raise CorruptFile(f"{record.path}: keeps other sizes than the base has of: {short}")
+        raise CorruptFile(
+            f"{record.path}: keeps other sizes than the base has of: {', '.join(short)}"
+        )
     limit = int(told["limit"])
     odd = [
         name
@@ -377,9 +381,13 @@ def _merged(
         and (base.info(name).dtype, base.info(name).shape) != (edit.dtype, edit.shape)
     ]
     if odd:
-        raise CorruptFile(f"{record.path}: tells other dtypes or shapes than the base's of: {odd}")
+        raise CorruptFile(
+            f"{record.path}: tells other dtypes or shapes than the base's of: {', '.join(odd)}"
+        )
     if lost:
-        raise CorruptFile(f"{record.path}: edits tensors that the base does not have: {lost}")
+        raise CorruptFile(
+            f"{record.path}: edits tensors that the base does not have: {', '.join(lost)}"
+        )
     called = told["base"]["path"]
     # fsencode: text that no path can hold is a ValueError
     if not LEAF <= limit <= 1 << 26 or b"\0" in os.fsencode(called):

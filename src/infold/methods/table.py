@@ -10,7 +10,6 @@ import contextlib
 import copy
 import io
 import tempfile
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from infold.adapters import methods_of
+from infold.tuners.loading import calm
 
 __all__ = [
     "BITFIT",
@@ -126,7 +126,8 @@ def peft_types() -> list[str]:
     """The types that the installed PEFT registers, in its order; none without PEFT."""
     if find_spec("peft") is None:
         return []
-    from peft import PeftType
+    with calm():  # what it imports talks too
+        from peft import PeftType
 
     return [kind.value for kind in PeftType]
 
@@ -216,8 +217,7 @@ def _tried(name: str) -> tuple[str, bool]:
     import torch
 
     silence = contextlib.redirect_stderr(io.StringIO())  # some types draw bars
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), silence:
-        warnings.simplefilter("ignore")
+    with calm(), torch.random.fork_rng(devices=[]), silence:
         torch.manual_seed(0)
         try:
             model = _small()

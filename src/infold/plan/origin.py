@@ -1,5 +1,5 @@
-"""Whether adapters were trained, and on this base, as far as names tell. A doubt is a note: shapes
-are what decides, and local copies have any name."""
+"""Whether adapters were trained, and on this base, and whether that is all of a model, as far as
+names tell. A doubt is a note: shapes are what decides, and local copies have any name."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from infold.checkpoint.adapter import Adapter
+from infold.checkpoint.files import exists
 from infold.checkpoint.shards import Checkpoint
 from infold.checkpoint.untrained import untrained
 from infold.names import kin, same
@@ -19,12 +20,17 @@ __all__ = ["misfit", "origin_notes"]
 _TYPE = re.compile(
     r"([-._](ud|i1))?([-._](i?q\d\w*|tq\d_\d|mxfp4|b?f16|f32))?(-\d{5}-of-\d{5})?$", re.IGNORECASE
 )
+_SHARD = re.compile(r".*-\d{5}-of-(\d{5})\.safetensors")
 
 
 def origin_notes(base: Checkpoint, adapters: Sequence[Adapter]) -> list[str]:
-    """Notes on adapters of another base, on those that are as new, and on adapters that are given
-    more than once."""
+    """Notes on what the base lacks, on adapters of another one, on those that are as new, and on
+    adapters that are given more than once."""
     notes = []
+    if part := _part(base):
+        notes.append(f"{part}; the output is the base's one file, and no whole model")
+    elif base.config is None and not base.is_gguf:
+        notes.append(_without_config(base))
     names = _names(base)
     for adapter in adapters:
         told = adapter.config.get("base_model_name_or_path")
@@ -48,6 +54,8 @@ def misfit(
 ) -> Iterator[str]:
     """Of an adapter that does not fit the base, the plain fact in one line, before all the names
     and shapes; nothing where none can be told. found: whether the base has any of its modules."""
+    if part := _part(base):
+        yield part
     told = adapter.config.get("base_model_name_or_path")
     names = _names(base)
     facts = []
@@ -67,6 +75,28 @@ def misfit(
         facts.append(f"it was trained on {told}, and the base is {names[0]}")
     if facts:
         yield f"{adapter.path}: does not fit {base.path}: {'; '.join(facts)}"
+
+
+def _part(base: Checkpoint) -> str:
+    """Of a base that is one shard of a checkpoint, what to give instead; else empty."""
+    found = None if base.is_folder else _SHARD.fullmatch(base.path.name)
+    if found is None or int(found[1]) < 2:
+        return ""
+    return (
+        f"{base.path}: is one shard of {int(found[1])}, and the base is all of them: give their "
+        f"folder, {base.home}"
+    )
+
+
+def _without_config(base: Checkpoint) -> str:
+    """What is not known of a base whose config.json is not there, or beside the file."""
+    beside = not base.is_folder and exists(base.home / "config.json")
+    where = f"; give {base.home}, which has one" if beside else ""
+    return (
+        f"{base.path}: there is no config.json, so names and shapes alone tell what its tensors "
+        "are. Not known: the type of model, of which some store weights transposed, and whether "
+        f"head and embedding are tied, so that a change of one changes both{where}"
+    )
 
 
 def _layers(names: Iterable[str]) -> int:

@@ -12,7 +12,7 @@ from types import MappingProxyType
 
 from infold.checkpoint.gguf import with_types
 from infold.checkpoint.safetensors import DTYPE_BITS, Header, build_header
-from infold.checkpoint.shards import Checkpoint, is_lone
+from infold.checkpoint.shards import GGUF, Checkpoint, is_lone
 from infold.errors import Refusal
 from infold.formats import format_of
 from infold.plan.edits import Edit, OutputShard, Plan
@@ -100,14 +100,22 @@ def placed(plan: Plan, out: Path) -> Plan:
 
     Raises Refusal where there can be no such file.
     """
+    base = plan.base
     if not is_lone(out):
-        return plan
-    if not plan.base.is_gguf:
+        if not base.is_gguf or base.is_folder or len(plan.shards) > 1 or out.is_dir():
+            return plan
+        told = f"{out} is a folder, with {plan.shards[0].name} in it; for a file write {out}{GGUF}"
+        return replace(plan, notes=(*plan.notes, told))
+    if not base.is_gguf:
         raise Refusal(
-            f"{out}: the base is no GGUF file, and merging does not convert it; give a folder"
+            f"{out}: the base is no GGUF file, and merging does not convert it; give a folder, as "
+            f"{out.with_suffix('')}"
         )
     if len(plan.shards) > 1:
-        raise Refusal(f"{out}: the base has {len(plan.shards)} parts; give a folder for them")
+        raise Refusal(
+            f"{out}: the base has {len(plan.shards)} parts; give a folder for them, as "
+            f"{out.with_suffix('')}"
+        )
     notes = plan.notes
     if plan.copied:
         notes += (f"not copied, since the output is a single file: {', '.join(plan.copied)}",)

@@ -28,6 +28,7 @@ from infold.checkpoint.staging import Staging, storage_errors, write_fully
 from infold.dtypes import NAMES
 from infold.errors import Refusal
 from infold.patience import patience
+from infold.sizes import plural
 from infold.tuners.combine_config import (
     combined_config,
     config_notes,
@@ -173,7 +174,8 @@ def plan_combination(
         )
     if len(weights) != len(opened):
         reasons.append(
-            f"{len(opened)} adapters, but {len(weights)} weights; one for each is needed"
+            f"{plural('adapter', len(opened))}, but {plural('weight', len(weights))}; one for each "
+            "is needed"
         )
     if reasons:
         raise Refusal(reasons)
@@ -431,7 +433,8 @@ def _compute(plan: Combination) -> dict[str, Tensor]:
         value = plan.adapters[number].read(key)
         count = int((~value.isfinite()).sum())
         if count:
-            reasons.append(f"{plan.adapters[number].path}: {key}: {count} elements are NaN or inf")
+            told = f"NaN or inf in {plural('element', count)}"
+            reasons.append(f"{plan.adapters[number].path}: {key}: {told}")
         return value
 
     for key, owners in plan.carried.items():

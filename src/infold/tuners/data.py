@@ -18,6 +18,7 @@ import io
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from infold.checkpoint.files import HUB_ID, exists
 from infold.checkpoint.safetensors import open_regular, parse_json
 from infold.errors import CorruptFile, Refusal, StorageFailure
 from infold.extras import needs
+from infold.sizes import plural
 
 __all__ = ["DataSet", "Example", "Offences", "read_data"]
 
@@ -39,7 +41,8 @@ SHAPES = {
     "text": ("text",),
 }
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
-SHOWN = 20  # offenders that a refusal spells out
+SHOWN = 20  # kinds of offences that a refusal spells out
+ALIKE = 3  # rows of one kind that it names
 _HELD_OUT = re.compile(r"(^|[^a-z])(test|valid|validation|val|dev|eval)([^a-z]|$)")
 
 
@@ -53,28 +56,36 @@ class Example:
 
 @dataclass
 class Offences:
-    """Everything that is wrong with a data set, so that it is told at once."""
+    """Everything that is wrong with a data set, so that it is told at once: what is wrong with many
+    rows by the first of them and their number."""
 
-    told: list[str] = field(default_factory=list)
-    count: int = 0
+    kinds: dict[str, list[str]] = field(default_factory=dict)  # message, its numbers aside -> texts
+    counts: Counter[str] = field(default_factory=Counter)  # of each
+    count: int = 0  # of all
     places: set[str] = field(default_factory=set)
 
     def add(self, where: str, message: str) -> None:
+        kind = re.sub(r"\d[\d,.]*", "#", message)
+        self.counts[kind] += 1
         self.count += 1
         self.places.add(where)
-        if len(self.told) < SHOWN:
-            self.told.append(f"{where}: {message}")
+        told = self.kinds.setdefault(kind, [])
+        if len(told) < ALIKE:
+            told.append(f"{where}: {message}")
 
     def refuse(self, name: str, rows: int) -> None:
-        """Raise Refusal, one text with a line for each offender, when there are any."""
+        """Raise Refusal, one text with lines for each kind of offence, when there are any."""
         if not self.count:
             return
-        more = self.count - len(self.told)
-        lines = [
-            f"{name}: {len(self.places):,} of {rows:,} rows cannot be used",
-            *(f"  {text}" for text in self.told),
-            *([f"  and {more:,} more"] if more else []),
-        ]
+        lines = [f"{name}: {len(self.places):,} of {plural('row', rows)} cannot be used"]
+        rest = self.count
+        for kind, told in list(self.kinds.items())[:SHOWN]:
+            lines += [f"  {text}" for text in told]
+            if more := self.counts[kind] - len(told):
+                lines.append(f"  and {more:,} more like these")
+            rest -= self.counts[kind]
+        if rest:
+            lines.append(f"  and {rest:,} more of other kinds")
         raise Refusal("\n".join(lines))
 
 
@@ -305,7 +316,9 @@ def _csv(data: bytes, name: str, wrong: Offences, delimiter: str = ",") -> Rows:
             if not cells:
                 continue
             if len(cells) != len(header):
-                wrong.add(where, f"has {len(cells)} fields, and the header has {len(header)}")
+                wrong.add(
+                    where, f"has {plural('field', len(cells))}, and the header has {len(header)}"
+                )
                 continue
             yield where, dict(zip(header, cells, strict=True))
     except csv.Error as error:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from infold.checkpoint.files import exists, locate, read_object
+from infold.checkpoint.gguf import is_gguf
 from infold.checkpoint.shards import GGUF, TOKENIZERS, is_lone, open_checkpoint, refuse_unfinished
 from infold.errors import Refusal
 from infold.tuners.model import load as load_adapter
@@ -67,8 +68,11 @@ def model_folder(name: PathLike, *, quantized: bool = False) -> Path:
     folder = locate(name)
     refuse_unfinished(folder)
     if not folder.is_dir() or not exists(folder / "config.json"):
-        adapter = folder.is_dir() and exists(folder / "adapter_config.json")
-        hint = ": it is an adapter, give its base" if adapter else ""
+        hint = ""
+        if folder.is_dir() and exists(folder / "adapter_config.json"):
+            hint = ": it is an adapter, give its base"
+        elif folder.is_file() and is_gguf(folder):
+            hint = ": of a GGUF file give the folder that it was converted from"
         raise Refusal(f"{os.fspath(name)}: no folder with a config.json, so no model to run{hint}")
     config = read_object(folder / "config.json")
     if config.get("quantization_config") and not quantized:
@@ -86,7 +90,7 @@ def gguf_file(name: PathLike) -> Path | None:
     if path.is_dir():
         if any(path.glob("*.safetensors")) or not any(path.glob("*" + GGUF)):
             return None
-    elif not (is_lone(path) and exists(path)):
+    elif not (path.is_file() and (is_lone(path) or is_gguf(path))):
         return None
     shards = open_checkpoint(path).shards
     if len(shards) > 1:
@@ -189,7 +193,7 @@ def config_of(folder: Path) -> Any:
 
 def _place(model: Path) -> tuple[Path, dict[str, Any]]:
     """What transformers wants to be told of a model: a folder, and the name of a GGUF file."""
-    if not is_lone(model):
+    if not model.is_file():
         return model, {}
     return model.parent, {"gguf_file": model.name}
 

@@ -50,6 +50,8 @@ def prepare(
     refuse_unfinished(folder)
     if not exists(folder / "config.json"):
         hint = " (an adapter: give its base)" if exists(folder / "adapter_config.json") else ""
+        if folder.is_file():
+            hint = " (a file: give the model's folder; of a GGUF file the one it was made from)"
         raise Refusal(
             f"{name}: no config.json, so this is no base model in transformers' form{hint}"
         )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +70,22 @@ class TrainSettings:
     save_every: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("targets", "feedforward", "parameters", "tokens", "labels"):
+        for name in _LISTS:
             value = getattr(self, name)
-            if value is not None:
+            if isinstance(value, Iterable) and not isinstance(value, str):
                 object.__setattr__(self, name, tuple(value))
-        problems = [f"{_option(name)}: {problem}" for name, problem in self._problems()]
-        if problems:
-            raise Refusal(problems)
+        if problems := self._strangers() or self._problems():
+            raise Refusal(f"{_option(name)}: {problem}" for name, problem in problems)
+
+    def _strangers(self) -> list[tuple[str, str]]:
+        """Values of the wrong kind, as a file may hold them: what follows compares numbers."""
+        wrong = []
+        for names, told, right in _KINDS:
+            for name in names:
+                if not right(value := getattr(self, name)):
+                    value = list(value) if isinstance(value, tuple) else value
+                    wrong.append((name, f"{value!r} must be {told}"))
+        return wrong
 
     def _problems(self) -> list[tuple[str, str]]:
         wrong = []
@@ -149,14 +159,43 @@ class TrainSettings:
         return cls(**{**options, "eval_split": _fraction_or_file(split)})
 
 
-def _fraction_or_file(value: Any) -> float | str | None:
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, tuple) and all(isinstance(text, str) for text in value)
+
+
+def _fraction_or_file(value: Any) -> Any:
+    """A number, or the path of a file; what is neither stays as it was given."""
     if isinstance(value, str | Path):
         text = str(value)
         try:
             return text if Path(text).exists() else float(text)
         except ValueError:
             return text
-    return None if value is None else float(value)
+    return float(value) if _is_number(value) else value
+
+
+_LISTS = ("targets", "feedforward", "parameters", "tokens", "labels")
+_KINDS: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
+    (("epochs", "warmup", "weight_decay", "dropout", "seed"), "a number", _is_number),
+    (("lr", "alpha"), "a number", lambda v: v is None or _is_number(v)),
+    (
+        ("eval_split",),
+        "a number or a file",
+        lambda v: v is None or isinstance(v, str) or _is_number(v),
+    ),
+    (_LISTS, "a list of texts", lambda v: v is None or _is_texts(v)),
+    (("fields",), "a table of names", lambda v: v is None or isinstance(v, Mapping)),
+    (("template",), "a text", lambda v: isinstance(v, str)),
+    (
+        ("bf16", "gradient_checkpointing", "packing", "compile"),
+        "true or false",
+        lambda v: isinstance(v, bool),
+    ),
+)
 
 
 def _option(name: str) -> str:

@@ -106,7 +106,8 @@ def encode(
         kept.append(row)
     wrong.refuse(data.name, len(data))
     if not kept:
-        raise Refusal(f"{data.name}: all {len(data):,} rows are longer than {limit:,} tokens")
+        all_of_them = "its only row is" if len(data) == 1 else f"all {len(data):,} rows are"
+        raise Refusal(f"{data.name}: {all_of_them} longer than {limit:,} tokens")
     return kept, changed
 
 

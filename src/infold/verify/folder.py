@@ -24,6 +24,7 @@ from infold.checkpoint.shards import (
 from infold.errors import CorruptFile, InfoldError, Refusal
 from infold.plan.choice import DTYPES, MODES, TYPES
 from infold.plan.edits import OutputShard, Plan
+from infold.sizes import plural
 from infold.verify.verdict import Offender
 
 __all__ = ["Claims", "claimed_inputs", "compare_header", "extra_files", "read_claims", "side_files"]
@@ -115,7 +116,7 @@ def compare_header(
     """The header of a shard as it lies in a folder, if it can be read, and how it differs."""
     name, wanted = planned.name, planned.header
     if not os.path.lexists(folder / name):
-        missing = f"a shard with {len(wanted.tensors)} tensors"
+        missing = f"a shard with {plural('tensor', len(wanted.tensors))}"
         return None, [Offender("missing file", name, missing)]
     try:
         path = safe_child(folder, name)

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from infold.checkpoint.adapter import open_adapter
-from infold.checkpoint.shards import is_lone, open_checkpoint
+from infold.checkpoint.shards import open_checkpoint
 from infold.errors import CorruptFile, Refusal
 from infold.extras import require
 from infold.machine import device_of
@@ -94,7 +94,7 @@ def prove_outputs(
         raise Refusal(f"{new_tokens} new tokens: at least 1 is needed to compare continuations")
     base_folder = gguf_file(base) or model_folder(base, quantized=True)
     merged_folder = gguf_file(merged) or model_folder(merged, quantized=True)
-    if is_lone(base_folder) != is_lone(merged_folder):
+    if base_folder.is_file() != merged_folder.is_file():
         raise Refusal(
             f"{os.fspath(merged)}: base and merged must both be GGUF files, or both be folders"
         )
@@ -167,7 +167,7 @@ class _Run:
         """Merged in memory at the stored dtype, run in float32; of quantized layers, moved."""
         if self.layers:
             self.step = _rounding(base, adapters, choice)
-        if is_lone(base):
+        if base.is_file():
             model = attach_all(self._moved(base, adapters, choice), adapters).merge_and_unload()
         elif self.step is None:
             model = attach_all(load_model(base, self.device), adapters).merge_and_unload()
@@ -195,7 +195,7 @@ class _Run:
     def merged(self, folder: Path) -> None:
         model, _ = self._float(folder)
         self.greedy["merged"] = self._continue(model)
-        same = self.step is None and not is_lone(folder)  # weights by two ways
+        same = self.step is None and folder.is_dir()  # weights by two ways
         control = {"control": "predicted"} if same else {}
         self._pass(model, "merged", against={"merged": "adapter", **control})
         for number, (one, two) in enumerate(zip(*self.greedy.values(), strict=True)):
@@ -226,7 +226,7 @@ class _Run:
             for what, distance in distances.items():
                 other = self._kept(against[what], number)
                 if other.shape != logits.shape:
-                    told = f"logits of shape {tuple(logits.shape)}, not {tuple(other.shape)}"
+                    told = f"logits of shape {list(logits.shape)}, not {list(other.shape)}"
                     raise Refusal(f"the {name} model gives {told}: it has another vocabulary")
                 distance.add(other, logits)
             if keep:

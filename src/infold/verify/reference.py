@@ -426,7 +426,7 @@ def alpha_of(config: Mapping[str, Any], module: str) -> float:
     """The alpha of a module. Raises Refusal where patterns contradict each other."""
     values = {float(value) for value in _matching(config, "alpha_pattern", "lora_alpha", module)}
     if len(values) > 1:
-        raise Refusal(f"{module}: alpha_pattern gives {sorted(values)}")
+        raise Refusal(f"{module}: alpha_pattern gives {', '.join(map(str, sorted(values)))}")
     return values.pop()
 
 

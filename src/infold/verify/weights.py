@@ -28,6 +28,7 @@ from infold.checkpoint.shards import (
     companion,
     is_lone,
     kept_name,
+    misnamed,
     open_checkpoint,
     refuse_unfinished,
     renamed,
@@ -75,7 +76,8 @@ def verify_checkpoint(
     folder = Path(os.path.abspath(merged))
     if not os.path.isdir(folder) and not (is_lone(folder) and os.path.isfile(folder)):
         raise Refusal(
-            f"{merged}: is neither a folder nor a GGUF file; infold verifies what a merge has made"
+            f"{merged}: is neither a folder nor a .gguf file; infold verifies what a merge has "
+            f"made{misnamed(folder)}"
         )
     refuse_unfinished(folder)
     offenders: list[Offender] = []
