@@ -61,7 +61,7 @@ class Iteration:
 
     def adapter_digests(self) -> dict[str, str]:
         """BLAKE3 of the adapter's files, as receipts have them."""
-        return _digests([self.adapter / name for name in ADAPTER_FILES])
+        return {name: _digest(self.adapter / name) for name in ADAPTER_FILES}
 
 
 class Run:
@@ -221,15 +221,11 @@ def digests_of_base(base: str) -> dict[str, dict[str, str]]:
     there = open_checkpoint(base)
     sides = [*there.side_files, *([INDEX] if there.index else [])]
     return {
-        "shards": _digests([shard.path for shard in there.shards]),
+        "shards": {shard.name: _digest(shard.path) for shard in there.shards},
         "side_files": {
             name: _digest(safe_child(there.home, name)) for name in sides if name != CARD
         },
     }
-
-
-def _digests(files: Sequence[Path]) -> dict[str, str]:
-    return {path.name: _digest(path) for path in files}
 
 
 def _digest(path: Path) -> str:
