@@ -7,18 +7,21 @@ import math
 import os
 import warnings
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from infold.adapters import METHODS
 from infold.checkpoint.adapter import Adapter as AdapterFile
 from infold.checkpoint.adapter import open_adapter
-from infold.errors import Refusal
+from infold.checkpoint.staging import storage_errors
+from infold.errors import Refusal, StorageFailure
 from infold.patience import patience
 from infold.tuners.config import IA3Config, LoraConfig, TunerConfig, matches, read_config
 from infold.tuners.embeddings import brought, embedding_of, embeddings, untrained
@@ -64,16 +67,26 @@ def save(
     state: Mapping[str, Tensor] | None = None,
     with_embeddings: bool | str = "auto",
 ) -> None:
-    """Write adapters: "default" into the folder, each other one into a folder of its name."""
+    """Write adapters: "default" into the folder, each other one into a folder of its name.
+
+    Raises StorageFailure where the disk refuses.
+    """
     for name in names:
         place = Path(folder) / ("" if name == "default" else name)
         place.mkdir(parents=True, exist_ok=True)
         draft = place / f".{WEIGHTS}.{os.getpid()}"
         tensors = tensors_of(model, name, state, with_embeddings)
-        safetensors.torch.save_file(tensors, draft, metadata={"format": "pt"})
-        with draft.open("rb") as file:
-            os.fsync(file.fileno())
-        draft.replace(place / WEIGHTS)
+        try:
+            with storage_errors(draft):
+                safetensors.torch.save_file(tensors, draft, metadata={"format": "pt"})
+                with draft.open("rb") as file:
+                    os.fsync(file.fileno())
+                draft.replace(place / WEIGHTS)
+        except SafetensorError as error:  # what that library makes of a full disk
+            raise StorageFailure(f"{draft}: {error}") from error
+        finally:
+            with suppress(OSError):
+                draft.unlink()
         _as_saved(model, model._attached.configs[name]).save_pretrained(place)
 
 
