@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 import infold
 from forked import infold_command as run
 from handmade import adapter_folder, ia3
+from infold.checkpoint.adapter import PIECE, Adapter
 
 
 @pytest.fixture(scope="module")
@@ -315,6 +317,62 @@ def test_inspect_tells_of_an_adapter_that_diverged(pair: tuple[Path, Path], tmp_
     assert "; 2 are NaN or inf" in text and "no finite value; 16 are NaN or inf" in text
 
 
+def test_what_a_file_tells_is_neither_a_line_nor_a_command(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    adapter = Path(shutil.copytree(pair[1], tmp_path / "adapter"))
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "org/other-7b\nproven   all\x1b[1A"
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+
+    ran = run("inspect", adapter)
+    assert ran.returncode == 0 and "org/other-7b" in ran.stdout
+    assert "\nproven" not in ran.stdout and "\x1b" not in ran.stdout
+    config["new\x1b[1A"] = True
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    ran = run("merge", pair[0], adapter, "--dry-run")
+    assert ran.returncode == 2 and "new" in ran.stderr and "\x1b" not in ran.stderr
+
+
+def test_inspect_takes_the_memory_of_a_piece_of_a_tensor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A saved embedding can be larger than the memory."""
+    table = torch.randn(3 << 19, generator=torch.Generator().manual_seed(2)).view(-1, 64)
+    table[3, :2] = torch.tensor([torch.nan, -9.0])
+    vector = torch.linspace(0.5, 1.75, 3 << 19)[:, None]
+    tensors = {"model.embed_tokens.weight": table, "model.q_proj.ia3_l": vector}
+    config = {"peft_type": "IA3", "modules_to_save": ["embed_tokens"]}
+    adapter = adapter_folder(tmp_path / "adapter", tensors, config)
+    sizes: list[int] = []
+    read = Adapter._stretch
+
+    def stretch(self: Adapter, info: Any, begin: int, end: int) -> torch.Tensor:
+        sizes.append(end - begin)
+        return read(self, info, begin, end)
+
+    monkeypatch.setattr(Adapter, "_stretch", stretch)
+    found = {m["module"]: m["parts"][0]["statistics"] for m in infold.inspect(adapter)["modules"]}
+
+    assert max(sizes) == PIECE < table.nbytes
+    finite = table[table.isfinite()].double()
+    wanted = {"rms": float(finite.square().mean().sqrt()), "max": 9.0, "not_finite": 1}
+    assert found["model.embed_tokens.weight"] == pytest.approx(wanted, rel=1e-12)
+    distance = (vector.double() - 1).abs()
+    assert found["model.q_proj"] == pytest.approx(
+        {"min": 0.5, "max": 1.75, "mean": 1.125, "mean|l-1|": float(distance.mean()),
+         "max|l-1|": 0.75}, rel=1e-12,
+    )  # fmt: skip
+
+
+def test_inspect_takes_a_digit_that_is_no_number_for_a_letter(tmp_path: Path) -> None:
+    adapter = ia3(
+        tmp_path / "adapter", {f"model.{n}.q": torch.ones(4, 1) for n in ("10", "1²2", "2")}
+    )
+    names = [module["module"] for module in infold.inspect(adapter)["modules"]]
+    assert names == ["model.1²2.q", "model.2.q", "model.10.q"]
+
+
 def test_inspect_shows_what_an_adapter_edits_and_how_far_it_went(pair: tuple[Path, Path]) -> None:
     found = infold.inspect(pair[1], base=pair[0])
     by_name = {module["module"]: module for module in found["modules"]}
@@ -327,6 +385,23 @@ def test_inspect_shows_what_an_adapter_edits_and_how_far_it_went(pair: tuple[Pat
     assert 0 < k_proj["parts"][0]["statistics"]["mean|l-1|"] < 0.3
     assert found["parameters"] == 64
     assert found["share_of_parameters"] == pytest.approx(64 / (16 * 32 + 16 + 32 * 48 + 32))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's full device")
+def test_where_nothing_can_be_told_the_exit_code_tells(tmp_path: Path) -> None:
+    words = [
+        sys.executable,
+        "-m",
+        "infold",
+        "merge",
+        "nowhere",
+        "x",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    with open("/dev/full", "w") as full:
+        assert subprocess.run(words, stderr=full).returncode == 2
+        assert subprocess.run([*words, "--no-such"], stderr=full).returncode == 2
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])

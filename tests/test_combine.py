@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -569,7 +570,10 @@ def test_an_existing_folder_is_replaced_only_if_told_and_only_if_an_adapter(tmp_
     with pytest.raises(Refusal, match="--force"):
         infold.combine([one, two], tmp_path / "out", **call)
     infold.combine([one, two], tmp_path / "out", force=True, **call)
-    with pytest.raises(Refusal, match="holds no adapter"):
+    with pytest.raises(Refusal, match=r"holds more than an adapter.*thesis\.txt"):
+        infold.combine([one, two], mine, force=True, **call)
+    shutil.copytree(one, mine, dirs_exist_ok=True)  # an adapter does not make the rest replaceable
+    with pytest.raises(Refusal, match=r"holds more than an adapter.*thesis\.txt"):
         infold.combine([one, two], mine, force=True, **call)
     with pytest.raises(Refusal, match="in or around the adapter"):
         infold.combine([one, two], one, force=True, **call)

@@ -470,6 +470,18 @@ def test_an_original_of_another_model(tmp_path: Path) -> None:
     assert "up_proj.weight is F32 [128, 32], not floats of [128, 64]" in told
 
 
+def test_the_original_is_not_replaced_by_what_is_made_from_it(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", KINDS["awq"])
+    adapter = low_rank(tmp_path / "lora")
+    infold.merge(original(tmp_path / "dense"), adapter, first := tmp_path / "original")
+    before = (first / "model.safetensors").read_bytes()
+
+    with pytest.raises(Refusal, match="lies in or around the input"):
+        infold.merge(base.path, adapter, first, dequantize=True, base_16bit=first, force=True)
+
+    assert (first / "model.safetensors").read_bytes() == before
+
+
 # --- refusals -----------------------------------------------------------------------------------
 
 

@@ -1019,6 +1019,34 @@ def test_figures_of_an_old_or_edited_configuration_fail(made: Any, merged: Path)
     assert "make it again" in box.evidence
 
 
+@pytest.mark.parametrize(
+    ("title", "file", "change"),
+    [
+        ("validated on held-out data", "infold-training.json", {"losses": ["a"]}),
+        ("validated on held-out data", "infold-training.json",
+         {"losses": {"eval_first": "high", "eval_last": "low"}}),
+        ("benchmark recorded", "deployment_config.json", {"performance_metrics": "good"}),
+        ("rollback plan", "deployment_config.json", {"rollback": "easy"}),
+        ("API notes", "deployment_config.json", {"serving": ["../evil.sh"]}),
+        ("API notes", "deployment_config.json", {"serving": 3}),
+        ("baseline recorded", "records/bench.json", {"models": ["base"]}),
+    ],
+)  # fmt: skip
+def test_a_file_that_was_edited_by_hand_fails_its_box(
+    made: Any, merged: Path, tmp_path: Path, title: str, file: str, change: dict[str, Any]
+) -> None:
+    deploy_bundle(merged, measured=False)
+    adapter = shutil.copytree(made[1], tmp_path / "adapter")
+    save_record(merged, {"kind": "bench", "models": {}, "comparisons": []})
+    place = (adapter if "training" in file else merged) / file
+    told = json.loads(place.read_text()) if place.exists() else {}
+    place.write_text(json.dumps(told | change))
+
+    boxes = by_title(check_boxes(made[0], adapter, merged))
+    assert boxes[title].status == "FAIL"
+    assert boxes[title].evidence.startswith(f"{file} cannot be read, make it again: ")
+
+
 def test_a_vocabulary_of_another_size_is_named(made: Any, tmp_path: Path) -> None:
     """Saved embeddings with more rows; but only as many as the receipt tells."""
     rows = 16

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -274,3 +275,15 @@ def test_names_that_do_not_exist_have_no_nearest() -> None:
     assert Names(["model.q.weight"]).find("weight") is None
     assert Names([]).find("model.q.weight") is None
     assert Names([]).nearest("model.q.weight") == ""
+
+
+def test_deep_names_take_no_more_memory_than_their_length() -> None:
+    deep = ".".join("a" * 60)
+    names = [f"{number}.{deep}.q.weight" for number in range(1000)]
+
+    tracemalloc.start()
+    try:
+        assert Names(names).find("b.q.weight") is None
+        assert tracemalloc.get_traced_memory()[1] < 2 << 20
+    finally:
+        tracemalloc.stop()

@@ -23,19 +23,19 @@ import psutil
 import pytest
 import torch
 from blake3 import blake3
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import infold
 import loop_tasks
 from forked import INFOLD, infold_command, trained
-from handmade import digests
+from handmade import digests, lora, write_index
 from infold.cli.main import app
 from infold.errors import Refusal
 from infold.loop import arithmetic
 from infold.loop.config import read_config
-from infold.loop.folder import Journal, Run, write_json, write_lines
+from infold.loop.folder import Journal, Run, digests_of_base, write_json, write_lines
 from infold.loop.run import checkout, lineage
 from infold.loop.score import score, wilson
 from infold.loop.task import check_apart, open_task
@@ -291,6 +291,23 @@ def test_more_iterations_continue_a_run(base: Path, whole: Path, tmp_path: Path)
     infold.Loop(config | {"iterations": 2}).run()
 
     assert outcome(tmp_path / "run") == outcome(whole)
+
+
+def test_shards_of_one_name_in_two_folders_are_two(tmp_path: Path) -> None:
+    """Else no model that was merged from them would be known again, and each phase merged anew."""
+    weights = {f"{part}.q.weight": torch.randn(4, 4) for part in ("one", "two")}
+    folder = tmp_path / "base"
+    for name, value in weights.items():
+        (folder / name[:3]).mkdir(parents=True)
+        save_file({name: value}, folder / name[:3] / "model.safetensors")
+    write_index(folder, {name: f"{name[:3]}/model.safetensors" for name in weights})
+    (folder / "config.json").write_text('{"tie_word_embeddings": false}')
+    adapter = lora(tmp_path / "adapter", {"one.q": (4, 4)})
+
+    receipt = infold.merge(folder, adapter, tmp_path / "out")
+
+    told = digests_of_base(str(folder))["shards"]
+    assert told == receipt.base["shards"] and len(told) == 2
 
 
 # --- kills ----------------------------------------------------------------------------------------
@@ -892,6 +909,28 @@ def test_what_a_task_prints_is_not_among_the_json(base: Path, tmp_path: Path) ->
     assert json.loads(ran.stdout)["run"] == str(tmp_path / "run"), "one document, and no more"
     ways = ("printed", "started", "written", "kept by Python", "kept by C")
     assert [way for way in ways if way not in ran.stderr] == []
+
+
+def test_what_a_task_has_in_buffers_of_its_own_is_written_at_the_end(
+    base: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "keeping.py").write_text(
+        "log = open('task.log', 'w')\n"
+        "def problems(split, count, seed):\n"
+        "    log.write('was asked')\n"
+        "    return []\n"
+        "prompt = never = problems\n"
+    )
+    config = tmp_path / "loop.toml"
+    told = as_toml(settings(base, tmp_path / "run"), "never")
+    config.write_text(told.replace("loop_tasks:", "keeping:"))
+
+    # a process started in earnest: a fork of the tests' ends in a way of its own
+    words = [sys.executable, "-m", "infold", "loop", config]
+    ran = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+
+    assert ran.returncode == 2 and "gave none" in ran.stderr
+    assert (tmp_path / "task.log").read_text() == "was asked"
 
 
 def test_the_command_line_runs_shows_and_checks_out(

@@ -604,3 +604,17 @@ def test_inputs_in_the_wrong_places_are_told_apart(
     refused(base, base, "adapter_config.json", "looks like a base model")
     refused(adapter, adapter, "no checkpoint")
     refused(base, [], "no adapter")
+
+
+def test_a_big_endian_machine_is_refused(
+    base: Path, bench: Bench, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors are read as they lie, in the machine's order: all values would be others."""
+    adapter = handmade.lora(bench.place("adapter"), {"m.a": (ROWS, COLUMNS)})
+    whole = bench.place("whole")
+    infold.merge(base, adapter, whole)
+
+    monkeypatch.setattr("sys.byteorder", "big")
+    refused(base, adapter, "needs a little-endian machine")
+    with pytest.raises(Refusal, match="needs a little-endian machine"):
+        infold.verify(whole)

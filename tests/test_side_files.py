@@ -4,15 +4,19 @@ is seen: it changes the model as much as changed weights do."""
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import stat
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from blake3 import blake3
 from typer.testing import CliRunner
 
+import ggufs
 import handmade
 import infold
 from handmade import RECEIPT
@@ -245,3 +249,66 @@ def test_a_card_of_ours_that_the_base_had_is_kept(
     assert infold.verify(tmp_path / "merged").ok
     infold.undo(tmp_path / "merged", tmp_path / "again")
     assert contents(tmp_path / "again") == contents(inputs[0])
+
+
+# --- permissions and names -----------------------------------------------------------------------
+
+
+def modes(folder: Path) -> dict[str, int]:
+    return {
+        str(path.relative_to(folder)): stat.S_IMODE(path.stat().st_mode)
+        for path in [folder, *folder.rglob("*")]
+        if path.is_file() or path == folder
+    }
+
+
+def test_what_only_its_owner_could_read_stays_so(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    base = inputs[0]
+    (base / "model.safetensors").chmod(0o600)
+    (base / "tokenizer.json").chmod(0o440)
+    (base / "generation_config.json").chmod(0o755)
+    base.chmod(0o750)
+    wanted = modes(base) | {"tokenizer.json": 0o640}  # infold can write it in a later run
+
+    infold.merge(*inputs, tmp_path / "merged", undo=True)
+    infold.undo(tmp_path / "merged", tmp_path / "again")
+
+    assert modes(tmp_path / "again") == wanted
+    assert {k: v for k, v in modes(tmp_path / "merged").items() if k in wanted} == wanted
+
+
+def test_a_private_file_has_a_private_output(tmp_path: Path) -> None:
+    tensors = {"blk.0.attn_v.weight": ggufs.encode(np.ones((4, 32)), "Q8_0")}
+    base = ggufs.write(tmp_path / "in" / "base.gguf", "llama", tensors)
+    base.chmod(0o600)
+    vector = {"model.layers.0.self_attn.v_proj": torch.full((4, 1), 2.0)}
+    out = tmp_path / "out" / "merged.gguf"
+
+    infold.merge(base, handmade.ia3(tmp_path / "adapter", vector), out, undo=True)
+
+    found = modes(out.parent)
+    assert found.pop(".") == 0o755
+    assert len(found) == 3 and set(found.values()) == {0o600}
+
+
+def test_names_that_are_one_file_where_it_goes_are_refused(
+    inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a Mac, where the second would take the place of the first without a word."""
+    (inputs[0] / "readme.md").write_text("another file than README.md\n")
+    infold.merge(*inputs, tmp_path / "apart")
+    assert (tmp_path / "apart" / "readme.md").read_text() != BESIDE["README.md"]
+
+    def folding(call: Any) -> Any:
+        def called(path: Any, *given: Any, **more: Any) -> Any:
+            if isinstance(path, Path) and "/.out.infold/output/" in str(path):
+                path = path.with_name(path.name.lower())
+            return call(path, *given, **more)
+
+        return called
+
+    monkeypatch.setattr(os, "open", folding(os.open))
+    monkeypatch.setattr(os, "stat", folding(os.stat))
+    with pytest.raises(infold.Refusal, match=r"README\.md and readme\.md would be one file"):
+        infold.merge(*inputs, tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not (tmp_path / ".out.infold").exists()

@@ -79,6 +79,8 @@ READING = {
     "merge of a link": "merge {link} {adapter} --out {out}",
     "train on linked shards": "train {linked} {data} --out {out} --steps 1",
     "verify against a shard": "verify {folder}/model.safetensors {adapter} {base}",
+    "dry run": "merge {folder} {adapter} --out {out} --dry-run",
+    "dry run in place": "merge {folder} {adapter} --in-place --dry-run",
     "promotion": "merge {base} {adapter} --base-16bit {folder} --dequantize --out {out}",
 }
 

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -34,6 +35,7 @@ from infold.errors import Refusal
 from infold.tuners import IA3Config, LoraConfig, attach, load
 from infold.tuners.data import read_data
 from infold.tuners.tokens import Collator, Tokens, encode, pack
+from infold.tuners.trainer import Journal
 from training import save_base, sums, write_jsonl
 
 HERE = Path(__file__).parent
@@ -444,6 +446,36 @@ def test_a_training_that_fails_leaves_no_new_folder(
         infold.train(base, data, out, **QUICK, progress=fail)
     with pytest.raises(Refusal, match=r"is 2 bytes too long: .NAME.training lies beside it"):
         infold.train(base, data, tmp_path / ("n" * 247), **QUICK)
+
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("what", ["adapter", "optimizer"])
+def test_a_full_disk_is_no_bug(
+    what: str, base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither safetensors nor PyTorch raises an OSError where nothing more can be written."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    save = torch.save
+
+    def full() -> None:  # a write beyond the limit fails, and Python ignores the signal
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 10, limits[1]))
+
+    def saving(*given: Any, **more: Any) -> None:
+        full()
+        save(*given, **more)
+
+    def progress(done: int, *_: object) -> None:
+        if done == 1 and what == "adapter":
+            full()
+
+    monkeypatch.setattr(torch, "save", saving)
+    monkeypatch.setattr(Journal, "on_log", lambda *_, **__: None)  # which would fail before
+    try:
+        with pytest.raises(infold.StorageFailure, match=r"\.out\.training"):
+            infold.train(base, data, tmp_path / "out", **QUICK, progress=progress)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
     assert list(tmp_path.iterdir()) == []
 

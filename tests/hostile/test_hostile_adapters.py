@@ -76,6 +76,14 @@ def test_a_pickle_with_a_command_is_refused_and_the_command_never_runs(
         assert mark.exists()
 
 
+def test_a_name_in_a_pickle_that_is_a_line_of_its_own_is_refused(
+    base: Path, adapter: Path, refused: Refused
+) -> None:
+    as_pickle(adapter, {"a\n  proven": torch.ones(2)})
+
+    refused(base, adapter, PICKLE, "printable text")
+
+
 def test_a_pickle_beside_a_safetensors_file_is_not_even_opened(
     base: Path, adapter: Path, tmp_path: Path
 ) -> None:

@@ -460,3 +460,23 @@ def test_a_hidden_folder_that_someone_else_planted_leads_nowhere(
     assert (victim / "dear").read_text() == "dear"
     assert (victim / "output" / "dear").read_text() == "dear"
     assert not (tmp_path / "out").exists()
+
+
+def test_an_output_whose_links_run_in_a_circle_is_refused(
+    base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    merged = tmp_path / "merged"
+    infold.merge(base, adapter, merged)
+    before = sorted(path.name for path in tmp_path.iterdir())
+
+    for out in (loop, loop / "inside"):
+        for make in (
+            lambda out: infold.merge(base, adapter, out, force=True),
+            lambda out: infold.combine([adapter, adapter], out, weights=[1, 1], kind="cat"),
+            lambda out: infold.deploy(merged, out, no_measure=True),
+        ):
+            with pytest.raises(infold.InfoldError, match="loop"):
+                make(out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before

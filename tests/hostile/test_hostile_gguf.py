@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import struct
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,9 @@ BROKEN: dict[str, tuple[bytes, str]] = {
         raw(tensors=[tensor(), tensor(offset=160)], data=320), "attn_v.weight' stands twice",
     ),
     "a tensor without a name": (raw(tensors=[tensor(name="")], data=136), "not printable text"),
+    "a tensor of 65 components": (
+        raw(tensors=[tensor(name="a." * 64 + "a")], data=136), "has more than 64 components",
+    ),
     "five dimensions": (
         raw(tensors=[tensor(shape=(32, 1, 1, 1, 1))], data=34), "5 dimensions; the limit is 4",
     ),
@@ -204,6 +208,33 @@ def test_a_large_vocabulary_takes_no_memory(tmp_path: Path, scales: Path, refuse
     file = write(tmp_path / "model.gguf", raw(keys=keys))
 
     refused(file, scales, "the unknown type 13")
+
+
+def test_experts_without_elements_take_no_memory(tmp_path: Path) -> None:
+    """A few bytes of file for each tensor of 65,536 experts, each a module with a name."""
+    names = [f"blk.{layer}.ffn_up_exps.weight" for layer in range(3)]
+    tensors = [tensor(name, (0, 0, 1 << 16), DENSE) for name in names]
+    file = write(tmp_path / "model.gguf", raw(tensors=tensors))
+
+    tracemalloc.start()
+    try:
+        assert infold.inspect(file)["tensors"] == 3
+        assert tracemalloc.get_traced_memory()[1] < 20 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_more_experts_than_any_model_has_are_refused(
+    tmp_path: Path, scales: Path, refused: Refused
+) -> None:
+    names = [f"blk.{layer}.ffn_up_exps.weight" for layer in range(5)]
+    size, int8 = 1 << 16, 24
+    tensors = [tensor(name, (1, 1, size), int8, n * size) for n, name in enumerate(names)]
+    file = write(tmp_path / "model.gguf", raw(tensors=tensors, data=len(names) * size))
+
+    refused(file, scales, "has more than 262,144 experts")
+    with pytest.raises(infold.CorruptFile, match="has more than 262,144 experts"):
+        infold.inspect(file)
 
 
 def test_a_header_beyond_the_limit(tmp_path: Path, scales: Path, refused: Refused) -> None:

@@ -32,7 +32,10 @@ BROKEN: dict[str, tuple[Any, int, str]] = {
     "UTF-16": ("{}".encode("utf-16"), 0, "not valid JSON"),
     "a NaN literal": (b'{"a": NaN}', 0, "NaN is not JSON"),
     "an Infinity literal": (b'{"a": -Infinity}', 0, "-Infinity is not JSON"),
-    "a lone surrogate": (b'{"\\ud800": {}}', 0, "is not text"),
+    "a lone surrogate": (b'{"\\ud800": {}}', 0, "is not printable text"),
+    "a name that is a line of its own": ({"a\n  proven": entry()}, 16, "is not printable text"),
+    "a name that moves the cursor": ({"a\x1b[2K": entry()}, 16, "is not printable text"),
+    "a name of 65 components": ({"a." * 64 + "a": entry()}, 16, "has more than 64 components"),
     "a number of 5,000 digits": (b'{"a": ' + b"9" * 5000 + b"}", 0, "not valid JSON"),
     "two keys of one name": (
         b'{"a": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}, "a": 1}',

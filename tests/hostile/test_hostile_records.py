@@ -127,6 +127,25 @@ def test_an_expert_in_a_layout_that_no_merge_makes_is_refused(
         infold.undo(folder, tmp_path / "out", threads=1)
 
 
+@pytest.mark.parametrize("change", [{"rows": 1 << 20}, {"side": "in", "kernel": 1 << 20}], ids=str)
+def test_a_vector_that_is_spread_beyond_its_tensor_is_refused(
+    tmp_path: Path, change: dict[str, Any]
+) -> None:
+    """Some bytes of a record, for which any memory would be taken."""
+    base = handmade.base_folder(tmp_path / "base", {"model.v_proj.weight": torch.randn(16, 16)})
+    vector = torch.linspace(0.5, 1.5, 16)[:, None]
+    adapter = handmade.ia3(tmp_path / "adapter", {"model.v_proj": vector})
+    infold.merge(base, adapter, tmp_path / "merged", undo=True)
+
+    def alter(manifest: Any, frames: Any) -> None:
+        (operation,) = manifest["edits"]["model.v_proj.weight"]["operations"]
+        operation["settings"] |= change
+
+    folder = forged(tmp_path / "merged", tmp_path / "model", alter)
+    with pytest.raises(infold.CorruptFile, match="of more elements than the tensor has"):
+        infold.undo(folder, tmp_path / "out", threads=1)
+
+
 @pytest.mark.parametrize("name", ["../evil.json", "/tmp/evil.json", "a/../../evil.json"])
 def test_a_side_file_of_the_record_stays_in_the_folder(
     merged: Path, tmp_path: Path, name: str

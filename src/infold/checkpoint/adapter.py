@@ -160,9 +160,9 @@ def _open_pickle(path: Path, config: dict[str, Any], file: Path) -> Adapter:
             "it is not loaded, since a pickle can run code. Save the adapter as safetensors"
         ) from None
     if not isinstance(loaded, dict) or not all(
-        isinstance(k, str) and _plain(v) for k, v in loaded.items()
+        isinstance(k, str) and k.isprintable() and _plain(v) for k, v in loaded.items()
     ):
-        raise CorruptFile(f"{file}: must map names to float tensors")
+        raise CorruptFile(f"{file}: must map names, of printable text, to float tensors")
     tensors = {k: AdapterTensor(NAMES[v.dtype], tuple(v.shape), 0, 0) for k, v in loaded.items()}
     return Adapter(path, config, tensors, file, loaded)
 

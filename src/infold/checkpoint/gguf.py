@@ -5,7 +5,7 @@ A file is, little-endian: "GGUF", version u32, tensor count u64, count of metada
 padding; then the data, where each tensor begins at a multiple of `general.alignment`.
 What MUST hold, and is checked before anything is believed:
   it is version 2 or 3, and all of the header lies within the file and its first 100,000,000 bytes;
-  no key and no tensor stands twice; names are printable text;
+  no key and no tensor stands twice; names are printable text, a tensor's of at most 64 components;
   a tensor has at most 4 dimensions, of a known type, its rows are whole blocks of that type;
   the tensors lie one after the other, with nothing between them but padding to the alignment.
 A string array (a vocabulary) is walked over; nothing is allocated for its elements.
@@ -25,6 +25,7 @@ from typing import Any, BinaryIO
 from infold.checkpoint.safetensors import (
     DTYPE_BITS,
     MAX_BYTES,
+    MAX_COMPONENTS,
     MAX_HEADER,
     MAX_NAME,
     Header,
@@ -264,6 +265,8 @@ def _entry(header: _Header) -> TensorInfo:
     """One tensor; its offsets count from the start of the data."""
     name = header.name("the name of a tensor")
     where = f"{header.path}: tensor {name!r}"
+    if name.count(".") >= MAX_COMPONENTS:
+        raise CorruptFile(f"{where}: its name has more than {MAX_COMPONENTS} components")
     count = header.number("I")
     if count > MAX_DIMENSIONS:
         raise CorruptFile(f"{where}: {count:,} dimensions; the limit is {MAX_DIMENSIONS}")

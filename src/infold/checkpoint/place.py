@@ -20,10 +20,17 @@ from infold.checkpoint.shards import (
     is_lone,
     read_receipt,
 )
-from infold.checkpoint.staging import new_folders, staging_folder
+from infold.checkpoint.staging import staging_folder
+from infold.disk import new_folders, storage_errors
 from infold.errors import InfoldError, Refusal
 
-__all__ = ["check_name", "check_place"]
+__all__ = ["check_adapter_place", "check_name", "check_place"]
+
+# what training and combining write; and PEFT, where the adapter came from it
+_OF_ADAPTERS = frozenset(
+    "adapter_config.json adapter_model.safetensors adapter_model.bin README.md loss.jsonl loss.png "
+    "infold-training.json".split()
+)
 
 # Endings of single files that no output has: it would be a folder of that name
 _FILES = (GGUF, ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".onnx")
@@ -66,6 +73,24 @@ def check_name(out: Path, beside: Path | None = None) -> None:
         raise Refusal(reasons)
 
 
+def check_adapter_place(out: Path, force: bool) -> None:
+    """An adapter's folder must be a new name, or with force that of an adapter and nothing else."""
+    if not os.path.lexists(out):
+        return
+    if not force:
+        raise Refusal(f"{out}: exists already; choose another name, or replace it with --force")
+    if out.is_symlink() or not out.is_dir():
+        raise Refusal(f"{out}: is not a folder, so --force does not replace it")
+    with storage_errors(out):
+        names = {path.name for path in out.iterdir()}
+    if strangers := sorted(names - _OF_ADAPTERS):
+        raise Refusal(
+            f"{out}: holds more than an adapter, so --force does not replace it: "
+            + ", ".join(strangers[:10])
+            + (f" and {len(strangers) - 10} more" if len(strangers) > 10 else "")
+        )
+
+
 def check_place(
     out: Path, inputs: Iterable[Path], coming: Collection[str], force: bool, *, replaces: bool
 ) -> None:
@@ -76,7 +101,8 @@ def check_place(
     """
     check_name(out)
     _check_ending(out)
-    real = out.resolve()
+    # Path.resolve ends in a RuntimeError where links run in a circle
+    real = Path(os.path.realpath(out))
     for given in inputs:
         other = given.resolve()
         if real == other or real in other.parents or (other in real.parents and other.is_dir()):

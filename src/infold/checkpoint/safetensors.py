@@ -4,7 +4,7 @@ A file is: 8 bytes little-endian header length N, N bytes of JSON, then the tens
 What MUST hold, and is checked before anything is believed:
   N is at most 100,000,000 and fits the file; the JSON is one object without duplicate keys;
   each entry has exactly dtype, shape and data_offsets; dtype, shape and byte count agree;
-  names are text that can be written as UTF-8; a shape has at most 64 dimensions;
+  names are printable text of at most 64 components; a shape has at most 64 dimensions;
   the ranges cover the data area without overlap and without holes.
 Data is never mapped: readers use pread, so memory stays what the caller allocates.
 """
@@ -15,13 +15,14 @@ import json
 import math
 import os
 import stat
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from infold.checkpoint.stamps import Stamp, stamp_of
-from infold.errors import CorruptFile, StorageFailure
+from infold.errors import CorruptFile, Refusal, StorageFailure
 
 __all__ = [
     "DTYPE_BITS",
@@ -39,6 +40,7 @@ __all__ = [
 
 MAX_HEADER = 100_000_000
 MAX_NAME = 1024
+MAX_COMPONENTS = 64  # between the dots of a name; the deepest model has a third of it
 MAX_DIMENSIONS = 64  # what PyTorch's own operations are limited to
 MAX_BYTES = 1 << 62
 DTYPE_BITS = {
@@ -106,7 +108,10 @@ def parse_json(data: bytes, where: str, *, infinity: bool = False) -> Any:
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a regular file for reading. A FIFO or a device, which might never end, is refused."""
+    """Open a regular file for reading. A FIFO or a device, which might never end, is refused; and
+    on a big-endian machine any file, since tensors are read as they lie, in the machine's order."""
+    if sys.byteorder != "little":
+        raise Refusal("infold needs a little-endian machine, as files of tensors are, not this one")
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
@@ -187,8 +192,10 @@ def _entry(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
     if len(name) > MAX_NAME:
         raise CorruptFile(f"{path}: a tensor name of {len(name):,} characters")
     where = f"{path}: tensor {_short(name)}"
-    if any("\ud800" <= c <= "\udfff" for c in name):
-        raise CorruptFile(f"{where}: its name is not text (a lone surrogate)")
+    if not name.isprintable():  # on a terminal it could be a line, or a command
+        raise CorruptFile(f"{where}: its name is not printable text")
+    if name.count(".") >= MAX_COMPONENTS:
+        raise CorruptFile(f"{where}: its name has more than {MAX_COMPONENTS} components")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise CorruptFile(f"{where}: must have dtype, shape and data_offsets, and nothing else")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]

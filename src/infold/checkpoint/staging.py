@@ -25,7 +25,9 @@ import fcntl
 import json
 import os
 import shutil
+import stat
 import sys
+import unicodedata
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,16 +63,27 @@ class Staging:
 
     An InfoldError removes it, but where the next run has to finish its publishing; an interruption
     or a crash leaves it for the next run.
+    like: a folder, the permissions of which and of its files the output takes, or one such file.
     """
 
     writes = True
 
-    def __init__(self, out: Path, identity: str, force: bool, *, lone: bool = False) -> None:
+    def __init__(
+        self,
+        out: Path,
+        identity: str,
+        force: bool,
+        *,
+        lone: bool = False,
+        like: Path | None = None,
+    ) -> None:
         self.out, self.identity, self.force, self.lone = out, identity, force, lone
+        self.like = like
         self.folder = staging_folder(out)
         self.output = self.folder / "output"
         self.made: list[Path] = []  # folders above the output that were not there, innermost first
         self.resumed: dict[str, Progress] = {}
+        self._names: dict[str, str] = {}  # of its files, by what a file system may take them for
         self._lock = self._journal = -1
 
     def __enter__(self) -> Staging:
@@ -130,7 +143,8 @@ class Staging:
         fresh = not self.resumed
         if fresh and self.output.exists():
             shutil.rmtree(self.output)
-        self.output.mkdir(exist_ok=True)
+        of_folder = self.like is not None and self.like.is_dir()
+        self.output.mkdir(self._permissions() | 0o700 if of_folder else 0o777, exist_ok=True)
         self._remove_strangers()
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
         self._journal = os.open(journal, flags | (os.O_TRUNC if fresh else 0), 0o644)
@@ -214,13 +228,31 @@ class Staging:
                 }
             )
 
+    def _permissions(self, name: str = "") -> int:
+        """Of a file of the output, or of its folder: as cp gives them, so those of what it is like,
+        less the umask; but its owner may write it."""
+        if self.like is not None:
+            alike = self.like / name if self.like.is_dir() else self.like
+            with suppress(OSError):  # what is new is like nothing
+                return stat.S_IMODE(alike.stat().st_mode) & 0o777 | 0o600
+        return 0o644
+
     def open_file(self, name: str, size: int) -> int:
-        """A descriptor, for reading and writing, of an output file that will have `size` bytes."""
+        """A descriptor, for reading and writing, of an output file that will have `size` bytes.
+
+        Raises Refusal where the file system takes its name for that of another one.
+        """
         path = self.output / name
+        twin = self._names.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
         with storage_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
+            if twin != name and path.exists() and path.samefile(self.output / twin):
+                raise Refusal(
+                    f"{self.out}: {twin} and {name} would be one file on this file system, which "
+                    "takes capitals for small letters; choose a place on another, or rename one"
+                )
             flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-            fd = os.open(path, flags, 0o644)
+            fd = os.open(path, flags, self._permissions(name))
             try:
                 os.ftruncate(fd, size)
             except OSError:
@@ -262,6 +294,9 @@ class Staging:
     def adopt(self, name: str) -> None:
         """Make the file at `aside`, which is on the disk, part of the output."""
         with storage_errors(self.output / name):
+            if self.lone:  # it lies beside the file then, which is in no folder of the output's own
+                whole = os.stat(self.output / self.out.name)
+                os.chmod(self.aside, stat.S_IMODE(whole.st_mode))
             os.rename(self.aside, self.output / name)
 
     def publish(self) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from infold.cli.output import results_alone, table
-from infold.cli.startup import lasting_imports
+from infold.cli.startup import Ending, lasting_imports
 from infold.errors import Refusal
 
 _USAGE = "infold loop CONFIG.toml, infold loop show RUN, or infold loop checkout RUN N --out DIR"
@@ -63,6 +63,7 @@ def loop(
     with lasting_imports():
         from infold.loop.run import Loop, checkout, lineage
     if action == "run":
+        Ending.shortened = False
         with results_alone(as_json):  # a task is the user's code, and may print
             result = Loop(words[0], seed=seed, run=run, control=control).run(
                 (lambda line: print(line, flush=True)) if say else lambda line: None

@@ -151,7 +151,8 @@ def merge(
         from infold.merge.prepare import check, open_plan, prepare
         from infold.merge.run import execute
 
-    settle_first(base, refuse=True)
+    if not dry_run:  # which refuses what is left of an edit: to finish that is to write
+        settle_first(base, refuse=True)
     plan = open_plan(base, adapters, convert)
     if out is None:  # a dry run
         check(plan, max_memory, device, threads, undo)

@@ -39,12 +39,15 @@ class Failed(ProofFailed):
 
 
 class _Pipe(io.FileIO):
-    """A stream whose reader may leave, as `head` does: the verb does its work all the same."""
+    """A stream whose reader may leave, as `head` does: the verb does its work all the same. So it
+    does where standard error is full, which there is nowhere to tell."""
 
     def write(self, data: Buffer, /) -> int:
         try:
             return super().write(data)
-        except BrokenPipeError:
+        except OSError as error:
+            if self.fileno() != 2 and not isinstance(error, BrokenPipeError):
+                raise
             return memoryview(data).nbytes
 
 
@@ -114,7 +117,14 @@ def finish() -> OSError | None:
 def complain(text: str) -> None:
     """One line on standard error."""
     if sys.stderr is not None:
-        print(f"infold: {text}", file=sys.stderr)
+        print(f"infold: {_plain(text)}", file=sys.stderr)
+
+
+def _plain(text: str) -> str:
+    """What a file tells may hold commands to the terminal, such as to go up and delete a line."""
+    return "".join(
+        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
+    )
 
 
 def _width() -> int | None:
@@ -125,7 +135,9 @@ def _width() -> int | None:
 
 
 def entry(label: str, text: str, column: int = 9) -> str:
-    """`label    text`, the text wrapped within its column on a terminal."""
+    """`label    text`, the text wrapped within its column on a terminal, and without lines of its
+    own, which could be taken for ours."""
+    text = _plain(text.replace("\n", " "))
     head, width = label.ljust(column), _width()
     if width is None or len(head) + len(text) <= width:
         return head + text

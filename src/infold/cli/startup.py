@@ -47,12 +47,17 @@ class Ending:
     it: files are closed and on the disk when a verb returns.
     """
 
+    shortened = (
+        True  # a verb that runs code which is not ours, and may leave files open, says False
+    )
+
     def __init__(self) -> None:
         self.code: object = None  # of the verb, when it has ended
         atexit.register(self._leave)
 
     def _leave(self) -> None:
-        if not isinstance(self.code, int):  # a text, which Python itself tells; or it never ended
+        # a code that is a text is Python's to tell; there is none where no verb ended
+        if not self.shortened or not isinstance(self.code, int):
             return
         for stream in (sys.stdout, sys.stderr):
             if stream is not None and not stream.closed:

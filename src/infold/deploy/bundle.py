@@ -76,7 +76,7 @@ def deploy_bundle(
         raise Refusal(f"--context {context}: the model's is {facts.context or 'at least 1'}")
     length = context or min(facts.context or _CONTEXT, _CONTEXT)
     place = facts.folder if out is None else Path(out)
-    facts = replace(facts, called=place.resolve().name)
+    facts = replace(facts, called=Path(os.path.realpath(place)).name)
     _check_place(facts, place)
     check_deployable(facts)
     files = recipes(facts, length)
@@ -217,9 +217,10 @@ def _check_place(facts: Facts, place: Path) -> None:
     check_name(place)
     if os.path.lexists(place):
         raise Refusal(f"{place}: exists already; choose another name")
-    if facts.folder.resolve() in place.resolve().parents:
+    parents = Path(os.path.realpath(place)).parents
+    if facts.folder.resolve() in parents:
         raise Refusal(f"{place}: lies in the merged folder; choose another place")
-    above = next(p for p in place.resolve().parents if p.exists())
+    above = next(p for p in parents if p.exists())
     free = shutil.disk_usage(above).free
     if free < facts.checkpoint.nbytes:
         raise Refusal(f"{place}: needs {facts.checkpoint.nbytes:,} bytes, only {free:,} are free")
@@ -258,7 +259,7 @@ def _publish(facts: Facts, out: Path, files: Mapping[str, str], kept: bytes | No
     names = [*(s.name for s in checkpoint.shards), *checkpoint.side_files, RECEIPT]
     names += [n for n in (INDEX, UNDO) if exists(facts.folder / n)]
     names += [KEPT_CARD] if kept is None and exists(facts.folder / KEPT_CARD) else []
-    with Staging(out, f"deploy {facts.digest}", False) as staging:
+    with Staging(out, f"deploy {facts.digest}", False, like=facts.folder) as staging:
         for name in dict.fromkeys(names):
             if name not in files:
                 staging.copy_file(safe_child(facts.folder, name), name)

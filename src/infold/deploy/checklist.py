@@ -30,7 +30,8 @@ Status = Literal["PASS", "FAIL", "NOT DONE"]
 _TRAINING = "infold-training.json"
 _SLACK = 0.02  # a merged model that is surely slower or larger than this has not become the base
 _WIDE = 0.10  # an interval that reaches further above the base's says nothing
-_UNREADABLE = (KeyError, TypeError, ValueError, IndexError, InfoldError)  # what a record may raise
+# what a record may raise
+_UNREADABLE = (KeyError, TypeError, ValueError, IndexError, AttributeError, InfoldError)
 _SURE = 0.90  # the least probability of an interval of speed; memory varies little
 
 
@@ -141,20 +142,38 @@ def checklist_record(boxes: list[Box], merged: str | os.PathLike[str]) -> dict[s
     }
 
 
+def _of(file: str) -> Callable[[_Check], _Check]:
+    """Of a check whose evidence is in one file: another version's, or one that was edited by hand,
+    fails."""
+
+    def guard(check: _Check) -> _Check:
+        def guarded(e: _Evidence) -> _Found:
+            try:
+                return check(e)
+            except _UNREADABLE as error:
+                why = f"{type(error).__name__} {error}"
+                return "FAIL", f"{file} cannot be read, make it again: {why}"
+
+        return guarded
+
+    return guard
+
+
 # --- the boxes -----------------------------------------------------------------------------------
 
 
 def _trained(e: _Evidence) -> _Found:
-    moved = 0
+    moved = False
     # what tells: other parts are random, or the base's own, from the start
     starts = {name: telling(name) for name in e.adapter.tensors}
     none = all(start is None for start in starts.values())
     for name, start in starts.items():
-        values = e.adapter.read(name).double()
-        if not bool(values.isfinite().all()):
-            return "FAIL", f"{name} holds values that are not finite"
-        if none or start is not None:
-            moved += bool((values != (start or 0.0)).any())
+        for piece in e.adapter.pieces(name):
+            values = piece.double()
+            if not bool(values.isfinite().all()):
+                return "FAIL", f"{name} holds values that are not finite"
+            if none or start is not None:
+                moved = moved or bool((values != (start or 0.0)).any())
     if not moved:
         return "FAIL", "all tensors are as they were before training: it changes nothing"
     told = f"{plural('tensor', len(e.adapter.tensors))}, finite, changed by training"
@@ -163,6 +182,7 @@ def _trained(e: _Evidence) -> _Found:
     return "PASS", told
 
 
+@_of(_TRAINING)
 def _validated(e: _Evidence) -> _Found:
     if e.training is None:
         return "NOT DONE", f"no {_TRAINING} beside the adapter"
@@ -303,6 +323,7 @@ def _stable(e: _Evidence) -> _Found:
     )
 
 
+@_of(CONFIG)
 def _configured(e: _Evidence) -> _Found:
     if e.config is None:
         return "NOT DONE", f"no {CONFIG}"
@@ -312,21 +333,19 @@ def _configured(e: _Evidence) -> _Found:
     return ("FAIL", "; ".join(problems)) if problems else ("PASS", f"{CONFIG} fits this merge")
 
 
+@_of(CONFIG)
 def _measured(e: _Evidence) -> _Found:
     found = (e.config or {}).get("performance_metrics", {})
     if not found.get("measured"):
         return "NOT DONE", str(found.get("why", f"no {CONFIG}"))
     if e.config is not None and e.stale(e.config):
         return "FAIL", f"{CONFIG} tells of another merge"
-    try:
-        rate = found["decode_tokens_per_second"]
-        told = f"{rate['median']:.1f} tokens/s ({rate['low']:.1f} to {rate['high']:.1f})"
-        return "PASS", f"{told} on {found['device']}, in {CONFIG}"
-    except _UNREADABLE as error:  # another version's, or edited by hand
-        why = f"{type(error).__name__} {error}"
-        return "FAIL", f"{CONFIG}: its figures cannot be read, make it again: {why}"
+    rate = found["decode_tokens_per_second"]
+    told = f"{rate['median']:.1f} tokens/s ({rate['low']:.1f} to {rate['high']:.1f})"
+    return "PASS", f"{told} on {found['device']}, in {CONFIG}"
 
 
+@_of(CONFIG)
 def _rollback(e: _Evidence) -> _Found:
     way = (e.config or {}).get("rollback")
     if not way:
@@ -350,6 +369,7 @@ def _rollback(e: _Evidence) -> _Found:
     return "PASS", f"{command}; {e.words['base']} has the receipt's digests"
 
 
+@_of(CONFIG)
 def _notes(e: _Evidence) -> _Found:
     if e.config is None:
         return "NOT DONE", f"no {CONFIG}"
@@ -394,10 +414,7 @@ def _of_record(e: _Evidence, kind: str, check: Callable[[Mapping[str, Any]], _Fo
         return "NOT DONE", f"no records/{kind}.json in the merged folder"
     if e.stale(record):
         return "FAIL", f"records/{kind}.json tells of another merge"
-    try:
-        return check(record)
-    except _UNREADABLE as error:
-        return "FAIL", f"records/{kind}.json cannot be read: {type(error).__name__} {error}"
+    return _of(f"records/{kind}.json")(lambda _: check(record))(e)
 
 
 _TRAIN = "infold train {base} DATA --out {new} --method {method} --eval-split 0.1"

@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -181,44 +182,56 @@ def _adapter(adapter: Adapter, base: Checkpoint | None) -> dict[str, Any]:
 
 def _natural(name: str) -> list[tuple[int, str]]:
     """A sort key that puts layer 2 before layer 10."""
-    return [(int(word), "") if word.isdigit() else (-1, word) for word in re.split(r"(\d+)", name)]
+    return [
+        (int(word), "") if word.isdecimal() else (-1, word) for word in re.split(r"(\d+)", name)
+    ]
 
 
 def _part(adapter: Adapter, part: str, key: str) -> dict[str, Any]:
     info = adapter.tensors[key]
-    values = adapter.read(key).to(torch.float64)
     return {
         "part": part,
         "key": key,
         "shape": list(info.shape),
         "dtype": info.dtype,
-        "statistics": _statistics(part, values),
+        "statistics": _statistics(part, adapter.pieces(key)),
     }
 
 
-def _statistics(part: str, values: Tensor) -> dict[str, float]:
+def _statistics(part: str, pieces: Iterable[Tensor]) -> dict[str, float]:
     """Few numbers that tell whether a part was trained, and how far it went: of its finite values;
-    `not_finite` tells how many others there are."""
-    finite = values[values.isfinite()]
-    lost = values.numel() - finite.numel()
+    `not_finite` tells how many others there are.
+
+    pieces: its elements, of which a saved embedding has more than should be in memory at once.
+    """
+    identity = 1.0 if part == "ia3_l" else 0.0  # what matters of a vector is the distance from 1
+    lost = count = 0
+    total = distances = squares = farthest = 0.0
+    least, most = math.inf, -math.inf
+    for piece in pieces:
+        values = piece.to(torch.float64)
+        finite = values[values.isfinite()]
+        lost += values.numel() - finite.numel()
+        if finite.numel():
+            count += finite.numel()
+            least, most = min(least, float(finite.min())), max(most, float(finite.max()))
+            total, squares = total + float(finite.sum()), squares + float(finite.square().sum())
+            distance = (finite - identity).abs()
+            distances += float(distance.sum())
+            farthest = max(farthest, float(distance.max()))
     told: dict[str, float] = {"not_finite": lost} if lost else {}
-    if not finite.numel():
+    if not count:
         return told
-    if part == "ia3_l":  # what matters is the distance from 1, the identity
-        distance = (finite - 1).abs()
+    if part == "ia3_l":
         return {
-            "min": float(finite.min()),
-            "max": float(finite.max()),
-            "mean": float(finite.mean()),
-            "mean|l-1|": float(distance.mean()),
-            "max|l-1|": float(distance.max()),
+            "min": least,
+            "max": most,
+            "mean": total / count,
+            "mean|l-1|": distances / count,
+            "max|l-1|": farthest,
             **told,
         }
-    return {
-        "rms": float(finite.square().mean().sqrt()),
-        "max": float(finite.abs().max()),
-        **told,
-    }
+    return {"rms": math.sqrt(squares / count), "max": farthest, **told}
 
 
 def _parameters(base: Checkpoint) -> int:
@@ -249,6 +262,8 @@ def _blocks(base: Checkpoint) -> list[dict[str, Any]]:
     why = None
     try:
         GgufModules(base)
+    except CorruptFile:
+        raise
     except Refusal:
         kind = base.shards[0].header.metadata.get("general.architecture")
         why = f"infold does not know the names and orders of llama.cpp's {kind!r}"

@@ -63,7 +63,7 @@ class Iteration:
 
     def adapter_digests(self) -> dict[str, str]:
         """BLAKE3 of the adapter's files, as receipts have them."""
-        return _digests([self.adapter / name for name in ADAPTER_FILES])
+        return {name: digest_of(self.adapter / name) for name in ADAPTER_FILES}
 
 
 class Run:
@@ -215,15 +215,11 @@ def digests_of_base(base: str) -> dict[str, dict[str, str]]:
     there = open_checkpoint(base)
     sides = [*there.side_files, *([INDEX] if there.index else [])]
     return {
-        "shards": _digests([shard.path for shard in there.shards]),
+        "shards": {shard.name: digest_of(shard.path) for shard in there.shards},
         "side_files": {
             name: digest_of(safe_child(there.home, name)) for name in sides if name != CARD
         },
     }
-
-
-def _digests(files: Sequence[Path]) -> dict[str, str]:
-    return {path.name: digest_of(path) for path in files}
 
 
 def _has(folder: Path, name: str, digest: str) -> bool:

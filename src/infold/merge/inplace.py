@@ -122,10 +122,11 @@ def merge_in_place(
     told: Callable[[Settled], None] | None = None,
 ) -> Receipt | dict[str, Any]:
     """Merge adapters into the folder of the base itself. Returns the receipt, or with `dry_run`
-    the plan. `told` is called where an interrupted edit was finished first."""
+    the plan. `told` is called where an interrupted edit was finished first; with `dry_run` that is
+    refused."""
     folder = _folder(base)
     opened = [open_adapter(adapter) for adapter in adapters]
-    settled = settle(folder)
+    settled = None if dry_run else settle(folder)
     if settled and told:
         told(settled)
     if settled and settled.completed and settled.what == "merge":

@@ -94,7 +94,17 @@ def _operation(
         raise ValueError(f"{name}: {op['method']} of the parts {list(made.parts)}")
     for key in made.parts.values():
         _tensor(adapters, made.adapter, key)
+    if not _within(made, shape, adapters[made.adapter]):
+        raise ValueError(f"{name}: {op['method']} of more elements than the tensor has")
     return made
+
+
+def _within(made: Operation, shape: Sequence[int], adapter: Adapter) -> bool:
+    """Whether a vector, once it is spread over rows or over a convolution's kernel, has no more
+    elements than the tensor: a few bytes of a record could ask for any memory."""
+    told, most = made.settings, math.prod(shape)
+    vectors = (math.prod(adapter.tensors[key].shape) for key in made.parts.values())
+    return told.rows <= most and (told.side == "out" or told.kernel * max(vectors) <= most)
 
 
 def _of_an_expert(made: Operation) -> bool:

@@ -131,8 +131,9 @@ def check(
 
 def check_output(out: Path, plan: Plan, force: bool, *, replaces: bool = True) -> None:
     """As `check_place`, for the inputs and the files of a plan."""
-    inputs = [plan.base.path, *(adapter.path for adapter in plan.adapters)]
-    inputs += [shard.path for shard in plan.base.shards]
+    inputs = [adapter.path for adapter in plan.adapters]
+    for read in (plan.base, *([plan.original] if plan.original else [])):
+        inputs += [read.path, *(shard.path for shard in read.shards)]
     coming = {*plan.copied, *plan.rewritten, *(shard.name for shard in plan.shards)}
     check_place(out, inputs, coming, force, replaces=replaces)
 

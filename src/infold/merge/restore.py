@@ -101,7 +101,9 @@ def undo_checkpoint(
                 progress(done, total)
 
         identity = blake3(f"infold {__version__} undo {merged.record.identity}".encode())
-        with Staging(path, identity.hexdigest(), False, lone=is_lone(path)) as staging:
+        lone = is_lone(path)
+        like = plan.base.shards[0].path if lone else plan.base.path
+        with Staging(path, identity.hexdigest(), False, lone=lone, like=like) as staging:
             for name in plan.copied:
                 staging.copy_file(plan.base.path / kept_name(plan.base.path, name), name)
             for name, data in plan.rewritten.items():

@@ -88,7 +88,13 @@ def _execute(
     with ExitStack() as opened:
         lone = is_lone(path)
         staging = opened.enter_context(
-            Staging(path, _identity(prepared), prepared.force, lone=lone)
+            Staging(
+                path,
+                _identity(prepared),
+                prepared.force,
+                lone=lone,
+                like=over.base.shards[0].path if lone else over.base.path,
+            )
         )
         for name in over.copied:
             kept = kept_name(over.base.path, name) if source else name

@@ -22,7 +22,7 @@ from typing import Any
 
 from infold.adapters import Settings
 from infold.checkpoint.shards import Checkpoint
-from infold.errors import Refusal
+from infold.errors import CorruptFile, Refusal
 from infold.formats import floats_of
 from infold.plan.fold import INSTEAD, Part, Place, Unfoldable
 from infold.plan.match import Names
@@ -102,6 +102,7 @@ ARCHITECTURES: dict[str, _Architecture] = {
     ),
 }  # fmt: skip
 _MODEL_TYPES = {"gemma3": "gemma3_text", "qwen3moe": "qwen3_moe"}  # where the names differ
+_MOST_EXPERTS = 1 << 18  # weights of experts, in all; of the largest models it is a third
 _BLOCK = re.compile(r"blk\.(\d{1,5})\.(\w+)\.weight")
 # Tensors of a block that have no part in what goes from one projection to the next.
 _APART = frozenset(
@@ -132,7 +133,8 @@ class Home:
 class GgufModules:
     """What `plan/fold.py` asks of a base, answered from a GGUF file's names and metadata.
 
-    Raises Refusal for an architecture that is not in the tables.
+    Raises Refusal for an architecture that is not in the tables, CorruptFile for more experts than
+    any model has.
     """
 
     def __init__(self, base: Checkpoint) -> None:
@@ -152,6 +154,7 @@ class GgufModules:
 
     def _homes(self) -> Iterator[tuple[str, Home]]:
         below = {gguf: ours for ours, gguf in self.table.names.items()}
+        experts = 0
         for module, name in self.table.outside.items():
             if f"{name}.weight" in self.base.where:
                 yield module, Home(f"{name}.weight", name, -1)
@@ -165,7 +168,11 @@ class GgufModules:
                 yield path, Home(tensor, found[2], layer)
                 continue
             shape = self.base.info(tensor).shape
-            for expert in range(shape[0] if len(shape) == 3 and shape[0] <= 1 << 16 else 0):
+            count = shape[0] if len(shape) == 3 and all(shape) else 0  # an empty one takes no data
+            experts += count
+            if experts > _MOST_EXPERTS:
+                raise CorruptFile(f"{self.base.path}: has more than {_MOST_EXPERTS:,} experts")
+            for expert in range(count):
                 yield path.format(expert), Home(tensor, found[2], layer, expert)
 
     def find(self, module: str) -> str | None:

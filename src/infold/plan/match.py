@@ -13,6 +13,7 @@ the tensor with the longest equal ending, by whole components, where
 from __future__ import annotations
 
 import difflib
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -98,7 +99,7 @@ class Names:
         self.all = set(names)
         self._root = _Ending({}, [])
         self._exchanged: dict[str, str] = {}
-        self._beginnings: set[tuple[str, ...]] | None = None
+        self._sorted = sorted(self.all)
         for name in self.all:
             node = self._root
             for component in reversed(name.split(".")):
@@ -145,13 +146,9 @@ class Names:
 
     def _holds(self, beginning: list[str]) -> bool:
         """Whether a tensor's name begins so: the place exists, and it lacks what is looked for."""
-        if self._beginnings is None:
-            self._beginnings = {
-                tuple(components[:count])
-                for components in (name.split(".") for name in self.all)
-                for count in range(1, len(components))
-            }
-        return tuple(beginning) in self._beginnings
+        start = ".".join(beginning) + "."
+        place = bisect_left(self._sorted, start)
+        return place < len(self._sorted) and self._sorted[place].startswith(start)
 
     def nearest(self, parameter: str) -> str:
         """For a message: the names that look most like this one."""

@@ -22,7 +22,7 @@ from infold.adapters.combine import check_options, check_shapes, combine, prunes
 from infold.adapters.peft_config import scales_inputs
 from infold.adapters.settings import Settings
 from infold.checkpoint.adapter import CONFIG, WEIGHTS, Adapter, open_adapter
-from infold.checkpoint.place import check_name
+from infold.checkpoint.place import check_adapter_place, check_name
 from infold.checkpoint.safetensors import build_header
 from infold.checkpoint.staging import Staging, storage_errors, write_fully
 from infold.dtypes import NAMES
@@ -475,24 +475,15 @@ def _generator(seed: int, module: str) -> torch.Generator:
 
 
 def check_output(plan: Combination, path: PathLike, force: bool) -> Path:
-    """Where the output goes: a new name, or with force an old adapter, and not in an input."""
+    """Where the output goes: a new name, or with force an adapter, and not in an input."""
     out = Path(os.path.abspath(path))
     check_name(out)
-    real = out.resolve()
+    real = Path(os.path.realpath(out))
     for adapter in plan.adapters:
         other = adapter.path.resolve()
         if real == other or real in other.parents or other in real.parents:
             raise Refusal(
                 f"{out}: lies in or around the adapter {adapter.path}; choose another place"
             )
-    if not os.path.lexists(out):
-        return out
-    if not force:
-        raise Refusal(f"{out}: exists already; choose another name, or replace it with --force")
-    if out.is_symlink() or not out.is_dir():
-        raise Refusal(f"{out}: is not a folder, so --force does not replace it")
-    if any(out.iterdir()) and not (out / CONFIG).exists():
-        raise Refusal(
-            f"{out}: holds no adapter, so --force does not replace it; remove it yourself"
-        )
+    check_adapter_place(out, force)
     return out

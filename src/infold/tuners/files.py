@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from infold.adapters import METHODS
 from infold.checkpoint.adapter import Adapter as AdapterFile
 from infold.checkpoint.adapter import open_adapter
 from infold.disk import whole_file
-from infold.errors import Refusal
+from infold.errors import Refusal, StorageFailure
 from infold.patience import patience
 from infold.tuners.config import IA3Config, LoraConfig, TunerConfig, matches, read_config
 from infold.tuners.embeddings import brought, embedding_of, embeddings, untrained
@@ -69,13 +70,16 @@ def save(
 ) -> None:
     """Write adapters: "default" into the folder, each other one into a folder of its name.
 
-    Raises StorageFailure.
+    Raises StorageFailure where the disk refuses.
     """
     for name in names:
         place = Path(folder) / ("" if name == "default" else name)
         tensors = tensors_of(model, name, state, with_embeddings)
         with whole_file(place / WEIGHTS) as draft:
-            safetensors.torch.save_file(tensors, draft, metadata={"format": "pt"})
+            try:
+                safetensors.torch.save_file(tensors, draft, metadata={"format": "pt"})
+            except SafetensorError as error:  # what that library makes of a full disk
+                raise StorageFailure(f"{place / WEIGHTS}: {error}") from error
         _as_saved(model, model._attached.configs[name]).save_pretrained(place)
 
 

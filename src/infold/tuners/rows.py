@@ -138,7 +138,7 @@ def repeats(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
 _TOKENS_FIRST = frozenset(
     "LongformerSelfAttention LEDEncoderSelfAttention FSMTEncoder FSMTDecoder XLNetModel "
     "BrosRelationExtractor BridgeTowerVisionTransformer Mask2FormerMaskedAttentionDecoder "
-    "OneFormerTransformerDecoder".split()
+    "OneFormerTransformerDecoder OneFormerTextTransformer MLCDAttention".split()
 )
 # Classes that cut each row into windows, patches or frames, which stay beside one another.
 _IN_PIECES = frozenset(

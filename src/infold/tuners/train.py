@@ -30,7 +30,7 @@ import torch
 from blake3 import blake3
 
 from infold.checkpoint.files import exists, locate, read_bytes, read_object
-from infold.checkpoint.place import check_name
+from infold.checkpoint.place import check_adapter_place, check_name
 from infold.checkpoint.shards import refuse_unfinished
 from infold.checkpoint.staging import Staging
 from infold.disk import new_folders, remove_empty, storage_errors, write_whole
@@ -47,10 +47,6 @@ __all__ = ["train_adapter"]
 
 PathLike = str | os.PathLike[str]
 Progress = Callable[[int, int, "float | None"], None]
-_FILES = frozenset(
-    "adapter_config.json adapter_model.safetensors adapter_model.bin README.md loss.jsonl loss.png "
-    "infold-training.json".split()
-)
 _WEIGHTS = (".safetensors", ".bin", ".index.json")
 
 
@@ -94,19 +90,8 @@ def _check_output(path: Path, resume: bool, force: bool) -> None:
     if resume and force:
         raise Refusal("--resume continues and --force starts anew: give one of them")
     check_name(path, _run_place(path))
-    if not os.path.lexists(path) or resume:
-        return
-    if not force:
-        raise Refusal(f"{path}: exists already; choose another name, or replace it with --force")
-    if path.is_symlink() or not path.is_dir():
-        raise Refusal(f"{path}: is not a folder, so --force does not replace it")
-    strangers = sorted(p.name for p in path.iterdir() if p.name not in _FILES)
-    if strangers:
-        raise Refusal(
-            f"{path}: holds more than an adapter, so --force does not replace it: "
-            + ", ".join(strangers[:10])
-            + (f" and {len(strangers) - 10} more" if len(strangers) > 10 else "")
-        )
+    if not resume:
+        check_adapter_place(path, force)
 
 
 def _draft(base: PathLike, path: Path, ready: Prepared, settings: TrainSettings) -> Training:

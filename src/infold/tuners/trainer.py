@@ -10,8 +10,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from transformers import Trainer, TrainerCallback
 
-from infold.errors import Refusal
+from infold.checkpoint.staging import storage_errors
+from infold.errors import Refusal, StorageFailure
 
 __all__ = ["AdapterTrainer", "Journal", "entries", "last_checkpoint"]
 
@@ -76,7 +79,8 @@ class AdapterTrainer(Trainer):
         return str(self.folder / ".writing")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+        with _disk_errors(self.folder):
+            super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             name = f"{PREFIX}{self.state.global_step}"
@@ -166,6 +170,21 @@ def entries(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def line(entry: dict[str, Any]) -> str:
     return json.dumps(entry) + "\n"
+
+
+@contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    """What PyTorch's writer of archives makes of a full disk is a RuntimeError."""
+    try:
+        with storage_errors(folder):
+            yield
+    except RuntimeError as error:
+        if not re.search(r"inline_container|PytorchStreamWriter|iostream", str(error)):
+            raise
+        first = str(error).partition("\n")[0]
+        raise StorageFailure(
+            f"{folder}: a checkpoint could not be written; is the disk full? PyTorch says: {first}"
+        ) from error
 
 
 def _to_disk(folder: Path) -> None:
