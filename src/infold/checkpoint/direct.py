@@ -20,7 +20,8 @@ import threading
 import time
 from pathlib import Path
 
-from infold.checkpoint.staging import copy_range, storage_errors, write_fully
+from infold.checkpoint.staging import copy_range, write_fully
+from infold.disk import storage_errors
 
 __all__ = ["ALIGN", "OutputFile", "Pace"]
 

@@ -38,6 +38,7 @@ from infold.ggml import BLOCKS
 
 __all__ = [
     "gguf_header_of",
+    "is_gguf",
     "part_of",
     "parts_beside",
     "read_gguf_header",

@@ -29,7 +29,8 @@ from blake3 import blake3
 from infold.checkpoint.files import safe_child
 from infold.checkpoint.safetensors import parse_json
 from infold.checkpoint.shards import read_exactly
-from infold.checkpoint.staging import storage_errors, sync_data, write_fully
+from infold.checkpoint.staging import sync_data, write_fully
+from infold.disk import storage_errors
 from infold.errors import CorruptFile, StorageFailure
 
 __all__ = ["FILE", "ORIGINAL", "RESIDUAL", "SEEN", "UNDO", "Record", "RecordWriter", "open_record"]

@@ -27,6 +27,7 @@ from infold.errors import CorruptFile, Refusal, StorageFailure
 __all__ = [
     "DTYPE_BITS",
     "MAX_BYTES",
+    "MAX_COMPONENTS",
     "MAX_HEADER",
     "MAX_NAME",
     "Header",

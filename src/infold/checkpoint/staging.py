@@ -36,10 +36,7 @@ from typing import Any
 from infold.disk import new_folders, remove_empty, storage_errors, sync_folder
 from infold.errors import Refusal, StorageFailure
 
-__all__ = [
-    "Progress", "Staging", "copy_range", "new_folders", "staging_folder", "storage_errors",
-    "sync_data", "sync_folder", "write_fully",
-]  # fmt: skip
+__all__ = ["Progress", "Staging", "copy_range", "staging_folder", "sync_data", "write_fully"]
 
 _PUBLISHING = "publishing"
 

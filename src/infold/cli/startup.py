@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-__all__ = ["lasting_imports", "run"]
+__all__ = ["Ending", "lasting_imports", "run"]
 
 
 def run() -> None:

@@ -37,7 +37,7 @@ from infold.checkpoint.shards import (
     open_checkpoint,
     refuse_unfinished,
 )
-from infold.checkpoint.staging import storage_errors
+from infold.disk import storage_errors
 from infold.errors import Refusal
 from infold.inspect.receipt import checked_receipt
 

@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from infold.checkpoint.staging import storage_errors
 from infold.child import asked, run_child
 from infold.deploy.local import LocalFailure
+from infold.disk import storage_errors
 from infold.errors import Refusal
 from infold.extras import require
 

@@ -30,8 +30,8 @@ from infold.checkpoint.shards import (
     renamed,
     without_owner,
 )
-from infold.checkpoint.staging import storage_errors
 from infold.checkpoint.untrained import untrained
+from infold.disk import storage_errors
 from infold.errors import CorruptFile, Refusal
 from infold.formats import NoFold, floats_of
 from infold.ggml import BLOCKS

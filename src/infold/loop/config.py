@@ -17,7 +17,7 @@ from infold.errors import Refusal
 from infold.extras import require
 from infold.tuners.settings import TrainSettings
 
-__all__ = ["Collect", "Evaluate", "LoopConfig", "Stop", "in_keys", "read_config"]
+__all__ = ["FREE", "Collect", "Evaluate", "LoopConfig", "Stop", "in_keys", "read_config"]
 
 BUILT_IN = ("arithmetic", "classify")
 FUNCTIONS = ("problems", "prompt", "verify")

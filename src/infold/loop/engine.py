@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 import torch
 
-from infold.checkpoint.staging import storage_errors
+from infold.disk import storage_errors
 from infold.errors import Refusal, StorageFailure
 from infold.loop.config import Collect
 from infold.loop.task import Prompt, short

@@ -18,7 +18,7 @@ import torch
 
 from infold.checkpoint.files import exists, locate, read_json
 from infold.checkpoint.shards import open_checkpoint, read_receipt, refuse_unfinished
-from infold.checkpoint.staging import storage_errors
+from infold.disk import storage_errors
 from infold.errors import CorruptFile, ProofFailed, Refusal
 from infold.extras import missing
 from infold.loop.config import FREE, LoopConfig, in_keys, read_config

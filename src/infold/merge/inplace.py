@@ -45,7 +45,8 @@ from infold.checkpoint.shards import (
     misnamed,
     open_checkpoint,
 )
-from infold.checkpoint.staging import Progress, storage_errors, sync_data, sync_folder
+from infold.checkpoint.staging import Progress, sync_data
+from infold.disk import storage_errors, sync_folder
 from infold.edit.threads import one_torch_thread, usual_threads
 from infold.errors import Refusal
 from infold.machine import device_of, peak_bytes

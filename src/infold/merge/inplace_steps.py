@@ -17,7 +17,8 @@ from blake3 import blake3
 
 from infold.checkpoint.files import safe_child
 from infold.checkpoint.inputs import InputFiles
-from infold.checkpoint.staging import storage_errors, sync_data, write_fully
+from infold.checkpoint.staging import sync_data, write_fully
+from infold.disk import storage_errors
 from infold.edit.steps import Workspace
 from infold.edit.threads import take_one_core
 from infold.errors import CorruptFile

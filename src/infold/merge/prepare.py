@@ -20,8 +20,9 @@ from infold.checkpoint.place import check_place
 from infold.checkpoint.shards import (
     open_checkpoint,
 )
-from infold.checkpoint.staging import staging_folder, storage_errors
+from infold.checkpoint.staging import staging_folder
 from infold.checkpoint.stamps import changes
+from infold.disk import storage_errors
 from infold.dtypes import TORCH_DTYPES
 from infold.edit.threads import one_torch_thread, usual_threads
 from infold.errors import Refusal, StorageFailure

@@ -24,7 +24,8 @@ from infold.checkpoint.shards import (
     kept_name,
     read_receipt,
 )
-from infold.checkpoint.staging import Staging, storage_errors
+from infold.checkpoint.staging import Staging
+from infold.disk import storage_errors
 from infold.edit.blocks import Block
 from infold.edit.threads import one_torch_thread
 from infold.errors import InfoldError, ProofFailed

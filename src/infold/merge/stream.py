@@ -21,7 +21,8 @@ import torch
 
 from infold.checkpoint.direct import Pace
 from infold.checkpoint.inputs import InputFiles
-from infold.checkpoint.staging import copy_range, storage_errors
+from infold.checkpoint.staging import copy_range
+from infold.disk import storage_errors
 from infold.edit.blocks import Block, cut
 from infold.edit.steps import Workspace
 from infold.edit.threads import take_one_core

@@ -35,7 +35,7 @@ from infold.checkpoint.shards import (
     renamed,
     without_owner,
 )
-from infold.checkpoint.staging import storage_errors
+from infold.disk import storage_errors
 from infold.dtypes import SCALE_DTYPES
 from infold.edit.blocks import Block, cut
 from infold.edit.residual import ORIGINAL, unpack

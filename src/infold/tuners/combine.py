@@ -24,7 +24,8 @@ from infold.adapters.settings import Settings
 from infold.checkpoint.adapter import CONFIG, WEIGHTS, Adapter, open_adapter
 from infold.checkpoint.place import check_adapter_place, check_name
 from infold.checkpoint.safetensors import build_header
-from infold.checkpoint.staging import Staging, storage_errors, write_fully
+from infold.checkpoint.staging import Staging, write_fully
+from infold.disk import storage_errors
 from infold.dtypes import NAMES
 from infold.errors import Refusal
 from infold.patience import patience

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from transformers import Trainer, TrainerCallback
 
-from infold.checkpoint.staging import storage_errors
+from infold.disk import storage_errors
 from infold.errors import Refusal, StorageFailure
 
 __all__ = ["AdapterTrainer", "Journal", "entries", "last_checkpoint"]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from infold.checkpoint.adapter import Adapter
 from infold.checkpoint.safetensors import TensorInfo
-from infold.checkpoint.staging import storage_errors
+from infold.disk import storage_errors
 from infold.errors import Refusal
 from infold.formats.floats import Floats, floats_of
 from infold.plan.edits import Edit
