@@ -256,7 +256,7 @@ def _tell(ready: Prepared) -> None:
     held = f", {facts['eval_rows']:,} held out" if facts["eval_rows"] else ""
     packed = f", packed into {facts['packed_rows']:,}" if "packed_rows" in facts else ""
     print(
-        f"data     {facts['rows']:,} rows ({facts['shape']}){packed}{held}; "
+        f"data     {plural('row', facts['rows'])} ({facts['shape']}){packed}{held}; "
         f"{facts['tokens']:,} tokens, {facts['learnt_tokens']:,} learnt"
     )
     classes = f": {', '.join(ready.classes)}" if ready.classes else ""

@@ -100,8 +100,8 @@ def verify(
         print(entry("tensors", f"{equal}, {anew}, of {verdict.tensors:,}"))
         print(entry("files", f"{plural('side file', verdict.files)} equal"))
         if verdict.undecided:
-            count = f"{verdict.undecided:,} elements lie on a rounding boundary"
-            print(entry("", f"{count}: either way is right"))
+            count = plural("element", verdict.undecided)
+            print(entry("", f"{count} on a rounding boundary: either way is right"))
         if verdict.outputs is not None:
             _show(verdict.outputs)
     if not verdict.ok:
