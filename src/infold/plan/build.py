@@ -43,6 +43,7 @@ from infold.plan.output import (
 )
 from infold.plan.quantized import rotations
 from infold.plan.room import make_room
+from infold.plan.saved import not_held
 from infold.plan.tied import same_ends, tied_pair, unsupported_tie
 from infold.plan.unconverted import unconverted_beside, unconverted_changes
 
@@ -195,6 +196,9 @@ def _add(draft: Draft, number: int, adapter: Adapter) -> None:
     draft.notes += [f"not used: {key}, which holds untrained values" for key in keys.unused]
     kind = GgufConsumer if draft.base.is_gguf else Consumer
     consumer = kind(draft, number, adapter, config)
+    reasons, notes = not_held(config, keys.plain, consumer.tensors())
+    draft.reasons += [f"{adapter.path}: {reason}" for reason in reasons]
+    draft.notes += [f"{adapter.path}: {note}" for note in notes]
     before, elements = len(draft.reasons), len(draft.elements)
     for parameter, key in keys.plain.items():
         consumer.replacement(parameter, key, keys.copies.get(parameter))

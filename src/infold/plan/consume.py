@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import replace
 
 import torch
@@ -117,6 +118,10 @@ class Consumer:
         if part is None:
             paths += keys.plain
         return any(self._quietly(path) == other for path in paths)
+
+    def tensors(self) -> Collection[str]:
+        """The base's tensors as adapters spell them, with a tied head that is not on disk."""
+        return {*self.draft.base.where, *(self.draft.pair or ())}
 
     def finds(self, module: str) -> bool:
         """Whether the base has a weight for a module of the adapter."""

@@ -3,6 +3,7 @@ names there, rows can have another order, and most weights are quantized."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
 from infold.adapters import Settings
@@ -31,6 +32,9 @@ class GgufConsumer(Consumer):
     def __init__(self, draft: Draft, number: int, adapter: Adapter, config: AdapterConfig) -> None:
         super().__init__(draft, number, adapter, config)
         self.gguf = GgufModules(draft.base)
+
+    def tensors(self) -> Collection[str]:
+        return {f"{module}.weight" for module in self.gguf.homes}
 
     def finds(self, module: str) -> bool:
         try:
