@@ -10,6 +10,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BloomConfig,
     FalconConfig,
@@ -71,6 +73,17 @@ def new_model(name: str, **options: Any) -> Any:
     torch.manual_seed(0)
     config = MODELS[name].__class__.from_dict(MODELS[name].to_dict() | options)
     return AUTO.get(name, AutoModelForCausalLM).from_config(config)
+
+
+def bart(**options: Any) -> Any:
+    """BART, with embeddings that are scaled."""
+    config = BartConfig(
+        vocab_size=31, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, **TOKENS,
+        max_position_embeddings=64, decoder_start_token_id=2, forced_eos_token_id=None,
+        scale_embedding=True, **options,
+    )  # fmt: skip
+    return BartForConditionalGeneration(config)
 
 
 TEXT = GROUPED | {"vocab_size": 64}

@@ -82,17 +82,24 @@ def shared_parameters(model: AdaptedModel) -> list[_Users]:
 
 
 def untie(model: nn.Module, shared: Iterable[_Users]) -> None:
-    """Tell the model's config, and the user, of shared parameters that are several now."""
+    """Tell the model's config, and the user, of shared parameters that are several now.
+
+    In transformers the config's one flag is for all that a model ties. So it stays while anything
+    is tied, or that would be missing in a saved model; ends that differ are loaded as they are.
+    """
+    shared = list(shared)
+    counts = [len({id(module._parameters[name]) for _, module, name in group}) for group in shared]
     apart = [
         f"{path}.{name}"
-        for group in shared
-        if len({id(module._parameters[name]) for _, module, name in group}) > 1
+        for group, count in zip(shared, counts, strict=True)
+        if count > 1
         for path, _, name in group
     ]
     if not apart:
         return
     config = getattr(model, "config", None)
-    for holder in (config, getattr(config, "text_config", None)):
+    some_tied = any(count < len(group) for group, count in zip(shared, counts, strict=True))
+    for holder in () if some_tied else (config, getattr(config, "text_config", None)):
         if holder is not None and getattr(holder, "tie_word_embeddings", False):
             holder.tie_word_embeddings = False
     warnings.warn(

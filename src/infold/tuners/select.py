@@ -111,6 +111,8 @@ def select(model: nn.Module, config: TunerConfig) -> Selection:
             ]
     if problems:
         raise Refusal(f"{type(config).__name__}: {problem}" for problem in problems)
+    if sentence := _tied_layers(layers):
+        warnings.warn(sentence, UserWarning, stacklevel=3)
     tables = {path: modules[path] for path in rows.tokens}
     config = _by_layout(config, layers)
     return Selection(config, layers, feedforward, whole, rows, tables, parameters)
@@ -160,6 +162,7 @@ def _with_targets(
             and not isinstance(module, nn.Embedding | nn.MultiheadAttention)
             and not _is_conv(module)
             and path.rpartition(".")[2] not in _read_by(_parent(model, path))
+            and not isinstance(_parent(model, path), nn.MultiheadAttention)
             and path not in output
             and not within(path, saved)
         ]
@@ -255,16 +258,37 @@ def _output_heads(model: nn.Module, modules: dict[str, nn.Module]) -> set[str]:
     }
 
 
+def _tied_layers(layers: Mapping[str, nn.Module]) -> str | None:
+    """A sentence about layers that share a weight, as Zamba's blocks do; None where none are."""
+    users: dict[int, list[str]] = {}
+    for path, module in layers.items():
+        own = module._parameters.get("weight")
+        if own is not None and not isinstance(module, nn.Embedding):
+            users.setdefault(id(own), []).append(path)
+    tied = [paths for paths in users.values() if len(paths) > 1]
+    if not tied:
+        return None
+    more = f", and {len(tied) - 1:,} more weights have several layers" if len(tied) > 1 else ""
+    return (
+        f"{' and '.join(tied[0])} share a weight{more}: each gets an adapter of its own, for which "
+        "a checkpoint has no tensor, so that `infold merge` will refuse them; merge in memory"
+    )
+
+
 def _shortest(paths: Iterable[str], modules: dict[str, nn.Module]) -> list[str]:
-    """For each path the shortest ending that means no linear layer outside of `paths`."""
+    """For each path the shortest ending that means no module outside of `paths`: that of a layer
+    in a list is a number, as blocks and whole lists have one."""
     wanted = set(paths)
-    others = [p for p, m in modules.items() if p not in wanted and kind_of(m) is not None]
+    others: dict[str, list[str]] = {}
+    for path in modules:
+        if path not in wanted:
+            others.setdefault(path.rpartition(".")[2], []).append(path)
     endings: dict[str, None] = {}
     for path in wanted:
         components = path.split(".")
         for count in range(1, len(components) + 1):
             ending = ".".join(components[-count:])
-            if not any(matches([ending], other) for other in others):
+            if not any(matches([ending], other) for other in others.get(components[-1], ())):
                 break
         endings[ending] = None
     return sorted(endings)
