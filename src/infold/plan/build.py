@@ -44,7 +44,7 @@ from infold.plan.output import (
 from infold.plan.quantized import rotations
 from infold.plan.room import make_room
 from infold.plan.saved import not_held
-from infold.plan.tied import same_ends, tied_pair, unsupported_tie
+from infold.plan.tied import copies_of_shared, same_ends, tied_pair, unsupported_tie
 from infold.plan.unconverted import unconverted_beside, unconverted_changes
 
 __all__ = ["plan_edit", "plan_merge"]
@@ -103,7 +103,7 @@ def _decide(
 ) -> tuple[Draft, dict[str, Edit], dict[str, object]]:
     """(draft, edits, changes of config.json). `seen`: the base as a view, see plan/convert.py."""
     draft = Draft(seen or base, tied_pair(base, adapters), lossy)
-    draft.unknown, draft.ways = unknown, ways
+    draft.unknown, draft.ways, draft.copies = unknown, ways, copies_of_shared(base, adapters)
     draft.reasons += rotations(base)
     for number, adapter in enumerate(adapters):
         _add(draft, number, adapter)

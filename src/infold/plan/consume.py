@@ -42,10 +42,12 @@ class Consumer:
 
     def twice(self, name: str, method: str, key: str) -> bool:
         """Whether another key of this adapter came to the same tensor; then it is refused."""
-        first = self.used.setdefault((name, method), key)
-        if first != key:
-            self.refuse(key, f"means {name}, and so does {first}; one of them would be lost")
-        return first != key
+        for end in self._with_copies(name):
+            first = self.used.setdefault((end, method), key)
+            if first != key:
+                self.refuse(key, f"means {end}, and so does {first}; one of them would be lost")
+                return True
+        return False
 
     def find(self, parameter: str, key: str) -> str | None:
         """The output tensor for a parameter path; more than one is a reason to refuse."""
@@ -64,9 +66,13 @@ class Consumer:
         return name
 
     def ends(self, name: str, both: bool) -> list[str]:
-        """The tensors that an edit of `name` changes: both of a tied pair, or only itself."""
+        """The tensors that an edit of `name` changes: both of a tied pair, or itself with what
+        repeats it."""
         pair = self.draft.pair
-        return list(pair) if both and pair and name in pair else [name]
+        return list(pair) if both and pair and name in pair else self._with_copies(name)
+
+    def _with_copies(self, name: str) -> list[str]:
+        return [name, *self.draft.copies.get(name, ())]
 
     # --- plain tensors -----------------------------------------------------------------------
 

@@ -43,6 +43,7 @@ class Draft:
         self.notes: list[str] = []
         self.labels: int | None = None  # outputs of a head that is added
         self.pair = pair  # (embedding, head) that share their values
+        self.copies: Mapping[str, tuple[str, ...]] = {}  # a shared table -> what repeats it
 
     def state(self, tensor: str) -> State:
         """The state of an output tensor, begun from the base where it is new."""

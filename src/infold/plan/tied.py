@@ -27,7 +27,7 @@ from infold.plan.layouts import (
     vocabularies,
 )
 
-__all__ = ["same_ends", "tied_pair", "unsupported_tie"]
+__all__ = ["copies_of_shared", "same_ends", "tied_pair", "unsupported_tie"]
 
 
 _PIECE = 1 << 20  # bytes that are compared at a time
@@ -42,8 +42,9 @@ _BODIES = (
     ("gpt_neox",),
     ("decoder",),
 )
+_SHARED = "shared"  # the embedding of both stacks of an encoder-decoder
 # Further parts that are tied, or make of a model what has more than two ends
-_OTHER_PARTS = ("shared", "decoder", "embed_audio_tokens", "embedding_projection")
+_OTHER_PARTS = (_SHARED, "decoder", "embed_audio_tokens", "embedding_projection")
 _MORE = "additional_embedding"  # rows of Idefics' embedding that lie in a tensor of their own
 
 # Classes without a head over the vocabulary, so without a tie. Unknown ones may have it.
@@ -93,6 +94,21 @@ def _pair_by_names(base: Checkpoint) -> tuple[str, str] | None:
     if above and not body:
         return None  # an unknown place: see `unsupported_tie`
     return embeddings[0], ".".join((*above, "lm_head", "weight"))
+
+
+def copies_of_shared(base: Checkpoint, adapters: Iterable[Adapter]) -> dict[str, tuple[str, ...]]:
+    """The table that an encoder and a decoder share -> the tensors that repeat it: transformers
+    takes them for one only while they are equal. None are looked for if no adapter touches it."""
+    if not any(_SHARED in key.split(".") for adapter in adapters for key in adapter.tensors):
+        return {}
+    ends = (*INPUT_EMBEDDINGS, *(() if is_tied(base) is False else HEADS))
+    names = [name for name in base.where if name.endswith(".weight")]
+    others = [name for name in names if leaf(name) in ends]
+    return {
+        name: tuple(other for other in others if _equal_on_disk(base, name, other))
+        for name in names
+        if leaf(name) == _SHARED
+    }
 
 
 def _equal_on_disk(base: Checkpoint, one: str, two: str) -> bool:

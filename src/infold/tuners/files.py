@@ -39,7 +39,9 @@ from infold.tuners.vocabulary import (
     TokenRows,
     end_of,
     find_rows,
+    followers,
     misfits,
+    uncalled_tables,
     untied,
 )
 
@@ -92,7 +94,7 @@ def tensors_of(
         found[PREFIX + key] = value.detach().to("cpu").contiguous().clone()
 
     for path, layer in attached.layers.items():
-        if name not in layer.adapters or path in attached.tokens.get(name, TokenRows()).tied:
+        if name not in layer.adapters or path in attached.tied[name]:
             continue
         adapter = cast(Adapter, layer.adapters[name])
         table = isinstance(layer, AdaptedEmbedding)
@@ -250,6 +252,8 @@ def _load(model: AdaptedModel, file: AdapterFile, name: str, trainable: bool) ->
     tables = {path: layers.pop(path) for path in rows.tokens}
     wrong = misfits(rows, modules, layers, whole)
     wrong += untied(model, modules, config, rows, (*layers, *whole))
+    tied = followers(modules, layers)
+    wrong += uncalled_tables(modules, layers, whole, tied)
     if wrong:
         raise Refusal(f"{file.path}: {problem}" for problem in wrong)
     selection = Selection(
@@ -260,6 +264,7 @@ def _load(model: AdaptedModel, file: AdapterFile, name: str, trainable: bool) ->
         rows,
         tables,
         wrapped,
+        tied | rows.tied,
     )
     loaded = {
         place: {part: file.read(key) for part, key in keys.items()} for place, keys in parts.items()

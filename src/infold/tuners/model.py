@@ -51,6 +51,7 @@ class Attached:
     biases: dict[str, Swapped] = field(default_factory=dict)
     embeddings: dict[str, Swapped] = field(default_factory=dict)  # others than the base's
     tokens: dict[str, TokenRows] = field(default_factory=dict)
+    tied: dict[str, dict[str, str]] = field(default_factory=dict)  # see Selection
     rows: Rows = field(default_factory=Rows)
     mingling: dict[str, str] | None = None  # layers that see no rows of the batch; None: not known
     merged: merging.Merged = field(default_factory=lambda: merging.Merged())
@@ -167,7 +168,7 @@ def insert(
     """
     attached, config, rows = model._attached, selection.config, selection.rows
     layers = layers_of(selection)
-    tied = {path: model.get_submodule(path) for path in rows.tied}
+    tied = {path: model.get_submodule(path) for path in selection.tied}
     parameters = {path: module for path, (module, _) in selection.parameters.items()}
     if problems := clashes(layers | tied | parameters, selection.whole, attached.whole):
         raise Refusal(problems)
@@ -180,6 +181,7 @@ def insert(
         merged = ", ".join(attached.merged.names)
         raise Refusal(f"trainable_token_indices: unmerge {merged} first")
     attached.configs[name], attached.mingling = config, None
+    attached.tied[name] = selection.tied
     bring(attached.embeddings, attached.merged.names)  # a new adapter begins from the base
     if not config.inference_mode:
         attached.slow += keep_gradients(model)
@@ -198,7 +200,7 @@ def insert(
         _keep_off_fast_path(model, path, layer.holder)
     for path, module in tied.items():
         attached.layers[path] = layer = adapt(module, path, attached.rows)
-        layer.adapters[name] = attached.layers[rows.tied[path]].adapters[name]
+        layer.adapters[name] = attached.layers[selection.tied[path]].adapters[name]
     for path, module in selection.whole.items():
         attached.whole[path] = add_whole(module, path, name, attached.rows)
     if isinstance(config, LoraConfig) and config.bias != "none":
@@ -323,8 +325,8 @@ class AdaptedModel(Front):
             if not len(module.adapters):
                 restore_whole(module)
                 del attached.whole[path]
-        del attached.configs[adapter_name]
-        attached.tokens.pop(adapter_name, None)
+        for own in (attached.configs, attached.tied, attached.tokens):
+            own.pop(adapter_name, None)
         attached.active = tuple(name for name in attached.active if name != adapter_name)
         self._refresh()
 

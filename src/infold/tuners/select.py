@@ -29,7 +29,15 @@ from infold.tuners.layers import KINDS, Adapted, AdaptedConv1D, AdaptedOpaque, i
 from infold.tuners.parameters import Holder, find_parameters, named, unfit
 from infold.tuners.quantized import is_readable
 from infold.tuners.targets import find_targets, fused_experts
-from infold.tuners.vocabulary import FIELD, TokenRows, find_rows, misfits, untied
+from infold.tuners.vocabulary import (
+    FIELD,
+    TokenRows,
+    find_rows,
+    followers,
+    misfits,
+    uncalled_tables,
+    untied,
+)
 from infold.tuners.whole import Whole
 
 __all__ = ["Selection", "modules_of", "select", "targeted", "uncalled"]
@@ -49,6 +57,7 @@ class Selection:
     rows: TokenRows = field(default_factory=TokenRows)
     tables: dict[str, nn.Module] = field(default_factory=dict)  # the modules of `rows.tokens`
     parameters: dict[str, tuple[nn.Module, str]] = field(default_factory=dict)
+    tied: dict[str, str] = field(default_factory=dict)  # path -> that whose adapter it has too
 
 
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -97,6 +106,8 @@ def select(model: nn.Module, config: TunerConfig) -> Selection:
     rows, strangers = find_rows(model, modules, config)
     problems += _unmatched(FIELD, strangers, modules) + misfits(rows, modules, layers, whole)
     problems += untied(model, modules, config, rows, (*layers, *whole))
+    tied = followers(modules, layers)
+    problems += uncalled_tables(modules, layers, whole, tied)
     feedforward: frozenset[str] = frozenset()
     if isinstance(config, IA3Config):
         feedforward = frozenset(p for p in layers if matches(config.feedforward_modules, p))
@@ -115,7 +126,8 @@ def select(model: nn.Module, config: TunerConfig) -> Selection:
         warnings.warn(sentence, UserWarning, stacklevel=3)
     tables = {path: modules[path] for path in rows.tokens}
     config = _by_layout(config, layers)
-    return Selection(config, layers, feedforward, whole, rows, tables, parameters)
+    tied |= rows.tied
+    return Selection(config, layers, feedforward, whole, rows, tables, parameters, tied)
 
 
 def targeted(

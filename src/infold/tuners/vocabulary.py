@@ -6,7 +6,7 @@ the embedding, one part serves both: what is looked up is also what scores.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,17 @@ from infold.tuners.layers import kind_of
 if TYPE_CHECKING:
     from infold.tuners.model import Attached
 
-__all__ = ["TokenRows", "alike", "check_order", "end_of", "find_rows", "misfits", "untied"]
+__all__ = [
+    "TokenRows",
+    "alike",
+    "check_order",
+    "end_of",
+    "find_rows",
+    "followers",
+    "misfits",
+    "uncalled_tables",
+    "untied",
+]
 
 FIELD = "trainable_token_indices"
 INPUT, OUTPUT = "get_input_embeddings", "get_output_embeddings"
@@ -192,6 +202,63 @@ def _tied_to(embedding: str, model: nn.Module, modules: Mapping[str, nn.Module])
     """The other modules whose weight is the embedding's, where the config tells so too."""
     shared = _weight(modules[embedding]) if _says_tied(model) else None
     return [p for p, m in modules.items() if p != embedding and _weight(m) is shared is not None]
+
+
+def followers(modules: Mapping[str, nn.Module], targets: Iterable[str]) -> dict[str, str]:
+    """Embeddings deeper below a target's parent that have its weight -> path of the target.
+
+    T5's and BART's `shared` only holds the table, in which encoder and decoder look up by modules
+    of their own: an adapter on it is one of each of them, as it is where the table is merged.
+    """
+    return {
+        path: target
+        for target in targets
+        for path, module in _below(modules, target)
+        if _weight(module) is _weight(modules[target])
+    }
+
+
+def uncalled_tables(
+    modules: Mapping[str, nn.Module],
+    targets: Collection[str],
+    saved: Collection[str],
+    tied: Mapping[str, str],
+) -> list[str]:
+    """Why tables that only others look up in take no adapter so. tied: `followers` of the targets;
+    saved: modules that are trained whole."""
+    problems = [
+        f"{path} looks up in the table of {owner}, whose adapter it gets; leave one of the two out"
+        for path, owner in tied.items()
+        if path in targets or within(path, saved)
+    ]
+    for path in (*targets, *saved):
+        others = [other for other, _ in _below(modules, path)]
+        looking = followers(modules, [path])
+        if looking and path in saved:
+            problems.append(
+                f"modules_to_save: {path} is not called: {' and '.join(looking)} look up in its "
+                f"table, so a copy of it would do nothing; train rows of it ({FIELD}), or give it "
+                "to LoRA; `infold merge` takes what is saved so"
+            )
+        elif others and not looking and path.rpartition(".")[2] == "shared":
+            problems.append(
+                f"{path} is not called, and {' and '.join(others)} have tables of their own; give "
+                "their names instead"
+            )
+    return problems
+
+
+def _below(modules: Mapping[str, nn.Module], target: str) -> Iterator[tuple[str, nn.Embedding]]:
+    """The embeddings of a table's shape that lie deeper below its parent than itself."""
+    table, above = modules[target], target.rpartition(".")[0]
+    if not isinstance(table, nn.Embedding):
+        return
+    beginning = f"{above}." if above else ""
+    for path, module in modules.items():
+        deeper = path.startswith(beginning) and "." in path[len(beginning) :]
+        if deeper and isinstance(module, nn.Embedding):
+            if module.weight.shape == table.weight.shape:
+                yield path, module
 
 
 def alike(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
