@@ -281,10 +281,11 @@ def test_an_adapter_that_was_never_trained_is_told(
             f"{name}.lora_A.weight": torch.randn(2, inner),
             f"{name}.lora_B.weight": torch.zeros(out, 2),
         }
-        if method != "lora":
+        saved = {} if method == "lora" else {"modules_to_save": ["norm"]}
+        if saved:
             parts["model.norm.weight"] = torch.full((inner,), 2.0)
             told = told.replace("the adapter changes nothing", "as in a new adapter")
-        config = {"peft_type": "LORA", "r": 2, "modules_to_save": ["norm"]}
+        config = {"peft_type": "LORA", "r": 2, **saved}
         fresh = adapter_folder(tmp_path / "fresh", parts, config)
 
     seen = run("inspect", fresh)

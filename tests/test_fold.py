@@ -106,7 +106,7 @@ class FakeModules:
         first, rows = (part.first, self.sizes[module][0]) if part else (0, 0)
         return [Place(f"{module}.scales", Settings(first=first, rows=rows))]
 
-    def activations(self) -> tuple[str, ...]:
+    def activations(self, module: str) -> tuple[str, ...]:
         return self.kinds
 
     def limits(self) -> tuple[str, ...]:

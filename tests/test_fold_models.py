@@ -17,6 +17,7 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import handmade
 import infold
 from infold.adapters import Settings
 from infold.checkpoint.shards import open_checkpoint
@@ -284,7 +285,7 @@ class InMemory:
     def places(self, module: str, part: Part | None) -> list[Place]:
         return [Place(module, Settings())]
 
-    def activations(self) -> set[str]:
+    def activations(self, module: str) -> set[str]:
         return set()
 
     def limits(self) -> set[str]:
@@ -369,3 +370,21 @@ def test_a_part_of_a_model_is_asked_for_its_own_type(tmp_path: Path, calm: None,
             output = value.replace("v_proj", "out_proj")
             places = fold(modules, output, "in", lambda: torch.ones(1))
             assert [place.tensor for place in places] == [f"{value}.weight", f"{value}.bias"]
+
+
+def test_a_part_of_a_model_has_its_own_activation(tmp_path: Path) -> None:
+    """BLIP-2's language model has ReLU, and its eyes have not."""
+    parts = {"language_model.model.decoder.layers.0": (24, 16), "vision_model.layers.0": (24, 16)}
+    tensors = {f"{path}.fc1.weight": torch.ones(size) for path, size in parts.items()}
+    tensors |= {f"{path}.fc2.weight": torch.ones(size[::-1]) for path, size in parts.items()}
+    config = {"model_type": "blip-2", "text_config": {"activation_function": "relu"}}
+    config["vision_config"] = {"hidden_act": "gelu"}
+    base = open_checkpoint(handmade.base_folder(tmp_path / "base", tensors, config))
+    modules = StoredModules(base, Names(base.where))
+    read, seen = (f"{path}.fc2" for path in parts)
+
+    assert fold(modules, read, "in", lambda: torch.ones(1))[0].tensor.endswith(
+        "layers.0.fc1.weight"
+    )
+    with pytest.raises(Unfoldable, match="gelu stands between"):
+        fold(modules, seen, "in", lambda: torch.ones(1))

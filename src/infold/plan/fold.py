@@ -85,9 +85,9 @@ class Modules(Protocol):
         module: "... (GPTQ, 4 bits): why".
         """
 
-    def activations(self) -> Collection[str]:
-        """What the config calls the activation of its feed-forward layers: several where it has
-        several fields, empty where it tells none."""
+    def activations(self, module: str) -> Collection[str]:
+        """What the config calls the activation of feed-forward layers, of the part of the model
+        that a module is in: several where it has several fields, empty where it tells none."""
 
     def limits(self) -> Collection[str]:
         """Fields of the config that are set and clamp values inside of layers."""
@@ -241,7 +241,7 @@ def _check_size(base: Modules, maker: str, outputs: int) -> None:
 
 def _power(base: Modules, maker: str) -> int:
     """1 for ReLU, 2 for its square."""
-    kinds = set(base.activations())
+    kinds = set(base.activations(maker))
     if len(kinds) == 1 and kinds <= _POWERS.keys():
         return _POWERS[kinds.pop()]
     told = " or ".join(sorted(kinds)) or "an activation that the config does not tell"

@@ -237,7 +237,7 @@ class GgufModules:
             places.append(Place(home.bias, own, on_bias=True))
         return places
 
-    def activations(self) -> Collection[str]:
+    def activations(self, module: str) -> Collection[str]:
         return {self.table.activation} if self.table.activation else set()
 
     def limits(self) -> Collection[str]:

@@ -298,26 +298,25 @@ class StoredModules:
             why = f"{module} ({words_of(form, stored)}): {error}"
             raise Unfoldable(why + INSTEAD) from None
 
-    def activations(self) -> Collection[str]:
+    def activations(self, module: str) -> Collection[str]:
+        config = self._part(module)
+        places = [place for place in (config, *config.values()) if isinstance(place, dict)]
         return {
             value.removeprefix("gated-")
             for name in _ACTIVATIONS
-            for value in self._fields(name)
-            if isinstance(value, str)
+            for place in places
+            if isinstance(value := place.get(name), str)
         }
 
     def limits(self) -> Collection[str]:
         return limits(self.base.config or {})
 
     def model_types(self, module: str) -> Collection[str]:
-        return model_types(part_config(self.base, self._place(module) or module))
+        return model_types(self._part(module))
 
-    def _fields(self, name: str) -> Iterator[Any]:
-        """A field of the config wherever it stands: at the top or in a part of the model."""
-        config = self.base.config or {}
-        for place in (config, *config.values()):
-            if isinstance(place, dict) and name in place:
-                yield place[name]
+    def _part(self, module: str) -> Mapping[str, Any]:
+        """The config of the part of the model that a module is in."""
+        return part_config(self.base, self._place(module) or module)
 
 
 def read(base: Checkpoint, name: str) -> Tensor:
