@@ -176,6 +176,9 @@ def test_a_torn_file_is_refused_by_its_folder_too(
     refused(link, f"`infold inspect {file}` finishes")
     with pytest.raises(infold.Refusal, match="left in the middle"):
         infold.merge(file.parent, scales, in_place=True)
+    for in_place in (True, False):
+        with pytest.raises(infold.Refusal, match="left in the middle"):
+            infold.merge(file, scales, in_place=in_place, dry_run=True)
     infold.inspect(file)
     assert file.read_bytes() != whole
     infold.undo(file, in_place=True)

@@ -94,7 +94,8 @@ def merge(
             base, given, max_memory=max_memory, device=device, threads=threads, dry_run=dry_run,
             lossy=lossy, progress=progress, told=log,
         )  # fmt: skip
-    settle_first(base, refuse=True)
+    if not dry_run:  # which refuses what is left of an edit: to finish that is to write
+        settle_first(base, refuse=True)
     plan = open_plan(base, given, convert)
     if out is None:  # a dry run without a place
         check(plan, max_memory, device, threads, undo)
