@@ -527,7 +527,9 @@ def test_what_the_output_will_be_is_said(base: Path, adapter: Path, tmp_path: Pa
     for given, noted in ((base, True), (base.parent, False)):
         plan = infold.merge(given, adapter, out, dry_run=True)
         assert (told in plan["notes"]) == noted
-    assert told in infold_command("merge", base, adapter, "--out", out, "--dry-run").stdout
+    wide = {**os.environ, "COLUMNS": "1000"}
+    dry = infold_command("merge", base, adapter, "--out", out, "--dry-run", env=wide)
+    assert told in dry.stdout
     plain = handmade.base_folder(tmp_path / "plain", {"v.weight": torch.ones(4, 4)})
     scales = handmade.ia3(tmp_path / "v", {"v": torch.ones(4, 1)})
 
