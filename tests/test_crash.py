@@ -353,6 +353,15 @@ def test_a_base_that_changed_since_is_not_resumed(place: Place) -> None:
     assert place.finish().resumed_bytes < file.stat().st_size
 
 
+def test_a_base_that_is_only_newer_is_resumed(place: Place) -> None:
+    """As one that was copied or downloaded again: what was kept is compared by its bytes."""
+    pieces = place.stop_with_pieces()
+    for file in place.base.glob("*.safetensors"):
+        os.utime(file, ns=(1, 1))
+
+    assert place.finish().resumed_bytes == sum(pieces.values())
+
+
 def test_a_base_that_changed_only_behind_the_kept_piece_is_merged_as_it_is_now(
     place: Place,
 ) -> None:

@@ -20,6 +20,7 @@ import ggufs
 import handmade
 import infold
 from handmade import RECEIPT
+from infold.checkpoint.record import UNDO
 from infold.cli.main import app
 from infold.deploy.card import MARK
 from infold.deploy.facts import check_as_merged
@@ -275,6 +276,9 @@ def test_what_only_its_owner_could_read_stays_so(inputs: tuple[Path, Path], tmp_
 
     assert modes(tmp_path / "again") == wanted
     assert {k: v for k, v in modes(tmp_path / "merged").items() if k in wanted} == wanted
+    assert modes(tmp_path / "merged")[UNDO] == 0o600  # it has the adapter, and what was edited
+    infold.merge(inputs[0], inputs[1], in_place=True)
+    assert modes(inputs[0])[UNDO] == 0o600
 
 
 def test_a_private_file_has_a_private_output(tmp_path: Path) -> None:

@@ -92,9 +92,12 @@ def remove_empty(folders: Iterable[Path]) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Bring a folder's names to the disk."""
+    """Bring a folder's names to the disk, where the file system can do that of itself."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(fd)

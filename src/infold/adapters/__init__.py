@@ -74,6 +74,7 @@ class Method(Protocol):
     KEYS: Mapping[str, str]  # how a key of an adapter file ends -> name in PARTS or TABLE
     PEFT_TYPES: Mapping[str, frozenset[str]]  # peft_type -> fields of such a config it goes by
     REFUSED: Mapping[str, str]  # fields of the config that cannot be merged -> why
+    OBSERVES: bool  # whether it must see all of a weight before it changes any of it
 
     def owns(self, parts: Collection[str], fields: Mapping[str, Any]) -> bool:
         """Whether a module that has these parts, in an adapter of this config, is of this method;

@@ -33,6 +33,7 @@ KEYS: Mapping[str, str] = {
 }
 PEFT_TYPES: Mapping[str, frozenset[str]] = lora.PEFT_TYPES
 REFUSED: Mapping[str, str] = lora.REFUSED
+OBSERVES = True
 describe = lora.describe
 
 

@@ -31,6 +31,7 @@ ON_BIAS: tuple[str, ...] = PARTS
 KEYS: Mapping[str, str] = {".ia3_l": "ia3_l"}
 PEFT_TYPES: Mapping[str, frozenset[str]] = {"IA3": frozenset(("feedforward_modules",))}
 REFUSED: Mapping[str, str] = {}
+OBSERVES = False
 _ROW_MAP = ("view", "order", "root", "first", "rows", "repeat", "width")
 
 

@@ -40,6 +40,7 @@ PEFT_TYPES: Mapping[str, frozenset[str]] = {
         "init_lora_weights ensure_weight_tying target_parameters".split()
     )
 }
+OBSERVES = False
 REFUSED: Mapping[str, str] = {
     "alora_invocation_tokens": "activated LoRA depends on the prompt, so it has no merged weight",
     "use_qalora": "QALoRA pools the inputs; PEFT cannot merge it either",

@@ -30,6 +30,7 @@ PEFT_TYPES: Mapping[str, frozenset[str]] = {
     "LORA": frozenset(("trainable_token_indices",)),
 }
 REFUSED: Mapping[str, str] = {}
+OBSERVES = False
 
 
 def owns(parts: Collection[str], fields: Mapping[str, Any]) -> bool:

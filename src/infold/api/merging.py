@@ -72,7 +72,7 @@ def merge(
     into: write those of IA³ vectors, or all that an adapter touches, as "bf16", "f16" or "f32"
     (dtype; "auto": as the config tells), or round them into their own format again. base_16bit: the
     unquantized checkpoint that their values are taken from. lossy: round scales of four bits
-    (NVFP4), and measure the error (docs/quantized.md).
+    (NVFP4), and measure the error (docs/convert.md, docs/quantized.md).
     progress: called with (bytes done, bytes in all), from several threads.
     Raises Refusal for bad input: its `reasons` list all offenders, and nothing is left behind.
     Raises CorruptFile, a Refusal, for files that break their format's rules, and StorageFailure

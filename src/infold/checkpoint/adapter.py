@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import torch
 
 from infold.checkpoint.files import exists, locate, read_object, safe_child
-from infold.checkpoint.safetensors import open_regular, read_header
+from infold.checkpoint.safetensors import MAX_COMPONENTS, MAX_NAME, open_regular, read_header
 from infold.checkpoint.shards import read_exactly
 from infold.checkpoint.stamps import Stamp, changes, stamp_of
 from infold.dtypes import NAMES, TORCH_DTYPES
@@ -163,6 +163,10 @@ def _open_pickle(path: Path, config: dict[str, Any], file: Path) -> Adapter:
         isinstance(k, str) and k.isprintable() and _plain(v) for k, v in loaded.items()
     ):
         raise CorruptFile(f"{file}: must map names, of printable text, to float tensors")
+    if any(len(k) > MAX_NAME or k.count(".") >= MAX_COMPONENTS for k in loaded):
+        raise CorruptFile(
+            f"{file}: a name has more than {MAX_NAME} characters or {MAX_COMPONENTS} components"
+        )
     tensors = {k: AdapterTensor(NAMES[v.dtype], tuple(v.shape), 0, 0) for k, v in loaded.items()}
     return Adapter(path, config, tensors, file, loaded)
 

@@ -67,7 +67,8 @@ class RecordWriter:
         self.path, self._lock = path, threading.Lock()
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         with storage_errors(path):
-            self.fd = os.open(path, flags | (0 if resume else os.O_TRUNC), 0o644)
+            # until it is finished nobody else needs it, and it holds the adapter
+            self.fd = os.open(path, flags | (0 if resume else os.O_TRUNC), 0o600)
             try:
                 size = os.fstat(self.fd).st_size
                 self.frames, self.end = _scan(self.fd, path, size) if resume else ({}, 0)

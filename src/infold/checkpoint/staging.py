@@ -288,12 +288,12 @@ class Staging:
         """A file that is not the output's yet, and outlives a kill."""
         return self.folder / "record"
 
-    def adopt(self, name: str) -> None:
-        """Make the file at `aside`, which is on the disk, part of the output."""
+    def adopt(self, name: str, like: str) -> None:
+        """Make the file at `aside`, which is on the disk, part of the output, with the permissions
+        of the output's file `like`."""
         with storage_errors(self.output / name):
-            if self.lone:  # it lies beside the file then, which is in no folder of the output's own
-                whole = os.stat(self.output / self.out.name)
-                os.chmod(self.aside, stat.S_IMODE(whole.st_mode))
+            alike = os.stat(self.output / like)
+            os.chmod(self.aside, stat.S_IMODE(alike.st_mode))
             os.rename(self.aside, self.output / name)
 
     def publish(self) -> None:

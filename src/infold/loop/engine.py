@@ -89,7 +89,7 @@ class _Local:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         # float32 holds every bfloat16 and float16 exactly, and processors compute with it faster
         dtype: Any = "auto" if self.device == "cuda" else torch.float32
-        self.model = load_model(model, torch.device(self.device), dtype)
+        self.model = load_model(model, torch.device(self.device), dtype, strangers=True)
         self.pad = pad_id(self.tokenizer)
 
     @torch.inference_mode()

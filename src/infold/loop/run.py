@@ -443,12 +443,12 @@ def _merged(folder: Run) -> list[int]:
 
 
 def _same(path: Path, before: Mapping[str, Any], config: LoopConfig) -> None:
-    was, now = _flat(before), _flat(config.identity)
+    was, now = _flat(before), _flat(json.loads(json.dumps(config.identity)))  # no tuples
     names = sorted({*now, *(n for n in was if n.partition(".")[0] not in FREE)})
     other = [
         f"  {name}: {_told(was, name)} there, {_told(now, name)} now"
         for name in names
-        if _told(was, name) != _told(now, name)
+        if (name in was, was.get(name)) != (name in now, now.get(name))
     ]
     if other:
         raise Refusal(

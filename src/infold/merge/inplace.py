@@ -22,6 +22,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import stat
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -545,6 +546,8 @@ class _Edit:
             if os.path.lexists(self._own(STEP)):  # whose room the receipt may need
                 os.unlink(self._own(STEP))
             if os.path.lexists(self._own(PART)):
+                weights = os.stat(self.home / min(result["shards"]))
+                os.chmod(self._own(PART), stat.S_IMODE(weights.st_mode))
                 os.rename(self._own(PART), self._own(UNDO))
             write_file(self._own(TOLD), Receipt(**result).to_file())
             os.rename(self._own(TOLD), self._own(RECEIPT))

@@ -14,6 +14,7 @@ from typing import Any
 from blake3 import blake3
 from torch import Tensor
 
+from infold.adapters import METHODS
 from infold.checkpoint.files import digest_of, safe_child
 from infold.checkpoint.inputs import InputFiles
 from infold.checkpoint.record import UNDO, RecordWriter
@@ -127,7 +128,7 @@ def _execute(
         if recording is not None:
             told = finish_record(recording, receipt, source)
             told["file"] = companion(path, UNDO).name
-            staging.adopt(told["file"])
+            staging.adopt(told["file"], over.shards[0].name)
             receipt = replace(receipt, undo=told)
         receipt = replace(
             receipt,
@@ -290,10 +291,14 @@ def _identity(prepared: Prepared) -> str:
     """What an interrupted run must have been doing, for its pieces to be of use."""
     plan, adapters, source = prepared.plan, prepared.digests, prepared.source
     hasher = blake3(f"infold {__version__}\n".encode())
+    # blocks may depend on more of the base than what their digests cover: norms, scales that follow
+    beyond = plan.conversion is not None or any(
+        METHODS[o.method].OBSERVES for edit in plan.edits.values() for o in edit.operations
+    )
     for shard in (shard for base in plan.checkpoints for shard in base.shards):
         hasher.update(os.fsencode(shard.name) + blake3(shard.header.raw).digest())
-        # a block may depend on more than what its digests cover: DoRA's norms, scales that follow
-        hasher.update(repr(shard.header.stamp).encode())
+        if beyond:
+            hasher.update(repr(shard.header.stamp).encode())
     for output in plan.shards:
         hasher.update(blake3(output.header.raw).digest())
     hasher.update(repr([plan.copied, sorted(plan.rewritten.items())]).encode())

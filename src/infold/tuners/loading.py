@@ -101,12 +101,19 @@ def gguf_file(name: PathLike) -> Path | None:
     return shards[0].path
 
 
-def load_model(folder: Path, device: torch.device, dtype: torch.dtype | str = "auto") -> Any:
+def load_model(
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype | str = "auto",
+    *,
+    strangers: bool = False,
+) -> Any:
     """The model of a folder or of a GGUF file, in evaluation mode. dtype "auto": as it is stored.
     What a GGUF file holds is decoded to float32.
 
-    Raises Refusal where transformers cannot load it, or where tensors are missing, left over or
-    of another shape: transformers would go on with random values.
+    Raises Refusal where transformers cannot load it, or where tensors are missing or of another
+    shape: transformers would go on with random values. So where some are left over, but with
+    `strangers`: a base may have a head that nobody runs here.
     """
     from transformers import AutoModelForCausalLM
 
@@ -125,7 +132,8 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype | str = "a
         if type(error).__name__ != "SafetensorError":
             raise
         raise Refusal(f"{folder}: a broken safetensors file: {_first_line(error)}") from None
-    wrong = {kind: told.get(f"{kind}_keys") for kind in ("missing", "unexpected", "mismatched")}
+    kinds = ("missing", "mismatched") if strangers else ("missing", "unexpected", "mismatched")
+    wrong = {kind: told.get(f"{kind}_keys") for kind in kinds}
     problems = [
         f"{folder}: {key if isinstance(key, str) else key[0]}: {kind} tensor"
         for kind, keys in wrong.items()
