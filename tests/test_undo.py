@@ -257,7 +257,7 @@ def test_a_resumed_merge_records_the_base_as_it_is_now(
         if at < 1 and done >= at * total:
             raise KeyboardInterrupt
 
-    def stop_at_the_end(staging: Staging, name: str) -> None:
+    def stop_at_the_end(staging: Staging, name: str, like: str) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
