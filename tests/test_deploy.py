@@ -168,8 +168,9 @@ def test_a_new_folder_holds_all_of_it_and_the_old_one_is_left(merged: Path) -> N
     assert not list(out.parent.glob(".delivery*"))
     config = read_config(out)
     assert config is not None and bundle_problems(out, config) == []
-    with pytest.raises(Refusal, match="exists already"):
-        deploy_bundle(merged, out, measured=False)
+    for there in (out, merged):
+        with pytest.raises(Refusal, match="exists already; choose another name, or leave --out"):
+            deploy_bundle(merged, there, measured=False)
 
 
 def test_the_figures_are_those_of_transformers(merged: Path) -> None:

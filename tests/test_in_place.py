@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 import torch
 from blake3 import blake3
+from typer.testing import CliRunner
 
 import ggufs
 import handmade
@@ -31,6 +32,7 @@ import test_undo
 from crash_child import Runner, prepare
 from handmade import RECEIPT, digests
 from infold.checkpoint.shards import JOURNAL, companion, open_checkpoint, read_receipt
+from infold.cli.main import app
 from infold.merge import inplace, inplace_steps
 from infold.merge.inplace_steps import reserve
 
@@ -237,6 +239,24 @@ def test_what_only_an_output_can_have_is_refused(place: Place) -> None:
             infold.merge(place.before["merge"], place.first, in_place=True, **{name: True})
     with pytest.raises(infold.Refusal, match="--force with --in-place"):
         infold.swap(place.before["swap"], place.second, in_place=True, force=True)
+
+
+@pytest.mark.parametrize("where", ["_rehearse", "_steps"])
+def test_an_interrupt_says_whether_the_folder_is_half_edited(
+    where: str, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    base = shutil.copytree(place.before["merge"], tmp_path / "base")
+    given = str(base / place.name) if place.name else str(base)
+    with monkeypatch.context() as patch:
+        patch.setattr(inplace._Edit, where, stopped)
+        ran = CliRunner().invoke(app, ["merge", given, str(place.first), "--in-place"])
+
+    assert ran.exit_code == 130
+    half = where == "_steps"
+    assert (f"until it has ended {given} may be half edited: do not load it" in ran.stderr) == half
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -25,6 +25,7 @@ import infold
 from infold.adapters import Settings, merge
 from infold.adapters.exact import slices_for
 from infold.errors import CorruptFile, Refusal
+from infold.verify import hints
 from infold.verify.reference import LowRank
 from infold.verify.rounding import LINES
 from infold.verify.tensors import EditCheck
@@ -381,7 +382,11 @@ def test_a_swapped_pair(scene: Scene) -> None:
     assert f"it holds what belongs to {OTHER_Q}" in details[Q]
 
 
-def test_the_base_passed_off_as_merged(scene: Scene) -> None:
+@pytest.mark.parametrize("tried", [1, 24])
+def test_the_base_passed_off_as_merged(
+    tried: int, scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hints, "_TRIED", tried)  # the others are told of all the same
     for shard in scene.base.glob("*.safetensors"):
         shutil.copy(shard, scene.folder)
 

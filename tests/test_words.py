@@ -239,6 +239,22 @@ def test_a_reader_that_leaves_changes_nothing(
     assert infold.verify(tmp_path / "out").ok
 
 
+def test_complaints_stand_behind_what_was_printed_before(folder: Path, tmp_path: Path) -> None:
+    """Where both streams go to one file, as into a log."""
+    wrong = shutil.copytree(folder / "merged", tmp_path / "wrong")
+    weights = wrong / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 0x40
+    weights.write_bytes(data)
+    ran = subprocess.run(
+        [INFOLD, "verify", wrong], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+    lines = [line.split()[0] for line in ran.stdout.splitlines()]
+    assert ran.returncode == 1
+    assert lines.index("tensors") < lines.index("infold:"), ran.stdout
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_an_output_that_cannot_be_printed_is_told(folder: Path) -> None:
     with open("/dev/full", "w") as full:

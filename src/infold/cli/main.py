@@ -6,12 +6,14 @@ import difflib
 import functools
 import json
 import logging
+import os
 import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -79,13 +81,23 @@ def _guarded(verb: Callable[..., None]) -> Callable[..., None]:
         except KeyboardInterrupt:
             runs = verb is not loop.loop or given["words"][0] not in ("show", "checkout")
             again = _CONTINUES.get(verb, "") if runs and not given.get("dry_run") else ""
-            complain(f"interrupted{again}")
+            complain(f"interrupted{again}{_half_edited(given)}")
             raise typer.Exit(130) from None
         except Exception as error:
             less = _LESS_MEMORY.get(verb, "")
             raise typer.Exit(_told(error, writes, given.get("as_json", False), less)) from None
 
     return guarded
+
+
+def _half_edited(given: Mapping[str, Any]) -> str:
+    """What an interrupted edit in place has left, if it has left anything."""
+    from infold.checkpoint.shards import JOURNAL, companion
+
+    place = given.get("base") or given.get("merged")
+    if not (given.get("in_place") and place and os.path.lexists(companion(Path(place), JOURNAL))):
+        return ""
+    return f"; until it has ended {place} may be half edited: do not load it"
 
 
 def _told(error: Exception, writes: bool, as_json: bool, less_memory: str = "") -> int:

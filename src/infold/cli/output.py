@@ -27,6 +27,7 @@ __all__ = [
     "fold",
     "protect_streams",
     "results_alone",
+    "show_now",
     "table",
 ]
 
@@ -114,8 +115,16 @@ def finish() -> OSError | None:
     return None
 
 
+def show_now() -> None:
+    """What was printed so far goes into a log or a pipe now. What cannot, is told at the end."""
+    if sys.stdout is not None:
+        with suppress(OSError):
+            sys.stdout.flush()
+
+
 def complain(text: str) -> None:
-    """One line on standard error."""
+    """One line on standard error, behind what was printed before it."""
+    show_now()
     if sys.stderr is not None:
         print(f"infold: {_plain(text)}", file=sys.stderr)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from infold.cli.output import show_now
 from infold.cli.progress import step_progress
 from infold.cli.startup import lasting_imports
 from infold.errors import Refusal
@@ -263,6 +264,7 @@ def _tell(ready: Prepared) -> None:
     print(f"task     {ready.task}{classes}")
     for note in ready.notes:
         print(f"note     {note}")
+    show_now()  # the training takes long
 
 
 def _result(record: Training, told: Collection[str]) -> str:

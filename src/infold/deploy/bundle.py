@@ -77,7 +77,8 @@ def deploy_bundle(
     length = context or min(facts.context or _CONTEXT, _CONTEXT)
     place = facts.folder if out is None else Path(out)
     facts = replace(facts, called=Path(os.path.realpath(place)).name)
-    _check_place(facts, place)
+    if out is not None:
+        _check_place(facts, place)
     check_deployable(facts)
     files = recipes(facts, length)
     example = usage_example(facts)
@@ -212,11 +213,9 @@ def _installed(package: str) -> str | None:
 
 
 def _check_place(facts: Facts, place: Path) -> None:
-    if place == facts.folder:
-        return
     check_name(place)
     if os.path.lexists(place):
-        raise Refusal(f"{place}: exists already; choose another name")
+        raise Refusal(f"{place}: exists already; choose another name, or leave --out out")
     parents = Path(os.path.realpath(place)).parents
     if facts.folder.resolve() in parents:
         raise Refusal(f"{place}: lies in the merged folder; choose another place")

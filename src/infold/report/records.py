@@ -41,7 +41,7 @@ def collect(folder: Path, more: Sequence[Path] = ()) -> Records:
     known = {**named, **dict.fromkeys(sorted((folder / "records").glob("*.json")), "")}
     found = _read_all(known, sorted(folder.glob("*.json")), more)
     if not found:
-        raise Refusal(f"{folder}: holds no records: neither a receipt nor others of {KINDS}")
+        raise Refusal(f"{folder}: holds no records: none of {', '.join(KINDS)}")
     return found
 
 

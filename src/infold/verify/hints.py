@@ -21,6 +21,7 @@ __all__ = ["Wrong", "hints"]
 
 _TRIED = 24  # wrong tensors for which other tensors or scalings are tried
 _SAMPLE = 1 << 12  # elements of one that are tried, in whole rows: nearly all of them will be wrong
+_MISSING = "these are as in the base: the edit is missing"
 _ENOUGH = 0.9  # of the elements of a sample must fit
 
 
@@ -52,11 +53,14 @@ def hints(plan: Plan, wrong: Mapping[str, Wrong], files: InputFiles) -> dict[str
         if name in found:
             continue
         if tally.like_base == tally.wrong:
-            found[name] = "these are as in the base: the edit is missing"
+            found[name] = _MISSING
         elif scaling := _scaling(plan, name, one, files, workspace):
             found[name] = f"the update is scaled by {scaling}"
         elif tally.neighbours >= _ENOUGH * tally.wrong:
             found[name] = "next to the right value: rounded more than once, or not by infold"
+    for name, one in list(wrong.items())[_TRIED:]:  # what needs no trying
+        if one.check.tally.like_base == one.check.tally.wrong:
+            found[name] = _MISSING
     return found
 
 
