@@ -256,10 +256,11 @@ def test_complaints_stand_behind_what_was_printed_before(folder: Path, tmp_path:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_an_output_that_cannot_be_printed_is_told(folder: Path) -> None:
+@pytest.mark.parametrize("words", [["inspect"], ["inspect", "--json"], ["verify"]])
+def test_an_output_that_cannot_be_printed_is_told(words: list[str], folder: Path) -> None:
     with open("/dev/full", "w") as full:
         ran = subprocess.run(
-            [INFOLD, "inspect", folder / "merged"], stdout=full, stderr=subprocess.PIPE, text=True
+            [INFOLD, *words, folder / "merged"], stdout=full, stderr=subprocess.PIPE, text=True
         )
 
     assert ran.returncode == 3

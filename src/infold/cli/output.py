@@ -40,15 +40,17 @@ class Failed(ProofFailed):
 
 
 class _Pipe(io.FileIO):
-    """A stream whose reader may leave, as `head` does: the verb does its work all the same. So it
-    does where standard error is full, which there is nowhere to tell."""
+    """A stream whose reader may leave, as `head` does, or whose disk may be full: the verb does its
+    work all the same. refused: what else than a reader that left was in the way, for the end."""
+
+    refused: OSError | None = None
 
     def write(self, data: Buffer, /) -> int:
         try:
             return super().write(data)
         except OSError as error:
-            if self.fileno() != 2 and not isinstance(error, BrokenPipeError):
-                raise
+            if not isinstance(error, BrokenPipeError):
+                self.refused = self.refused or error
             return memoryview(data).nbytes
 
 
@@ -105,21 +107,17 @@ def results_alone(wanted: bool) -> Iterator[None]:
 
 
 def finish() -> OSError | None:
-    """Write what is still buffered. Returns the system's refusal, if there was one."""
-    try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the exit's own flush
-        return error
-    return None
+    """Write what is still buffered. Returns the system's refusal of what was printed, if there was
+    one."""
+    show_now()
+    stream = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
+    return stream.refused if isinstance(stream, _Pipe) else None
 
 
 def show_now() -> None:
     """What was printed so far goes into a log or a pipe now. What cannot, is told at the end."""
     if sys.stdout is not None:
-        with suppress(OSError):
-            sys.stdout.flush()
+        sys.stdout.flush()
 
 
 def complain(text: str) -> None:
