@@ -22,9 +22,7 @@ def log(told: object) -> None:
     logging.getLogger("infold").warning("%s", told)
 
 
-def settle_first(
-    folder: PathLike | None, *, refuse: bool = False, say: Callable[[str], None] = log
-) -> None:
+def settle_first(folder: PathLike | None, *, refuse: bool = False) -> None:
     """Finish what a kill left of an edit in place, if there is such a thing, and say what became
     of it. refuse: `folder` is an input of something else, so it is not edited; Refusal."""
     from infold.checkpoint.shards import JOURNAL, companion
@@ -33,4 +31,4 @@ def settle_first(
         from infold.merge.inplace import settle
 
         if settled := settle(folder, refuse=refuse):
-            say(f"{os.fspath(folder)}: {settled}")
+            log(f"{os.fspath(folder)}: {settled}")

@@ -76,8 +76,9 @@ def _guarded(verb: Callable[..., None]) -> Callable[..., None]:
     def guarded(*args: Any, **given: Any) -> None:
         writing = (merge.merge, undo.undo, swap.swap, combine.combine, train.train)
         writes = verb in writing and not given.get("dry_run")
+        given = with_home(given)
         try:
-            verb(*args, **with_home(given))
+            verb(*args, **given)
         except KeyboardInterrupt:
             runs = verb is not loop.loop or given["words"][0] not in ("show", "checkout")
             again = _CONTINUES.get(verb, "") if runs and not given.get("dry_run") else ""
@@ -92,10 +93,12 @@ def _guarded(verb: Callable[..., None]) -> Callable[..., None]:
 
 def _half_edited(given: Mapping[str, Any]) -> str:
     """What an interrupted edit in place has left, if it has left anything."""
+    if not given.get("in_place"):
+        return ""
     from infold.checkpoint.shards import JOURNAL, companion
 
-    place = given.get("base") or given.get("merged")
-    if not (given.get("in_place") and place and os.path.lexists(companion(Path(place), JOURNAL))):
+    place = given.get("base") or given["merged"]
+    if not os.path.lexists(companion(Path(place), JOURNAL)):
         return ""
     return f"; until it has ended {place} may be half edited: do not load it"
 
