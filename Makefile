@@ -52,7 +52,7 @@ bench: .venv/dev.done
 notebook: .venv/notebook.done
 	$(BIN)/python examples/notebook.py $(NOTEBOOK)
 
-.venv/%.done: pyproject.toml constraints.txt
+.venv/%.done: pyproject.toml constraints.txt hatch_build.py $(wildcard src/infold/kernel/*.[ch])
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
 	touch $@

@@ -7,7 +7,7 @@ table. A block of W is float64; a method changes it in place. Rounding is not do
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from infold.adapters import dora, ia3, lora, trainable_tokens
 from infold.adapters.exact import Index
 from infold.adapters.layer import Base, Dropout, Geometry
+from infold.adapters.operations import Operation
 from infold.adapters.settings import Settings
 
 __all__ = [
@@ -51,6 +52,9 @@ class Prepared(Protocol):
 
     def bias(self, x: Tensor, rows: Index) -> None:
         """Change x = bias[rows], float64, in place."""
+
+    def operations(self, rows: slice, cols: slice) -> Sequence[Operation] | None:
+        """What `weight` does to that block, for compiled code; None where it cannot be told so."""
 
     def inverse(self) -> Prepared | None:
         """What takes a merged block near to what it was, or None. Undo stores the rest, so nothing

@@ -9,7 +9,7 @@ the fixed order of `exact.squares`; `exact.root` and division are correctly roun
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from infold.adapters import lora
 from infold.adapters.exact import Index, root, squares
 from infold.adapters.layer import Base, Dropout, Geometry
 from infold.adapters.lora import LowRank
+from infold.adapters.operations import Operation, ScaleOutputs
 from infold.adapters.settings import Settings
 
 PARTS: tuple[str, ...] = ("lora_A", "lora_B", "lora_magnitude_vector")
@@ -70,10 +71,17 @@ class _Directed(LowRank):
         return _Undirected(self)
 
     def weight(self, x: Tensor, rows: Index, cols: Index) -> None:
+        super().weight(x, rows, cols)
+        x.mul_(self._factor()[rows, None])
+
+    def operations(self, rows: slice, cols: slice) -> Sequence[Operation] | None:
+        added = super().operations(rows, cols)
+        return None if added is None else [*added, ScaleOutputs(self._factor()[rows])]
+
+    def _factor(self) -> Tensor:
         if self.factor is None:
             self.factor = self.magnitude / root(self.total)
-        super().weight(x, rows, cols)
-        x.mul_(self.factor[rows, None])
+        return self.factor
 
 
 class _Undirected(LowRank):
@@ -88,6 +96,10 @@ class _Undirected(LowRank):
     def weight(self, x: Tensor, rows: Index, cols: Index) -> None:
         x.mul_(self.back[rows, None])
         super().weight(x, rows, cols)
+
+    def operations(self, rows: slice, cols: slice) -> Sequence[Operation] | None:
+        added = super().operations(rows, cols)
+        return None if added is None else [ScaleOutputs(self.back[rows]), *added]
 
 
 def prepare(parts: Mapping[str, Tensor], settings: Settings) -> _Directed:

@@ -27,6 +27,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from infold.adapters.operations import AddProduct
+
 __all__ = ["LEAF", "Factors", "Index", "root", "slices_for", "squares"]
 
 Index: TypeAlias = slice | Tensor  # a range of rows or columns, or their numbers (int64)
@@ -118,6 +120,10 @@ class Factors:
             x.sub_(delta)
         else:
             x.add_(delta)
+
+    def operation(self, rows: slice, cols: slice, sign: int) -> AddProduct:
+        """`add_to` as an operation."""
+        return AddProduct(self.b.take(rows), self.a.take(cols), sign, id(self))
 
     def _product(self, flipped: bool, rows: Index, cols: Index, x: Tensor) -> object:
         """What the thread's buffer is known by; None: this product is not kept."""

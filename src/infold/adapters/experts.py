@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from infold.adapters.exact import Index
+from infold.adapters.operations import Operation
 from infold.adapters.settings import Settings
 
 if TYPE_CHECKING:
@@ -101,6 +102,9 @@ class Stacked:
                     del self._made[next(iter(self._made))]
                 update = self._made[number] = self.make(self.a[number], self.b[number])
         return update if self.sign > 0 else update.inverse()
+
+    def operations(self, rows: slice, cols: slice) -> Sequence[Operation] | None:
+        return None
 
     def bias(self, x: Tensor, rows: Index) -> None:
         raise AssertionError("an update of experts changes no bias")

@@ -14,7 +14,7 @@ of it, where one dense tensor (experts, out, in) is a matrix with a row for each
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from infold.adapters.exact import Index, root
 from infold.adapters.layer import Base, Dropout, Geometry
+from infold.adapters.operations import Operation, ScaleInputs, ScaleOutputs
 from infold.adapters.settings import Settings
 
 PARTS: tuple[str, ...] = ("ia3_l",)
@@ -57,6 +58,9 @@ class _Scale:
 
     def recall(self, observed: Tensor) -> None: ...
 
+    def operations(self, rows: slice, cols: slice) -> Sequence[Operation] | None:
+        return None
+
 
 def _inverted(scale: Tensor) -> Tensor:
     """1 / scale; 1 where that is not finite, since nothing is left to scale back."""
@@ -74,6 +78,9 @@ class _Output(_Scale):
 
     def weight(self, x: Tensor, rows: Index, cols: Index) -> None:
         x.mul_(self._of(rows)[:, None])
+
+    def operations(self, rows: slice, cols: slice) -> Sequence[Operation] | None:
+        return [ScaleOutputs(self._of(rows))]
 
     def bias(self, x: Tensor, rows: Index) -> None:
         x.mul_(self._of(rows))
@@ -131,6 +138,9 @@ class _Input(_Scale):
             return
         outputs = torch.arange(self.per_group * self.scale.shape[0], device=x.device)[rows]
         x.mul_(self.scale[outputs // self.per_group][:, cols])
+
+    def operations(self, rows: slice, cols: slice) -> Sequence[Operation] | None:
+        return [ScaleInputs(self.scale[0, cols])] if self.scale.shape[0] == 1 else None
 
     def bias(self, x: Tensor, rows: Index) -> None: ...
 

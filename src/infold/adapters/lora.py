@@ -21,6 +21,7 @@ from torch import Tensor
 from infold.adapters import experts
 from infold.adapters.exact import Factors, Index
 from infold.adapters.layer import Base, Dropout, Geometry
+from infold.adapters.operations import Operation
 from infold.adapters.settings import Settings
 
 PARTS: tuple[str, ...] = ("lora_A", "lora_B", "lora_bias")
@@ -104,6 +105,11 @@ class LowRank:
                 part = x[mine]
                 factors.add_to(part, outputs[mine] - number * self.per_group, cols, self.sign)
                 x[mine] = part
+
+    def operations(self, rows: slice, cols: slice) -> Sequence[Operation] | None:
+        if len(self.groups) > 1:
+            return None
+        return [self.groups[0].operation(rows, cols, self.sign)]
 
     def bias(self, x: Tensor, rows: Index) -> None:
         if self.delta_bias is not None:

@@ -7,7 +7,7 @@ such a table too, with a row for each token that it scores: there W is the trans
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from infold.adapters.exact import Index
 from infold.adapters.layer import Base, Dropout, Geometry
+from infold.adapters.operations import Operation
 from infold.adapters.settings import Settings
 
 PARTS: tuple[str, ...] = ("trainable_tokens_delta",)
@@ -72,6 +73,9 @@ class _Rows:
             return
         for number, token in enumerate(self.tokens.tolist()):
             x[:, cols == token] = self.values[number, rows][:, None]
+
+    def operations(self, rows: slice, cols: slice) -> Sequence[Operation] | None:
+        return None
 
     def bias(self, x: Tensor, rows: Index) -> None: ...
 

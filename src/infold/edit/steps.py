@@ -1,7 +1,8 @@
 """The steps of one edit on a block: decode, float64, each step in order, round once.
 
-Tiles of the block stay in the processor's cache, and all buffers are reused: fresh ones would cost
-as much in page faults as the arithmetic.
+Where it can, `compiled` does this. Here PyTorch does: tiles of the block stay in the processor's
+cache, and all buffers are reused, since fresh ones would cost as much in page faults as the
+arithmetic.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from torch import Tensor
 
 from infold.adapters import Prepared
 from infold.adapters.exact import Index
+from infold.edit import compiled
 from infold.edit.blocks import Block, strips, tiles, within
 from infold.errors import NotFinite
-from infold.formats import Format
+from infold.formats import FORMATS, Format
 
 __all__ = [
     "Step",
@@ -158,14 +160,19 @@ def compute(
     workspace: Workspace,
     back: Sequence[Step] = (),
     near: Tensor | None = None,
-) -> None:
+) -> int | None:
     """Compute one block: `raw` (rows, columns) as it is stored, into `out` of the same shape.
 
     `near`, where given, gets what `guess` makes of `out` by the steps `back`. Tile by tile that is
     cheaper, since what a step has computed for a tile is still there on the way back.
 
-    Raises NotFinite where a value of `out` is not finite.
+    Returns how many elements of `out` differ from `raw`, where that was counted on the way. Raises
+    NotFinite where a value of `out` is not finite.
     """
+    if _plain(target):
+        changed = compiled.edit(steps, back, raw, out, near, *_numbers(block))
+        if changed is not None:
+            return changed
     late: list[_Late] = []
     for rows, columns in tiles(block, workspace.tile, workspace.tile_columns):
         here = within(block, rows, columns)
@@ -180,6 +187,7 @@ def compute(
     if near is not None:
         _all_finite(near)
     check_finite(raw, out, block, target)
+    return None
 
 
 def exact(
@@ -223,6 +231,8 @@ def guess(
 ) -> None:
     """The base's block, or nearly, into `out`, by the steps of `backward`. As with `compute`, the
     bits are the same everywhere; but they are rounded twice, and what is not finite becomes 0."""
+    if _plain(target) and compiled.edit((), back, merged, None, out, *_numbers(block)) is not None:
+        return
     for rows, columns in tiles(block, workspace.tile, workspace.tile_columns):
         here = within(block, rows, columns)
         x = _values(back, merged[here], rows, columns, target, workspace)
@@ -233,6 +243,18 @@ def guess(
 def _all_finite(near: Tensor) -> None:
     if not math.isfinite(_summed(near)):
         near.copy_(torch.where(_wide(near).isfinite(), _wide(near), 0))  # NaN has many bit patterns
+
+
+def _plain(target: Target) -> bool:
+    return target.form is FORMATS["dense"]
+
+
+def _numbers(block: Block) -> tuple[slice, slice]:
+    """The rows and columns of the tensor that a block holds."""
+    return (
+        slice(block.row, block.row + block.rows),
+        slice(block.column, block.column + block.columns),
+    )
 
 
 def _wide(x: Tensor) -> Tensor:

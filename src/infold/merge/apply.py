@@ -165,12 +165,14 @@ class EditRun:
         there, nearly = self._here(out), self._here(near)
         assert there is not None
         back = self._way_back() or () if near is not None else ()
-        compute(self._ready, raw, there, block, self.target, workspace, back, nearly)
+        counted = compute(self._ready, raw, there, block, self.target, workspace, back, nearly)
         loss = None
         if self.loss is not None:
             loss = measure(self._ready, raw, there, block, self.target, workspace)
         changed = block.count
-        if raw.dtype == there.dtype:
+        if counted is not None:
+            changed = counted
+        elif raw.dtype == there.dtype:
             changed = workspace.count_changed(there, raw)
         if there is not out:
             out.copy_(there)

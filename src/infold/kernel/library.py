@@ -1,0 +1,123 @@
+"""The compiled code, and its structs as ctypes knows them."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+from collections.abc import Iterable
+from ctypes import POINTER, Structure, c_char_p, c_int64, c_void_p
+from pathlib import Path
+
+__all__ = [
+    "ADD",
+    "BF16",
+    "F16",
+    "F32",
+    "SCALE_COLUMNS",
+    "SCALE_ROWS",
+    "SUBTRACT",
+    "WIDTH",
+    "Job",
+    "Operation",
+    "compiled",
+    "description",
+    "level",
+]
+
+FOLDER = Path(__file__).parent
+SOURCES = ("kernel.h", "kernel.c", "product.h", "product.c")
+FILE = "compiled.so"
+
+# as in kernel.h
+BF16, F16, F32 = range(3)
+SCALE_ROWS, SCALE_COLUMNS, ADD, SUBTRACT = range(4)
+WIDTH = 16
+
+_LEVELS = ("plain", "avx2", "avx512")
+
+
+class Operation(Structure):
+    _fields_ = [
+        ("kind", c_int64),
+        ("vector", c_void_p),
+        ("rank", c_int64),
+        ("slices", c_int64),
+        ("left", c_void_p * 2),
+        ("right", c_void_p * 2),
+        ("left_row", c_int64),
+        ("left_rank", c_int64),
+        ("right_rank", c_int64),
+        ("right_column", c_int64),
+        ("same", c_int64),
+    ]
+
+
+class Job(Structure):
+    _fields_ = [
+        ("dtype", c_int64),
+        ("rows", c_int64),
+        ("columns", c_int64),
+        ("raw", c_void_p),
+        ("out", c_void_p),
+        ("near", c_void_p),
+        ("raw_row", c_int64),
+        ("out_row", c_int64),
+        ("near_row", c_int64),
+        ("forward", c_int64),
+        ("backward", c_int64),
+        ("operations", POINTER(Operation)),
+        ("panel", c_int64),
+        ("scratch", c_void_p),
+    ]
+
+
+def digest(sources: Iterable[bytes]) -> str:
+    """What the compiled file is known by, so that one of other sources is never used."""
+    whole = hashlib.sha256()
+    for source in sources:
+        whole.update(source)
+    return whole.hexdigest()
+
+
+def _wanted() -> str:
+    """$INFOLD_KERNEL: "off", or a level that is to be used instead of a better one."""
+    return os.environ.get("INFOLD_KERNEL", "").lower()
+
+
+@functools.cache
+def compiled() -> ctypes.CDLL | None:
+    """The compiled code; None where there is none, or PyTorch is as fast."""
+    if _wanted() == "off":
+        return None
+    try:
+        made_of = digest((FOLDER / name).read_bytes() for name in SOURCES)
+        loaded = ctypes.CDLL(str(FOLDER / FILE))
+        loaded.infold_sources.restype = c_char_p
+        loaded.infold_level.restype = c_int64
+        if loaded.infold_sources() != made_of.encode():
+            return None
+        if not loaded.infold_level() and _wanted() != _LEVELS[0]:
+            return None
+        loaded.infold_scratch.argtypes, loaded.infold_scratch.restype = [POINTER(Job)], c_int64
+        loaded.infold_edit.argtypes = [POINTER(Job), c_int64]
+        loaded.infold_edit.restype = c_int64
+    except (OSError, AttributeError):  # not there, of another machine, or of another infold
+        return None
+    return loaded
+
+
+@functools.cache
+def level() -> int:
+    """The instructions that are used: an index of _LEVELS."""
+    loaded = compiled()
+    assert loaded is not None
+    best = int(loaded.infold_level())
+    lower = [n for n, name in enumerate(_LEVELS) if name == _wanted()]
+    return min([best, *lower])
+
+
+def description() -> str:
+    """What computes blocks here, for people."""
+    return f"compiled for {_LEVELS[level()]}" if compiled() is not None else "PyTorch"

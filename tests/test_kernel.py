@@ -1,0 +1,274 @@
+"""Compiled blocks and PyTorch's: the same bits, for every method that tells its operations, every
+dtype, and whatever instructions the processor has."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from infold.adapters import METHODS, Settings
+from infold.adapters.exact import slices_for
+from infold.edit import Step, compiled, edit_tensor, steps
+from infold.edit.blocks import Block, cut
+from infold.edit.steps import Target, Workspace
+from infold.errors import NotFinite
+from infold.formats import FORMATS
+from infold.kernel import library
+
+ROOT = Path(__file__).parent.parent
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+SMALLEST = {"BF16": 2.0**-133, "F16": 2.0**-24, "F32": 2.0**-149}
+LEVELS = range(library.level() + 1) if library.compiled() else range(0)
+ON = pytest.mark.skipif(library.compiled() is None, reason="nothing is compiled here")
+
+
+def test_a_compiler_makes_the_kernel() -> None:
+    """Where the tests run there is a compiler, so none of the others may be skipped in silence."""
+    if os.environ.get("INFOLD_KERNEL") != "off":
+        assert library.compiled() is not None, "run `python hatch_build.py`"
+
+
+def a_weight(shape: tuple[int, int], dtype: str, seed: int) -> torch.Tensor:
+    """Values of all magnitudes: weights as they are, zeros of both signs, subnormals."""
+    numbers = torch.Generator().manual_seed(seed)
+    values = torch.randn(shape, generator=numbers) * 0.05
+    kind = torch.randint(0, 8, shape, generator=numbers)
+    values[kind == 0] = 0.0
+    values[kind == 1] = -0.0
+    tiny = SMALLEST[dtype] * torch.randint(-300, 300, shape, generator=numbers).double()
+    return torch.where(kind == 2, tiny, values.double()).to(DTYPES[dtype])
+
+
+def a_step(
+    method: str,
+    shape: tuple[int, int],
+    rank: int,
+    dtype: str,
+    seed: int,
+    transposed: bool,
+    size: float,
+) -> Step:
+    """One prepared method of a stored shape; one that observes has seen a weight."""
+    out, inputs = shape[::-1] if transposed else shape
+    numbers = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=numbers)
+
+    told = Settings(out=out, rank=rank, scaling=2.0, slices=slices_for(dtype, rank))
+    if method.startswith("ia3"):
+        side = method.removeprefix("ia3 ")
+        vector = 1 + 0.1 * random(out if side == "out" else inputs)
+        return Step(METHODS["ia3"].prepare({"ia3_l": vector}, replace(told, side=side)), transposed)
+    parts = {"lora_A": random(rank, inputs) * size, "lora_B": random(out, rank) * 0.05}
+    if method == "dora":
+        parts["lora_magnitude_vector"] = random(out).abs() + 0.5
+    prepared = METHODS[method].prepare(parts, told)
+    if method == "dora":
+        prepared.recall(random(out).double().abs() + 0.1)
+    return Step(prepared, transposed)
+
+
+def run(
+    forward: Sequence[Step], raw: torch.Tensor, block: Block, dtype: str, near: bool
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, int | None]:
+    target = Target("w", dtype, FORMATS["dense"])
+    workspace = Workspace(torch.device("cpu"), 1 << 20)
+    back = steps.backward(forward)
+    assert back is not None
+    out = torch.full_like(raw, 7.0)
+    beside = torch.full_like(raw, 7.0) if near else None
+    changed = steps.compute(
+        forward, raw, out, block, target, workspace, back if near else (), beside
+    )
+    guessed = None
+    if near:
+        guessed = torch.full_like(raw, 7.0)
+        steps.guess(back, out, guessed, block, target, workspace)
+        if changed is None:
+            changed = int((out.view(words(dtype)) != raw.view(words(dtype))).sum())
+    return out, beside, guessed, changed
+
+
+def words(dtype: str) -> torch.dtype:
+    return torch.int32 if dtype == "F32" else torch.int16
+
+
+def equal(a: torch.Tensor | None, b: torch.Tensor | None, dtype: str) -> bool:
+    if a is None or b is None:
+        return a is b
+    return torch.equal(a.view(words(dtype)), b.view(words(dtype)))
+
+
+METHOD = st.sampled_from(["ia3 out", "ia3 in", "lora", "lora", "dora"])
+
+
+@ON
+@settings(max_examples=150, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 70), st.one_of(st.integers(1, 40), st.integers(240, 800))),
+    methods=st.lists(METHOD, min_size=1, max_size=3),
+    ranks=st.lists(st.sampled_from([1, 2, 5, 16, 17, 64]), min_size=3, max_size=3),
+    dtype=st.sampled_from(sorted(DTYPES)),
+    transposed=st.booleans(),
+    size=st.sampled_from([1e-3, 0.05, 1.0, 30.0]),
+    seed=st.integers(0, 10_000),
+    near=st.booleans(),
+    data=st.data(),
+)
+def test_the_same_bits_as_pytorch(
+    shape: tuple[int, int],
+    methods: list[str],
+    ranks: list[int],
+    dtype: str,
+    transposed: bool,
+    size: float,
+    seed: int,
+    near: bool,
+    data: st.DataObject,
+) -> None:
+    forward = [
+        a_step(method, shape, rank, dtype, seed + n, transposed != (n == 1), size)
+        for n, (method, rank) in enumerate(zip(methods, ranks, strict=False))
+    ]
+    row, column = (data.draw(st.integers(0, n - 1)) for n in shape)
+    block = Block(row, shape[0] - row, column, shape[1] - column)
+    raw = a_weight(shape, dtype, seed)[row:, column:]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiled.c, "compiled", lambda: None)
+        wanted = run(forward, raw, block, dtype, near)
+    for level in LEVELS:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(compiled.c, "level", lambda level=level: level)
+            got = run(forward, raw, block, dtype, near)
+        assert got[3] is not None, "the kernel refused"
+        for ours, theirs in zip(got[:3], wanted[:3], strict=True):
+            assert equal(ours, theirs, dtype), level
+        if near:
+            bits = int((got[0] != raw).sum()) if dtype == "F32" else wanted[3]
+            assert got[3] == bits
+
+
+@ON
+@pytest.mark.parametrize("dtype", sorted(DTYPES))
+def test_every_tie_and_neighbour_is_rounded_as_exact_arithmetic_does(dtype: str) -> None:
+    """Halfway between any two neighbours, and a float64's last bit to either side of it."""
+    word = words(dtype)
+    if dtype == "F32":
+        below = torch.randint(0, 0x7F7FFFFF, (1 << 16,), dtype=torch.int32)
+    else:
+        below = torch.arange(0, 0x7F7F if dtype == "BF16" else 0x7BFF, dtype=word)
+    low = below.view(DTYPES[dtype])
+    high = (below + 1).view(DTYPES[dtype])
+    middle = (low.double() + high.double()) / 2
+    even = torch.where(below % 2 == 0, low, high)
+    # x * 1 is x, so the middle comes from a vector that scales ones
+    infinite = torch.full_like(middle, torch.inf)
+    for values, right in (
+        (middle, even),
+        (torch.nextafter(middle, infinite), high),
+        (torch.nextafter(middle, -infinite), low),
+    ):
+        for sign in (1, -1):
+            step = Step(
+                METHODS["ia3"].prepare({"ia3_l": sign * values}, Settings(side="in", out=1))
+            )
+            ones = torch.ones(1, len(values), dtype=DTYPES[dtype])
+            for level in LEVELS:
+                out = torch.empty_like(ones)
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(compiled.c, "level", lambda level=level: level)
+                    whole = (slice(0, 1), slice(0, len(values)))
+                    assert compiled.edit([step], [], ones, out, None, *whole) is not None
+                assert equal(out[0], sign * right, dtype), (level, sign)
+
+
+@ON
+@pytest.mark.parametrize("dtype", sorted(DTYPES))
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan, "overflow"])
+def test_what_is_not_finite_is_left_to_pytorch_which_refuses_it(
+    dtype: str, bad: float | str
+) -> None:
+    raw = torch.ones(9, 300, dtype=DTYPES[dtype])
+    vector = torch.ones(300)
+    if isinstance(bad, str):
+        raw[7, 299] = torch.finfo(raw.dtype).max
+        vector[299] = 1.5
+    else:
+        raw[7, 299] = bad
+    step = Step(METHODS["ia3"].prepare({"ia3_l": vector}, Settings(side="in", out=9)))
+    for level in LEVELS:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(compiled.c, "level", lambda level=level: level)
+            whole = (slice(0, 9), slice(0, 300))
+            assert compiled.edit([step], [], raw, torch.empty_like(raw), None, *whole) is None
+            with pytest.raises(NotFinite, match=r"w\[7, 299\]"):
+                edit_tensor(raw, [step], "w")
+
+
+@ON
+def test_blocks_of_a_large_factor_and_of_many_terms_agree() -> None:
+    """A factor that is cut for each block, and sums that are left to the BLAS."""
+    for rank, rows in ((64, 40_000), (1100, 64)):
+        step = a_step("lora", (rows, 48), rank, "BF16", 1, False, 0.05)
+        raw = a_weight((rows, 48), "BF16", 2)
+        got = edit_tensor(raw, [step], "w")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(compiled.c, "compiled", lambda: None)
+            assert torch.equal(got, edit_tensor(raw, [step], "w"))
+    assert [b.rows for b in cut(40_000, 48, 1 << 20)] != [40_000]
+
+
+def test_a_kernel_of_other_sources_is_not_used(tmp_path: Path) -> None:
+    """An old compiled file beside newer sources is the danger of an editable install."""
+    script = (
+        "import sys; from pathlib import Path; from infold.kernel import library\n"
+        "library.FOLDER = Path(sys.argv[1]); print(library.description())"
+    )
+
+    def described(folder: Path, kernel: str = "") -> str:
+        ran = subprocess.run(
+            [sys.executable, "-c", script, str(folder)],
+            env={**os.environ, "INFOLD_KERNEL": kernel},
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        return ran.stdout.strip()
+
+    if library.compiled() is not None:
+        assert described(library.FOLDER).startswith("compiled for ")
+        assert described(library.FOLDER, "plain") == "compiled for plain"
+    assert described(library.FOLDER, "off") == "PyTorch"
+    for name in (*library.SOURCES, library.FILE):
+        if (library.FOLDER / name).exists():
+            (tmp_path / name).write_bytes((library.FOLDER / name).read_bytes())
+    (tmp_path / "product.c").write_text("/* changed */")
+    assert described(tmp_path) == "PyTorch"
+    (tmp_path / library.FILE).write_bytes(b"not a library")
+    assert described(tmp_path) == "PyTorch"
+
+
+@ON
+@pytest.mark.parametrize("method", ["ia3 out", "ia3 in", "lora", "dora"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_factors_that_do_not_suit_the_block_are_left_to_pytorch(
+    method: str, transposed: bool
+) -> None:
+    """C would read beyond them. A forged record can bring such factors."""
+    raw = a_weight((40, 300), "BF16", 1)
+    whole = (slice(0, 40), slice(0, 300))
+    for shape in ((39, 299), (7, 5)):
+        step = a_step(method, shape, 4, "BF16", 2, transposed, 0.05)
+        with pytest.raises((RuntimeError, IndexError)):
+            edit_tensor(raw, [step], "w")
+        assert compiled.edit([step], [], raw, torch.empty_like(raw), None, *whole) is None
