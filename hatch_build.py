@@ -23,7 +23,7 @@ except ModuleNotFoundError:  # as a script
     BuildHookInterface = object  # type: ignore[assignment, misc]
 
 FOLDER = Path(__file__).parent / "src/infold/kernel"
-FLAGS = "-std=gnu11 -O3 -fPIC -fvisibility=default -fno-math-errno -fno-trapping-math -Wall -Wextra"
+FLAGS = "-std=gnu11 -O3 -fPIC -fno-math-errno -fno-trapping-math -Wall -Wextra"
 # The product's sums are exact, so that fusing them changes nothing. Nowhere else may it be done.
 FUSING = {"kernel.c": "-ffp-contract=off", "product.c": "-ffp-contract=fast"}
 

@@ -33,6 +33,8 @@ from typing import Any
 import inputs
 from parts import commit, installed
 
+from infold.kernel import description
+
 HERE = Path(__file__).resolve().parent
 COPY = 'cp -r "$1" "$2" && sync "$2"/* "$2"'  # sync FILE is fsync, of a folder too
 MEMORY = "256MiB"  # the budget that the lone tensor is merged in
@@ -169,6 +171,8 @@ class Bench:
 def _resolved(command: Sequence[str]) -> list[str]:
     """The command with this Python's programs in it."""
     first, *rest = command
+    if first == "env":
+        return [first, rest[0], *_resolved(rest[1:])]
     if first == "python":
         rest = [str(HERE / word) if word == "peft_merge.py" else word for word in rest]
         return [sys.executable, *rest]
@@ -234,6 +238,9 @@ def merge_cases(size: str, options: argparse.Namespace) -> list[Case]:
                         options.rounds,
                     )
                 )
+        slower = ("env", "INFOLD_KERNEL=off", *command)
+        without = f"infold {method}, by PyTorch"
+        cases.append(Case(without, slower, reads, "out/merged", options.rounds))
     if size != "12gb" and options.peft_rounds:
         cases += [
             Case(
@@ -326,6 +333,7 @@ def machine(folder: Path) -> dict[str, object]:
         "file system": _file_system(folder),
         "python": platform.python_version(),
         **{name: installed(name) for name in ("torch", "transformers", "peft")},
+        "blocks": description(),
         "infold": _output(_resolved(["infold", "--version"])).removeprefix("infold "),
         "commit": commit(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
@@ -370,7 +378,8 @@ def to_markdown(record: Mapping[str, Any]) -> str:
         f"{where['cpu']}, {where['cores']} cores, {where['memory'] / 1e9:.0f} GB memory, Linux "
         f"{where['kernel']}, {where['file system']}. Python {where['python']}, torch "
         f"{where['torch']}, transformers {where['transformers']}, PEFT {where['peft']}. "
-        f"infold {where['infold']}, commit {where['commit']}. {where['date']}.",
+        f"infold {where['infold']}, blocks {where['blocks']}, "
+        f"commit {where['commit']}. {where['date']}.",
         "",
         "Medians (least to greatest) of whole processes that took turns, after one round to warm "
         "up. LoRA: rank 16 on all linear layers. IA³: on k, v and down. Times in seconds, memory "

@@ -32,7 +32,9 @@ def add_part(file: Path, part: str, value: Any, packages: Sequence[str], of: str
 
 def machine(packages: Sequence[str]) -> dict[str, Any]:
     """Where and with what something was measured; the load is that of the last five minutes."""
-    from infold.machine import processor  # merge.py imports this file, and must stay small
+    # merge.py imports this file, and must stay small
+    from infold.kernel import description
+    from infold.machine import processor
 
     return {
         "cpu": processor(),
@@ -41,6 +43,7 @@ def machine(packages: Sequence[str]) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release().split('-')[0]}",
         "python": platform.python_version(),
         **{name: installed(name) for name in packages},
+        "blocks": description(),
         "commit": commit(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }

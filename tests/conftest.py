@@ -49,6 +49,21 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture
+def by_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No compiled blocks: for what only the tiles of PyTorch have."""
+    monkeypatch.setattr("infold.kernel.library.compiled", lambda: None)
+
+
+@pytest.fixture(params=["compiled", "by PyTorch"])
+def either(request: pytest.FixtureRequest) -> bool:
+    """Both ways to compute a block. True: by PyTorch, so in tiles."""
+    if request.param == "compiled":
+        return False
+    request.getfixturevalue("by_pytorch")
+    return True
+
+
 @pytest.fixture(scope="session")
 def calm() -> None:
     """One thread for each worker; no progress bars and reports of transformers."""

@@ -225,6 +225,7 @@ def test_a_merge_rounds_rightly_around_every_value_and_every_midpoint(
         assert torch.equal(row.signbit(), (sign * values).signbit())
 
 
+@pytest.mark.usefixtures("by_pytorch")
 @pytest.mark.parametrize("dtype", FORMATS)
 def test_a_merge_rounds_a_few_hidden_midpoints_rightly(
     dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -247,7 +247,11 @@ def test_any_memory_budget_gives_the_same_bytes(
 
 @pytest.mark.parametrize("name", CASES)
 def test_blocks_and_tiles_of_odd_sizes_give_the_same_bytes(
-    name: str, cases: dict[str, Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    either: bool,
+    cases: dict[str, Case],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     case = cases[name]
     whole = (1 << 19, steps.TILE, steps.TILE_COLUMNS)
@@ -268,12 +272,16 @@ def test_blocks_and_tiles_of_odd_sizes_give_the_same_bytes(
 
         assert digests(tmp_path / str(number)) == case.expected, (block, tile, columns)
         counts.add((len(seen.blocks), seen.tiles))
-    assert len(counts) >= 3, "the sizes made a difference to the work"
+    assert len(counts) >= (3 if either else 2), "the sizes made a difference to the work"
 
 
 @pytest.mark.parametrize("name", ["lora r=16", "dora Linear F64", "long rows F64"])
 def test_the_smallest_blocks_and_tiles_give_the_same_bytes(
-    name: str, cases: dict[str, Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    either: bool,
+    cases: dict[str, Case],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     blocks_of(monkeypatch, 1_301)  # a row and a bit; a long row in pieces of five leaves
     monkeypatch.setattr(steps, "TILE", 499)
@@ -284,11 +292,13 @@ def test_the_smallest_blocks_and_tiles_give_the_same_bytes(
         infold.merge(cases[name].base, cases[name].adapters, tmp_path / "out", threads=3)
 
     assert digests(tmp_path / "out") == cases[name].expected
-    assert len(seen.blocks) > 150 and seen.tiles > 300
+    assert len(seen.blocks) > 150
+    assert seen.tiles > 300 or not either
 
 
 @pytest.mark.parametrize("undo", [False, True], ids=["", "undo"])
 @pytest.mark.parametrize("name", [n for n in CASES if not n.endswith(("F64", "F32", "F16"))])
+@pytest.mark.usefixtures("by_pytorch")
 def test_columns_that_are_settled_from_float64_keep_their_bytes(
     name: str, undo: bool, cases: dict[str, Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -528,7 +538,11 @@ def assert_merged(case: Case, found: dict[str, torch.Tensor], tmp_path: Path) ->
 
 @pytest.mark.parametrize("name", CASES)
 def test_tensors_in_memory_get_the_bytes_of_the_merged_checkpoint(
-    name: str, cases: dict[str, Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    either: bool,
+    cases: dict[str, Case],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert_merged(cases[name], edited(cases[name]), tmp_path / "whole")
     monkeypatch.setattr(in_memory, "_BLOCK", 9_999)
@@ -537,7 +551,7 @@ def test_tensors_in_memory_get_the_bytes_of_the_merged_checkpoint(
     monkeypatch.setattr(steps, "TILE", 1_999)
     with watched(monkeypatch) as seen:
         assert_merged(cases[name], edited(cases[name], threads=5), tmp_path / "cut")
-    assert seen.tiles > 20
+    assert seen.tiles > 20 or not either
 
 
 @pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")

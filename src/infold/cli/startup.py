@@ -30,11 +30,17 @@ def run() -> None:
 @contextmanager
 def lasting_imports() -> Iterator[None]:
     """Imports in this block make objects that live as long as the process: they are not looked
-    through for garbage, now or at the exit. That saves half a second of processor time."""
+    through for garbage, now or at the exit. That saves half a second of processor time; and a
+    twentieth, that the BLAS of NumPy, which no verb uses, gets no threads to spin."""
+    threads = "OPENBLAS_NUM_THREADS"
+    told = threads in os.environ
+    os.environ.setdefault(threads, "1")
     gc.disable()
     try:
         yield
     finally:
+        if not told:
+            del os.environ[threads]
         gc.freeze()
         gc.enable()
 
