@@ -86,7 +86,7 @@ def run(
     adapter, merged = work / f"{method}-{seed}", work / "merged"
     shutil.rmtree(adapter, ignore_errors=True)
     began = time.perf_counter()
-    packed = f"--packing --max-length {ROW} --batch-size 1"  # no padding: a third of the time
+    packed = f"--packing --max-length {ROW} --batch-size 1"  # so nothing is padded
     settings = f"--method {method} --steps {STEPS} {packed} --warmup 0.1 --seed {seed}"
     command("train", base, data, "--out", adapter, *f"{settings} {OPTIONS[method]}".split())
     seconds = time.perf_counter() - began
@@ -140,9 +140,9 @@ def page(scores: list[Score], before: float, rows: int, minutes: float) -> str:
     return f"""# Film reviews: IA³ and LoRA, trained, merged, scored
 
 {NAME} (the weights of the Q4_1 file in `{PACKAGE}`, widened to bf16); Rotten Tomatoes sentences of
-`{REVIEWS}`; {STEPS} steps of one row of {ROW} tokens, about six reviews; {rows:,} rows that no training saw; the likelier of the
-two answers counts. Adapters run beside the base in float32; merged models are stored in bf16.
-{minutes:.0f} minutes in all.
+`{REVIEWS}`; {STEPS} steps of one row of {ROW} tokens, about six reviews; {rows:,} reviews that no
+training saw; the likelier of the two answers counts. Adapters run beside the base in float32; merged
+models are stored in bf16. {minutes:.0f} minutes in all.
 
 {told(machine(("infold", "torch", "transformers", "peft")))}
 
