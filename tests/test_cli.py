@@ -20,6 +20,7 @@ import infold
 from forked import infold_command as run
 from handmade import adapter_folder, ia3
 from infold.checkpoint.adapter import PIECE, Adapter
+from infold.cli import progress
 
 
 @pytest.fixture(scope="module")
@@ -491,3 +492,31 @@ def test_an_interrupt_of_the_first_imports_is_one_line(tmp_path: Path) -> None:
     )  # fmt: skip
 
     assert (ran.returncode, ran.stdout, ran.stderr) == (130, "", "infold: interrupted\n")
+
+
+def test_a_log_gets_a_line_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where there is no terminal; what is done before the first line tells nothing."""
+    clock = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    with progress.step_progress("training", quiet=False) as show:
+        assert show is not None
+        for done in range(0, 101, 10):
+            show(done, 100, 0.5 if done else None)
+            clock[0] += 12
+    with progress.byte_progress("merging", quiet=False) as told:
+        assert told is not None
+        for done in (10 << 30, 20 << 30, 40 << 30, 140 << 30):  # the first ten were there
+            told(done, 140 << 30)
+            clock[0] += 40
+    with progress.byte_progress("merging", quiet=True) as none:
+        assert none is None
+
+    assert capsys.readouterr().err.splitlines() == [
+        "training: 30 of 100, loss 0.5000, 1:24 left",
+        "training: 60 of 100, loss 0.5000, 0:48 left",
+        "training: 90 of 100, loss 0.5000, 0:12 left",
+        "merging: 21.5 GB of 150 GB, 268 MB/s, 8:00 left",
+        "merging: 42.9 GB of 150 GB, 403 MB/s, 4:27 left",
+    ]

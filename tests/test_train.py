@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import inspect
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -32,7 +34,7 @@ import infold
 from forked import infold_command, trained
 from infold.deploy.server import free_port
 from infold.errors import Refusal
-from infold.tuners import IA3Config, LoraConfig, attach, load
+from infold.tuners import IA3Config, LoraConfig, attach, load, trainer
 from infold.tuners.data import read_data
 from infold.tuners.tokens import Collator, Tokens, encode, pack
 from infold.tuners.trainer import Journal
@@ -257,6 +259,66 @@ def test_a_compiled_model_has_the_same_gradients(config: Any, base: Path, data: 
 
     for one, two in zip(*results, strict=True):
         assert torch.allclose(one, two, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("kind", ["lora", "ia3"])
+def test_logits_are_computed_only_where_something_is_learnt(
+    kind: str, packing: bool, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long prompts and short answers: the losses are those of all logits, evaluation included."""
+    rows = [{"prompt": "count: " + "1 2 3 " * (5 + i % 7), "completion": str(i % 9)} for i in range(40)]
+    long = write_jsonl(tmp_path / "long.jsonl", rows)
+    how = QUICK | dict(method=kind, packing=packing, eval_split=0.2, eval_every=3)
+    if packing:
+        how |= dict(max_length=128, batch_size=2)
+    seen: list[tuple[int, int]] = []
+    real = trainer.narrowed
+
+    def watched(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        found = real(batch)
+        seen.append((len(found.get("logits_to_keep", ())), batch["labels"].shape[1]))
+        return found
+
+    monkeypatch.setattr(trainer, "narrowed", watched)
+    infold.train(base, long, tmp_path / "narrow", **how)
+    assert all(0 < kept <= width // 2 for kept, width in seen) and len(seen) > 8
+    monkeypatch.setattr(trainer.AdapterTrainer, "_narrows", lambda *_: False)
+    infold.train(base, long, tmp_path / "whole", **how)
+
+    narrow, whole = (
+        [json.loads(line) for line in (tmp_path / name / "loss.jsonl").read_text().splitlines()]
+        for name in ("narrow", "whole")
+    )
+    for one, two in zip(narrow, whole, strict=True):
+        assert one.keys() == two.keys()
+        for key in one:
+            assert one[key] == pytest.approx(two[key], rel=1e-4), key
+
+
+class IgnoresShiftLabels(LlamaForCausalLM):
+    """As models that shift the labels themselves."""
+
+    def forward(self, *args: Any, labels: Any = None, **kwargs: Any) -> Any:
+        kwargs.pop("shift_labels", None)
+        kept = kwargs.pop("logits_to_keep", 0)
+        made = super().forward(*args, labels=labels, **kwargs)
+        made.logits = made.logits[:, kept] if isinstance(kept, torch.Tensor) else made.logits
+        return made
+
+
+def test_a_model_that_shifts_labels_itself_gets_whole_batches(base: Path, data: Path) -> None:
+    own = trainer.AdapterTrainer.__new__(trainer.AdapterTrainer)
+    own.args = SimpleNamespace(torch_compile=False, n_gpu=0)
+    own.accelerator = SimpleNamespace(unwrap_model=lambda model, keep_torch_compile: model)
+    batch = Collator(2)(rows_of(base, data)[:4])
+    takes = IgnoresShiftLabels.forward
+    takes.__signature__ = inspect.signature(LlamaForCausalLM.forward)  # type: ignore[attr-defined]
+
+    assert own._narrows(LlamaForCausalLM.from_pretrained(base), batch)
+    assert not own._narrows(IgnoresShiftLabels.from_pretrained(base), batch)
+    own.args.torch_compile = True
+    assert not own._narrows(LlamaForCausalLM.from_pretrained(base), batch)
 
 
 def test_bf16_trains_float32_adapters(base: Path, data: Path, tmp_path: Path) -> None:

@@ -1,20 +1,62 @@
-"""Progress bars over bytes and over steps: on a terminal a bar, elsewhere nothing."""
+"""Progress over bytes and over steps: on a terminal a bar, elsewhere a line each half minute."""
 
 from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from infold.sizes import bytes_text
+
 __all__ = ["byte_progress", "step_progress"]
+
+_EVERY = 30.0  # seconds between two lines in a log
+
+
+class _Log:
+    """Lines for standard error where that is no terminal; none for what is done before the first."""
+
+    def __init__(self, label: str) -> None:
+        self.label, self.lock = label, threading.Lock()
+        self.began: float | None = None
+        self.first, self.told = 0, time.monotonic()
+
+    def show(self, done: int, total: int, text: Callable[[float], str]) -> None:
+        """text: what is said, of units a second since the first call; 0.0 while that is unknown."""
+        now = time.monotonic()
+        with self.lock:
+            if self.began is None:  # what an earlier run has done took none of this one's time
+                self.began, self.first = now, done
+            if now - self.told < _EVERY or done >= total:
+                return
+            self.told = now
+            rate = (done - self.first) / max(now - self.began, 1e-9)
+        left = f", {_time((total - done) / rate)} left" if rate else ""
+        print(f"{self.label}: {text(rate)}{left}", file=sys.stderr, flush=True)
+
+
+def _time(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 @contextmanager
 def byte_progress(label: str, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """A callback (bytes done, bytes in all) that draws bytes, rate and remaining time on stderr."""
-    if quiet or not sys.stderr.isatty():
+    """A callback (bytes done, bytes in all) that tells bytes, rate and remaining time on stderr."""
+    if quiet:
         yield None
+        return
+    if not sys.stderr.isatty():
+        log = _Log(label)
+
+        def tell(done: int, total: int) -> None:
+            sizes = f"{bytes_text(done)} of {bytes_text(total)}"
+            log.show(done, total, lambda rate: f"{sizes}, {bytes_text(rate)}/s")
+
+        yield tell
         return
     from rich.console import Console
     from rich.progress import (
@@ -48,12 +90,21 @@ def byte_progress(label: str, quiet: bool) -> Iterator[Callable[[int, int], None
 def step_progress(
     label: str, quiet: bool, at_once: bool = False
 ) -> Iterator[Callable[[int, int, float | None], None] | None]:
-    """A callback (steps done, steps in all, loss) that draws them and the remaining time.
+    """A callback (steps done, steps in all, loss) that tells them and the remaining time.
 
     at_once: a bar that moves is there before the first step, while libraries and models load.
     """
-    if quiet or not sys.stderr.isatty():
+    if quiet:
         yield None
+        return
+    if not sys.stderr.isatty():
+        log = _Log(label)
+
+        def tell(done: int, total: int, loss: float | None) -> None:
+            told = "" if loss is None else f", loss {loss:.4f}"
+            log.show(done, total, lambda rate: f"{done:,} of {total:,}{told}")
+
+        yield tell
         return
     from rich.console import Console
     from rich.progress import (

@@ -2,11 +2,13 @@
 
 The loop, the distribution over devices and the optimizer are the Trainer's and accelerate's. What
 differs: a checkpoint holds the adapter, not the base, also under FSDP2; it is written under another
-name and renamed; and where it is loaded, that happened before the model was wrapped.
+name and renamed; where it is loaded, that happened before the model was wrapped; and logits are
+computed only where something is learnt, which is a few tokens of many where answers are short.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
@@ -28,6 +30,7 @@ from transformers import Trainer, TrainerCallback
 
 from infold.disk import storage_errors
 from infold.errors import Refusal, StorageFailure
+from infold.tuners.tokens import IGNORED
 
 __all__ = ["AdapterTrainer", "Journal", "entries", "last_checkpoint"]
 
@@ -54,11 +57,23 @@ def trained_values(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
+def narrowed(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The batch, asking for the logits of those positions alone after which a token of some row is
+    learnt; as it is, where these are most of them."""
+    labels = batch["labels"]
+    following = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    columns = (following != IGNORED).any(dim=0).nonzero().flatten()
+    if not 0 < len(columns) <= labels.shape[1] // 2:
+        return batch
+    return {**batch, "logits_to_keep": columns, "shift_labels": following[:, columns]}
+
+
 class AdapterTrainer(Trainer):
     """Trainer whose checkpoints hold adapters. Those in `folder` are complete, always."""
 
     def __init__(self, *args: Any, folder: Path, **kwargs: Any) -> None:
         self.folder = folder
+        self.narrows: bool | None = None  # whether the model takes `narrowed` batches, once tried
         super().__init__(*args, **kwargs)
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if plugin is not None and plugin.fsdp_version != 2:
@@ -71,6 +86,41 @@ class AdapterTrainer(Trainer):
             folder = output_dir or self.args.output_dir
             # the base is in a folder of its own, as it was: nothing here resizes a vocabulary
             model.save_pretrained(folder, state_dict=values, save_embedding_layers=False)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any
+    ) -> Any:
+        if self.narrows is None:  # all processes try it at the same time
+            self.narrows = self._narrows(model, inputs)
+        if self.narrows:
+            inputs = narrowed(inputs)
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _narrows(self, model: nn.Module, batch: dict[str, Tensor]) -> bool:
+        """Whether the model computes the logits that it is asked for, and its loss from the labels
+        that belong to those: without any label the mean loss is no number, which tells.
+
+        Not where it is compiled: each number of logits would be compiled anew.
+        """
+        own = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        takes = inspect.signature(own.forward).parameters
+        labels = batch["labels"]
+        if self.args.torch_compile or self.args.n_gpu > 1 or "logits_to_keep" not in takes:
+            return False
+        if labels.ndim != 2:  # a class for each row
+            return False
+        one = torch.zeros(1, dtype=torch.int64, device=labels.device)
+        none = {**batch, "logits_to_keep": one, "shift_labels": torch.full_like(labels[:, :1], IGNORED)}
+        was = model.training
+        model.eval()  # so that no random number is drawn
+        try:
+            with torch.no_grad():
+                made = model(**none)
+        except (TypeError, ValueError, RuntimeError):
+            return False
+        finally:
+            model.train(was)
+        return made.logits.shape[:2] == (len(labels), 1) and bool(made.loss.isnan())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Nothing: the adapter was read from the checkpoint when the model was made."""
