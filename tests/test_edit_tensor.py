@@ -212,8 +212,9 @@ def test_other_dtypes_and_tensors_without_values_are_refused() -> None:
         edit_tensor(torch.ones(2, 2, device="meta"), [], "w")
     with pytest.raises(ValueError, match="shape, dtype and device"):
         edit_tensor(torch.ones(2, 2), [], "w", out=torch.ones(2, 2).half())
-    with pytest.raises(ValueError, match="threads = 0"):
-        edit_tensor(torch.ones(2, 2), [], "w", threads=0)
+    for threads in (0, "two"):
+        with pytest.raises(Refusal, match=f"threads: {threads!r} is not"):
+            edit_tensor(torch.ones(2, 2), [], "w", threads=threads)  # type: ignore[arg-type]
 
 
 # --- threads -------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from torch import Tensor
 from infold.dtypes import NAMES
 from infold.edit.blocks import Block, cut, matrix
 from infold.edit.steps import Step, Target, Workspace, compute, observers, show
-from infold.edit.threads import one_torch_thread, take_one_core, usual_threads
+from infold.edit.threads import one_torch_thread, take_one_core, usual_threads, worker_count
 from infold.errors import Refusal
 from infold.formats import format_of
 
@@ -214,9 +214,7 @@ def edit_tensors(
 
     Raises Refusal as edit_tensor does; groups that were handed over before stay so.
     """
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads = {threads}: at least 1")
-    crew, cores = _the_crew(), threads or usual_threads()
+    crew, cores = _the_crew(), worker_count(threads)
     with crew.lock, torch.no_grad():
         for window in _windows(_Group(edits, done) for edits, done in groups):
             _run(crew, window, borrowed, cores)

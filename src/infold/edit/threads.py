@@ -8,7 +8,9 @@ from contextlib import contextmanager
 
 import torch
 
-__all__ = ["one_torch_thread", "take_one_core", "usual_threads"]
+from infold.errors import Refusal
+
+__all__ = ["one_torch_thread", "take_one_core", "usual_threads", "worker_count"]
 
 
 def processors() -> int:
@@ -21,6 +23,15 @@ def processors() -> int:
 def usual_threads() -> int:
     """Workers where the user does not say: one for each processor, at most 8."""
     return min(processors(), 8)
+
+
+def worker_count(threads: int | None) -> int:
+    """As many as the caller says, else the usual number. Raises Refusal for what is no number."""
+    if threads is None:
+        return usual_threads()
+    if not isinstance(threads, int) or threads < 1:
+        raise Refusal(f"threads: {threads!r} is not a whole number of at least 1")
+    return threads
 
 
 @contextmanager

@@ -48,7 +48,7 @@ from infold.checkpoint.shards import (
 )
 from infold.checkpoint.staging import Progress, sync_data
 from infold.disk import storage_errors, sync_folder
-from infold.edit.threads import one_torch_thread, usual_threads
+from infold.edit.threads import one_torch_thread, usual_threads, worker_count
 from infold.errors import Refusal
 from infold.machine import device_of, peak_bytes
 from infold.merge.apply import Run
@@ -317,9 +317,7 @@ def _prepare(
     threads: int | None,
     source: Merged | None,
 ) -> Prepared:
-    where, count = device_of(device), threads if threads is not None else usual_threads()
-    if count < 1:
-        raise Refusal(f"--threads {count}: at least 1")
+    where, count = device_of(device), worker_count(threads)
     fixed, budget = source.limit if source else None, parse_bytes(max_memory)
 
     def sized(step: int) -> tuple[int, int]:

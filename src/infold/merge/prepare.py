@@ -24,7 +24,7 @@ from infold.checkpoint.staging import staging_folder
 from infold.checkpoint.stamps import changes
 from infold.disk import storage_errors
 from infold.dtypes import TORCH_DTYPES
-from infold.edit.threads import one_torch_thread, usual_threads
+from infold.edit.threads import one_torch_thread, worker_count
 from infold.errors import Refusal, StorageFailure
 from infold.machine import device_of
 from infold.merge.beside import side_sizes
@@ -119,14 +119,11 @@ def check(
     """All of `prepare` that asks for no place: (device, workers, elements of a block, digests of
     the adapters)."""
     where = device_of(device)
-    workers = threads if threads is not None else usual_threads()
-    if workers < 1:
-        raise Refusal(f"--threads {workers}: at least 1")
-    budget = parse_bytes(max_memory)
+    count, budget = worker_count(threads), parse_bytes(max_memory)
     if undo and (reasons := unkept(plan)):
         raise Refusal(reasons)
     fixed = source.limit if source else None
-    workers, limit = block_size(plan, budget, workers, where, threads is None, undo, fixed)
+    workers, limit = block_size(plan, budget, count, where, threads is None, undo, fixed)
     return where, workers, limit, tuple(digest_adapter(adapter) for adapter in plan.adapters)
 
 

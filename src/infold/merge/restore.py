@@ -13,7 +13,7 @@ from blake3 import blake3
 from infold.checkpoint.adapter import open_adapter
 from infold.checkpoint.shards import is_lone, kept_name
 from infold.checkpoint.staging import Staging
-from infold.edit.threads import one_torch_thread, usual_threads
+from infold.edit.threads import one_torch_thread, worker_count
 from infold.errors import Refusal
 from infold.machine import device_of, peak_bytes
 from infold.merge.prepare import (
@@ -85,10 +85,7 @@ def undo_checkpoint(
     with merged.record, one_torch_thread():
         plan = placed(merged.undo_plan(), path)
         check_output(path, plan, False, replaces=False)
-        count = threads if threads is not None else usual_threads()
-        if count < 1:
-            raise Refusal(f"--threads {count}: at least 1")
-        budget = parse_bytes(max_memory)
+        count, budget = worker_count(threads), parse_bytes(max_memory)
         workers, limit = block_size(plan, budget, count, where, threads is None, True, merged.limit)
         check_space(path, plan)
         total = sum(shard.header.file_size for shard in plan.shards)
