@@ -666,6 +666,10 @@ def test_the_command_line(tmp_path: Path) -> None:
     with pytest.raises(Refusal, match="choose another place"):
         infold.combine([one, two], two, **options)
 
+    layers = lora(tmp_path / "layers", {Q.replace("0", str(n)): (4, 6) for n in range(12)})
+    folded = run("combine", layers, two, *words[3:], "--dry-run").stdout
+    assert f"{Q.replace('0', '1-11')}  -0.5 x adapter 0  rank 4" in folded
+
     done = run(*words, "--json")
     assert done.returncode == 0 and done.stderr == ""
     told = json.loads(done.stdout)

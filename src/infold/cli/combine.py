@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from operator import itemgetter
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from infold.cli.output import fold, table
 from infold.cli.startup import lasting_imports
 from infold.errors import Refusal
 from infold.sizes import bytes_text, plural
@@ -136,10 +138,13 @@ def _ranks(plan: Combination) -> str:
 
 
 def _plan_text(plan: Combination) -> str:
-    lines = [_summary(plan)]
-    for module, entries in plan.modules.items():
-        terms = " + ".join(f"{plan.weights[n]:g} x adapter {n}" for n, _, _ in entries)
-        rank = f"  rank {plan.ranks[module]}" if plan.ranks else ""
-        lines.append(f"  {module}  {terms}{rank}")
-    lines += [f"  {key}  carried over" for key in plan.carried]
-    return "\n".join([*lines, "nothing was written"])
+    rows = [(module, _terms(plan, module)) for module in plan.modules]
+    rows += [(key, "carried over") for key in plan.carried]
+    folded = fold(rows, itemgetter(0), itemgetter(1))
+    told = table((name, members[0][1]) for name, members in folded)
+    return "\n".join([_summary(plan), told, "nothing was written"])
+
+
+def _terms(plan: Combination, module: str) -> str:
+    terms = " + ".join(f"{plan.weights[n]:g} x adapter {n}" for n, _, _ in plan.modules[module])
+    return f"{terms}  rank {plan.ranks[module]}" if plan.ranks else terms
