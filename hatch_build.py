@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import shlex
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tempfile
 from pathlib import Path
 from types import ModuleType
@@ -23,9 +23,6 @@ except ModuleNotFoundError:  # as a script
     BuildHookInterface = object  # type: ignore[assignment, misc]
 
 FOLDER = Path(__file__).parent / "src/infold/kernel"
-FLAGS = "-std=gnu11 -O3 -fPIC -fno-math-errno -fno-trapping-math -Wall -Wextra"
-# The product's sums are exact, so that fusing them changes nothing. Nowhere else may it be done.
-FUSING = {"kernel.c": "-ffp-contract=off", "product.c": "-ffp-contract=fast"}
 
 
 def library() -> ModuleType:
@@ -37,38 +34,37 @@ def library() -> ModuleType:
     return module
 
 
-def compiler() -> list[str] | None:
-    """$CC, or the usual names."""
+def compiler() -> list[str]:
+    """$CC, or one of the usual names. Raises OSError."""
     if "CC" in os.environ:
         return shlex.split(os.environ["CC"])
-    names = (name for name in ("cc", "gcc", "clang") if shutil.which(name))
-    return next(([name] for name in names), None)
+    for name in ("cc", "gcc", "clang"):
+        if shutil.which(name):
+            return [name]
+    raise FileNotFoundError("there is no C compiler")
 
 
 def compile_kernel() -> str | None:
     """Put the compiled file beside its sources. Returns why not, where that fails."""
     kernel = library()
     target = FOLDER / kernel.FILE
-    target.unlink(missing_ok=True)
-    command = compiler()
-    if command is None:
-        return "there is no C compiler"
-    sources = kernel.digest((FOLDER / name).read_bytes() for name in kernel.SOURCES)
-    shared = ["-dynamiclib"] if sys.platform == "darwin" else ["-shared"]
-    with tempfile.TemporaryDirectory() as made:
-        objects = []
-        try:
-            for name, fusing in FUSING.items():
-                objects.append(str(Path(made, name).with_suffix(".o")))
-                known_by = f'-DINFOLD_SOURCES="{sources}"'
-                flags = [*FLAGS.split(), fusing, known_by, "-c", str(FOLDER / name)]
-                run([*command, *flags, "-o", objects[-1]])
-            linked = str(Path(made, kernel.FILE))
-            run([*command, *shared, *objects, "-lm", "-o", linked])
-            shutil.copy2(linked, target.with_suffix(".new"))  # a running process has the old one
-            target.with_suffix(".new").replace(target)
-        except (OSError, subprocess.CalledProcessError) as error:
-            return getattr(error, "stderr", None) or str(error)
+    try:
+        target.unlink(missing_ok=True)
+        command, flags = compiler(), kernel.FLAGS.split()
+        known_by = f'-DINFOLD_SOURCES="{kernel.digest()}"'
+        shared = "-dynamiclib" if sys.platform == "darwin" else "-shared"
+        with tempfile.TemporaryDirectory(dir=FOLDER) as made:  # so that the last step is a rename
+            objects = [str(Path(made, name).with_suffix(".o")) for name in kernel.FUSING]
+            for (name, fusing), compiled in zip(kernel.FUSING.items(), objects, strict=True):
+                source = str(FOLDER / name)
+                run([*command, *flags, fusing, known_by, "-c", source, "-o", compiled])
+            linked = Path(made, kernel.FILE)
+            run([*command, *flags, shared, *objects, "-lm", "-o", str(linked)])
+            linked.replace(target)  # a running process keeps the old one
+    except subprocess.CalledProcessError as error:
+        return error.stderr.strip() or f"{error.cmd[0]} ended with {error.returncode}"
+    except (OSError, ValueError) as error:
+        return str(error)
     return None
 
 
@@ -78,7 +74,8 @@ def run(command: list[str]) -> None:
 
 class KernelHook(BuildHookInterface):  # type: ignore[misc, type-arg]
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        if self.target_name != "wheel":
+        # elsewhere the compiled code is not used, but by INFOLD_KERNEL=plain
+        if self.target_name != "wheel" or platform.machine() not in ("x86_64", "AMD64"):
             return
         why = compile_kernel()
         if why is not None:
@@ -86,9 +83,16 @@ class KernelHook(BuildHookInterface):  # type: ignore[misc, type-arg]
             return
         build_data["artifacts"].append(f"/src/infold/kernel/{library().FILE}")
         if version != "editable":
-            platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
             build_data["pure_python"] = False
-            build_data["tag"] = f"py3-none-{platform}"
+            build_data["tag"] = f"py3-none-{wheel_platform()}"
+
+
+def wheel_platform() -> str:
+    """What this machine takes: of Linux its plain name, since nobody has checked for another."""
+    from packaging.tags import sys_tags  # hatchling brings it
+
+    names = (tag.platform for tag in sys_tags())
+    return next(name for name in names if "manylinux" not in name and "musllinux" not in name)
 
 
 if __name__ == "__main__":

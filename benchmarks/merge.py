@@ -334,7 +334,7 @@ def machine(folder: Path) -> dict[str, object]:
         "python": platform.python_version(),
         **{name: installed(name) for name in ("torch", "transformers", "peft")},
         "blocks": description(),
-        "infold": _output(_resolved(["infold", "--version"])).removeprefix("infold "),
+        "infold": _output(_resolved(["infold", "--version"])).split()[1],
         "commit": commit(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }

@@ -141,8 +141,8 @@ def page(scores: list[Score], before: float, rows: int, minutes: float) -> str:
 
 {NAME} (the weights of the Q4_1 file in `{PACKAGE}`, widened to bf16); Rotten Tomatoes sentences of
 `{REVIEWS}`; {STEPS} steps of one row of {ROW} tokens, about six reviews; {rows:,} reviews that no
-training saw; the likelier of the two answers counts. Adapters run beside the base in float32; merged
-models are stored in bf16. {minutes:.0f} minutes in all.
+training saw; the likelier of the two answers counts. Adapters run beside the base in float32;
+merged models are stored in bf16. {minutes:.0f} minutes in all.
 
 {told(machine(("infold", "torch", "transformers", "peft")))}
 

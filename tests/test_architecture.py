@@ -68,7 +68,7 @@ MAY_IMPORT = {
     | {"deploy", "report"},
     "cli": LEAVES
     | {"api", "plan", "edit", "merge", "tuners", "verify", "inspect", "bench", "methods", "loop"}
-    | {"deploy", "report"},
+    | {"deploy", "report", "kernel"},
 }
 
 

@@ -209,7 +209,9 @@ for _verb in _VERBS:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        print(f"infold {__version__}")
+        from infold.kernel import description
+
+        print(f"infold {__version__} (blocks: {description()})")
         raise typer.Exit
 
 

@@ -16,7 +16,7 @@ _EVERY = 30.0  # seconds between two lines in a log
 
 
 class _Log:
-    """Lines for standard error where that is no terminal; none for what is done before the first."""
+    """Lines for standard error where that is no terminal; none where little time is taken."""
 
     def __init__(self, label: str) -> None:
         self.label, self.lock = label, threading.Lock()

@@ -5,33 +5,24 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from infold.adapters import Prepared
 from infold.adapters.operations import AddProduct, Operation, ScaleOutputs
 from infold.kernel import library as c
 
-__all__ = ["Part", "edit"]
+if TYPE_CHECKING:
+    from infold.edit.steps import Step
+
+__all__ = ["edit"]
 
 _DTYPES = {torch.bfloat16: c.BF16, torch.float16: c.F16, torch.float32: c.F32}
 _PANEL = 1536  # columns: their float64 values stay in the first cache, and whole rows are read best
 _FACTORS = 1 << 16  # doubles of right factors that are kept in the second, so of fewer columns
 _TERMS = 1 << 12  # of the sums of one element; a BLAS is better at more
 _own = threading.local()
-
-
-class Part(Protocol):
-    """A step of `steps.py`."""
-
-    @property
-    def prepared(self) -> Prepared: ...
-    @property
-    def transposed(self) -> bool: ...
-    @property
-    def on_bias(self) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +34,8 @@ class _Told:
 
 
 def edit(
-    forward: Sequence[Part],
-    backward: Sequence[Part],
+    forward: Sequence[Step],
+    backward: Sequence[Step],
     raw: Tensor,
     out: Tensor | None,
     near: Tensor | None,
@@ -58,7 +49,7 @@ def edit(
     rounded once. near: gets what `guess` makes of `out` by the steps `backward`; of `raw`, where
     there is no `out`.
     """
-    loaded = c.compiled()
+    loaded = c.load()
     tensors = [t for t in (raw, out, near) if t is not None]
     if loaded is None or not all(_fits(t, raw) for t in tensors):
         return None
@@ -96,10 +87,16 @@ def edit(
     return None if changed < 0 else changed
 
 
+def _readable(tensor: Tensor) -> bool:
+    """Whether its elements lie where `data_ptr` says. Those of a subclass may lie anywhere."""
+    plain = type(tensor) is Tensor and tensor.device.type == "cpu" and not tensor.is_neg()
+    return plain and tensor.data_ptr() % tensor.element_size() == 0
+
+
 def _fits(tensor: Tensor, raw: Tensor) -> bool:
-    alike = tensor.dtype == raw.dtype and tensor.device == raw.device and tensor.shape == raw.shape
-    ordered = tensor.stride(1) == 1 or tensor.shape[1] == 1
-    return alike and ordered and tensor.device.type == "cpu" and tensor.dtype in _DTYPES
+    alike = tensor.dtype == raw.dtype and tensor.shape == raw.shape
+    wide = tensor.shape[1] >= c.WIDTH and tensor.stride(1) == 1
+    return alike and wide and tensor.dtype in _DTYPES and _readable(tensor)
 
 
 def _suits(one: _Told, shape: tuple[int, ...]) -> bool:
@@ -111,17 +108,18 @@ def _suits(one: _Told, shape: tuple[int, ...]) -> bool:
         rank, slices = len(operation.a[0]), len(operation.a)
         wanted: list[tuple[int, ...]] = [*[(outputs, rank)] * slices, *[(rank, inputs)] * slices]
         tensors = [*operation.b, *operation.a]
-        if slices > 2 or not rank:
+        alike = all(len({t.stride() for t in factor}) == 1 for factor in (operation.b, operation.a))
+        if slices > 2 or not rank or not alike:
             return False
     else:
         wanted = [(outputs if isinstance(operation, ScaleOutputs) else inputs,)]
         tensors = [operation.factors]
     return [tuple(t.shape) for t in tensors] == wanted and all(
-        t.dtype == torch.float64 and t.device.type == "cpu" for t in tensors
+        t.dtype == torch.float64 and _readable(t) for t in tensors
     )
 
 
-def _told(steps: Sequence[Part], rows: slice, columns: slice) -> list[_Told] | None:
+def _told(steps: Sequence[Step], rows: slice, columns: slice) -> list[_Told] | None:
     told: list[_Told] = []
     for step in steps:
         outputs, inputs = (columns, rows) if step.transposed else (rows, columns)
@@ -134,6 +132,7 @@ def _told(steps: Sequence[Part], rows: slice, columns: slice) -> list[_Told] | N
 
 def _write(to: c.Operation, before: Sequence[_Told], one: _Told, kept: list[Tensor]) -> None:
     operation = one.operation
+    to.same = -1
     if not isinstance(operation, AddProduct):
         by_rows = isinstance(operation, ScaleOutputs) != one.transposed
         to.kind = c.SCALE_ROWS if by_rows else c.SCALE_COLUMNS
@@ -146,17 +145,10 @@ def _write(to: c.Operation, before: Sequence[_Told], one: _Told, kept: list[Tens
     to.rank, to.slices = right[0].shape[0], len(right)
     for number in range(len(right)):
         to.left[number], to.right[number] = left[number].data_ptr(), right[number].data_ptr()
-    (to.left_row, to.left_rank), (to.right_rank, to.right_column) = _strides(left), _strides(right)
+    to.left_row, to.left_rank = left[0].stride()
+    to.right_rank, to.right_column = right[0].stride()
     kept += (*left, *right)
     to.same = next((n for n, other in enumerate(before) if _same(other, one)), -1)
-
-
-def _strides(slices: Sequence[Tensor]) -> tuple[int, int]:
-    strides = {t.stride() for t in slices}
-    if len(strides) > 1:
-        raise AssertionError("the slices of a factor are cut from tensors of one shape")
-    row, column = strides.pop()
-    return row, column
 
 
 def _same(one: _Told, other: _Told) -> bool:
@@ -170,5 +162,5 @@ def _scratch(doubles: int) -> Tensor:
     """The thread's memory: fresh one would cost its page faults in every block."""
     scratch: Tensor | None = getattr(_own, "scratch", None)
     if scratch is None or scratch.numel() < doubles:
-        scratch = _own.scratch = torch.empty(doubles, dtype=torch.float64)
+        scratch = _own.scratch = torch.empty(doubles, dtype=torch.float64, device="cpu")
     return scratch

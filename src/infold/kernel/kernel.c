@@ -9,6 +9,10 @@
 
 #include "kernel.h"
 
+#ifdef __FAST_MATH__
+#error "these roundings are what this file is for"
+#endif
+
 #define INLINE static inline __attribute__((always_inline))
 
 INLINE uint64_t bits_of(double x) {
@@ -137,12 +141,13 @@ INLINE void store_nearly(int dtype, const double *restrict x, float *restrict st
         to[j] = half_word(dtype, staged[j]);
 }
 
+/* The m-th row of a group. delta: of a product, the whole group's. */
 INLINE void operate(const operation *op, double *restrict x, const double *restrict delta,
-                    int64_t row, int64_t column, int64_t n) {
+                    int64_t m, int64_t width, int64_t row, int64_t column, int64_t n) {
     const double *restrict vector = op->vector;
     switch (op->kind) {
     case SCALE_ROWS: {
-        double factor = vector[row];
+        double factor = vector[row + m];
         for (int64_t j = 0; j < n; j++)
             x[j] *= factor;
         break;
@@ -153,10 +158,12 @@ INLINE void operate(const operation *op, double *restrict x, const double *restr
             x[j] *= vector[j];
         break;
     case ADD:
+        delta += m * width;
         for (int64_t j = 0; j < n; j++)
             x[j] += delta[j];
         break;
     default:
+        delta += m * width;
         for (int64_t j = 0; j < n; j++)
             x[j] -= delta[j];
     }
@@ -197,7 +204,7 @@ INLINE int64_t edit(const job *job, int dtype, product_of *multiply) {
         return -1;
     double **left = right + count, **delta = left + count;
     for (int64_t i = 0; i < count; i++) {
-        delta[i] = x; /* not looked at */
+        delta[i] = NULL;
         if (!is_product(&ops[i]))
             continue;
         if (ops[i].same >= 0) {
@@ -231,14 +238,14 @@ INLINE int64_t edit(const job *job, int dtype, product_of *multiply) {
                 if (job->out) {
                     char *out = (char *)job->out + ((row + m) * job->out_row + column) * size;
                     for (int64_t i = 0; i < job->forward; i++)
-                        operate(&ops[i], x, delta[i] + m * width, row + m, column, n);
+                        operate(&ops[i], x, delta[i], m, width, row, column, n);
                     wrong |= store(dtype, x, staged, raw, out, n, &changed);
                     if (!job->near)
                         continue;
                     decode(dtype, out, x, n);
                 }
                 for (int64_t i = job->forward; i < count; i++)
-                    operate(&ops[i], x, delta[i] + m * width, row + m, column, n);
+                    operate(&ops[i], x, delta[i], m, width, row, column, n);
                 store_nearly(dtype, x, staged,
                              (char *)job->near + ((row + m) * job->near_row + column) * size, n);
             }
@@ -268,7 +275,7 @@ static int64_t edit_plain(const job *job) EVERY_DTYPE(infold_product_plain)
 __attribute__((target("avx2,fma"))) static int64_t edit_avx2(const job *job)
     EVERY_DTYPE(infold_product_avx2)
 
-__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512"))) static int64_t
+__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl" WIDE))) static int64_t
 edit_avx512(const job *job) EVERY_DTYPE(infold_product_avx512)
 #endif
 

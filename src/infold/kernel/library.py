@@ -6,7 +6,6 @@ import ctypes
 import functools
 import hashlib
 import os
-from collections.abc import Iterable
 from ctypes import POINTER, Structure, c_char_p, c_int64, c_void_p
 from pathlib import Path
 
@@ -21,14 +20,17 @@ __all__ = [
     "WIDTH",
     "Job",
     "Operation",
-    "compiled",
     "description",
     "level",
+    "load",
 ]
 
 FOLDER = Path(__file__).parent
 SOURCES = ("kernel.h", "kernel.c", "product.h", "product.c")
 FILE = "compiled.so"
+FLAGS = "-std=gnu11 -O3 -fPIC -fno-fast-math -fno-math-errno -fno-trapping-math -Wall -Wextra"
+# The product's sums are exact, so that fusing them changes nothing. Nowhere else may it be done.
+FUSING = {"kernel.c": "-ffp-contract=off", "product.c": "-ffp-contract=fast"}
 
 # as in kernel.h
 BF16, F16, F32 = range(3)
@@ -73,26 +75,34 @@ class Job(Structure):
     ]
 
 
-def digest(sources: Iterable[bytes]) -> str:
+def digest() -> str:
     """What the compiled file is known by, so that one of other sources is never used."""
-    whole = hashlib.sha256()
-    for source in sources:
-        whole.update(source)
+    whole = hashlib.sha256(f"{FLAGS} {FUSING}".encode())
+    for name in SOURCES:
+        whole.update((FOLDER / name).read_bytes())
     return whole.hexdigest()
 
 
 def _wanted() -> str:
-    """$INFOLD_KERNEL: "off", or a level that is to be used instead of a better one."""
-    return os.environ.get("INFOLD_KERNEL", "").lower()
+    """$INFOLD_KERNEL: "off", or a level that is to be used instead of a better one.
+
+    Raises Refusal for any other word.
+    """
+    word = os.environ.get("INFOLD_KERNEL", "").lower()
+    if word and word not in ("off", *_LEVELS):
+        from infold.errors import Refusal  # hatch_build.py reads this file without its package
+
+        raise Refusal(f"INFOLD_KERNEL={word}: is off, or one of {', '.join(_LEVELS)}")
+    return word
 
 
 @functools.cache
-def compiled() -> ctypes.CDLL | None:
-    """The compiled code; None where there is none, or PyTorch is as fast."""
+def load() -> ctypes.CDLL | None:
+    """The compiled code; None where there is none, or PyTorch is as fast. Raises Refusal."""
     if _wanted() == "off":
         return None
     try:
-        made_of = digest((FOLDER / name).read_bytes() for name in SOURCES)
+        made_of = digest()
         loaded = ctypes.CDLL(str(FOLDER / FILE))
         loaded.infold_sources.restype = c_char_p
         loaded.infold_level.restype = c_int64
@@ -111,7 +121,7 @@ def compiled() -> ctypes.CDLL | None:
 @functools.cache
 def level() -> int:
     """The instructions that are used: an index of _LEVELS."""
-    loaded = compiled()
+    loaded = load()
     assert loaded is not None
     best = int(loaded.infold_level())
     lower = [n for n, name in enumerate(_LEVELS) if name == _wanted()]
@@ -120,4 +130,4 @@ def level() -> int:
 
 def description() -> str:
     """What computes blocks here, for people."""
-    return f"compiled for {_LEVELS[level()]}" if compiled() is not None else "PyTorch"
+    return f"compiled for {_LEVELS[level()]}" if load() is not None else "PyTorch"

@@ -1,5 +1,5 @@
 /* The product of LoRA's factors, which `adapters/exact.py` has put on grids: every partial sum is
- * exact, so neither the order of the terms nor a fused multiply-add changes a bit. This file may
+ * exact (above 2^-1022), so neither the order of the terms nor a fused multiply-add changes a bit. This file may
  * therefore be compiled with -ffp-contract=fast; kernel.c must not be.
  *
  *   delta (GROUP, columns);  left (slices, rank, GROUP);  right (slices, columns / WIDTH, rank, WIDTH)
@@ -25,7 +25,7 @@
 #include "product.h"
 
 #define NAME infold_product_avx512
-#define TARGET __attribute__((target("avx512f,prefer-vector-width=512")))
+#define TARGET __attribute__((target("avx512f" WIDE)))
 #define BYTES 64
 #define VECTORS 2
 #include "product.h"

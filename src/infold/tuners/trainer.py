@@ -109,8 +109,9 @@ class AdapterTrainer(Trainer):
             return False
         if labels.ndim != 2:  # a class for each row
             return False
-        one = torch.zeros(1, dtype=torch.int64, device=labels.device)
-        none = {**batch, "logits_to_keep": one, "shift_labels": torch.full_like(labels[:, :1], IGNORED)}
+        first = torch.zeros(1, dtype=torch.int64, device=labels.device)
+        unlearnt = torch.full_like(labels[:, :1], IGNORED)
+        none = {**batch, "logits_to_keep": first, "shift_labels": unlearnt}
         was = model.training
         model.eval()  # so that no random number is drawn
         try:
