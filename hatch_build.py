@@ -53,7 +53,7 @@ def compile_kernel() -> str | None:
         command, flags = compiler(), kernel.FLAGS.split()
         known_by = f'-DINFOLD_SOURCES="{kernel.digest()}"'
         shared = "-dynamiclib" if sys.platform == "darwin" else "-shared"
-        with tempfile.TemporaryDirectory(dir=FOLDER) as made:  # so that the last step is a rename
+        with tempfile.TemporaryDirectory(prefix=".build-", dir=FOLDER) as made:  # to rename from
             objects = [str(Path(made, name).with_suffix(".o")) for name in kernel.FUSING]
             for (name, fusing), compiled in zip(kernel.FUSING.items(), objects, strict=True):
                 source = str(FOLDER / name)

@@ -507,8 +507,8 @@ def test_a_log_gets_a_line_now_and_then(
             clock[0] += 12
     with progress.byte_progress("merging", quiet=False) as told:
         assert told is not None
-        for done in (10 << 30, 20 << 30, 40 << 30, 140 << 30):  # the first ten were there
-            told(done, 140 << 30)
+        for done in (10, 20, 40, 5, 15, 140):  # the first ten were there, and are made again
+            told(done << 30, 140 << 30)
             clock[0] += 40
     with progress.byte_progress("merging", quiet=True) as none:
         assert none is None
@@ -518,5 +518,7 @@ def test_a_log_gets_a_line_now_and_then(
         "training: 60 of 100, loss 0.5000, 0:48 left",
         "training: 90 of 100, loss 0.5000, 0:12 left",
         "merging: 21.5 GB of 150 GB, 268 MB/s, 8:00 left",
-        "merging: 42.9 GB of 150 GB, 403 MB/s, 4:27 left",
+        "merging: 42.9 GB of 150 GB, 537 MB/s, 3:20 left",
+        "merging: 5.37 GB of 150 GB",
+        "merging: 16.1 GB of 150 GB, 268 MB/s, 8:20 left",
     ]

@@ -270,7 +270,7 @@ def test_logits_are_computed_only_where_something_is_learnt(
     prompts = [f"count: {'1 2 3 ' * (2 + i % 3)}" for i in range(40)]
     rows = [{"prompt": prompt, "completion": str(i % 9)} for i, prompt in enumerate(prompts)]
     long = write_jsonl(tmp_path / "long.jsonl", rows)
-    how = QUICK | dict(method=kind, packing=packing, eval_split=0.2, eval_every=3)
+    how = QUICK | dict(method=kind, packing=packing, eval_split=0.2, eval_every=3, accumulate=2)
     if packing:
         how |= dict(max_length=64, batch_size=2)
     seen: list[tuple[int, int]] = []
@@ -311,13 +311,22 @@ class IgnoresShiftLabels(LlamaForCausalLM):
 def test_a_model_that_shifts_labels_itself_gets_whole_batches(base: Path, data: Path) -> None:
     own = trainer.AdapterTrainer.__new__(trainer.AdapterTrainer)
     own.args = SimpleNamespace(torch_compile=False, n_gpu=0)
-    own.accelerator = SimpleNamespace(unwrap_model=lambda model, keep_torch_compile: model)
+    own.accelerator = SimpleNamespace(
+        unwrap_model=lambda model, keep_torch_compile: model, state=SimpleNamespace()
+    )
     batch = Collator(2)(rows_of(base, data)[:4])
     takes = IgnoresShiftLabels.forward
     takes.__signature__ = inspect.signature(LlamaForCausalLM.forward)  # type: ignore[attr-defined]
 
     assert own._narrows(LlamaForCausalLM.from_pretrained(base), batch)
     assert not own._narrows(IgnoresShiftLabels.from_pretrained(base), batch)
+    llama = LlamaForCausalLM.from_pretrained(base)
+    llama.config.return_dict = False
+    assert not own._narrows(llama, batch)
+    llama = LlamaForCausalLM.from_pretrained(base)
+    assert not own._narrows(llama, batch | {"shift_labels": batch["labels"]})
+    llama.z_loss_coefficient = 0.1  # as Bamba's, of all logits
+    assert not own._narrows(llama, batch)
     own.args.torch_compile = True
     assert not own._narrows(LlamaForCausalLM.from_pretrained(base), batch)
 
@@ -643,7 +652,14 @@ def parallel(kind: str) -> tuple[str, ...]:
     return tuple(words.split())
 
 
-ROWS = sums(24)  # three steps of 8 an epoch
+# three steps of 8 an epoch; with short answers too, so that some batches ask for few logits
+ROWS = [
+    *sums(12),
+    *(
+        {"prompt": f"what is {i} plus" + " two" * (6 + i % 3), "completion": f" {i % 9}"}
+        for i in range(12)
+    ),
+]
 COMMON: dict[str, Any] = {"lr": 1e-3, "epochs": 1}
 TOKEN = "</s>"
 

@@ -20,19 +20,23 @@ class _Log:
 
     def __init__(self, label: str) -> None:
         self.label, self.lock = label, threading.Lock()
-        self.began: float | None = None
-        self.first, self.told = 0, time.monotonic()
+        self.told = time.monotonic()
+        self.since: tuple[float, int] | None = None  # from where on the rate counts
 
     def show(self, done: int, total: int, text: Callable[[float], str]) -> None:
-        """text: what is said, of units a second since the first call; 0.0 while that is unknown."""
+        """text: what is said, of units a second since the line before; 0 where that is unknown.
+
+        What an earlier run has done, or is done again, counts in one line's rate at most.
+        """
         now = time.monotonic()
         with self.lock:
-            if self.began is None:  # what an earlier run has done took none of this one's time
-                self.began, self.first = now, done
+            if self.since is None or done < self.since[1]:
+                self.since = now, done
             if now - self.told < _EVERY or done >= total:
                 return
-            self.told = now
-            rate = (done - self.first) / max(now - self.began, 1e-9)
+            began, before = self.since
+            rate = (done - before) / (now - began) if now > began else 0.0
+            self.told, self.since = now, (now, done)
         left = f", {_time((total - done) / rate)} left" if rate else ""
         print(f"{self.label}: {text(rate)}{left}", file=sys.stderr, flush=True)
 
@@ -54,7 +58,7 @@ def byte_progress(label: str, quiet: bool) -> Iterator[Callable[[int, int], None
 
         def tell(done: int, total: int) -> None:
             sizes = f"{bytes_text(done)} of {bytes_text(total)}"
-            log.show(done, total, lambda rate: f"{sizes}, {bytes_text(rate)}/s")
+            log.show(done, total, lambda rate: sizes + (f", {bytes_text(rate)}/s" if rate else ""))
 
         yield tell
         return

@@ -279,7 +279,7 @@ __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl" WIDE))) static int64_
 edit_avx512(const job *job) EVERY_DTYPE(infold_product_avx512)
 #endif
 
-/* SHA-256 of the sources, by which library.py knows them. */
+/* SHA-256 of sources and flags, by which library.py knows them. */
 const char *infold_sources(void) { return INFOLD_SOURCES; }
 
 /* What the processor has: 0 nothing that is used here, 1 AVX2, 2 AVX-512. */

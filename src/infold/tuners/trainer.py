@@ -104,10 +104,12 @@ class AdapterTrainer(Trainer):
         """
         own = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         takes = inspect.signature(own.forward).parameters
-        labels = batch["labels"]
-        if self.args.torch_compile or self.args.n_gpu > 1 or "logits_to_keep" not in takes:
+        labels, plugin = batch["labels"], getattr(self.accelerator.state, "dynamo_plugin", None)
+        compiled = self.args.torch_compile or getattr(plugin, "backend", "NO") != "NO"
+        if compiled or self.args.n_gpu > 1 or "logits_to_keep" not in takes:
             return False
-        if labels.ndim != 2:  # a class for each row
+        # a class for each row; labels that were shifted and cut before; a loss of all logits (Bamba)
+        if labels.ndim != 2 or "shift_labels" in batch or getattr(own, "z_loss_coefficient", 0):
             return False
         first = torch.zeros(1, dtype=torch.int64, device=labels.device)
         unlearnt = torch.full_like(labels[:, :1], IGNORED)
@@ -117,10 +119,14 @@ class AdapterTrainer(Trainer):
         try:
             with torch.no_grad():
                 made = model(**none)
+        except torch.OutOfMemoryError:
+            raise
         except (TypeError, ValueError, RuntimeError):
             return False
         finally:
             model.train(was)
+        if isinstance(made, tuple):
+            return False
         return made.logits.shape[:2] == (len(labels), 1) and bool(made.loss.isnan())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
