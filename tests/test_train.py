@@ -321,9 +321,6 @@ def test_a_model_that_shifts_labels_itself_gets_whole_batches(base: Path, data: 
     assert own._narrows(LlamaForCausalLM.from_pretrained(base), batch)
     assert not own._narrows(IgnoresShiftLabels.from_pretrained(base), batch)
     llama = LlamaForCausalLM.from_pretrained(base)
-    llama.config.return_dict = False
-    assert not own._narrows(llama, batch)
-    llama = LlamaForCausalLM.from_pretrained(base)
     assert not own._narrows(llama, batch | {"shift_labels": batch["labels"]})
     llama.z_loss_coefficient = 0.1  # as Bamba's, of all logits
     assert not own._narrows(llama, batch)

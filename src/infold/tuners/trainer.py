@@ -108,8 +108,9 @@ class AdapterTrainer(Trainer):
         compiled = self.args.torch_compile or getattr(plugin, "backend", "NO") != "NO"
         if compiled or self.args.n_gpu > 1 or "logits_to_keep" not in takes:
             return False
-        # a class for each row; labels that were shifted and cut before; a loss of all logits (Bamba)
-        if labels.ndim != 2 or "shift_labels" in batch or getattr(own, "z_loss_coefficient", 0):
+        # a class for each row; labels that were shifted already; a loss of all logits (Bamba's)
+        of_all: float = getattr(own, "z_loss_coefficient", 0.0)
+        if labels.ndim != 2 or "shift_labels" in batch or of_all:
             return False
         first = torch.zeros(1, dtype=torch.int64, device=labels.device)
         unlearnt = torch.full_like(labels[:, :1], IGNORED)
