@@ -317,6 +317,7 @@ def test_a_transposed_dora_is_swapped_into(tmp_path: Path) -> None:
     infold.undo(tmp_path / "swapped", tmp_path / "restored")
 
     assert plain.shards == swapped.shards
+    assert [a["method"] for a in (*plain.adapters, *swapped.adapters)] == ["dora", "dora"]
     assert digests(tmp_path / "base") == digests(tmp_path / "restored")
 
 

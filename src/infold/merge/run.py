@@ -151,6 +151,13 @@ def _check_expected(out: Path, expected: Mapping[str, str], made: Mapping[str, s
         )
 
 
+def _method(plan: Plan, number: int) -> str:
+    """Of an adapter: its peft_type, or DoRA, which PEFT calls LoRA too."""
+    operations = (op for edit in plan.edits.values() for op in edit.operations)
+    directed = any(op.method == "dora" for op in operations if op.adapter == number)
+    return "dora" if directed else plan.adapters[number].config["peft_type"].lower()
+
+
 def make_receipt(
     prepared: Prepared,
     streamed: Streamed,
@@ -173,10 +180,10 @@ def make_receipt(
         adapters=[
             {
                 "path": _absolute(name),
-                "method": adapter.config["peft_type"].lower(),
+                "method": _method(plan, number),
                 "files": files,
             }
-            for name, adapter, files in zip(given[1], plan.adapters, prepared.digests, strict=True)
+            for number, (name, files) in enumerate(zip(given[1], prepared.digests, strict=True))
         ],
         shards={name: d.output for name, d in digests},
         sha256=sha256,
