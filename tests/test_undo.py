@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 import handmade
 import infold
@@ -22,77 +21,10 @@ from forked import infold_command as ran
 from handmade import INDEX, digests
 from infold.checkpoint.record import MAGIC, UNDO, open_record
 from infold.checkpoint.staging import Staging
-from infold.edit.residual import RESIDUAL, pack_original, pack_residual, unpack
 from infold.sizes import bytes_text
 
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
-INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 MODULES = {"a.q_proj": (48, 40), "b.down_proj": (40, 56)}
-
-
-def bits(tensor: Tensor) -> Tensor:
-    return tensor.view(INTEGERS[tensor.element_size()])
-
-
-# --- the coding of a block ---------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", DTYPES.values())
-@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 1000])
-def test_any_block_comes_back_from_any_guess(dtype: torch.dtype, count: int) -> None:
-    """Any bits: infinities, every NaN, both zeros."""
-    kind = INTEGERS[dtype.itemsize]
-    span = torch.iinfo(kind)
-    random = torch.Generator().manual_seed(count)
-
-    def draw() -> Tensor:
-        return torch.randint(span.min, span.max, (count, 1), dtype=kind, generator=random)
-
-    block, strange = draw(), draw()
-    near = block + (torch.rand(count, 1, generator=random) < 0.3)
-    for guess in (strange, near, block, torch.full_like(block, span.min)):
-        for packed in (
-            pack_residual(block.view(dtype), guess.view(dtype)),
-            pack_original(block.view(dtype)),
-        ):
-            found = guess.clone().view(dtype)
-            unpack(*packed, found, "here")
-
-            assert torch.equal(block, bits(found))
-
-
-def test_the_residual_of_neighbours_is_small_also_across_zero() -> None:
-    block = torch.tensor([[0.0, -0.0, 1.0, -1.0] * 1000], dtype=torch.bfloat16)
-    smallest = torch.tensor(1, dtype=torch.int16).view(torch.bfloat16)
-    guess = torch.tensor([[-0.0, 0.0, 1.0, -1.0] * 1000], dtype=torch.bfloat16)
-    guess[:, 0] = -smallest
-
-    kind, payload = pack_residual(block, guess)
-
-    assert kind == RESIDUAL and len(payload) < 60
-
-
-def entropy(share: float) -> Tensor:
-    p = torch.tensor([share, 1 - share], dtype=torch.float64)
-    return -(p * p.log2()).sum()
-
-
-def test_the_mask_costs_about_its_entropy() -> None:
-    """An independent bound: bits that are set at random, each with the given probability."""
-    random = torch.Generator().manual_seed(0)
-    guess = torch.randn(1024, 1024, generator=random).to(torch.bfloat16)
-    for share in (0.02, 0.1, 0.3):
-        off = (torch.rand(guess.shape, generator=random) < share).to(torch.int16)
-        block = (bits(guess) + off * torch.where(bits(guess) < 0, -1, 1).to(torch.int16)).view(
-            torch.bfloat16
-        )
-        _, payload = pack_residual(block, guess)
-        least = float(entropy(share)) * guess.numel() / 8
-
-        assert least < len(payload) < 1.7 * least + 0.01 * guess.nbytes
-
-
-# --- whole merges ------------------------------------------------------------------------------
 
 
 def new_base(path: Path, dtype: torch.dtype = torch.bfloat16, shards: int = 2) -> Path:

@@ -16,7 +16,7 @@ from infold.kernel import library as c
 if TYPE_CHECKING:
     from infold.edit.steps import Step
 
-__all__ = ["edit"]
+__all__ = ["edit", "readable"]
 
 _DTYPES = {torch.bfloat16: c.BF16, torch.float16: c.F16, torch.float32: c.F32}
 _PANEL = 1536  # columns: their float64 values stay in the first cache, and whole rows are read best
@@ -87,7 +87,7 @@ def edit(
     return None if changed < 0 else changed
 
 
-def _readable(tensor: Tensor) -> bool:
+def readable(tensor: Tensor) -> bool:
     """Whether its elements lie where `data_ptr` says. Those of a subclass may lie anywhere."""
     plain = type(tensor) is Tensor and tensor.device.type == "cpu" and not tensor.is_neg()
     return plain and tensor.data_ptr() % tensor.element_size() == 0
@@ -96,7 +96,7 @@ def _readable(tensor: Tensor) -> bool:
 def _fits(tensor: Tensor, raw: Tensor) -> bool:
     alike = tensor.dtype == raw.dtype and tensor.shape == raw.shape
     wide = tensor.shape[1] >= c.WIDTH and tensor.stride(1) == 1
-    return alike and wide and tensor.dtype in _DTYPES and _readable(tensor)
+    return alike and wide and tensor.dtype in _DTYPES and readable(tensor)
 
 
 def _suits(one: _Told, shape: tuple[int, ...]) -> bool:
@@ -115,7 +115,7 @@ def _suits(one: _Told, shape: tuple[int, ...]) -> bool:
         wanted = [(outputs if isinstance(operation, ScaleOutputs) else inputs,)]
         tensors = [operation.factors]
     return [tuple(t.shape) for t in tensors] == wanted and all(
-        t.dtype == torch.float64 and _readable(t) for t in tensors
+        t.dtype == torch.float64 and readable(t) for t in tensors
     )
 
 

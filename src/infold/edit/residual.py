@@ -16,6 +16,7 @@ block itself is stored as byte planes: exponents and mantissas compress better a
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Callable
 
@@ -23,7 +24,9 @@ import torch
 import zstandard
 from torch import Tensor
 
+from infold.edit.compiled import readable
 from infold.errors import CorruptFile
+from infold.kernel import library as c
 
 __all__ = [
     "ORIGINAL",
@@ -38,13 +41,17 @@ RESIDUAL, ORIGINAL = 1, 2  # kinds of a packed block
 _LEVEL = 1  # Zstandard's; higher ones gain nothing here
 _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _HIGH, _LOW = 0xAA, 0x55  # the bits of each code in a byte of four
+_WRONG = {
+    c.TOO_SHORT: "a block is too short",
+    c.TOO_LONG: "a block is too long",
+    c.OUTSIDE: "a residual lies outside of its block",
+}
 _local = threading.local()
 
 
 def pack_residual(block: Tensor, guess: Tensor) -> tuple[int, bytes]:
     """(kind, payload) of a contiguous block of a float dtype; `guess` is of its shape and dtype."""
-    codes, rest = _coded(_integers(block), _integers(guess))
-    packed = _compress(content(codes) + _split(rest))
+    packed = _compress(_coded(_integers(block), _integers(guess)))
     if len(packed) * 2 > block.nbytes:
         original = pack_original(block)
         if len(original[1]) <= len(packed):
@@ -62,15 +69,15 @@ def unpack(kind: int, payload: bytes, block: Tensor, where: str) -> None:
 
     Raises CorruptFile where the payload is not of such a block; `where` names it.
     """
-    data = _Reader(_decompress(payload, unpack_bound(block), where), where)
-    integers = _integers(block)
+    data, integers = _decompress(payload, unpack_bound(block), where), _integers(block)
     if kind == ORIGINAL:
-        data.join(integers)
+        planes = _Reader(data, where)
+        planes.join(integers)
+        planes.end()
     elif kind == RESIDUAL:
-        _add(integers, data)
+        _decode(integers, data, where)
     else:
         raise CorruptFile(f"{where}: a block of the unknown kind {kind}")
-    data.end()
 
 
 def unpack_bound(block: Tensor) -> int:
@@ -91,8 +98,41 @@ def _quarter(count: int) -> int:
     return -(-count // 32) * 8
 
 
-def _coded(block: Tensor, guess: Tensor) -> tuple[Tensor, Tensor]:
-    """Of two vectors of integers the codes, as bytes, and what else is to be told."""
+def _coded(block: Tensor, guess: Tensor) -> bytes | memoryview:
+    """What two vectors of integers make, before it is compressed; valid until the next call."""
+    loaded = c.load()
+    if loaded is None or not (len(block) and readable(block) and readable(guess)):
+        return _coded_by_pytorch(block, guess)
+    job = _job(block, _buffer("coded", unpack_bound(block), torch.uint8).data_ptr())
+    job.guess = guess.data_ptr()
+    length = int(loaded.infold_code(job, c.level()))
+    return memoryview((ctypes.c_char * length).from_address(job.coded))
+
+
+def _decode(integers: Tensor, data: bytes, where: str) -> None:
+    """Add to guesses what `_coded` made. Raises CorruptFile where it is not of such a vector."""
+    loaded = c.load()
+    if loaded is None or not (len(integers) and readable(integers)):
+        _decode_by_pytorch(integers, _Reader(data, where))
+        return
+    held = ctypes.c_char_p(data)
+    job = _job(integers, ctypes.cast(held, ctypes.c_void_p).value)
+    job.length = len(data)
+    if wrong := loaded.infold_decode(job, c.level()):
+        raise CorruptFile(f"{where}: {_WRONG[wrong]}")
+
+
+def _job(integers: Tensor, coded: int | None) -> c.Residual:
+    return c.Residual(
+        size=integers.element_size(),
+        count=len(integers),
+        block=integers.data_ptr(),
+        coded=coded,
+        scratch=_buffer("scratch", unpack_bound(integers), torch.uint8).data_ptr(),
+    )
+
+
+def _coded_by_pytorch(block: Tensor, guess: Tensor) -> bytes:
     count, size = len(block), _quarter(len(block))
     residual = _buffer("residual", 4 * size, block.dtype)
     residual[count:] = 0
@@ -104,7 +144,8 @@ def _coded(block: Tensor, guess: Tensor) -> tuple[Tensor, Tensor]:
         joined |= quarter.bitwise_left_shift_(2 * number)
     packed = joined.to(torch.uint8)
     others = residual[_others(packed)]
-    return packed, ((others << 1) ^ (others >> (8 * others.element_size() - 1))) - 3
+    rest = ((others << 1) ^ (others >> (8 * others.element_size() - 1))) - 3
+    return content(packed) + _split(rest)
 
 
 def _others(codes: Tensor) -> Tensor:
@@ -119,15 +160,15 @@ def _others(codes: Tensor) -> Tensor:
     return quarter * len(codes) + (wide[within >> 3] * 8 + (within & 7))[number]
 
 
-def _add(integers: Tensor, data: _Reader) -> None:
-    """Add the residuals to the guesses."""
+def _decode_by_pytorch(integers: Tensor, data: _Reader) -> None:
     count, size = len(integers), _quarter(len(integers))
     codes = data.bytes(size)
     others = _others(codes)
     rest = torch.empty(len(others), dtype=integers.dtype)
     data.join(rest)
+    data.end()
     if len(others) and int(others[-1]) >= count:
-        raise CorruptFile(f"{data.where}: a residual lies outside of its block")
+        raise CorruptFile(f"{data.where}: {_WRONG[c.OUTSIDE]}")
     rest += 3
     told = ((rest >> 1) & _largest(rest.dtype)) ^ -(rest & 1)
     new = integers[others] + told
@@ -169,7 +210,7 @@ class _Reader:
     def bytes(self, count: int) -> Tensor:
         begin, self.position = self.position, self.position + count
         if self.position > len(self.data):
-            raise CorruptFile(f"{self.where}: a block is too short")
+            raise CorruptFile(f"{self.where}: {_WRONG[c.TOO_SHORT]}")
         if not count:
             return torch.empty(0, dtype=torch.uint8)
         return torch.frombuffer(self.data, dtype=torch.uint8, count=count, offset=begin)
@@ -182,7 +223,7 @@ class _Reader:
 
     def end(self) -> None:
         if self.position != len(self.data):
-            raise CorruptFile(f"{self.where}: a block is too long")
+            raise CorruptFile(f"{self.where}: {_WRONG[c.TOO_LONG]}")
 
 
 # --- Zstandard ---------------------------------------------------------------------------------
@@ -210,7 +251,7 @@ def _compressor() -> zstandard.ZstdCompressor:
     return zstandard.ZstdCompressor(level=_LEVEL)
 
 
-def _compress(data: bytes) -> bytes:
+def _compress(data: bytes | memoryview) -> bytes:
     tool = _tool(_compressor)
     assert isinstance(tool, zstandard.ZstdCompressor)
     return tool.compress(data)

@@ -13,8 +13,6 @@
 #error "these roundings are what this file is for"
 #endif
 
-#define INLINE static inline __attribute__((always_inline))
-
 INLINE uint64_t bits_of(double x) {
     uint64_t bits;
     memcpy(&bits, &x, sizeof bits);
@@ -272,11 +270,8 @@ INLINE int64_t edit(const job *job, int dtype, product_of *multiply) {
 static int64_t edit_plain(const job *job) EVERY_DTYPE(infold_product_plain)
 
 #ifdef __x86_64__
-__attribute__((target("avx2,fma"))) static int64_t edit_avx2(const job *job)
-    EVERY_DTYPE(infold_product_avx2)
-
-__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl" WIDE))) static int64_t
-edit_avx512(const job *job) EVERY_DTYPE(infold_product_avx512)
+AVX2 static int64_t edit_avx2(const job *job) EVERY_DTYPE(infold_product_avx2)
+AVX512 static int64_t edit_avx512(const job *job) EVERY_DTYPE(infold_product_avx512)
 #endif
 
 /* SHA-256 of sources and flags, by which library.py knows them. */

@@ -1,4 +1,5 @@
-/* A block of one tensor, and what is done to it. See kernel.c; `library.py` holds the same structs. */
+/* A block of one tensor, and what is done to it: see kernel.c, and residual.c for the coding of what
+ * its rounding destroyed. `library.py` holds the same structs. */
 #ifndef INFOLD_KERNEL_H
 #define INFOLD_KERNEL_H
 
@@ -10,6 +11,10 @@
 #else
 #define WIDE ",prefer-vector-width=512"
 #endif
+
+#define INLINE static inline __attribute__((always_inline))
+#define AVX2 __attribute__((target("avx2,fma")))
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl" WIDE)))
 
 enum { BF16, F16, F32 };                               /* how elements are stored */
 enum { SCALE_ROWS, SCALE_COLUMNS, ADD, SUBTRACT };     /* operations */
@@ -38,6 +43,15 @@ typedef struct {
     int64_t panel;             /* columns that are computed at a time, a multiple of WIDTH */
     double *scratch;           /* see infold_scratch */
 } job;
+
+typedef struct {
+    int64_t size, count;       /* bytes of an element, and how many elements */
+    void *block;               /* the elements, one after the other; see infold_decode */
+    const void *guess;         /* as many */
+    uint8_t *coded;            /* to write to: a byte for four elements, and their own bytes */
+    int64_t length;            /* bytes of `coded` that may be read */
+    void *scratch;             /* as large as `coded` can be */
+} residual;
 
 /* delta (GROUP, columns) = the product of packed factors; see product.c. */
 typedef void product_of(double *delta, int64_t columns, const double *left, const double *right,

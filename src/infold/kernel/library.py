@@ -14,28 +14,37 @@ __all__ = [
     "BF16",
     "F16",
     "F32",
+    "OUTSIDE",
     "SCALE_COLUMNS",
     "SCALE_ROWS",
     "SUBTRACT",
+    "TOO_LONG",
+    "TOO_SHORT",
     "WIDTH",
     "Job",
     "Operation",
+    "Residual",
     "description",
     "level",
     "load",
 ]
 
 FOLDER = Path(__file__).parent
-SOURCES = ("kernel.h", "kernel.c", "product.h", "product.c")
+SOURCES = ("kernel.h", "kernel.c", "product.h", "product.c", "residual.h", "residual.c")
 FILE = "compiled.so"
 FLAGS = "-std=gnu11 -O3 -fPIC -fno-fast-math -fno-math-errno -fno-trapping-math -Wall -Wextra"
 # The product's sums are exact, so that fusing them changes nothing. Nowhere else may it be done.
-FUSING = {"kernel.c": "-ffp-contract=off", "product.c": "-ffp-contract=fast"}
+FUSING = {
+    "kernel.c": "-ffp-contract=off",
+    "product.c": "-ffp-contract=fast",
+    "residual.c": "-ffp-contract=off",
+}
 
 # as in kernel.h
 BF16, F16, F32 = range(3)
 SCALE_ROWS, SCALE_COLUMNS, ADD, SUBTRACT = range(4)
 WIDTH = 16
+TOO_SHORT, OUTSIDE, TOO_LONG = range(1, 4)
 
 _LEVELS = ("plain", "avx2", "avx512")
 
@@ -71,6 +80,18 @@ class Job(Structure):
         ("backward", c_int64),
         ("operations", POINTER(Operation)),
         ("panel", c_int64),
+        ("scratch", c_void_p),
+    ]
+
+
+class Residual(Structure):
+    _fields_ = [
+        ("size", c_int64),
+        ("count", c_int64),
+        ("block", c_void_p),
+        ("guess", c_void_p),
+        ("coded", c_void_p),
+        ("length", c_int64),
         ("scratch", c_void_p),
     ]
 
@@ -112,6 +133,9 @@ def load() -> ctypes.CDLL | None:
             return None
         loaded.infold_scratch.argtypes, loaded.infold_scratch.restype = [POINTER(Job)], c_int64
         loaded.infold_edit.argtypes = [POINTER(Job), c_int64]
+        for name in ("infold_code", "infold_decode"):
+            function = getattr(loaded, name)
+            function.argtypes, function.restype = [POINTER(Residual), c_int64], c_int64
         loaded.infold_edit.restype = c_int64
     except (OSError, AttributeError):  # not there, of another machine, or of another infold
         return None

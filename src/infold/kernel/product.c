@@ -19,13 +19,13 @@
 
 #ifdef __x86_64__
 #define NAME infold_product_avx2
-#define TARGET __attribute__((target("avx2,fma")))
+#define TARGET AVX2
 #define BYTES 32
 #define VECTORS 2
 #include "product.h"
 
 #define NAME infold_product_avx512
-#define TARGET __attribute__((target("avx512f" WIDE)))
+#define TARGET AVX512
 #define BYTES 64
 #define VECTORS 2
 #include "product.h"
