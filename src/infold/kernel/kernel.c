@@ -89,12 +89,42 @@ INLINE uint16_t half_word(int dtype, float rounded) {
     return (uint16_t)((bits >> 16 & 0x8000u) | (bits >> 13 & 0x7fffu));
 }
 
+/* A float's bits rounded to a BF16's, which are their upper half; ties to even. */
+INLINE uint16_t upper_half(uint32_t bits) {
+    return (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
+}
+
+INLINE int fits_bf16(uint32_t bits) { return (bits & 0x7fffffffu) < 0x7f7f8000u; }
+
+/* As `store`, through float32. That is one rounding, unless the first makes a tie for the second:
+ * then it returns zero, and `out` holds nothing of use. */
+INLINE int store_bf16(const double *restrict x, const uint16_t *restrict before,
+                      uint16_t *restrict out, int64_t n, int64_t *changed, uint32_t *wrong) {
+    uint32_t ties = 0, beyond = 0;
+    uint16_t differ = 0;
+    for (int64_t j = 0; j < n; j++) {
+        uint32_t bits = bits_of_float((float)x[j]);
+        uint16_t word = upper_half(bits);
+        ties |= (bits & 0xffffu) == 0x8000u;
+        beyond |= !fits_bf16(bits);
+        differ += word != before[j];
+        out[j] = word;
+    }
+    if (ties)
+        return 0;
+    *changed += differ;
+    *wrong |= beyond;
+    return 1;
+}
+
 /* float64 values rounded once into stored elements, at most 2^15 of them. Adds to `changed` how many
  * differ from `raw`. Returns nonzero where a value is not finite or too large. */
 INLINE uint32_t store(int dtype, const double *restrict x, float *restrict staged, const void *raw,
                       void *out, int64_t n, int64_t *changed) {
     const float largest = largest_of(dtype);
     uint32_t wrong = 0;
+    if (dtype == BF16 && store_bf16(x, raw, out, n, changed, &wrong))
+        return wrong;
     for (int64_t j = 0; j < n; j++)
         staged[j] = (float)round_to(dtype, x[j]);
     for (int64_t j = 0; j < n; j++)
@@ -126,6 +156,14 @@ INLINE uint32_t store(int dtype, const double *restrict x, float *restrict stage
 INLINE void store_nearly(int dtype, const double *restrict x, float *restrict staged, void *near,
                          int64_t n) {
     const float largest = largest_of(dtype);
+    if (dtype == BF16) {
+        uint16_t *restrict to = near;
+        for (int64_t j = 0; j < n; j++) {
+            uint32_t bits = bits_of_float((float)x[j]);
+            to[j] = fits_bf16(bits) ? upper_half(bits) : 0;
+        }
+        return;
+    }
     for (int64_t j = 0; j < n; j++) {
         float rounded = (float)round_to(dtype, (float)x[j]);
         staged[j] = fabsf(rounded) <= largest ? rounded : 0.0f;
