@@ -404,9 +404,10 @@ def test_it_compiles_without_what_would_change_the_roundings(tmp_path: Path) -> 
     )
 
 
-def test_another_word_than_those_that_are_known_is_refused() -> None:
+@pytest.mark.parametrize("words", [["--version"], ["merge", "a", "b", "--dry-run"]])
+def test_another_word_than_those_that_are_known_is_refused(words: list[str]) -> None:
     ran = subprocess.run(
-        [sys.executable, "-m", "infold", "--version"],
+        [sys.executable, "-m", "infold", *words],
         env={**os.environ, "INFOLD_KERNEL": "yes"},
         capture_output=True,
         text=True,

@@ -37,6 +37,7 @@ from infold.cli import (
 from infold.cli.output import Failed, complain, finish, protect_streams
 from infold.cli.place import with_home
 from infold.errors import InfoldError, Refusal
+from infold.kernel import description, wanted
 from infold.version import __version__
 
 _CONTINUES: dict[Callable[..., None], str] = {
@@ -78,6 +79,7 @@ def _guarded(verb: Callable[..., None]) -> Callable[..., None]:
         writes = verb in writing and not given.get("dry_run")
         given = with_home(given)
         try:
+            wanted()
             verb(*args, **given)
         except KeyboardInterrupt:
             runs = verb is not loop.loop or given["words"][0] not in ("show", "checkout")
@@ -209,8 +211,6 @@ for _verb in _VERBS:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from infold.kernel import description
-
         print(f"infold {__version__} (blocks: {description()})")
         raise typer.Exit
 

@@ -6,6 +6,6 @@ last. The bits are those of `edit/steps.py`, which does all that is not done her
 where nothing was compiled. `hatch_build.py` compiles; `edit/compiled.py` calls.
 """
 
-from infold.kernel.library import description
+from infold.kernel.library import description, wanted
 
-__all__ = ["description"]
+__all__ = ["description", "wanted"]

@@ -27,6 +27,7 @@ __all__ = [
     "description",
     "level",
     "load",
+    "wanted",
 ]
 
 FOLDER = Path(__file__).parent
@@ -104,7 +105,7 @@ def digest() -> str:
     return whole.hexdigest()
 
 
-def _wanted() -> str:
+def wanted() -> str:
     """$INFOLD_KERNEL: "off", or a level that is to be used instead of a better one.
 
     Raises Refusal for any other word.
@@ -120,7 +121,7 @@ def _wanted() -> str:
 @functools.cache
 def load() -> ctypes.CDLL | None:
     """The compiled code; None where there is none, or PyTorch is as fast. Raises Refusal."""
-    if _wanted() == "off":
+    if wanted() == "off":
         return None
     try:
         made_of = digest()
@@ -129,7 +130,7 @@ def load() -> ctypes.CDLL | None:
         loaded.infold_level.restype = c_int64
         if loaded.infold_sources() != made_of.encode():
             return None
-        if not loaded.infold_level() and _wanted() != _LEVELS[0]:
+        if not loaded.infold_level() and wanted() != _LEVELS[0]:
             return None
         loaded.infold_scratch.argtypes, loaded.infold_scratch.restype = [POINTER(Job)], c_int64
         loaded.infold_edit.argtypes = [POINTER(Job), c_int64]
@@ -148,7 +149,7 @@ def level() -> int:
     loaded = load()
     assert loaded is not None
     best = int(loaded.infold_level())
-    lower = [n for n, name in enumerate(_LEVELS) if name == _wanted()]
+    lower = [n for n, name in enumerate(_LEVELS) if name == wanted()]
     return min([best, *lower])
 
 
