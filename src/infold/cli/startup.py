@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import atexit
-import ctypes
 import gc
-import importlib.util
 import os
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -18,8 +15,6 @@ __all__ = ["Ending", "lasting_imports", "run"]
 def run() -> None:
     """Entry point of the console script: what is imported first can be interrupted too."""
     ending = Ending()
-    if sys.argv[1:2] and sys.argv[1] in _STREAMING and "--help" not in sys.argv:
-        threading.Thread(target=_load_ahead, name="infold-load").start()
     try:
         from infold.cli.main import run as run_verb
     except KeyboardInterrupt:
@@ -30,20 +25,6 @@ def run() -> None:
     except SystemExit as ended:
         ending.code = 0 if ended.code is None else ended.code
         raise
-
-
-_STREAMING = ("merge", "swap", "undo", "verify")  # what a tenth of a second is felt in
-
-
-def _load_ahead() -> None:
-    """Have the system load PyTorch's largest library, a fifth of a second, while Python imports
-    what comes before PyTorch. `import torch` then finds it, or loads it itself."""
-    if sys.platform != "linux":
-        return
-    with suppress(ImportError, OSError, ValueError):
-        found = importlib.util.find_spec("torch")
-        for folder in (found and found.submodule_search_locations) or ():
-            ctypes.CDLL(os.path.join(folder, "lib", "libtorch_cpu.so"))
 
 
 @contextmanager
