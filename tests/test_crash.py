@@ -377,7 +377,9 @@ def test_a_base_that_changed_only_behind_the_kept_piece_is_merged_as_it_is_now(
 
 
 @pytest.mark.parametrize("what", ["values", "config", "adapter_model.bin"])
-def test_an_adapter_that_changed_since_is_not_resumed(what: str, place: Place) -> None:
+def test_an_adapter_that_changed_since_is_not_resumed(
+    what: str, place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
     place.stop_with_pieces()
     if what == "values":
         shutil.rmtree(place.adapter)
@@ -393,6 +395,7 @@ def test_an_adapter_that_changed_since_is_not_resumed(what: str, place: Place) -
     place.expected = place.undisturbed()
 
     assert place.finish().resumed_bytes == 0
+    assert "interrupted run with other settings or inputs had left is removed" in caplog.text
 
 
 def test_side_files_that_changed_came_or_went_since_are_as_they_are_now(place: Place) -> None:

@@ -862,7 +862,7 @@ def test_a_file_without_a_record_is_told_how_to_get_one(
     base: Path, adapter: Path, tmp_path: Path
 ) -> None:
     infold.merge(base, adapter, tmp_path / "merged.gguf")
-    told = r"renamed or moved, undo that\. Else merge once more from the base, with --undo$"
+    told = r"renamed or moved, undo that\. Else merge once more from the base, with --undo, or use"
     with pytest.raises(infold.Refusal, match=told):
         infold.undo(tmp_path / "merged.gguf", tmp_path / "never.gguf")
 

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -418,6 +419,14 @@ def test_tasks_that_do_not_fit_are_refused(base: Path, data: Path, tmp_path: Pat
 
 
 # --- refusals -------------------------------------------------------------------------------------
+
+
+def test_a_base_without_a_tokenizer_is_refused(base: Path, data: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(base, bare, ignore=shutil.ignore_patterns("*token*"))
+    with pytest.raises(infold.Refusal, match="bare: has no tokenizer; copy the tokenizer files"):
+        infold.train(bare, data, tmp_path / "never")
+    assert not (tmp_path / "never").exists()
 
 
 def test_bad_data_is_found_before_the_weights_are_read(data: Path, tmp_path: Path) -> None:

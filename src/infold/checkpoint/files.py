@@ -120,17 +120,16 @@ def _why_not(error: Exception, repo: str, revision: str) -> str:
         return "it is no name that the Hub allows; check the spelling"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "there is no space on the disk to download it from the Hub"
-    elsewhere = "or download it elsewhere and give the folder"
     if constants.HF_HUB_OFFLINE:
         return (
             "HF_HUB_OFFLINE keeps infold from asking the Hub, while the Hub's cache lacks it or "
-            f"files of it; unset that variable, {elsewhere}"
+            "files of it; correct the path, or unset that variable to download it"
         )
     if isinstance(error, PermissionError):
         return f"the Hub's cache cannot be written: {error}"
     return (
-        f"the Hub could not be reached ({type(error).__name__}); check the network and try again, "
-        f"{elsewhere}"
+        f"the Hub could not be reached ({type(error).__name__}): correct the path, or check the "
+        "network if it is a Hub id"
     )
 
 

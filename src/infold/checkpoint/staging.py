@@ -23,6 +23,7 @@ import ctypes
 import errno
 import fcntl
 import json
+import logging
 import os
 import shutil
 import stat
@@ -139,6 +140,11 @@ class Staging:
         self.resumed = self._read_journal(journal)
         fresh = not self.resumed
         if fresh and self.output.exists():
+            if journal.exists() and journal.stat().st_size:
+                logging.getLogger("infold").warning(
+                    "%s: what an interrupted run with other settings or inputs had left is removed",
+                    self.out,
+                )
             shutil.rmtree(self.output)
         of_folder = self.like is not None and self.like.is_dir()
         self.output.mkdir(self._permissions() | 0o700 if of_folder else 0o777, exist_ok=True)

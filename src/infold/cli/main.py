@@ -211,7 +211,7 @@ for _verb in _VERBS:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        print(f"infold {__version__} (blocks: {description()})")
+        print(f"infold {__version__} (arithmetic {description()})")
         raise typer.Exit
 
 

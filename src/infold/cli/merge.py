@@ -232,6 +232,7 @@ def _elements(edit: dict[str, Any]) -> int:
 
 
 def _record_text(receipt: Receipt) -> str:
+    """The size of the record, and of what it consists."""
     told = receipt.undo or {}
     copies = {"the adapters": told["adapters"], "the side files": told["side_files"]}
     size = told["bytes"] - sum(copies.values())
@@ -240,8 +241,8 @@ def _record_text(receipt: Receipt) -> str:
         f"{bytes_text(count)} for a copy of {what}" for what, count in copies.items() if count
     ]
     what = edited_text(receipt.edits)
-    text = ", ".join([f"{bytes_text(size)} ({share:.1%} of the {what})", *listed])
-    return " and ".join(text.rsplit(", ", 1))
+    text = ", ".join([f"{bytes_text(size)} ({share:.1%}) for the {what}", *listed])
+    return f"{bytes_text(told['bytes'])}: " + " and ".join(text.rsplit(", ", 1))
 
 
 def done_text(receipt: Receipt, out: str, told: Sequence[str] = ()) -> str:
@@ -274,5 +275,5 @@ def done_text(receipt: Receipt, out: str, told: Sequence[str] = ()) -> str:
     if converted := conversion_text(vars(receipt)):
         lines.append(entry("converted", converted, 11))
     if receipt.undo:
-        lines.append(entry("record", f"{_record_text(receipt)}: `infold undo` restores the base"))
+        lines.append(entry("record", f"{_record_text(receipt)}; `infold undo` restores the base"))
     return "\n".join([*lines, entry("output", out)])

@@ -48,6 +48,7 @@ WIDTH = 16
 TOO_SHORT, OUTSIDE, TOO_LONG = range(1, 4)
 
 _LEVELS = ("plain", "avx2", "avx512")
+_TITLES = ("any processor", "AVX2", "AVX-512")
 
 
 class Operation(Structure):
@@ -114,7 +115,7 @@ def wanted() -> str:
     if word and word not in ("off", *_LEVELS):
         from infold.errors import Refusal  # hatch_build.py reads this file without its package
 
-        raise Refusal(f"INFOLD_KERNEL={word}: is off, or one of {', '.join(_LEVELS)}")
+        raise Refusal(f"INFOLD_KERNEL={word}: must be off, or one of {', '.join(_LEVELS)}")
     return word
 
 
@@ -155,4 +156,4 @@ def level() -> int:
 
 def description() -> str:
     """What computes blocks here, for people."""
-    return f"compiled for {_LEVELS[level()]}" if load() is not None else "PyTorch"
+    return f"compiled for {_TITLES[level()]}" if load() is not None else "by PyTorch"

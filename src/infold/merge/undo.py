@@ -213,8 +213,8 @@ class Merged:
         """Refuse where what was read is not what the record belongs to."""
         wrong = [
             f"{self.checkpoint.home / found.source}: was changed after it was merged: its BLAKE3 "
-            f"is {found.base}, the receipt's {self.digests.get(found.source)}; the base cannot be "
-            "restored from it"
+            f"is {found.base}, the receipt's {self.digests.get(found.source)}; no base can be "
+            "restored from it: bring back the file as it was, or merge again from the base"
             for found in streamed.digests.values()
             if found.base != self.digests.get(found.source)
         ]
@@ -294,8 +294,10 @@ def _without_record(folder: Path) -> str:
     """What to do, for messages."""
     if is_lone(folder) and without_owner(folder, UNDO):
         return renamed(folder, UNDO)
+    if os.path.lexists(folder / "adapter_config.json"):
+        return ": it is an adapter. Give the merged model"
     other = f"{renamed(folder, UNDO)}. Else merge" if is_lone(folder) else ". Merge"
-    return f"{other} once more from the base, with --undo"
+    return f"{other} once more from the base, with --undo, or use the base where it is still there"
 
 
 def _merged(

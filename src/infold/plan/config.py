@@ -113,8 +113,9 @@ def read_config(adapter: Adapter) -> tuple[AdapterConfig, list[str]]:
     if not isinstance(kind, str) or not methods:
         known = ", ".join(dict.fromkeys(t for m in METHODS.values() for t in m.PEFT_TYPES))
         return AdapterConfig(str(kind), {}), [
-            f"{where}: peft_type {kind!r} is not supported; infold merges {known}. "
-            "`infold methods` tells which others PEFT merges"
+            f"{where}: peft_type {kind!r} cannot be merged by infold, which merges {known}. "
+            "`infold methods` tells which others PEFT merges; what adds tokens or computes beside "
+            "the weights, as prompt methods do, has no merged form"
         ]
     handled = HARMLESS.union(*(method.PEFT_TYPES[kind] for method in methods))
     refused = {name: why for method in methods for name, why in method.REFUSED.items()}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from infold.checkpoint.files import exists, locate
-from infold.checkpoint.shards import refuse_unfinished
+from infold.checkpoint.shards import TOKENIZERS, refuse_unfinished
 from infold.errors import Refusal
 from infold.tuners.data import DataSet, read_data
 from infold.tuners.loading import pad_id, positions_of
@@ -56,6 +56,8 @@ def prepare(
             f"{name}: no config.json, so this is no base model in transformers' form{hint}"
         )
     found = read_data(data, settings.fields)
+    if not any(exists(folder / file) for file in TOKENIZERS):
+        raise Refusal(f"{name}: has no tokenizer; copy the tokenizer files of its model into it")
     try:
         config = AutoConfig.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
