@@ -299,6 +299,17 @@ JOURNALS = {
 }
 
 
+def test_a_run_that_had_finished_nothing_is_begun_anew_without_a_word(
+    place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    place.stop_with_pieces()
+    journal = place.hidden / "journal"
+    journal.write_bytes(journal.read_bytes().split(b"\n")[0] + b"\n")
+
+    assert place.finish().resumed_bytes == 0
+    assert caplog.text == ""
+
+
 @pytest.mark.parametrize("journal", JOURNALS)
 def test_a_journal_that_makes_no_sense_is_not_followed(journal: str, place: Place) -> None:
     place.stop_with_pieces()
@@ -395,7 +406,7 @@ def test_an_adapter_that_changed_since_is_not_resumed(
     place.expected = place.undisturbed()
 
     assert place.finish().resumed_bytes == 0
-    assert "interrupted run with other settings or inputs had left is removed" in caplog.text
+    assert "pieces of an interrupted run with other inputs" in caplog.text
 
 
 def test_side_files_that_changed_came_or_went_since_are_as_they_are_now(place: Place) -> None:

@@ -888,6 +888,6 @@ def test_the_type_of_a_tensor_is_what_is_told(base: Path, adapter: Path, tmp_pat
     """And where the edited bytes hold codes, the share of a record says so."""
     ran = infold_command("merge", base, adapter, "--out", tmp_path / "m.gguf", "--undo")
     assert ran.returncode == 0 and "scales within" in ran.stdout
-    assert "of the bytes of the edited tensors, codes too" in ran.stdout
+    assert "for the bytes of the edited tensors, codes too" in ran.stdout
     shown = infold_command("inspect", tmp_path / "m.gguf")
     assert "of the bytes of the edited tensors, codes too, without" in shown.stdout

@@ -31,6 +31,7 @@ ROOT = Path(__file__).parent.parent
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 SMALLEST = {"BF16": 2.0**-133, "F16": 2.0**-24, "F32": 2.0**-149}
 LEVELS = range(library.level() + 1) if library.load() else range(0)
+EITHER = (torch.tensor(torch.inf), torch.tensor(-torch.inf))
 ON = pytest.mark.skipif(library.load() is None, reason="nothing is compiled here")
 
 
@@ -171,7 +172,8 @@ def test_the_same_bits_as_pytorch(
 @ON
 @pytest.mark.parametrize("dtype", sorted(DTYPES))
 def test_every_tie_and_neighbour_is_rounded_as_exact_arithmetic_does(dtype: str) -> None:
-    """Halfway between any two neighbours, and a float64's last bit to either side of it."""
+    """Halfway between any two neighbours, and the last bit of a float64, or a float32, to either
+    side of it: what is no tie in float32 is rounded through that."""
     word = words(dtype)
     if dtype == "F32":
         numbers = torch.Generator().manual_seed(5)
@@ -184,11 +186,17 @@ def test_every_tie_and_neighbour_is_rounded_as_exact_arithmetic_does(dtype: str)
     even = torch.where(below % 2 == 0, low, high)
     # x * 1 is x, so the middle comes from a vector that scales ones
     infinite = torch.full_like(middle, torch.inf)
-    for values, right in (
+    cases = [
         (middle, even),
         (torch.nextafter(middle, infinite), high),
         (torch.nextafter(middle, -infinite), low),
-    ):
+    ]
+    if dtype != "F32":
+        cases += [
+            (torch.nextafter(middle.float(), infinite.float()).double(), high),
+            (torch.nextafter(middle.float(), -infinite.float()).double(), low),
+        ]
+    for values, right in cases:
         for sign in (1, -1):
             step = Step(
                 METHODS["ia3"].prepare({"ia3_l": sign * values}, Settings(side="in", out=1))
@@ -201,6 +209,35 @@ def test_every_tie_and_neighbour_is_rounded_as_exact_arithmetic_does(dtype: str)
                     whole = (slice(0, 1), slice(0, len(values)))
                     assert compiled.edit([step], [], ones, out, None, *whole) is not None
                 assert equal(out[0], sign * right, dtype), (level, sign)
+
+
+@ON
+@pytest.mark.parametrize("dtype", sorted(DTYPES))
+def test_every_guess_near_a_tie_is_the_one_of_pytorch(dtype: str) -> None:
+    """The way back is rounded to float32 first, and what does not fit then becomes 0."""
+    word = words(dtype)
+    largest = {"BF16": 0x7F7F, "F16": 0x7BFF, "F32": 0x7F7FFFFF}[dtype]
+    below = torch.arange(max(0, largest - 0x7F7F), largest + 1, dtype=torch.int64)
+    low = below.to(word).view(DTYPES[dtype]).double()
+    middle = low + torch.diff(low, prepend=low[:1] - (low[1] - low[0])) / 2
+    values = torch.cat([middle, *(torch.nextafter(middle, far * middle) for far in (0, 2))])
+    values = torch.cat([values, *(torch.nextafter(values.float(), far) for far in EITHER)])
+    values = torch.cat([values, -values]).double()
+    step = Step(METHODS["ia3"].prepare({"ia3_l": values}, Settings(side="in", out=1)))
+    ones = torch.ones(1, len(values), dtype=DTYPES[dtype])
+    target, block = Target("w", dtype, FORMATS["dense"]), Block(0, 1, 0, len(values))
+    workspace = Workspace(torch.device("cpu"), 1 << 20)
+    found = []
+    for level in (None, *LEVELS):
+        out = torch.empty_like(ones)
+        with pytest.MonkeyPatch.context() as patch:
+            if level is None:
+                patch.setattr(compiled.c, "load", lambda: None)
+            patch.setattr(compiled.c, "level", lambda level=level: level)
+            steps.guess([step], ones, out, block, target, workspace)
+        found.append(out.view(word))
+    assert all(torch.equal(found[0], other) for other in found[1:])
+    assert (found[0] == 0).any()  # some did not fit
 
 
 @ON
@@ -233,8 +270,13 @@ def test_what_just_fits_is_stored_and_what_just_does_not_is_refused(dtype: str) 
     largest = torch.finfo(DTYPES[dtype]).max
     below = torch.tensor([largest], dtype=DTYPES[dtype]).view(words(dtype)) - 1
     middle = largest + (largest - below.view(DTYPES[dtype]).double()) / 2
+    cases = [(middle, False), (torch.nextafter(middle, middle * 0), True)]
+    if dtype != "F32":
+        below = torch.nextafter(middle.float(), torch.zeros(1))
+        above = torch.nextafter(middle.float(), torch.full((1,), torch.inf))
+        cases += [(below.double(), True), (above.double(), False)]
     for level in LEVELS:
-        for value, fits in ((middle, False), (torch.nextafter(middle, middle * 0), True)):
+        for value, fits in cases:
             scale = torch.cat([torch.ones(19).double(), -value])
             step = Step(METHODS["ia3"].prepare({"ia3_l": scale}, Settings(side="in", out=1)))
             ones = torch.ones(1, 20, dtype=DTYPES[dtype])

@@ -670,9 +670,9 @@ def test_the_verbs_on_the_command_line(merged: Path, tmp_path: Path) -> None:
     inside, beside = record["adapters"], record["side_files"]
     own = record["bytes"] - inside - beside
     assert (
-        f"{bytes_text(record['bytes'])}: {bytes_text(own)} ({record['share']:.1%}) for the edited "
-        f"bytes, {bytes_text(inside)} for a copy of the adapters and {bytes_text(beside)} for a "
-        "copy of the side files; `infold undo` restores the base"
+        f"{bytes_text(record['bytes'])}: {bytes_text(own)} for the edited bytes "
+        f"({record['share']:.1%} of them), {bytes_text(inside)} for a copy of the adapters "
+        f"and {bytes_text(beside)} for a copy of the side files; `infold undo` restores the base"
     ) in " ".join(swapped.stdout.split())  # which is wrapped
     receipt = json.loads((tmp_path / "again" / "infold-receipt.json").read_text())
     assert receipt["undo"]["adapters"] == inside > 0
@@ -686,6 +686,9 @@ def test_the_verbs_on_the_command_line(merged: Path, tmp_path: Path) -> None:
         "infold: give either --out DIR or --in-place\n",
     )
     assert "without" in ran("inspect", tmp_path / "again").stdout
-    for wrong, way in (("base", "or use the base where"), ("adapter-lora-0", "it is an adapter")):
+    for wrong, way in (
+        ("base", "or use the base where"),
+        ("adapter-lora-0", "is an adapter; give the merged model"),
+    ):
         none = ran("undo", tmp_path / wrong, "--out", tmp_path / "never")
         assert none.returncode == 2 and way in " ".join(none.stderr.split()), none

@@ -131,7 +131,7 @@ def test_a_snapshot_with_a_link_out_of_its_repository_is_refused(
         (hub_errors.RepositoryNotFoundError, False, "the Hub has no org/name; check the spelling"),
         (hub_errors.RevisionNotFoundError, False, "has no revision 'v9'"),
         (hub_errors.LocalEntryNotFoundError, False, "could not be reached"),
-        (ConnectionError, False, "correct the path, or check the network if it is a Hub id"),
+        (ConnectionError, False, "correct the path, or if it is a Hub id try again"),
         (hub_errors.LocalEntryNotFoundError, True, "HF_HUB_OFFLINE"),
     ],
 )

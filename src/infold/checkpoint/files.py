@@ -123,13 +123,14 @@ def _why_not(error: Exception, repo: str, revision: str) -> str:
     if constants.HF_HUB_OFFLINE:
         return (
             "HF_HUB_OFFLINE keeps infold from asking the Hub, while the Hub's cache lacks it or "
-            "files of it; correct the path, or unset that variable to download it"
+            "files of it; correct the path, unset that variable to download it, or "
+            "download it elsewhere and give the folder"
         )
     if isinstance(error, PermissionError):
         return f"the Hub's cache cannot be written: {error}"
     return (
-        f"the Hub could not be reached ({type(error).__name__}): correct the path, or check the "
-        "network if it is a Hub id"
+        f"the Hub could not be reached ({type(error).__name__}): correct the path, or if it is "
+        "a Hub id try again, or download it elsewhere and give the folder"
     )
 
 

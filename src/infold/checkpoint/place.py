@@ -106,8 +106,7 @@ def check_place(
     for given in inputs:
         other = given.resolve()
         if real == other or real in other.parents or (other in real.parents and other.is_dir()):
-            edit = "; --in-place edits it" if real == other else ""
-            raise Refusal(f"{out}: lies in or around the input {given}; choose another place{edit}")
+            raise Refusal(f"{out}: lies in or around the input {given}; choose another place")
     if is_lone(out) and os.path.lexists(journal := companion(out, JOURNAL)):
         # also where the file has another name now: its edit must not be completed on this output
         raise Refusal(

@@ -140,11 +140,6 @@ class Staging:
         self.resumed = self._read_journal(journal)
         fresh = not self.resumed
         if fresh and self.output.exists():
-            if journal.exists() and journal.stat().st_size:
-                logging.getLogger("infold").warning(
-                    "%s: what an interrupted run with other settings or inputs had left is removed",
-                    self.out,
-                )
             shutil.rmtree(self.output)
         of_folder = self.like is not None and self.like.is_dir()
         self.output.mkdir(self._permissions() | 0o700 if of_folder else 0o777, exist_ok=True)
@@ -199,6 +194,12 @@ class Staging:
         try:
             lines = path.read_bytes().split(b"\n")
             if json.loads(lines[0]) != {"identity": self.identity}:
+                if len(lines) > 2:  # it had finished something
+                    logging.getLogger("infold").warning(
+                        "%s: pieces of an interrupted run with other inputs, settings or another "
+                        "infold are removed",
+                        self.out,
+                    )
                 return {}
         except (OSError, ValueError, RecursionError):
             return {}

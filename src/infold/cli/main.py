@@ -79,7 +79,7 @@ def _guarded(verb: Callable[..., None]) -> Callable[..., None]:
         writes = verb in writing and not given.get("dry_run")
         given = with_home(given)
         try:
-            wanted()
+            wanted()  # refuses a word that $INFOLD_KERNEL does not know
             verb(*args, **given)
         except KeyboardInterrupt:
             runs = verb is not loop.loop or given["words"][0] not in ("show", "checkout")
@@ -209,8 +209,8 @@ for _verb in _VERBS:
     app.command(cls=_Verb)(_guarded(_verb))
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(asked: bool) -> None:
+    if asked:
         print(f"infold {__version__} (arithmetic {description()})")
         raise typer.Exit
 

@@ -241,7 +241,7 @@ def _record_text(receipt: Receipt) -> str:
         f"{bytes_text(count)} for a copy of {what}" for what, count in copies.items() if count
     ]
     what = edited_text(receipt.edits)
-    text = ", ".join([f"{bytes_text(size)} ({share:.1%}) for the {what}", *listed])
+    text = ", ".join([f"{bytes_text(size)} for the {what} ({share:.1%} of them)", *listed])
     return f"{bytes_text(told['bytes'])}: " + " and ".join(text.rsplit(", ", 1))
 
 

@@ -279,8 +279,8 @@ def _result(record: Training, told: Collection[str]) -> str:
         + (f", continued from step {record.resumed_step}" if record.resumed_step else ""),
     ]
     if losses["first"] is not None:
-        steps = f"{losses['first']:.4f} -> {losses['last']:.4f}"
-        lines.append(f"loss     {steps}, of the first and the last step")
+        ends = f"{losses['first']:.4f} -> {losses['last']:.4f}"
+        lines.append(f"loss     {ends}, of the first and the last step")
     if losses["eval_last"] is not None:
         accuracy = losses["eval_accuracy"]
         lines.append(

@@ -10,6 +10,8 @@ most of the others -1 or 1. One block becomes two parts, compressed by Zstandard
     the others  for each code of 2, in order, 2 r - 3 where r > 0, else -2 r - 4, as byte planes,
                 the low bytes first
 
+C does this where it can, by `kernel/residual.c`, and PyTorch elsewhere: the same bytes.
+
 A guess of any quality gives the block back. Where the residual is no smaller than the block, the
 block itself is stored as byte planes: exponents and mantissas compress better apart.
 """
@@ -101,18 +103,19 @@ def _quarter(count: int) -> int:
 def _coded(block: Tensor, guess: Tensor) -> bytes | memoryview:
     """What two vectors of integers make, before it is compressed; valid until the next call."""
     loaded = c.load()
-    if loaded is None or not (len(block) and readable(block) and readable(guess)):
+    alike = guess.shape == block.shape and guess.dtype == block.dtype
+    if loaded is None or not (alike and _plain(block) and _plain(guess)):
         return _coded_by_pytorch(block, guess)
     job = _job(block, _buffer("coded", unpack_bound(block), torch.uint8).data_ptr())
     job.guess = guess.data_ptr()
     length = int(loaded.infold_code(job, c.level()))
-    return memoryview((ctypes.c_char * length).from_address(job.coded))
+    return memoryview((ctypes.c_ubyte * unpack_bound(block)).from_address(job.coded))[:length]
 
 
 def _decode(integers: Tensor, data: bytes, where: str) -> None:
     """Add to guesses what `_coded` made. Raises CorruptFile where it is not of such a vector."""
     loaded = c.load()
-    if loaded is None or not (len(integers) and readable(integers)):
+    if loaded is None or not _plain(integers):
         _decode_by_pytorch(integers, _Reader(data, where))
         return
     held = ctypes.c_char_p(data)
@@ -120,6 +123,11 @@ def _decode(integers: Tensor, data: bytes, where: str) -> None:
     job.length = len(data)
     if wrong := loaded.infold_decode(job, c.level()):
         raise CorruptFile(f"{where}: {_WRONG[wrong]}")
+
+
+def _plain(integers: Tensor) -> bool:
+    """Whether C may have it: it checks nothing."""
+    return bool(len(integers)) and integers.is_contiguous() and readable(integers)
 
 
 def _job(integers: Tensor, coded: int | None) -> c.Residual:
@@ -243,7 +251,7 @@ def _buffer(name: str, count: int, dtype: torch.dtype) -> Tensor:
     buffers: dict[str, Tensor] = _local.__dict__.setdefault("buffers", {})
     kept = buffers.get(name)
     if kept is None or kept.numel() < size:
-        kept = buffers[name] = torch.empty(size, dtype=torch.uint8)
+        kept = buffers[name] = torch.empty(size, dtype=torch.uint8, device="cpu")
     return kept[:size].view(dtype)
 
 

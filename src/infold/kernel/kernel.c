@@ -94,24 +94,33 @@ INLINE uint16_t upper_half(uint32_t bits) {
     return (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
 }
 
+INLINE uint32_t is_tie(uint32_t bits) { return (bits & 0xffffu) == 0x8000u; }
+
 INLINE int fits_bf16(uint32_t bits) { return (bits & 0x7fffffffu) < 0x7f7f8000u; }
 
-/* As `store`, through float32. That is one rounding, unless the first makes a tie for the second:
+/* As `store`, through float32. That is one rounding, unless the first rounds to a tie of the second:
  * then it returns zero, and `out` holds nothing of use. */
 INLINE int store_bf16(const double *restrict x, const uint16_t *restrict before,
                       uint16_t *restrict out, int64_t n, int64_t *changed, uint32_t *wrong) {
     uint32_t ties = 0, beyond = 0;
-    uint16_t differ = 0;
+    uint16_t differ = 0; /* as in `store` */
     for (int64_t j = 0; j < n; j++) {
         uint32_t bits = bits_of_float((float)x[j]);
         uint16_t word = upper_half(bits);
-        ties |= (bits & 0xffffu) == 0x8000u;
+        ties |= is_tie(bits);
         beyond |= !fits_bf16(bits);
         differ += word != before[j];
         out[j] = word;
     }
-    if (ties)
-        return 0;
+    if (ties) { /* most are exact, such as those of weights times an IA³ vector in BF16 */
+        uint32_t inexact = 0;
+        for (int64_t j = 0; j < n; j++) {
+            float rounded = (float)x[j];
+            inexact |= is_tie(bits_of_float(rounded)) & (rounded != x[j]);
+        }
+        if (inexact)
+            return 0;
+    }
     *changed += differ;
     *wrong |= beyond;
     return 1;
@@ -155,7 +164,6 @@ INLINE uint32_t store(int dtype, const double *restrict x, float *restrict stage
 /* As `_store_nearly` of steps.py: through float32, and 0 for what is not finite. */
 INLINE void store_nearly(int dtype, const double *restrict x, float *restrict staged, void *near,
                          int64_t n) {
-    const float largest = largest_of(dtype);
     if (dtype == BF16) {
         uint16_t *restrict to = near;
         for (int64_t j = 0; j < n; j++) {
@@ -164,6 +172,7 @@ INLINE void store_nearly(int dtype, const double *restrict x, float *restrict st
         }
         return;
     }
+    const float largest = largest_of(dtype);
     for (int64_t j = 0; j < n; j++) {
         float rounded = (float)round_to(dtype, (float)x[j]);
         staged[j] = fabsf(rounded) <= largest ? rounded : 0.0f;

@@ -48,9 +48,9 @@ typedef struct {
     int64_t size, count;       /* bytes of an element, and how many elements */
     void *block;               /* the elements, one after the other; see infold_decode */
     const void *guess;         /* as many */
-    uint8_t *coded;            /* to write to: a byte for four elements, and their own bytes */
+    uint8_t *coded;            /* a byte for four elements, and at most their own bytes */
     int64_t length;            /* bytes of `coded` that may be read */
-    void *scratch;             /* as large as `coded` can be */
+    void *scratch;             /* as large as `coded` can be, aligned for eight bytes */
 } residual;
 
 /* delta (GROUP, columns) = the product of packed factors; see product.c. */

@@ -41,7 +41,7 @@ FUSING = {
     "residual.c": "-ffp-contract=off",
 }
 
-# as in kernel.h
+# as in kernel.h and residual.c
 BF16, F16, F32 = range(3)
 SCALE_ROWS, SCALE_COLUMNS, ADD, SUBTRACT = range(4)
 WIDTH = 16
@@ -135,10 +135,10 @@ def load() -> ctypes.CDLL | None:
             return None
         loaded.infold_scratch.argtypes, loaded.infold_scratch.restype = [POINTER(Job)], c_int64
         loaded.infold_edit.argtypes = [POINTER(Job), c_int64]
+        loaded.infold_edit.restype = c_int64
         for name in ("infold_code", "infold_decode"):
             function = getattr(loaded, name)
             function.argtypes, function.restype = [POINTER(Residual), c_int64], c_int64
-        loaded.infold_edit.restype = c_int64
     except (OSError, AttributeError):  # not there, of another machine, or of another infold
         return None
     return loaded

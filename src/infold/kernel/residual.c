@@ -43,7 +43,10 @@ INLINE int64_t find_others(const uint8_t *codes, int64_t quarter, uint32_t *lane
     return others;
 }
 
-INLINE int64_t first_of(uint64_t marks) { return __builtin_ctzll(marks) / 8; }
+/* The first that is marked, counted within the quarter. */
+INLINE int64_t element_of(int64_t lane, uint64_t marks) {
+    return lane * LANE + __builtin_ctzll(marks) / 8;
+}
 
 #define BITS 8
 #include "residual.h"
@@ -80,13 +83,13 @@ INLINE int64_t add(const residual *job) {
     const int64_t quarter = quarter_of(job->count);
     if (job->length < quarter)
         return TOO_SHORT;
-    if (outside(job->coded, job->count))
-        return OUTSIDE;
     int64_t found;
     const int64_t others = find_others(job->coded, quarter, job->scratch, &found);
     const int64_t length = quarter + others * job->size;
     if (job->length != length)
         return job->length < length ? TOO_SHORT : TOO_LONG;
+    if (outside(job->coded, job->count))
+        return OUTSIDE;
     switch (job->size) {
     case 1:
         add8(job, found, others);

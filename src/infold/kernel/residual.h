@@ -27,7 +27,7 @@ INLINE int64_t JOIN(code, BITS, )(const residual *job) {
     for (int q = 0; q < 4; q++)
         for (int64_t i = 0; i < found; i++)
             for (uint64_t marks = marked(coded, lanes[i], q); marks; marks &= marks - 1) {
-                const int64_t at = q * quarter + lanes[i] * LANE + first_of(marks);
+                const int64_t at = q * quarter + element_of(lanes[i], marks);
                 const WORD r = (WORD)(of[at] - from[at]), sign = (WORD)(0 - (r >> (BITS - 1)));
                 rest[others++] = (WORD)((WORD)(((WORD)(r << 1)) ^ sign) - 3);
             }
@@ -61,8 +61,8 @@ INLINE void JOIN(add, BITS, )(const residual *job, int64_t found, int64_t others
                     told |= (WORD)((WORD)planes[byte * others] << 8 * byte);
                 told += 3;
                 const WORD r = (WORD)((told >> 1) ^ (WORD)(0 - (told & 1)));
-                WORD *const here = to + q * quarter + lanes[i] * LANE + first_of(marks);
-                *here = (WORD)(*here + r + 2); /* the code has taken 2 away */
+                const int64_t at = q * quarter + element_of(lanes[i], marks);
+                to[at] = (WORD)(to[at] + r + 2); /* the code has taken 2 away */
             }
 }
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from infold.adapters.exact import LEAF
 from infold.checkpoint.adapter import Adapter
-from infold.checkpoint.files import digest_of, read_json, safe_child
+from infold.checkpoint.files import digest_of, exists, read_json, safe_child
 from infold.checkpoint.gguf import gguf_header_of
 from infold.checkpoint.inputs import InputFiles
 from infold.checkpoint.record import SEEN, UNDO, Record, open_record
@@ -238,6 +238,8 @@ def open_merged(folder: Path, record_name: str = UNDO, *, in_place: bool = False
         refuse_unfinished(folder)  # before a record is missed that an unfinished merge has not yet
     owner = _owner(folder) if record_name == UNDO and not in_place else folder
     if not os.path.lexists(path := companion(owner, record_name)):
+        if exists(folder / "adapter_config.json") and not exists(folder / "config.json"):
+            raise Refusal(f"{folder}: is an adapter; give the merged model")
         raise Refusal(
             f"{folder}: has no {path.name}; only a merge with --undo or --in-place can be undone"
             + _without_record(folder)
@@ -294,8 +296,6 @@ def _without_record(folder: Path) -> str:
     """What to do, for messages."""
     if is_lone(folder) and without_owner(folder, UNDO):
         return renamed(folder, UNDO)
-    if os.path.lexists(folder / "adapter_config.json"):
-        return ": it is an adapter. Give the merged model"
     other = f"{renamed(folder, UNDO)}. Else merge" if is_lone(folder) else ". Merge"
     return f"{other} once more from the base, with --undo, or use the base where it is still there"
 

@@ -114,8 +114,8 @@ def read_config(adapter: Adapter) -> tuple[AdapterConfig, list[str]]:
         known = ", ".join(dict.fromkeys(t for m in METHODS.values() for t in m.PEFT_TYPES))
         return AdapterConfig(str(kind), {}), [
             f"{where}: peft_type {kind!r} cannot be merged by infold, which merges {known}. "
-            "`infold methods` tells which others PEFT merges; what adds tokens or computes beside "
-            "the weights, as prompt methods do, has no merged form"
+            "`infold methods` tells which others PEFT merges, and which have no merged form, "
+            "such as prompts before the input"
         ]
     handled = HARMLESS.union(*(method.PEFT_TYPES[kind] for method in methods))
     refused = {name: why for method in methods for name, why in method.REFUSED.items()}
