@@ -256,7 +256,7 @@ def test_an_interrupt_says_whether_the_folder_is_half_edited(
 
     assert ran.exit_code == 130
     half = where == "_steps"
-    assert (f"until it has ended {given} may be half edited: do not load it" in ran.stderr) == half
+    assert (f"{given} may be half edited: do not load it until" in ran.stderr) == half
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -84,7 +84,7 @@ def _guarded(verb: Callable[..., None]) -> Callable[..., None]:
         except KeyboardInterrupt:
             runs = verb is not loop.loop or given["words"][0] not in ("show", "checkout")
             again = _CONTINUES.get(verb, "") if runs and not given.get("dry_run") else ""
-            complain(f"interrupted{again}{_half_edited(given)}")
+            complain(f"interrupted{_half_edited(given) or again}")
             raise typer.Exit(130) from None
         except Exception as error:
             less = _LESS_MEMORY.get(verb, "")
@@ -102,7 +102,10 @@ def _half_edited(given: Mapping[str, Any]) -> str:
     place = given.get("base") or given["merged"]
     if not os.path.lexists(companion(Path(place), JOURNAL)):
         return ""
-    return f"; until it has ended {place} may be half edited: do not load it"
+    return (
+        f"; {place} may be half edited: do not load it until this or any other command of infold's "
+        "on it has completed the edit or taken it back"
+    )
 
 
 def _told(error: Exception, writes: bool, as_json: bool, less_memory: str = "") -> int:
