@@ -724,6 +724,28 @@ def test_a_killed_merge_to_a_file_goes_on(
     assert json.loads((tmp_path / "merged.gguf.infold-receipt.json").read_text())["undo"]
 
 
+def test_a_kill_while_leftovers_are_removed_is_no_trouble_to_the_next_merge(
+    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, real = tmp_path / "merged.gguf", shutil.rmtree
+
+    class Killed(BaseException):
+        pass
+
+    def removed(*given: Any, **more: Any) -> None:
+        real(*given, **more)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", removed)
+        with pytest.raises(Killed):
+            infold.merge(base, adapter, out)
+    assert infold.verify(out).ok and (tmp_path / ".merged.gguf.infold").exists()
+
+    infold.merge(base, adapter, out, force=True)
+    assert infold.verify(out).ok and not (tmp_path / ".merged.gguf.infold").exists()
+
+
 @pytest.mark.parametrize("old", [False, True])
 def test_a_merge_to_a_file_that_gets_no_name_is_kept(
     old: bool, base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -626,14 +626,18 @@ def test_a_damaged_run_ends_in_words(name: str, base: Path, whole: Path, tmp_pat
 def test_what_is_wrong_in_a_configuration_is_told_at_once(tmp_path: Path) -> None:
     path = tmp_path / "loop.toml"
     path.write_text(
-        'base = "b"\nrun = "r"\niteration = 3\n[task]\nname = "arithmetic"\n'
-        "[collect]\nsample = 3\n[stop]\npatients = 2\n[train]\nsteeps = 4\n"
+        'base = "b"\niteration = 3\nevaluate = 5\n[task]\nname = "arithmetic"\n'
+        "[collect]\nsample = 3\nproblems = 0\n[stop]\npatients = 2\n"
+        '[train]\nsteeps = 4\nmethod = "loar"\n'
     )
     with pytest.raises(Refusal) as error:
         read_config(path)
     for line in ("iteration does not exist; did you mean iterations?",
                  "collect.sample does not exist; did you mean samples?",
-                 "stop.patients does not exist; did you mean patience?"):  # fmt: skip
+                 "stop.patients does not exist; did you mean patience?",
+                 "evaluate must be a table: [evaluate]", "run is missing", "did you mean steps?",
+                 "collect.problems 0: must be a whole number", "train.method: 'loar' is not"):
+        # fmt: skip
         assert line in str(error.value)
 
     path.write_text(

@@ -371,7 +371,9 @@ class Staging:
         """Remove the hidden folder with all that is in it; the lock last, so that nobody can begin
         the same output while this is still removing."""
         with suppress(OSError):
-            for entry in list(self.folder.iterdir()):
+            if (marker := self.folder / _PUBLISHING) in (entries := list(self.folder.iterdir())):
+                marker.unlink()  # first: what it tells of has its name
+            for entry in entries:
                 if entry.is_dir() and not entry.is_symlink():
                     shutil.rmtree(entry, ignore_errors=True)
                 elif entry.name != "lock":

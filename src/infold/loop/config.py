@@ -137,34 +137,26 @@ def _toml(path: Path) -> dict[str, Any]:
 
 
 def _checked(given: dict[str, Any], where: str, folder: Path) -> LoopConfig:
-    wrong: list[str] = []
-    sections: dict[str, Any] = {"collect": Collect, "evaluate": Evaluate, "stop": Stop}
-    known = [item.name for item in fields(LoopConfig)]
-    wrong += _unknown(given, known, where, "")
-    for name, kind in sections.items():
-        section = given.get(name, {})
-        if not isinstance(section, Mapping):
-            wrong.append(f"{where}: {name} must be a table: [{name}]")
-            continue
-        wrong += _unknown(section, [item.name for item in fields(kind)], where, name)
-    for name in ("train", "task"):
-        if not isinstance(given.get(name, {}), Mapping):
-            wrong.append(f"{where}: {name} must be a table: [{name}]")
-    if wrong:
-        raise Refusal(wrong)
-    train = dict(given.get("train", {}))
-    wrong += _unknown(train, [item.name for item in fields(TrainSettings)], where, "train")
+    tables = {"collect": Collect, "evaluate": Evaluate, "stop": Stop, "train": TrainSettings}
+    wrong = _unknown(given, [item.name for item in fields(LoopConfig)], where, "")
+    odd = [name for name in (*tables, "task") if not isinstance(given.get(name, {}), Mapping)]
+    wrong += [f"{where}: {name} must be a table: [{name}]" for name in odd]
+    given = {name: value for name, value in given.items() if name not in odd}
+    for name, kind in tables.items():
+        wrong += _unknown(given.get(name, {}), [item.name for item in fields(kind)], where, name)
     required = [f.name for f in fields(LoopConfig) if f.default is f.default_factory is MISSING]
-    wrong += [f"{where}: {n} is missing: {_REQUIRED[n]}" for n in required if n not in given]
-    wrong += _task_problems(given.get("task", {}), where) if "task" in given else []
+    lacking = [name for name in required if name not in (*given, *odd)]
+    wrong += [f"{where}: {name} is missing: {_REQUIRED[name]}" for name in lacking]
+    wrong += _task_problems(given["task"], where) if "task" in given else []
     wrong += _value_problems(given, where)
+    train = given.get("train", {})
     if "seed" in train:
         wrong.append(f"{where}: train.seed is derived from seed; leave it out")
-    elif not wrong:
-        try:
-            TrainSettings.of(train)
-        except Refusal as error:
-            wrong += [f"{where}: {in_keys(reason)}" for reason in error.reasons]
+    known = {item.name for item in fields(TrainSettings)} - {"seed"}
+    try:
+        TrainSettings.of({name: train[name] for name in train if name in known})
+    except Refusal as error:
+        wrong += [f"{where}: {in_keys(reason)}" for reason in error.reasons]
     if wrong:
         raise Refusal(wrong)
     collect = dict(given.get("collect", {}))
