@@ -632,12 +632,16 @@ def test_what_is_wrong_in_a_configuration_is_told_at_once(tmp_path: Path) -> Non
     )
     with pytest.raises(Refusal) as error:
         read_config(path)
-    for line in ("iteration does not exist; did you mean iterations?",
-                 "collect.sample does not exist; did you mean samples?",
-                 "stop.patients does not exist; did you mean patience?",
-                 "evaluate must be a table: [evaluate]", "run is missing", "did you mean steps?",
-                 "collect.problems 0: must be a whole number", "train.method: 'loar' is not"):
-        # fmt: skip
+    for line in (
+        "iteration does not exist; did you mean iterations?",
+        "collect.sample does not exist; did you mean samples?",
+        "stop.patients does not exist; did you mean patience?",
+        "evaluate must be a table: [evaluate]",
+        "run is missing",
+        "did you mean steps?",
+        "collect.problems 0: must be a whole number",
+        "train.method: 'loar' is not",
+    ):
         assert line in str(error.value)
 
     path.write_text(
