@@ -10,6 +10,7 @@ import errno
 import json
 import mmap
 import os
+import pathlib
 import shutil
 import signal
 import subprocess
@@ -43,8 +44,12 @@ class Watch:
         self.began, self.times = began, list[float]()  # of the calls, in seconds since then
 
     def install(self) -> None:
+        bound = getattr(pathlib, "_NormalAccessor", None)  # of Python 3.10, which has taken them
         for name in PRIMITIVES:
-            setattr(os, name, self.wrap(name, getattr(os, name)))
+            real = getattr(os, name)
+            setattr(os, name, self.wrap(name, real))
+            if getattr(bound, name, None) is real:
+                setattr(bound, name, staticmethod(getattr(os, name)))
         staging._exchange = self.wrap("exchange", staging._exchange)
 
     def wrap(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:

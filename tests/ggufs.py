@@ -11,6 +11,7 @@ from typing import Any
 
 import gguf
 import numpy as np
+import pytest
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFWriter
 
 Stored = tuple[str, np.ndarray]  # type, and the rows of bytes (of float32 where it is F32)
@@ -19,8 +20,7 @@ Stored = tuple[str, np.ndarray]  # type, and the rows of bytes (of float32 where
 @cache
 def ggml() -> ctypes.CDLL:
     """The library of ggml within xllamacpp."""
-    import xllamacpp.xllamacpp as extension
-
+    extension = pytest.importorskip("xllamacpp.xllamacpp", reason="the extra gguf is not installed")
     library = ctypes.CDLL(extension.__file__)
     library.ggml_quantize_chunk.restype = ctypes.c_size_t
     return library
