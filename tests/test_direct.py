@@ -79,7 +79,12 @@ def test_pieces_of_any_place_and_length(
         output.write(aligned(whole[slice(*piece)], piece[0]), piece[0], aligned=True)
 
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(write, pieces))
+        told = sorted(pieces)[9][1]
+        list(pool.map(write, (piece for piece in pieces if piece[1] <= told)))
+        output.flush(told)
+        assert output.path.read_bytes()[:told] == whole[:told]
+        list(pool.map(write, (piece for piece in pieces if piece[1] > told)))
+    output.flush(len(whole))
 
     assert output.path.read_bytes() == whole
     if not past_the_cache:
@@ -101,9 +106,33 @@ def test_where_the_system_wants_other_pieces_they_go_the_usual_way(
 
     monkeypatch.setattr(os, "pwrite", pwrite)
     output.write(aligned(data, 0), 0, aligned=True)
+    output.flush(len(data))
 
     assert output.path.read_bytes() == data
     assert not output.pace.pays
+
+
+def test_a_block_that_two_pieces_share_is_written_when_it_is_told_of(
+    output: OutputFile, small: None, past_the_cache: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, usual, real = random.Random(3).randbytes(5 * ALIGN), [], os.pwrite
+
+    def pwrite(fd: int, view: Any, offset: int) -> int:
+        usual.append((offset, len(view)))
+        return real(fd, view, offset)
+
+    cut = 2 * ALIGN + 100
+    output.write(aligned(data[:cut], 0), 0, aligned=True)
+    output.write(aligned(data[cut:], cut), cut, aligned=True)
+    if not past_the_cache:
+        pytest.skip("this file system has no O_DIRECT")
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    output.flush(cut)
+    output.flush(len(data))
+    output.flush(len(data))
+
+    assert usual == [(2 * ALIGN, 100), (2 * ALIGN, ALIGN)]
+    assert output.path.read_bytes() == data
 
 
 def test_a_full_disk_is_one_clear_line(
@@ -220,6 +249,7 @@ def test_nothing_is_told_to_the_journal_before_it_is_written(
     monkeypatch.setattr(stream, "KEEP_EVERY", 1)
     done: list[int] = []
     ends: list[tuple[int, list[int]]] = []
+    early: list[bytes] = []  # of the file, as far as is told
     write, give = OutputFile.write, chain.Keeper.give
 
     def slow(self: OutputFile, view: memoryview, offset: int, aligned: bool = False) -> None:
@@ -229,6 +259,7 @@ def test_nothing_is_told_to_the_journal_before_it_is_written(
 
     def noted(self: Any, shard: Any, progress: Any) -> None:
         ends.append((progress.position, list(done)))
+        early.append(shard.path.read_bytes()[: progress.position])
         give(self, shard, progress)
 
     monkeypatch.setattr(OutputFile, "write", slow)
@@ -237,3 +268,5 @@ def test_nothing_is_told_to_the_journal_before_it_is_written(
 
     assert len(ends) > 3
     assert [end for end, written in ends if end not in written] == []
+    (file,) = (tmp_path / "out").glob("*.safetensors")
+    assert all(file.read_bytes().startswith(begin) for begin in early)

@@ -6,6 +6,10 @@ O_DIRECT the disk takes it from where it lies. The conditions: Linux, a file sys
 a piece whose place in memory and place in the file agree modulo ALIGN. What does not fit goes the
 usual way, and so does the rest where the disk turns out to be slow: nothing is saved there, and
 what is in the cache is read again faster.
+
+Pieces seldom begin where blocks of the disk do. A block that two of them share is put together in
+memory: to write a part of it the usual way, beside pieces that go directly, makes the system read
+the block again, and lets all writers of the file wait.
 """
 
 from __future__ import annotations
@@ -52,6 +56,19 @@ class Pace:
                 self._bytes, self._seconds = 0, 0.0
 
 
+class _Shared:
+    """A block of the disk that several pieces have a part of."""
+
+    def __init__(self) -> None:
+        self.data = bytearray(ALIGN)
+        self.parts: list[tuple[int, int]] = []  # which are there, and do not overlap
+
+    def until(self, end: int) -> list[tuple[int, int]]:
+        """What is to be written of its first `end` bytes."""
+        parts = [part for part in self.parts if part[1] <= end]
+        return [(0, ALIGN)] if sum(stop - begin for begin, stop in parts) == ALIGN else parts
+
+
 class OutputFile:
     """A file that several threads fill. `fd` is open for reading and writing, and stays the
     caller's until `close`."""
@@ -61,9 +78,11 @@ class OutputFile:
         self._direct: int | None = None  # a second descriptor; -1: not to be had
         self._clones = sys.platform == "linux"
         self._lock = threading.Lock()
+        self._shared: dict[int, _Shared] = {}  # blocks of the disk, by their place
 
     def write(self, view: memoryview, offset: int, aligned: bool = False) -> None:
-        """All of the bytes. aligned: the first one's address is `offset` modulo ALIGN.
+        """All of the bytes, some of them by the next `flush`. aligned: the first one's address is
+        `offset` modulo ALIGN.
 
         Raises StorageFailure.
         """
@@ -71,10 +90,39 @@ class OutputFile:
             if aligned and self.goes_direct(len(view)):
                 head = -offset % ALIGN
                 whole = (len(view) - head) // ALIGN * ALIGN
-                write_fully(self.fd, view[:head], offset)
+                self._keep(view[:head], offset)
                 done = head + self._write_direct(view[head : head + whole], offset + head)
                 view, offset = view[done:], offset + done
+                if done == head + whole:
+                    self._keep(view, offset)
+                    return
             write_fully(self.fd, view, offset)
+
+    def flush(self, end: int) -> None:
+        """Write what `write` has kept of the first `end` bytes, all of which it was given.
+
+        Raises StorageFailure.
+        """
+        with self._lock:
+            ours = sorted(place for place in self._shared if place < end)
+            passed = [place for place in ours if place + ALIGN <= end]
+            kept = [(place, self._shared[place]) for place in ours]
+            for place in passed:
+                del self._shared[place]
+        with storage_errors(self.path):
+            for place, one in kept:
+                for begin, stop in one.until(end - place):
+                    write_fully(self.fd, memoryview(one.data)[begin:stop], place + begin)
+
+    def _keep(self, view: memoryview, offset: int) -> None:
+        """A part of one block of the disk."""
+        if not len(view):
+            return
+        begin = offset % ALIGN
+        with self._lock:
+            one = self._shared.setdefault(offset - begin, _Shared())
+            one.data[begin : begin + len(view)] = view
+            one.parts.append((begin, begin + len(view)))
 
     def goes_direct(self, count: int) -> bool:
         """Whether an aligned piece of so many bytes will be written past the page cache."""

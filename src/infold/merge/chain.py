@@ -136,11 +136,13 @@ class Chain:
         if self.output_hash is not None:
             self.output_hash.update(output)
 
-    def written(self) -> None:
-        """Wait until all that is hashed is written. Raises what a write has raised."""
+    def written(self, end: int) -> None:
+        """Wait until all that is hashed, the first `end` bytes, is written. Raises what a write
+        raises."""
         for write in self.writes:
             write.result()
         self.writes.clear()
+        self.target.flush(end)
 
     def progress(self, position: int) -> Progress:
         size = self.shard.header.file_size

@@ -285,8 +285,8 @@ class _Pool:
 
     def _finish(self, chain: Chain) -> None:
         """All of a shard is hashed, and will be written now."""
-        chain.written()
         size = chain.shard.header.file_size
+        chain.written(size)
         progress = chain.progress(size)
         self.digests[chain.shard.name] = ShardDigests(
             progress.base, progress.output, self.plan.base.shards[chain.shard.source].name
@@ -544,7 +544,7 @@ class _Pool:
         if task.end == chain.shard.header.file_size:
             self._finish(chain)
         elif chain.in_step and task.end - chain.kept >= KEEP_EVERY:
-            chain.written()
+            chain.written(task.end)
             chain.kept = task.end
             self.keeper.give(chain, chain.progress(task.end))
         self.advance(task.end - task.work.target)
