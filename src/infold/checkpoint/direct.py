@@ -64,9 +64,13 @@ class _Shared:
         self.parts: list[tuple[int, int]] = []  # which are there, and do not overlap
 
     def until(self, end: int) -> list[tuple[int, int]]:
-        """What is to be written of its first `end` bytes."""
-        parts = [part for part in self.parts if part[1] <= end]
-        return [(0, ALIGN)] if sum(stop - begin for begin, stop in parts) == ALIGN else parts
+        """The parts that lie in its first `end` bytes, neighbours joined."""
+        joined: list[tuple[int, int]] = []
+        for begin, stop in sorted(part for part in self.parts if part[1] <= end):
+            if joined and joined[-1][1] == begin:
+                begin = joined.pop()[0]
+            joined.append((begin, stop))
+        return joined
 
 
 class OutputFile:
@@ -104,25 +108,31 @@ class OutputFile:
         Raises StorageFailure.
         """
         with self._lock:
-            ours = sorted(place for place in self._shared if place < end)
-            passed = [place for place in ours if place + ALIGN <= end]
-            kept = [(place, self._shared[place]) for place in ours]
-            for place in passed:
-                del self._shared[place]
+            kept = [
+                (place, one.data, one.until(end - place))
+                for place, one in sorted(self._shared.items())
+                if place < end
+            ]
         with storage_errors(self.path):
-            for place, one in kept:
-                for begin, stop in one.until(end - place):
-                    write_fully(self.fd, memoryview(one.data)[begin:stop], place + begin)
+            for place, data, parts in kept:
+                for begin, stop in parts:
+                    write_fully(self.fd, memoryview(data)[begin:stop], place + begin)
+        with self._lock:
+            for place, _, _ in kept:
+                if place + ALIGN <= end:  # else more of it is to come
+                    del self._shared[place]
 
     def _keep(self, view: memoryview, offset: int) -> None:
         """A part of one block of the disk."""
         if not len(view):
             return
         begin = offset % ALIGN
+        place, end = offset - begin, begin + len(view)
         with self._lock:
-            one = self._shared.setdefault(offset - begin, _Shared())
-            one.data[begin : begin + len(view)] = view
-            one.parts.append((begin, begin + len(view)))
+            if place not in self._shared:
+                self._shared[place] = _Shared()
+            self._shared[place].data[begin:end] = view
+            self._shared[place].parts.append((begin, end))
 
     def goes_direct(self, count: int) -> bool:
         """Whether an aligned piece of so many bytes will be written past the page cache."""

@@ -63,7 +63,7 @@ class Chain:
         self.waiting: dict[int, Callable[[], None]] = {}
         self.hashing = False  # whether somebody hashes right now
         self.writes: list[Future[None]] = []  # of what is hashed
-        self.kept = 0  # bytes that the journal tells or will tell
+        self.kept = 0  # bytes that were waited for, which in step the journal tells or will tell
         foreign = any(
             reads_elsewhere(plan, edit.source, shard.source)
             for name in shard.header.tensors

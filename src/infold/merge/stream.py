@@ -543,10 +543,11 @@ class _Pool:
             chain.writes.append(buffers.writing)
         if task.end == chain.shard.header.file_size:
             self._finish(chain)
-        elif chain.in_step and task.end - chain.kept >= KEEP_EVERY:
+        elif task.end - chain.kept >= KEEP_EVERY:
             chain.written(task.end)
             chain.kept = task.end
-            self.keeper.give(chain, chain.progress(task.end))
+            if chain.in_step:
+                self.keeper.give(chain, chain.progress(task.end))
         self.advance(task.end - task.work.target)
 
     def _write(self, chain: Chain, data: memoryview, place: int, buffers: Buffers) -> None:
