@@ -37,7 +37,6 @@ from infold.cli import (
 from infold.cli.output import Failed, complain, finish, protect_streams
 from infold.cli.place import with_home
 from infold.errors import InfoldError, Refusal
-from infold.kernel import description, wanted
 from infold.version import __version__
 
 _CONTINUES: dict[Callable[..., None], str] = {
@@ -79,7 +78,6 @@ def _guarded(verb: Callable[..., None]) -> Callable[..., None]:
         writes = verb in writing and not given.get("dry_run")
         given = with_home(given)
         try:
-            wanted()  # refuses a word that $INFOLD_KERNEL does not know
             verb(*args, **given)
         except KeyboardInterrupt:
             runs = verb is not loop.loop or given["words"][0] not in ("show", "checkout")
@@ -214,6 +212,8 @@ for _verb in _VERBS:
 
 def _version(asked: bool) -> None:
     if asked:
+        from infold.kernel import description
+
         print(f"infold {__version__} (arithmetic {description()})")
         raise typer.Exit
 

@@ -54,7 +54,9 @@ def check_words(
     """
     from infold.checkpoint.files import check_named
     from infold.checkpoint.place import check_place
+    from infold.kernel import wanted
 
+    wanted()  # of $INFOLD_KERNEL
     check_named(inputs)
     if merged is not None and not os.path.lexists(merged):
         raise Refusal(f"{merged}: no such file or folder")

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from infold.checkpoint.files import exists, locate
-from infold.checkpoint.shards import TOKENIZERS, refuse_unfinished
+from infold.checkpoint.shards import refuse_unfinished
 from infold.errors import Refusal
 from infold.tuners.data import DataSet, read_data
-from infold.tuners.loading import pad_id, positions_of
+from infold.tuners.loading import config_of, pad_id, positions_of, tokenizer_of
 from infold.tuners.settings import TrainSettings
 from infold.tuners.tokens import Tokens, check_labels, class_names, encode, pack
 
@@ -43,8 +43,6 @@ def prepare(
     base: str | os.PathLike[str], data: str | os.PathLike[str], settings: TrainSettings
 ) -> Prepared:
     """Read config, tokenizer and data, decide the task, and check every row. Loads no weights."""
-    from transformers import AutoConfig, AutoTokenizer
-
     name = os.fspath(base)
     folder = locate(base, SMALL)
     refuse_unfinished(folder)
@@ -56,14 +54,8 @@ def prepare(
             f"{name}: no config.json, so this is no base model in transformers' form{hint}"
         )
     found = read_data(data, settings.fields)
-    if not any(exists(folder / file) for file in TOKENIZERS):
-        raise Refusal(f"{name}: has no tokenizer; copy the tokenizer files of its model into it")
-    try:
-        config = AutoConfig.from_pretrained(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (ValueError, OSError, KeyError, ImportError, TypeError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise Refusal(f"{name}: transformers cannot read config or tokenizer: {first}") from None
+    config = config_of(folder)
+    tokenizer = tokenizer_of(folder)
     task = _task(name, config, found, settings)
     limit = _limit(name, config, tokenizer, settings)
     classes = _classes(found, task, settings)
